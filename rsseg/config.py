@@ -1,0 +1,249 @@
+"""The parts that all recipes share. Free of torch, so that `rsseg recipe validate` answers at once.
+
+A field's docstring gives meaning, unit and default's origin; `rsseg recipe schema` exports them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Base of all recipe parts: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BackboneConfig(Strict):
+    """One network of the zoo; see `rsseg backbone ls`."""
+
+    name: str
+    """Name in the zoo, such as `convnext_base` or `vit_base_patch14_dinov2`."""
+    weights: str = "pretrained"
+    """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Pyramid levels or ViT blocks to return, zero-based; None takes the zoo's default."""
+    norm_taps: Literal["all", "last", "none"] | None = None
+    """Which returned maps pass a LayerNorm. For a ViT it is the network's final norm (`last` is what mmpretrain does,
+    `all` what DINOv2 does); for a pyramid each level has a norm of its own. None takes the zoo's default."""
+    image_size: Count | None = None
+    """Side in pixels that the position embedding is laid out for; None keeps the weights' own."""
+    pos_embed: Literal["timm", "dinov2", "bicubic"] = "timm"
+    """Resampling of position embeddings: timm (antialiased), DINOv2 (scale factor with offset 0.1), or plain bicubic
+    without antialiasing (mmpretrain)."""
+    pos_embed_round_trip: bool = False
+    """Resize the stored table to `image_size` at load and again at every other size (mmpretrain, KTDA's cloud run)."""
+    pad: Literal["corner", "error"] = "corner"
+    """An input that is no multiple of the patch: zeros after normalization at right and bottom, or an error."""
+    drop_path: Probability = 0.0
+    """Stochastic depth rate of the last block."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 0
+    """Stages (pyramid, the stem counts with stage 0) or blocks (ViT) from the input that do not train."""
+    statistics: Literal["pretrained", "data"] = "pretrained"
+    """Normalize with the statistics of the weights (other bands than red, green, blue take their mean), or with the
+    mean and standard deviation of the training data."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Storage and compute type of a frozen network; trained ones stay float32."""
+
+
+class ScheduleConfig(Strict):
+    """Learning rate as a product of a warm-up and a decay factor, by optimizer step."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_start: Probability = 1e-3
+    """Factor at step 0; grows linearly to 1 at step `warmup_steps - 1` (`mmengine`) or `warmup_steps` (`mmcv`)."""
+    warmup_style: Literal["mmengine", "mmcv"] = "mmengine"
+    decay: Literal["poly", "cosine", "constant"] = "poly"
+    power: Positive = 0.9
+    decay_begin: Annotated[int, Field(ge=0)] = 0
+    """First step that decays; may lie inside the warm-up, then both factors act."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lag: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 if the published code sets the rate after the step, so that steps 0 and 1 share the initial one."""
+
+
+class OptimizerConfig(Strict):
+    """One optimizer; a method says by name which it needs (`rsseg recipe cat` shows them)."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = 6e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Probability = 0.9
+    """SGD only."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class EmaConfig(Strict):
+    """Exponential moving average of the student, kept for evaluation and shipping."""
+
+    decay: Probability = 0.999
+    ship: bool = True
+    """Evaluate and ship the average; False only keeps it for resume."""
+
+
+class TrainerConfig(Strict):
+    """How long, how much at once, how exact."""
+
+    steps: Count = 20000
+    """Optimizer steps."""
+    batch_size: Count = 8
+    """Samples per stream, per process and micro-step."""
+    stream_batch_sizes: Mapping[str, Count] = {}
+    """Exceptions to `batch_size` by stream name."""
+    grad_accum_steps: Count = 1
+    amp_dtype: Literal["auto", "bf16", "fp16", "none"] = "none"
+    """Autocast type; `auto` takes bf16 where the device computes with it and none elsewhere."""
+    clip_grad: Positive | None = None
+    """Largest L2 norm of each optimizer's gradient; None does not clip."""
+    ema: EmaConfig | None = None
+    eval_every: Count = 1000
+    checkpoint_every: Count = 1000
+    log_every: Count = 20
+    keep_checkpoints: Count = 1
+    """Most recent `step-*.safetensors` kept beside best and last."""
+    patience: Count | None = None
+    """Evaluations without a better score before the run ends."""
+    monitor: Literal["miou", "mf1", "oa", "last"] = "miou"
+    """Score on the validation split that chooses `best`; `last` ships the final weights."""
+    max_hours: Positive | None = None
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes; 0 loads in the training process. Results do not depend on it."""
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    """Ask torch for deterministic kernels also on a GPU (the CPU is deterministic as it is)."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+class AugmentConfig(Strict):
+    """Weak augmentation of a training crop, applied in this order."""
+
+    crop_size: Count = 512
+    """Side of the square crop in pixels."""
+    scale_range: tuple[Positive, Positive] | None = None
+    """Image scale drawn uniformly before the crop; None keeps the scale."""
+    scale_style: Literal["uniform", "long_side"] = "uniform"
+    """`long_side` draws the integer length of the long side (UniMatch), `uniform` the factor itself."""
+    crop_max_class_ratio: Probability = 1.0
+    """Redraw the crop (10 tries) while one class covers more than this part of it; 1 never redraws."""
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    rot90: Probability = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees."""
+    photometric: Literal["none", "mmseg", "fast"] = "none"
+    """`mmseg` is the published distortion on 8-bit red, green, blue (exact arithmetic of OpenCV's 8-bit HSV); `fast`
+    jitters brightness, contrast, saturation and hue of any bands in one pass."""
+    fit: Literal["crop", "squeeze"] = "crop"
+    """`squeeze` resizes the whole image to the crop size without keeping its shape (ST-DASegNet's target)."""
+
+
+class StrongConfig(Strict):
+    """Strong views of a weak crop (same geometry): colour jitter, grey, blur, and CutMix boxes."""
+
+    jitter_probability: Probability = 0.8
+    brightness: Annotated[float, Field(ge=0)] = 0.5
+    contrast: Annotated[float, Field(ge=0)] = 0.5
+    saturation: Annotated[float, Field(ge=0)] = 0.5
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    gray_probability: Probability = 0.2
+    blur_probability: Probability = 0.5
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Pixels."""
+    cutmix_probability: Probability = 0.5
+    cutmix_area: tuple[Probability, Probability] = (0.02, 0.4)
+    cutmix_aspect: tuple[Positive, Positive] = (0.3, 1 / 0.3)
+
+
+class SelectConfig(Strict):
+    """Which prepared images feed a stream or a split; conditions add up."""
+
+    path: Path | None = None
+    """Another prepared dataset than `data.path`."""
+    split: str | None = None
+    domain: str | None = None
+    items: Path | None = None
+    """Text file with one image path per line, as in the index."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Seeded share of the images, chosen so that every class is present if it can be."""
+    count: Count | None = None
+    """Like `fraction`, as a number."""
+    complement: bool = False
+    """The images that `fraction`, `count` or `items` leave out."""
+    augment: AugmentConfig | None = None
+    """Another augmentation than `data.augment`."""
+
+
+class DataConfig(Strict):
+    """Where the images come from and what is done to them."""
+
+    path: Path
+    """Folder made by `rsseg dataset prepare`, relative to the working folder."""
+    bands: tuple[str, ...] | None = None
+    """Bands by name, in network order; None takes all."""
+    augment: AugmentConfig = AugmentConfig()
+    strong: StrongConfig = StrongConfig()
+    streams: Mapping[str, SelectConfig] = {}
+    """Per training stream of the method; the method's defaults apply to what is not said."""
+    val: SelectConfig = SelectConfig(split="val")
+    test: SelectConfig = SelectConfig(split="test")
+    cache: bool = True
+    """Convert each image once to an uncompressed file beside the index that is memory-mapped afterwards."""
+
+
+class EvalConfig(Strict):
+    """How a split is scored, and how scenes are tiled by default."""
+
+    mode: Literal["tiled", "resized"] = "tiled"
+    """`resized` scales each image to `tile` (shape not kept) and its logits back: KTDA's published test pipeline."""
+    tile: Count | None = None
+    """Side in pixels; None lets the network choose."""
+    overlap: Annotated[int, Field(ge=0)] | None = None
+    """Pixels shared by neighbouring tiles; None lets the network choose."""
+    blend: Literal["crop", "hann", "mean"] = "crop"
+    """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average logits."""
+    batch_size: Count = 4
+    resize_multiple: Count | None = None
+    """Scale each image so that its sides become the nearest multiple (UniMatch: 14); None pads instead."""
+    scales: tuple[Positive, ...] = (1.0,)
+    """Test-time scales whose probabilities are averaged."""
+    flip: bool = False
+    """Also average a horizontal mirror image."""
+    ignore_classes: tuple[str, ...] = ()
+    """Classes left out of the score: their labeled pixels are not counted."""
+
+
+class BaseRecipe(Strict):
+    """What every recipe has, whatever its method."""
+
+    name: str
+    """Names the run folder."""
+    title: str = ""
+    """One line for `rsseg recipe ls`."""
+    reference: str = ""
+    """Paper and table row that this recipe reproduces, and the score to expect."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig
+    optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _named_streams(self) -> Self:
+        unknown = set(self.trainer.stream_batch_sizes) - set(self.stream_names())
+        unknown |= set(self.data.streams) - set(self.stream_names())
+        if unknown:
+            raise ValueError(f"unknown stream {sorted(unknown)[0]!r}; this method has {sorted(self.stream_names())}")
+        return self
+
+    def stream_names(self) -> tuple[str, ...]:
+        """Names of the training streams that this recipe's method asks for."""
+        raise NotImplementedError

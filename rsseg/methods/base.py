@@ -1,0 +1,106 @@
+"""The two interfaces of a method: what ships (`Segmenter`) and what trains (`Method`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsseg.data.streams import Batch, StreamSpec
+from rsseg.task import Task
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Result of one micro-step.
+
+    losses: scalars in the graph, already weighted; the trainer sums them.
+    logs: detached scalars, read only when logging.
+    """
+
+    losses: Mapping[str, Tensor]
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters of one optimizer that share rate and decay.
+
+    lr_scale multiplies the optimizer's rate; weight_decay None takes the optimizer's.
+    """
+
+    params: Sequence[nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class TileHint:
+    """How a network likes to see a scene: tile side, overlap and whether other sides are as good, in pixels."""
+
+    size: int
+    overlap: int
+    flexible: bool
+    """True for convolutional networks, which gain from larger tiles; False keeps the training size (attention)."""
+
+
+class Segmenter(nn.Module, ABC):
+    """The part that ships: images in, logits out. No teacher, no discriminator, no average."""
+
+    def __init__(self, task: Task, *, input_multiple: int, fill: Sequence[float], tile: TileHint) -> None:
+        """Keep what prediction needs to know.
+
+        Args:
+            task: classes, bands and scaling the network was built for.
+            input_multiple: `forward` accepts sides that are multiples of it.
+            fill: per band, scaled units: value of pixels without data (the normalization mean, so that they become 0).
+            tile: preferred tiling.
+        """
+        super().__init__()
+        self.task = task
+        self.input_multiple = input_multiple
+        self.fill = tuple(fill)
+        self.tile = tile
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """float (B, C, H, W) in scaled units, H and W multiples of `input_multiple` -> float logits (B, K, H, W)."""
+
+    def predict_logits(self, images: Tensor) -> Tensor:
+        """Like `forward` for any H, W >= 1: extends right and bottom by reflection (edge if too small), crops back."""
+        height, width = images.shape[-2:]
+        bottom, right = -height % self.input_multiple, -width % self.input_multiple
+        if not bottom and not right:
+            return self(images)  # type: ignore[no-any-return]
+        mode = "reflect" if bottom < height and right < width else "replicate"
+        padded = F.pad(images, (0, right, 0, bottom), mode=mode)
+        return self(padded)[..., :height, :width]  # type: ignore[no-any-return]
+
+
+class Method(nn.Module, ABC):
+    """The part that trains: a Segmenter plus teachers, discriminators, averages.
+
+    streams: what each training batch must hold.
+    """
+
+    streams: tuple[StreamSpec, ...]
+
+    @abstractmethod
+    def training_step(self, batch: Batch, step: int) -> StepOutput:
+        """Losses of one micro-step; `step` counts optimizer steps from 0."""
+
+    @abstractmethod
+    def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
+        """Optimizer name (a key of `recipe.optimizers`) -> groups; every trainable parameter in exactly one."""
+
+    @abstractmethod
+    def deployable(self) -> Segmenter:
+        """The module whose weights become model.safetensors."""
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Called once after all optimizers stepped; averages are updated here. Does nothing by default."""
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """`training_step`, so that DistributedDataParallel can wrap the whole method."""
+        return self.training_step(batch, step)

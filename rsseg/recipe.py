@@ -1,0 +1,199 @@
+"""Recipes: the union of all methods' recipes, read from YAML with errors that name file, line, key and remedy."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from rsseg.config import BaseRecipe
+from rsseg.errors import RecipeError
+from rsseg.methods.ktda.recipe import KTDARecipe
+
+Recipe = KTDARecipe
+MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe,)
+METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
+
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """Where a recipe came from: its text as given, and a name for messages."""
+
+    label: str
+    text: str
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """File name -> path of the recipes that come with rsseg, sorted by name."""
+    installed = Path(__file__).parent / "_recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
+    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given or a name in the working folder, else a packaged recipe (`.yaml` may be left out).
+
+    Raises:
+        RecipeError: there is none; the message names the nearest packaged recipe.
+    """
+    packaged = packaged_recipes()
+    for candidate in (Path(name), Path(f"{name}.yaml")):
+        if candidate.is_file():
+            return candidate
+        if candidate.name == str(candidate) and candidate.name in packaged:
+            return packaged[candidate.name]
+    near = difflib.get_close_matches(Path(name).name, packaged, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"{name}: no such recipe file. {hint}`rsseg recipe ls` lists the packaged recipes.")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        name: path or packaged name.
+        overrides: `key.path=value` strings; the value is YAML. Validated together with the file.
+        method: must agree with the recipe's own, if given.
+
+    Raises:
+        RecipeError: one line per problem: file, line, key path, problem, nearest valid key.
+    """
+    path = find_recipe(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}. Give a text file.") from None
+    return parse_recipe(RecipeSource(str(path), text), overrides, method=method)
+
+
+def parse_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
+    """Validate a recipe's text; see `load_recipe`."""
+    try:
+        tree = yaml.compose(source.text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(source.text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{source.label}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source.label}: a recipe is a mapping of keys to values; this file holds none.")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        recipe = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(problem, source.label, tree, values) for problem in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+    if method is not None and method != recipe.method:
+        raise RecipeError(
+            f"{source.label}: the recipe is for method {recipe.method!r}, but --method says {method!r}. "
+            "Leave --method out, or choose another recipe."
+        )
+    return recipe
+
+
+def recipe_from_dict(values: dict[str, Any], label: str) -> Recipe:
+    """Validate a recipe that was stored as JSON, in a checkpoint or a run folder."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(problem, label, None, values) for problem in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of all recipes, for editors."""
+    return _ADAPTER.json_schema()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write it as key.path=value, such as trainer.steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    node = values
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {part} is {child!r} in the recipe, it has no key {leaf!r}.")
+        node = child
+    node[leaf] = value
+
+
+def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str, Any]) -> str:
+    """One line for one Pydantic error."""
+    path = [part for part in problem["loc"] if not (part in METHODS and part == problem["loc"][0])]
+    line = _line_of(tree, path)
+    where = f"{label}, line {line}" if line else label
+    key = ".".join(str(part) for part in path)
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(str(path[-1]), _keys_at(values, path[:-1]), n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            return f"{where}: unknown key {key!r}.{hint}"
+        case "missing":
+            return f"{where}: {key!r} is missing."
+        case "union_tag_not_found":
+            return f"{where}: 'method' is missing; it is one of {', '.join(METHODS)}."
+        case "union_tag_invalid":
+            return f"{where}: method {values.get('method')!r} is unknown; it is one of {', '.join(METHODS)}."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{where}: {key + ': ' if key else ''}{message}{shown}."
+
+
+def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
+    """1-based line of the deepest part of `path` that the file has."""
+    line, node = None, tree
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:
+    """Valid keys of the part of a recipe that `path` leads to."""
+    models: list[Any] = [m for m, name in zip(MEMBERS, METHODS, strict=True) if name == values.get("method")]
+    for part in path:
+        models = [
+            model
+            for owner in models
+            for model in (
+                _models_in(owner.model_fields[part].annotation)
+                if part in getattr(owner, "model_fields", {})
+                else [owner]  # a key of a mapping or an item of a list: its model was found one step above
+            )
+        ]
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every Pydantic model that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

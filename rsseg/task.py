@@ -1,0 +1,102 @@
+"""What is segmented: classes, bands and the meaning of pixel values. Free of torch."""
+
+from collections.abc import Sequence
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rsseg.errors import DataError
+
+IGNORE_INDEX = 255
+"""Class index of pixels without a label. Class indices run 0..253, so no class of the user's can collide with it."""
+
+Color = tuple[
+    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+]
+
+
+class ClassInfo(BaseModel):
+    """One class. Its index is its position in `Task.classes`; `value` is what files store for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    value: Annotated[int, Field(ge=0, le=254)]
+    """Pixel value in predicted rasters; unique in a task. 255 is left for nodata."""
+    color: Color
+
+
+class Task(BaseModel):
+    """Classes, bands and pixel scaling of a problem; stored in the index and in every checkpoint.
+
+    Networks see `pixel * scale + offset` per band ("scaled units"), about 0..1. Backbones normalize further.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    classes: Annotated[tuple[ClassInfo, ...], Field(min_length=1, max_length=254)]
+    bands: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Band names in network order, such as ("red", "green", "blue", "nir")."""
+    dtype: str = "uint8"
+    """NumPy name of the pixel type that `scale` was chosen for."""
+    scale: tuple[float, ...]
+    """Per band."""
+    offset: tuple[float, ...]
+    """Per band."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the training images per band, scaled units; valid pixels only."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the training images per band, scaled units; valid pixels only."""
+    gsd_m: float | None = None
+    """Ground sampling distance in metres."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("scale", "offset", "mean", "std"):
+            values = getattr(self, field)
+            if values is not None and len(values) != len(self.bands):
+                raise ValueError(f"{field} has {len(values)} entries, bands has {len(self.bands)}")
+        for what, values in (("name", [c.name for c in self.classes]), ("value", [c.value for c in self.classes])):
+            if len(set(values)) != len(values):
+                raise ValueError(f"two classes share a {what}: {values}")
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in index order."""
+        return tuple(c.name for c in self.classes)
+
+
+def check_same_classes(expected: Task, actual: Task, *, what: str) -> None:
+    """Raise `DataError` unless both tasks name the same classes in the same order.
+
+    Args:
+        expected: the task of the model or the first domain.
+        actual: the task that must agree with it.
+        what: names the second one in the message, such as "the target dataset data/urban".
+    """
+    if expected.class_names != actual.class_names:
+        raise DataError(
+            f"{what} has the classes {list(actual.class_names)}, expected {list(expected.class_names)}. "
+            "Prepare it again with the same class table (names and order)."
+        )
+
+
+def task_with_bands(task: Task, bands: Sequence[str]) -> Task:
+    """The task restricted to `bands`, in that order; raises `DataError` for a band it does not have."""
+    missing = [band for band in bands if band not in task.bands]
+    if missing:
+        raise DataError(f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}.")
+    chosen = [task.bands.index(band) for band in bands]
+    picked = {
+        field: tuple(values[i] for i in chosen)
+        for field in ("scale", "offset", "mean", "std")
+        if (values := getattr(task, field)) is not None
+    }
+    return task.model_copy(update={"bands": tuple(bands), **picked})

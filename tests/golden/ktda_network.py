@@ -1,0 +1,5 @@
+"""Handlers of golden cases."""
+
+from tests.golden.harness import Handler
+
+HANDLERS: dict[str, Handler] = {}

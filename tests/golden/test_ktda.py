@@ -1,0 +1,13 @@
+"""Every golden case of KTDA."""
+
+from pathlib import Path
+
+from tests.golden import ktda_backbones, ktda_data, ktda_network, ktda_training
+from tests.golden.harness import parametrize_cases, run_case
+
+HANDLERS = ktda_backbones.HANDLERS | ktda_data.HANDLERS | ktda_network.HANDLERS | ktda_training.HANDLERS
+
+
+@parametrize_cases("ktda")
+def test_ktda(path: Path) -> None:
+    run_case(path, HANDLERS)
