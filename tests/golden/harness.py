@@ -1,7 +1,7 @@
 """Golden cases: inputs, weights and outputs recorded from the original implementations, read from RSSEG_GOLDENS.
 
-A case's kind is its JSON's `module`, or where there is none the leading words of its name. Handlers build the module from
-the case's own JSON, so that other cases of a kind run unchanged; a kind without a handler fails.
+A case's kind is its JSON's `module`, or where there is none the leading words of its name. Handlers build the module
+from the case's own JSON, so that other cases of a kind run unchanged; a kind without a handler fails.
 """
 
 import json
