@@ -1,0 +1,120 @@
+"""Dense prediction head of Ranftl et al. (arXiv 2103.13413), in the form that UniMatch and RS-MTDF use."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualUnit(nn.Module):
+    """Two 3x3 convolutions, each after a ReLU, added to the input as it came. Keeps (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # No in-place ReLU: it would also change the x that is added.
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # type: ignore[no-any-return]
+
+
+class FusionBlock(nn.Module):
+    """Adds a finer map to a coarser one, refines the sum and resizes it to the next level."""
+
+    def __init__(self, channels: int, *, skip: bool) -> None:
+        super().__init__()
+        self.skip = ResidualUnit(channels) if skip else None
+        self.refine = ResidualUnit(channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """x, skip float (B, C, h, w), or no skip for the coarsest level -> (B, C, *size)."""
+        if self.skip is not None:
+            x = x + self.skip(skip)
+        # The published order is resize, then project. Bilinear weights sum to 1, so a 1x1 convolution gives the same
+        # before the resize, on a quarter of the pixels.
+        return resize(self.project(self.refine(x)), size)
+
+
+class DPTHead(nn.Module):
+    """Four feature maps -> logits at twice the finest level's size.
+
+    Maps of one stride p (a ViT's) are first brought to the strides p/4, p/2, p, 2p. Maps of a pyramid, whose strides
+    double from level to level, are taken as they are.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        *,
+        widths: Sequence[int] = (48, 96, 192, 384),
+        features: int = 64,
+    ) -> None:
+        """Build the head.
+
+        Args:
+            channels: of the four maps.
+            strides: of the four maps, pixels.
+            num_classes: channels of the logits.
+            widths: channels of the four maps after their projection.
+            features: channels of the fusion path.
+
+        Raises:
+            ValueError: not four maps, or strides that neither agree nor double.
+        """
+        super().__init__()
+        if not len(channels) == len(strides) == len(widths) == 4:
+            raise ValueError(f"DPTHead fuses four maps; got {len(channels)} maps and {len(widths)} widths")
+        self.project = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(channels, widths, strict=True))
+        self.reassemble = nn.ModuleList(_reassemble(strides, widths))
+        self.lateral = nn.ModuleList(nn.Conv2d(w, features, 3, padding=1, bias=False) for w in widths)
+        self.fuse = nn.ModuleList(FusionBlock(features, skip=level < 3) for level in range(4))
+        self.predict = nn.Sequential(
+            nn.Conv2d(features, features, 3, padding=1), nn.ReLU(), nn.Conv2d(features, num_classes, 1)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Fuse from coarse to fine.
+
+        Args:
+            maps: four float (B, channels[i], H / strides[i], W / strides[i]), finest level first.
+
+        Returns:
+            float (B, num_classes, 2h, 2w) for a finest level of h x w.
+        """
+        levels = [
+            lateral(reassemble(project(x)))
+            for x, project, reassemble, lateral in zip(maps, self.project, self.reassemble, self.lateral, strict=True)
+        ]
+        sizes = [_size(level) for level in levels]
+        targets = [(2 * sizes[0][0], 2 * sizes[0][1]), *sizes[:3]]
+        path = self.fuse[3](levels[3], None, targets[3])
+        for level in (2, 1, 0):
+            path = self.fuse[level](path, levels[level], targets[level])
+        return self.predict(path)  # type: ignore[no-any-return]
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, no antialiasing: float (B, C, h, w) -> (B, C, *size)."""
+    return x if _size(x) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _reassemble(strides: Sequence[int], widths: Sequence[int]) -> list[nn.Module]:
+    """Per map the layer that brings it to its level's stride."""
+    if len(set(strides)) == 1:
+        return [
+            nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+            nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
+        ]
+    if all(fine * 2 == coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+        return [nn.Identity() for _ in strides]
+    raise ValueError(f"strides of four maps must agree or double from level to level; got {tuple(strides)}")

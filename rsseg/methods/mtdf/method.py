@@ -1,0 +1,273 @@
+"""Training of RS-MTDF: FixMatch with an averaged pseudo-labeller, and distillation from frozen teachers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsseg.backbones.backbone import Backbone
+from rsseg.data.streams import Batch, Samples, StreamSpec
+from rsseg.layers.ema import Ema
+from rsseg.layers.frozen import Frozen
+from rsseg.layers.losses import cross_entropy
+from rsseg.layers.resize import resize
+from rsseg.methods.base import Method, ParamGroup, StepOutput
+from rsseg.methods.mtdf.network import MTDFSegmenter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers and choices of the method; each is explained in the recipe's field of the same name."""
+
+    labeled_weight: float
+    pseudo_weight: float = 0.0
+    distill_weight: float = 0.0
+    unlabeled: bool = True
+    confidence: float = 0.95
+    pseudo_divisor: Literal["valid", "confident"] = "valid"
+    strong_views: int = 1
+    complementary_dropout: bool = False
+    ema_decay: float = 0.996
+    ship: Literal["student", "average"] = "student"
+    head_lr_scale: float = 40.0
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Labels that the averaged student gives the weak view.
+
+    labels      int64 (B, H, W), the likeliest class
+    confidence  float (B, H, W), its probability
+    valid       bool (B, H, W), False on padding and nodata
+    """
+
+    labels: Tensor
+    confidence: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, valid: Tensor) -> Self:
+        """From float (B, K, H, W) logits; no softmax map is built."""
+        logits = logits.float()
+        largest, labels = logits.max(dim=1)
+        return cls(labels, torch.exp(largest - logits.logsumexp(dim=1)), valid)
+
+    def mixed(self, mix: Tensor) -> "PseudoLabels":
+        """The labels of the cut-mixed view; see `cutmix`."""
+        return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
+
+    def confident_ratio(self, threshold: float) -> Tensor:
+        """Share of the valid pixels whose confidence reaches `threshold`; 0 without valid pixels."""
+        return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
+
+
+class Teacher(nn.Module):
+    """A frozen backbone with the way in which it sees images and is compared."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        input_size: int | None = None,
+        bands: Sequence[int] | None = None,
+        student_normalised: bool = False,
+        grid: Literal["teacher", "student"] = "teacher",
+        standardize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
+        super().__init__()
+        self.frozen = Frozen(backbone)
+        self.input_size = input_size
+        self.bands = None if bands is None else list(bands)
+        self.student_normalised = student_normalised
+        self.grid = grid
+        self.standardize = standardize
+        self.loss_weight = loss_weight
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, student: Backbone) -> Tensor:
+        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
+        backbone = self.frozen.module
+        if self.student_normalised:
+            images = student.normalize(images)
+        if self.bands is not None:
+            images = images[:, self.bands]
+        if self.input_size is not None:
+            images = resize(images, (self.input_size, self.input_size), align_corners=True)
+        maps = backbone.taps_of_normalized(images) if self.student_normalised else backbone(images)
+        target = maps[-1].float()
+        if self.standardize:
+            target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
+        return target  # type: ignore[no-any-return]
+
+    def loss(self, translated: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of the predicted map (B, D, h, w) and the teacher's, on the grid that was chosen."""
+        with torch.autocast(translated.device.type, enabled=False):
+            translated = translated.float()
+            if self.grid == "teacher":
+                translated = resize(translated, target.shape[-2:], align_corners=True)
+            else:
+                target = resize(target, translated.shape[-2:], align_corners=True)
+            return F.mse_loss(translated, target)
+
+
+class MTDFMethod(Method):
+    """The student with what trains it: its average, which labels, and its teachers."""
+
+    def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
+        """Join the parts.
+
+        Args:
+            student: what ships; has one translator per teacher.
+            teachers: by the names of the translators; none: no distillation.
+            settings: see `Settings`.
+        """
+        super().__init__()
+        self.student = student
+        self.teachers = nn.ModuleDict(teachers)
+        self.settings = settings
+        self.average = Ema(student, settings.ema_decay) if settings.unlabeled else None
+        labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
+        unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
+        self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:
+        """Losses of one batch.
+
+        The weak view of the unlabeled crops is labelled by the average; the student must give those labels to the
+        strong, cut-mixed views. Teachers see what the student sees: labeled crops and strong views.
+        """
+        s, x = self.settings, batch["labeled"]
+        weak, views, pseudo = None, [], []
+        if self.average is not None:
+            u = batch["unlabeled"]
+            weak = self._pseudo_labels(u)
+            views, pseudo = _strong_views(u, weak)
+        images = torch.cat([x.images, *views])
+        output = self.student.forward_translated(images, self._channel_mask(len(x.images), views))
+        logits_x, *logits_u = output.logits.split([len(view) for view in (x.images, *views)])
+
+        losses = {"labeled": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
+        logs: dict[str, Tensor] = {}
+        if weak is not None:
+            per_view = [
+                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.pseudo_divisor)
+                for logits, labels in zip(logits_u, pseudo, strict=True)
+            ]
+            losses["pseudo"] = s.pseudo_weight * torch.stack(per_view).mean()
+            logs["confident_ratio"] = weak.confident_ratio(s.confidence)
+        if self.teachers:
+            errors = self._distillation(images, output.translated)
+            losses["distill"] = s.distill_weight * torch.stack(list(errors.values())).mean()
+            logs |= {f"distill_{name}": error.detach() for name, error in errors.items()}
+        return StepOutput(losses, logs)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Average the weights. Early on the average is the plain mean of all students since step 0."""
+        if self.average is not None:
+            self.average.update(self.student, decay=min(1.0 - 1.0 / (step + 1), self.settings.ema_decay))
+
+    def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
+        """The backbone at the optimizer's rate, all else of the student at a multiple of it."""
+        backbone = [p for p in self.student.backbone.parameters() if p.requires_grad]
+        known = {id(p) for p in self.student.backbone.parameters()}
+        rest = [p for p in self.student.parameters() if id(p) not in known]
+        return {"main": (ParamGroup(backbone), ParamGroup(rest, lr_scale=self.settings.head_lr_scale))}
+
+    def deployable(self) -> MTDFSegmenter:
+        """The student or its average, as the recipe says."""
+        if self.settings.ship == "average" and self.average is not None:
+            return self.average.module  # type: ignore[return-value]
+        return self.student
+
+    @torch.no_grad()
+    def _pseudo_labels(self, u: Samples) -> PseudoLabels:
+        assert self.average is not None  # for the type checker: the caller asked
+        return PseudoLabels.of(self.average.module(u.images), u.valid)
+
+    def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
+        """Factors (B, D) for the channels of all maps: the two strong views see different halves."""
+        if not self.settings.complementary_dropout:
+            return None
+        channels = self.student.backbone.info.channels[-1]
+        masks = complementary_masks(len(views[0]), channels, device=views[0].device)
+        return torch.cat([masks.new_ones(labeled, channels), masks])
+
+    def _distillation(self, images: Tensor, translated: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Per teacher the weighted error of the student's prediction of its map."""
+        errors = {}
+        for name, teacher in self.teachers.items():
+            assert isinstance(teacher, Teacher)  # ModuleDict forgets the type of its values
+            errors[name] = teacher.loss_weight * teacher.loss(translated[name], teacher(images, self.student.backbone))
+        return errors
+
+
+def cutmix(x: Tensor, mix: Tensor) -> Tensor:
+    """Take the pixels in each sample's box from its partner, sample B - 1 - i.
+
+    Args:
+        x: (B, H, W) or (B, C, H, W), any dtype.
+        mix: bool (B, H, W), True inside the box.
+    """
+    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
+
+
+def pseudo_label_loss(
+    logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
+) -> Tensor:
+    """Cross-entropy summed over the confident, valid pixels.
+
+    Args:
+        logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
+        pseudo: labels, confidence and valid area.
+        threshold: confidence that a pixel needs to count.
+        divisor: divide by the number of `valid` pixels (the authors' code) or of the `confident` ones.
+
+    Returns:
+        Scalar; exactly 0 where no pixel counts.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        confident = pseudo.valid & (pseudo.confidence >= threshold)
+        per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
+        count = (confident if divisor == "confident" else pseudo.valid).sum()
+        return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
+
+
+def complementary_masks(
+    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> Tensor:
+    """Channel factors for two views of the same samples: what one view keeps, doubled, the other drops.
+
+    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
+
+    Args:
+        pairs: samples per view.
+        channels: of the maps.
+        device: of the result.
+        generator: source of the draws; None: torch's own, which the trainer seeds for every step.
+
+    Returns:
+        float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
+
+    Source: UniMatch V2 (arXiv 2410.10777).
+    """
+    first = 2.0 * torch.randint(0, 2, (pairs, channels), generator=generator).float()
+    first[torch.randperm(pairs, generator=generator)[: pairs // 2]] = 1.0
+    return torch.cat([first, 2.0 - first]).to(device)
+
+
+def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
+    """Per strong view the cut-mixed images and the labels mixed alike."""
+    assert u.strong is not None and u.mix is not None  # the stream asks for them
+    boxes = u.mix.unbind(dim=1)
+    views = [cutmix(strong, mix) for strong, mix in zip(u.strong.unbind(dim=1), boxes, strict=True)]
+    return views, [weak.mixed(mix) for mix in boxes]
+
+
+def _labels(x: Samples) -> Tensor:
+    assert x.masks is not None  # the stream asks for them
+    return x.masks
