@@ -1,9 +1,14 @@
-"""Dense prediction head of Ranftl et al. (arXiv 2103.13413), in the form that UniMatch and RS-MTDF use."""
+"""Dense prediction head of Ranftl et al. (arXiv 2103.13413), in the form that UniMatch and RS-MTDF use.
+
+Every resize is bilinear with aligned corners.
+"""
 
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rsseg.layers.resize import resize
 
 
 class ResidualUnit(nn.Module):
@@ -34,7 +39,7 @@ class FusionBlock(nn.Module):
             x = x + self.skip(skip)
         # The published order is resize, then project. Bilinear weights sum to 1, so a 1x1 convolution gives the same
         # before the resize, on a quarter of the pixels.
-        return resize(self.project(self.refine(x)), size)
+        return resize(self.project(self.refine(x)), size, align_corners=True)
 
 
 class DPTHead(nn.Module):
@@ -95,11 +100,6 @@ class DPTHead(nn.Module):
         for level in (2, 1, 0):
             path = self.fuse[level](path, levels[level], targets[level])
         return self.predict(path)  # type: ignore[no-any-return]
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners, no antialiasing: float (B, C, h, w) -> (B, C, *size)."""
-    return x if _size(x) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def _size(x: Tensor) -> tuple[int, int]:

@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
+from rsseg.errors import RecipeError
 from rsseg.layers.ema import Ema
 from rsseg.layers.frozen import Frozen
 from rsseg.layers.losses import cross_entropy
 from rsseg.layers.resize import resize
 from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.network import MTDFSegmenter
+from rsseg.methods.mtdf.network import MTDFSegmenter, assemble_segmenter, crop_sizes, teacher_task
+from rsseg.methods.mtdf.recipe import MTDFRecipe
+from rsseg.task import Task
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Teacher(nn.Module):
         *,
         input_size: int | None = None,
         bands: Sequence[int] | None = None,
-        student_normalised: bool = False,
+        student_normalized: bool = False,
         grid: Literal["teacher", "student"] = "teacher",
         standardize: bool = False,
         loss_weight: float = 1.0,
@@ -83,7 +87,7 @@ class Teacher(nn.Module):
         self.frozen = Frozen(backbone)
         self.input_size = input_size
         self.bands = None if bands is None else list(bands)
-        self.student_normalised = student_normalised
+        self.student_normalized = student_normalized
         self.grid = grid
         self.standardize = standardize
         self.loss_weight = loss_weight
@@ -92,13 +96,13 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor, student: Backbone) -> Tensor:
         """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
         backbone = self.frozen.module
-        if self.student_normalised:
+        if self.student_normalized:
             images = student.normalize(images)
         if self.bands is not None:
             images = images[:, self.bands]
         if self.input_size is not None:
             images = resize(images, (self.input_size, self.input_size), align_corners=True)
-        maps = backbone.taps_of_normalized(images) if self.student_normalised else backbone(images)
+        maps = backbone.taps_of_normalized(images) if self.student_normalized else backbone(images)
         target = maps[-1].float()
         if self.standardize:
             target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
@@ -176,7 +180,8 @@ class MTDFMethod(Method):
         backbone = [p for p in self.student.backbone.parameters() if p.requires_grad]
         known = {id(p) for p in self.student.backbone.parameters()}
         rest = [p for p in self.student.parameters() if id(p) not in known]
-        return {"main": (ParamGroup(backbone), ParamGroup(rest, lr_scale=self.settings.head_lr_scale))}
+        groups = (ParamGroup(backbone), ParamGroup(rest, lr_scale=self.settings.head_lr_scale))
+        return {"main": [group for group in groups if group.params]}
 
     def deployable(self) -> MTDFSegmenter:
         """The student or its average, as the recipe says."""
@@ -271,3 +276,75 @@ def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[Ps
 def _labels(x: Samples) -> Tensor:
     assert x.masks is not None  # the stream asks for them
     return x.masks
+
+
+def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
+    """Student and teachers with the weights that the recipe names, the rest untrained.
+
+    Raises:
+        RecipeError: parts of the recipe do not fit together.
+        DataError: a teacher wants a band that the task does not have.
+        WeightsError: weights are missing, foreign or may not be fetched.
+    """
+    student = create_backbone(recipe.student, task)
+    teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
+    channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
+    return assemble_method(recipe, assemble_segmenter(recipe, task, student, channels), teachers)
+
+
+def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mapping[str, Backbone]) -> MTDFMethod:
+    """Losses, average and teachers as the recipe says, round given networks; see `build_method`."""
+    _check_sizes(recipe, student.backbone, backbones)
+    teachers = {
+        config.name: Teacher(
+            backbones[config.name],
+            input_size=config.input_size,
+            bands=config.bands and [student.task.bands.index(band) for band in config.bands],
+            student_normalized=config.teacher_input == "student_normalized",
+            grid=config.grid,
+            standardize=config.standardize,
+            loss_weight=config.loss_weight,
+        )
+        for config in recipe.teachers
+    }
+    equal = 1.0 / (1 + recipe.unlabeled + bool(teachers))
+    weights = (recipe.labeled_weight, recipe.pseudo_weight, recipe.distill_weight)
+    labeled, pseudo, distill = (equal if weight is None else weight for weight in weights)
+    settings = Settings(
+        labeled_weight=labeled,
+        pseudo_weight=pseudo,
+        distill_weight=distill,
+        unlabeled=recipe.unlabeled,
+        confidence=recipe.confidence,
+        pseudo_divisor=recipe.pseudo_divisor,
+        strong_views=recipe.strong_views,
+        complementary_dropout=recipe.complementary_dropout,
+        ema_decay=recipe.ema_decay,
+        ship=recipe.ship,
+        head_lr_scale=recipe.head_lr_scale,
+    )
+    return MTDFMethod(student, teachers, settings)
+
+
+def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, Backbone]) -> None:
+    """Every image that a network sees must be a whole number of its patches."""
+    crops = crop_sizes(recipe)
+    if len(set(crops.values())) > 1:
+        raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
+    crop = crops["labeled"]
+    _check_side("data.augment.crop_size", crop, student)
+    for config in recipe.teachers:
+        key = f"teachers: input_size of {config.name!r}"
+        _check_side(key, config.input_size or crop, teachers[config.name])
+        if config.input_size is not None:
+            _check_side(key, config.input_size, student)
+
+
+def _check_side(key: str, side: int, network: Backbone) -> None:
+    multiple = network.info.input_multiple
+    if side % multiple:
+        below = side // multiple * multiple
+        raise RecipeError(
+            f"{key}: {side} pixels are no multiple of {multiple}, which {network.info.name} needs. "
+            f"Take {below or multiple} or {below + multiple}."
+        )

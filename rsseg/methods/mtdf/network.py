@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.zoo import Backbone
-from rsseg.layers.dpt import DPTHead, resize
+from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.zoo import create_backbone
+from rsseg.errors import RecipeError
+from rsseg.layers.dpt import DPTHead
+from rsseg.layers.resize import resize
 from rsseg.methods.base import Segmenter, TileHint
-from rsseg.task import Task
+from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
+from rsseg.task import Task, task_with_bands
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class MTDFSegmenter(Segmenter):
         translators: Mapping[str, Translator],
         fusion_weights: Mapping[str, float],
         student_weight: float = 0.8,
+        fill: Sequence[float] | None = None,
         tile: int = 518,
     ) -> None:
         """Join the parts.
@@ -99,12 +104,13 @@ class MTDFSegmenter(Segmenter):
             translators: by teacher name.
             fusion_weights: by teacher name, share of its features in the last map; empty: no fusion.
             student_weight: share of the student's own last map in the fusion.
+            fill: per band, scaled units: value of pixels without data; None takes the normalization mean.
             tile: training crop side in pixels, the preferred tile.
         """
         info = backbone.info
         # Attention sees the whole tile, so tiles stay at the training size.
         hint = TileHint(size=tile, overlap=tile // 4, flexible=info.kind == "pyramid")
-        super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=hint)
+        super().__init__(task, input_multiple=info.input_multiple, fill=fill or info.mean, tile=hint)
         self.backbone = backbone
         self.head = head
         self.translators = nn.ModuleDict(translators)
@@ -150,10 +156,10 @@ class MTDFSegmenter(Segmenter):
                 features[name] = last
             elif translator.shared:
                 grid = size // self.backbone.info.strides[-1]
-                features[name] = resize(last, (grid, grid))
+                features[name] = resize(last, (grid, grid), align_corners=True)
             else:
                 if size not in passes:
-                    passes[size] = self.backbone(resize(images, (size, size)))[-1]
+                    passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
                 features[name] = passes[size]
         return features
 
@@ -162,13 +168,97 @@ class MTDFSegmenter(Segmenter):
         *finer, last = maps
         mixed = self.student_weight * last
         for name, weight in self.fusion_weights.items():
-            mixed = mixed + weight * resize(back[name], (last.shape[-2], last.shape[-1]))
+            mixed = mixed + weight * resize(back[name], last.shape[-2:], align_corners=True)
         return (*finer, mixed)
 
     def _decode(self, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        return resize(self.head(maps), (images.shape[-2], images.shape[-1]))
+        return resize(self.head(maps), images.shape[-2:], align_corners=True)
 
 
 def _pointwise(layer: nn.Module, features: Tensor) -> Tensor:
     """Apply a linear layer to the channels of (B, C, h, w). A ViT's maps are tokens seen as NCHW: no copy is made."""
     return layer(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def build_segmenter(recipe: MTDFRecipe, task: Task) -> MTDFSegmenter:
+    """The network with untrained weights; opens no file and builds no teacher.
+
+    Raises:
+        RecipeError: parts of the recipe do not fit together.
+    """
+    student = create_backbone(recipe.student, task, load_weights=False)
+    with torch.device("meta"):  # only their widths matter here
+        teachers = {
+            config.name: create_backbone(config.backbone, teacher_task(config, task), load_weights=False)
+            for config in recipe.teachers
+        }
+    return assemble_segmenter(recipe, task, student, {name: t.info.channels[-1] for name, t in teachers.items()})
+
+
+def assemble_segmenter(
+    recipe: MTDFRecipe, task: Task, student: Backbone, teacher_channels: Mapping[str, int]
+) -> MTDFSegmenter:
+    """Translators and head as the recipe says, round a given student; see `build_segmenter`.
+
+    Args:
+        recipe: the whole recipe.
+        task: classes and bands.
+        student: four taps.
+        teacher_channels: by teacher name, channels of its map.
+    """
+    info = student.info
+    if recipe.complementary_dropout and len(set(info.channels)) > 1:
+        raise RecipeError(
+            f"complementary_dropout: drops the same channels of all maps, but {info.name} has maps of {info.channels} "
+            "channels. Choose a ViT, or leave it out."
+        )
+    try:
+        head = DPTHead(
+            info.channels, info.strides, task.num_classes, widths=recipe.decoder_widths, features=recipe.decoder_features
+        )
+    except ValueError as error:
+        raise RecipeError(f"student: {error}. Set student.taps.") from None
+    fused = {t.name: t.fusion_weight for t in recipe.teachers if recipe.fusion and t.fusion_weight > 0}
+    translators = {
+        config.name: Translator(
+            student_channels=info.channels[-1],
+            teacher_channels=teacher_channels[config.name],
+            hidden=recipe.translator_width,
+            input_size=config.input_size,
+            shared=config.student_pass == "shared",
+            project=config.name in fused,
+        )
+        for config in recipe.teachers
+    }
+    return MTDFSegmenter(
+        student,
+        head,
+        task,
+        translators=translators,
+        fusion_weights=fused,
+        student_weight=recipe.student_weight,
+        fill=task.offset if recipe.padding == "black" else info.mean,
+        tile=crop_sizes(recipe)["labeled"],
+    )
+
+
+def teacher_task(config: TeacherConfig, task: Task) -> Task:
+    """The task as a teacher sees it: its bands only.
+
+    Raises:
+        DataError: a band that the task does not have.
+        RecipeError: pretrained weights see red, green and blue, the teacher would get another number of bands.
+    """
+    seen = task if config.bands is None else task_with_bands(task, config.bands)
+    if config.backbone.weights == "pretrained" and len(seen.bands) != 3:
+        raise RecipeError(
+            f"teachers: {config.name!r} was trained on red, green and blue and does not learn here; it would get "
+            f"{list(seen.bands)}. Name three bands in its `bands`, or give weights of a network for these bands."
+        )
+    return seen
+
+
+def crop_sizes(recipe: MTDFRecipe) -> dict[str, int]:
+    """Side in pixels of the training crops, by stream."""
+    augments = {name: recipe.data.streams[name].augment for name in recipe.data.streams}
+    return {name: (augments.get(name) or recipe.data.augment).crop_size for name in recipe.stream_names()}

@@ -1,12 +1,17 @@
 """Recipe of RS-MTDF (arXiv 2506.08772): semi-supervised training with several frozen teachers."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
 
 Weight = Annotated[float, Field(ge=0)]
+
+
+def _as_torch_spells(value: Any) -> Any:
+    """Accept the British spelling too."""
+    return "student_normalized" if value == "student_normalised" else value
 
 
 class TeacherConfig(Strict):
@@ -20,9 +25,9 @@ class TeacherConfig(Strict):
     """Side in pixels of the square that the image is resized to for this teacher; None keeps the crop."""
     bands: tuple[str, ...] | None = None
     """Bands that the teacher sees; None takes all bands of the task."""
-    teacher_input: Literal["own_statistics", "student_normalised"] = "own_statistics"
-    """`student_normalised` feeds the teacher the student's normalized image, as the authors' code does (CLIP gets
-    ImageNet statistics); `own_statistics` normalizes with the teacher's own."""
+    teacher_input: Annotated[Literal["own", "student_normalized"], BeforeValidator(_as_torch_spells)] = "own"
+    """Normalize the teacher's images with its own statistics, or feed it the student's normalized batch (published:
+    CLIP gets ImageNet statistics)."""
     student_pass: Literal["resized", "shared"] = "resized"
     """Which student features are translated: `resized` runs the student once more on the image at `input_size` (the
     publication; also at prediction), `shared` takes the features of the full crop, resized to the grid that the resized
@@ -61,6 +66,8 @@ class MTDFRecipe(BaseRecipe):
     """Softmax maximum that a pseudo-label needs to count."""
     pseudo_divisor: Literal["valid", "confident"] = "valid"
     """What the sum over confident pixels is divided by: all pixels with data (published), or the confident ones."""
+    padding: Literal["black", "mean"] = "black"
+    """Value of pixels without data: 0 before scaling (published), or the student's normalization mean."""
     strong_views: Annotated[int, Field(ge=1, le=2)] = 1
     """Strongly augmented views of each unlabeled crop (UniMatch V2 has two)."""
     complementary_dropout: bool = False
