@@ -48,6 +48,9 @@ class RasterInfo:
     height: int
     width: int
     count: int
+    """Bands that are read."""
+    available: int
+    """Bands that the files have."""
     dtype: str
     """NumPy name of the pixels that `Raster.read` returns: float32 if scale or offset tags are applied."""
     stored_dtype: str
@@ -78,6 +81,7 @@ class _Part(NamedTuple):
 
     dataset: Any
     bands: list[int]
+    available: int
     alpha: int | None
     mask: bool
 
@@ -236,7 +240,7 @@ class Raster:
             alphas = [i for i, c in zip(dataset.indexes, dataset.colorinterp, strict=True) if c == ColorInterp.alpha]
             taken = [band for owner, band in wanted if owner == number]
             has_mask = MaskFlags.per_dataset in dataset.mask_flag_enums[0]
-            parts.append(_Part(dataset, taken, alphas[0] if alphas else None, has_mask))
+            parts.append(_Part(dataset, taken, dataset.count - len(alphas), alphas[0] if alphas else None, has_mask))
         return parts
 
     def _describe(self, nodata: float | None) -> RasterInfo:
@@ -256,6 +260,7 @@ class Raster:
             height=first.height,
             width=first.width,
             count=len(bands),
+            available=sum(part.available for part in self._parts),
             dtype="float32" if scaled else stored.name,
             stored_dtype=stored.name,
             band_names=tuple(
@@ -364,9 +369,11 @@ def _equals(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
     if value is None:
         return same
     if math.isnan(value):
-        return np.isnan(band, out=same)
+        np.isnan(band, out=same)
+        return same
     if band.dtype.kind in "ui":
         limits = np.iinfo(band.dtype)
         if not float(value).is_integer() or not limits.min <= value <= limits.max:
             return same
-    return np.equal(band, band.dtype.type(value), out=same)
+    np.equal(band, band.dtype.type(value), out=same)
+    return same
