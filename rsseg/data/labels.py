@@ -64,21 +64,19 @@ class LabelTable:
 
     def _pixel_keys(self, stored: NDArray[Any], palette: Palette | None, name: str) -> NDArray[Any]:
         """What is looked up: the value, or the colour as one number."""
+        keys: NDArray[Any] = stored[0]
         if not self._colors:
-            if (stored[1:] != stored[:1]).any():
-                raise DataError(
-                    f"{name}: the mask has {len(stored)} different bands, expected one band of class values."
-                )
-            return stored[0]
-        if len(stored) == 1 and palette is not None:
-            known = np.zeros(max(256, *palette) + 1, np.int64)
-            known[list(palette)] = [_color_key(color[:3]) for color in palette.values()]
-            keys = known[keys]
-            return keys
-        if len(stored) != 3:
+            if (stored[1:] != keys).any():
+                raise DataError(f"{name}: the mask has {len(stored)} different bands, expected one of class values.")
+        elif len(stored) == 1 and palette is not None:
+            colors = np.zeros(max(256, *palette) + 1, np.int64)
+            colors[list(palette)] = [_color_key(color[:3]) for color in palette.values()]
+            keys = colors[keys]
+        elif len(stored) == 3:
+            red, green, blue = stored.astype(np.int64)
+            keys = (red << 16) | (green << 8) | blue
+        else:
             raise DataError(f"{name}: the mask has {len(stored)} bands, expected red, green and blue.")
-        red, green, blue = stored.astype(np.int64)
-        keys = (red << 16) | (green << 8) | blue
         return keys
 
     def _complain(self, keys: NDArray[Any], name: str) -> None:

@@ -71,7 +71,8 @@ def photometric_distortion(image: NDArray[np.uint8], draws: PhotometricDraws) ->
 
 def _affine_table(factor: float, shift: float) -> NDArray[np.uint8]:
     """Value -> value * factor + shift in float32, clipped, truncated."""
-    return np.clip(np.arange(256, dtype=np.float32) * factor + shift, 0, 255).astype(np.uint8)
+    table: NDArray[np.uint8] = np.clip(np.arange(256, dtype=np.float32) * factor + shift, 0, 255).astype(np.uint8)
+    return table
 
 
 def _in_hsv(image: NDArray[np.uint8], channel: int, table: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -92,16 +92,11 @@ def transform_mask(mask: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
 def _resize(pixels: NDArray[Any], size: Size, interpolation: int) -> NDArray[Any]:
     if pixels.shape[:2] == size:
         return pixels
-    bands = pixels.shape[2]
     groups = [
         cv2.resize(np.ascontiguousarray(pixels[..., i : i + _CV_BANDS]), size[::-1], interpolation=interpolation)
-        for i in range(0, bands, _CV_BANDS)
+        for i in range(0, pixels.shape[2], _CV_BANDS)
     ]
-    return (
-        np.concatenate([group.reshape(*size, -1) for group in groups], axis=2)
-        if len(groups) > 1
-        else groups[0].reshape(*size, bands)
-    )
+    return np.concatenate([group.reshape(*size, -1) for group in groups], axis=2)
 
 
 def _orient(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
