@@ -135,6 +135,12 @@ class AugmentConfig(Strict):
     """Image scale drawn uniformly before the crop; None keeps the scale."""
     scale_style: Literal["uniform", "long_side"] = "uniform"
     """`long_side` draws the integer length of the long side (UniMatch), `uniform` the factor itself."""
+    resampling: Literal["opencv", "pillow"] = "opencv"
+    """How a scaled crop is made. `opencv`: from whole source pixels, without antialiasing. `pillow`: antialiased where
+    it shrinks, placed on pixels of the scaled image (UniMatch); slower."""
+    pad_first: bool = False
+    """Pad images that are smaller than the crop before mirroring and turning (UniMatch), so that the padding can lie at
+    any side; False pads last, at right and bottom."""
     crop_max_class_ratio: Probability = 1.0
     """Redraw the crop (10 tries) while one class covers more than this part of it; 1 never redraws."""
     hflip: Probability = 0.5

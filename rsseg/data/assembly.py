@@ -17,9 +17,11 @@ from rsseg.data.strong import box_mask, draw_box, strong_view
 from rsseg.data.transforms import (
     Geometry,
     draw_geometry,
+    draw_pillow_window,
     draw_scaled_size,
     draw_window,
     one_class_dominates,
+    pad_origin,
     transform_image,
     transform_mask,
 )
@@ -30,7 +32,7 @@ _CROP_TRIES = 10
 
 class Crop(NamedTuple):
     """One sample, at most as large as the crop size. Arrays: image and each strong view `(h, w, bands)`, valid bool
-    and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`.
+    and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`. origin: row and column in the padded square.
     """
 
     image: NDArray[Any]
@@ -38,10 +40,11 @@ class Crop(NamedTuple):
     mask: NDArray[np.uint8] | None
     strong: tuple[NDArray[Any], ...] = ()
     mix: NDArray[np.bool_] | None = None
+    origin: tuple[int, int] = (0, 0)
 
 
 class HostSamples(NamedTuple):
-    """Crops padded at right and bottom and stacked, as they travel to the device.
+    """Crops padded to squares and stacked, as they travel to the device.
 
     images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the files' own type; valid bool, masks uint8
     `(B, S, S)`; mix bool `(B, V, S, S)`.
@@ -97,7 +100,8 @@ class StreamReader:
         image = transform_image(pixels.transpose(1, 2, 0), geometry)
         valid = transform_mask(valid, geometry)
         image = self._distort(rng, image)
-        crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry))
+        origin = pad_origin(geometry, plan.augment.crop_size) if plan.augment.pad_first else (0, 0)
+        crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry), origin=origin)
         if not plan.strong_views:
             return crop
         strong = tuple(strong_view(rng, image, valid, plan.space, plan.strong) for _ in range(plan.strong_views))
@@ -111,13 +115,16 @@ class StreamReader:
         size = self._reader.size(item)
         scaled = draw_scaled_size(rng, size, augment)
         limit = augment.crop_max_class_ratio
-        mask = None
+        mask, box = None, None
         for _ in range(1 + _CROP_TRIES):
-            window, out = draw_window(rng, size, scaled, augment.crop_size)
+            if augment.resampling == "pillow":
+                window, out, box = draw_pillow_window(rng, size, scaled, augment.crop_size)
+            else:
+                window, out = draw_window(rng, size, scaled, augment.crop_size)
             mask = self._reader.mask(item, window) if plan.masks else None
             if mask is None or limit >= 1 or not one_class_dominates(mask, limit):
                 break
-        return draw_geometry(rng, window, out, augment), mask
+        return draw_geometry(rng, window, out, augment, box), mask
 
     def _distort(self, rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
         match self.plan.augment.photometric:
@@ -139,7 +146,8 @@ def collate(crops: list[Crop], size: int) -> HostSamples:
     strong = np.zeros((len(crops), views, size, size, bands), dtype) if views else None
     mix = np.stack([crop.mix for crop in crops if crop.mix is not None]) if views else None
     for i, crop in enumerate(crops):
-        inside = slice(crop.image.shape[0]), slice(crop.image.shape[1])
+        (top, left), (height, width) = crop.origin, crop.valid.shape
+        inside = slice(top, top + height), slice(left, left + width)
         images[i][inside] = crop.image
         valid[i][inside] = crop.valid
         if masks is not None and crop.mask is not None:

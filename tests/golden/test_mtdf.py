@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tests.golden import mtdf_network, mtdf_training
+from tests.golden import mtdf_data, mtdf_network, mtdf_training
 from tests.golden.harness import parametrize_cases, run_case
 
-HANDLERS = mtdf_network.HANDLERS | mtdf_training.HANDLERS
+HANDLERS = mtdf_data.HANDLERS | mtdf_network.HANDLERS | mtdf_training.HANDLERS
 
 
 @parametrize_cases("mtdf")

@@ -173,7 +173,7 @@ class MTDFMethod(Method):
     def after_optimizer_step(self, step: int) -> None:
         """Average the weights. Early on the average is the plain mean of all students since step 0."""
         if self.average is not None:
-            self.average.update(self.student, decay=min(1.0 - 1.0 / (step + 1), self.settings.ema_decay))
+            self.average.update(self.student, decay=ema_ratio(step, self.settings.ema_decay))
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """The backbone at the optimizer's rate, all else of the student at a multiple of it."""
@@ -209,6 +209,11 @@ class MTDFMethod(Method):
             assert isinstance(teacher, Teacher)  # ModuleDict forgets the type of its values
             errors[name] = teacher.loss_weight * teacher.loss(translated[name], teacher(images, self.student.backbone))
         return errors
+
+
+def ema_ratio(step: int, largest: float) -> float:
+    """What the average keeps of itself after optimizer step `step` (from 0, over all restarts)."""
+    return min(1.0 - 1.0 / (step + 1), largest)
 
 
 def cutmix(x: Tensor, mix: Tensor) -> Tensor:
