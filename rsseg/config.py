@@ -137,7 +137,7 @@ class AugmentConfig(Strict):
     """`long_side` draws the integer length of the long side (UniMatch), `uniform` the factor itself."""
     resampling: Literal["opencv", "pillow"] = "opencv"
     """How a scaled crop is made. `opencv`: from whole source pixels, without antialiasing. `pillow`: antialiased where
-    it shrinks, placed on pixels of the scaled image (UniMatch); slower."""
+    it shrinks, cut from the scaled whole image (UniMatch); meant for tiles, slow on whole scenes."""
     pad_first: bool = False
     """Pad images that are smaller than the crop before mirroring and turning (UniMatch), so that the padding can lie at
     any side; False pads last, at right and bottom."""

@@ -16,8 +16,8 @@ from rsseg.data.sampling import Order, positions, sample_generator
 from rsseg.data.strong import box_mask, draw_box, strong_view
 from rsseg.data.transforms import (
     Geometry,
+    draw_cut,
     draw_geometry,
-    draw_pillow_window,
     draw_scaled_size,
     draw_window,
     one_class_dominates,
@@ -25,6 +25,7 @@ from rsseg.data.transforms import (
     transform_image,
     transform_mask,
 )
+from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX
 
 _CROP_TRIES = 10
@@ -115,16 +116,17 @@ class StreamReader:
         size = self._reader.size(item)
         scaled = draw_scaled_size(rng, size, augment)
         limit = augment.crop_max_class_ratio
-        mask, box = None, None
+        mask, cut = None, None
         for _ in range(1 + _CROP_TRIES):
             if augment.resampling == "pillow":
-                window, out, box = draw_pillow_window(rng, size, scaled, augment.crop_size)
+                window = Window(0, 0, *size)
+                cut, out = draw_cut(rng, scaled, augment.crop_size)
             else:
                 window, out = draw_window(rng, size, scaled, augment.crop_size)
             mask = self._reader.mask(item, window) if plan.masks else None
             if mask is None or limit >= 1 or not one_class_dominates(mask, limit):
                 break
-        return draw_geometry(rng, window, out, augment, box), mask
+        return draw_geometry(rng, window, out, augment, cut), mask
 
     def _distort(self, rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
         match self.plan.augment.photometric:

@@ -3,9 +3,8 @@
 Drawing and applying are apart, so that draws can be given by hand.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,9 +17,15 @@ from rsseg.task import IGNORE_INDEX
 
 Size = tuple[int, int]
 """Rows, columns."""
-Box = tuple[float, float, float, float]
 _CV_BANDS = 4
 """OpenCV scales at most four bands at once."""
+
+
+class Cut(NamedTuple):
+    """Size of the whole scaled image, and first row and column of the crop in it."""
+
+    scaled: Size
+    origin: Size
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Geometry:
     hflip   mirrored left to right
     vflip   mirrored top to bottom
     turns   times it is turned by 90 degrees, counter-clockwise
-    box     left, top, right, bottom of the crop in the window, source pixels; resampled by Pillow. None: all of the
-            window, by OpenCV
+    cut     the window is scaled as a whole, by Pillow, and a crop of `size` is cut out. None: the window is the crop, and
+            OpenCV scales it
     """
 
     window: Window
@@ -41,7 +46,7 @@ class Geometry:
     hflip: bool
     vflip: bool
     turns: int
-    box: Box | None = None
+    cut: Cut | None = None
 
 
 def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig) -> Size:
@@ -72,41 +77,19 @@ def draw_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -
     return Window(row, col, rows, cols), out
 
 
-def draw_pillow_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -> tuple[Window, Size, Box]:
-    """Like `draw_window`, with the crop placed on pixels of the scaled image; also the box that it covers."""
+def draw_cut(rng: np.random.Generator, scaled: Size, crop: int) -> tuple[Cut, Size]:
+    """A random crop of the scaled image, placed on its own pixels, and the crop's size."""
     out = min(scaled[0], crop), min(scaled[1], crop)
     top, left = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(scaled, out, strict=True))
-    window, box = pillow_window(size, scaled, (top, left), out)
-    return window, out, box
-
-
-def pillow_window(size: Size, scaled: Size, origin: Size, out: Size) -> tuple[Window, Box]:
-    """Source pixels that a crop of the scaled image depends on, and the box in them that it covers.
-
-    Args:
-        size: of the image.
-        scaled: its size after scaling.
-        origin: first row and column of the crop in the scaled image.
-        out: rows and columns of the crop.
-    """
-    starts, counts, low, high = [], [], [], []
-    for full, whole, first, part in zip(size, scaled, origin, out, strict=True):
-        step = full / whole
-        reach = max(step, 1.0) + 1  # of the filter, one pixel to spare
-        start = max(0, math.floor(first * step - reach))
-        starts.append(start)
-        counts.append(min(full, math.ceil((first + part) * step + reach)) - start)
-        low.append(first * step - start)
-        high.append(min((first + part) * step - start, counts[-1]))
-    return Window(*starts, *counts), (low[1], low[0], high[1], high[0])
+    return Cut(scaled, (top, left)), out
 
 
 def draw_geometry(
-    rng: np.random.Generator, window: Window, size: Size, config: AugmentConfig, box: Box | None = None
+    rng: np.random.Generator, window: Window, size: Size, config: AugmentConfig, cut: Cut | None = None
 ) -> Geometry:
     """Complete a window with mirroring and turning."""
     hflip, vflip, turn = (bool(rng.random() < p) for p in (config.hflip, config.vflip, config.rot90))
-    return Geometry(window, size, hflip, vflip, int(rng.integers(1, 4)) if turn else 0, box)
+    return Geometry(window, size, hflip, vflip, int(rng.integers(1, 4)) if turn else 0, cut)
 
 
 def pad_origin(geometry: Geometry, crop: int) -> Size:
@@ -129,8 +112,8 @@ def one_class_dominates(mask: NDArray[np.uint8], limit: float) -> bool:
 
 def transform_image(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
     """Window `(h, w, bands)` -> scaled (bilinear), mirrored, turned `(h', w', bands)`, contiguous, same type."""
-    if geometry.box is not None:
-        resized = _pillow(pixels, geometry.size, geometry.box, PIL.Image.Resampling.BILINEAR)
+    if geometry.cut is not None:
+        resized = _pillow_cut(pixels, geometry.size, geometry.cut, PIL.Image.Resampling.BILINEAR)
     else:
         resized = _resize(pixels, geometry.size, cv2.INTER_LINEAR)
     return _orient(resized, geometry)
@@ -139,8 +122,8 @@ def transform_image(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
 def transform_mask(mask: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
     """Window `(h, w)` uint8 or bool -> scaled (nearest), mirrored, turned `(h', w')`, contiguous, same type."""
     values = mask.view(np.uint8)[..., None]
-    if geometry.box is not None:
-        resized = _pillow(values, geometry.size, geometry.box, PIL.Image.Resampling.NEAREST)
+    if geometry.cut is not None:
+        resized = _pillow_cut(values, geometry.size, geometry.cut, PIL.Image.Resampling.NEAREST)
     else:
         resized = _resize(values, geometry.size, cv2.INTER_NEAREST)
     return _orient(resized, geometry)[..., 0].view(mask.dtype)
@@ -156,17 +139,19 @@ def _resize(pixels: NDArray[Any], size: Size, interpolation: int) -> NDArray[Any
     return np.concatenate([group.reshape(*size, -1) for group in groups], axis=2)
 
 
-def _pillow(pixels: NDArray[Any], size: Size, box: Box, filter_: PIL.Image.Resampling) -> NDArray[Any]:
-    """8-bit bands as they are, others as 32-bit floating point, rounded back to their type."""
-    if pixels.shape[:2] == size and box == (0, 0, size[1], size[0]):
-        return pixels
-    native = pixels.dtype == np.uint8
-    bands = np.moveaxis(pixels if native else pixels.astype(np.float32), 2, 0)
-    planes = [PIL.Image.fromarray(np.ascontiguousarray(band)).resize(size[::-1], filter_, box) for band in bands]
-    scaled = np.stack([np.asarray(plane) for plane in planes], axis=2)
-    if native or not np.issubdtype(pixels.dtype, np.integer):
-        return scaled
-    return np.rint(scaled).astype(pixels.dtype)
+def _pillow_cut(pixels: NDArray[Any], size: Size, cut: Cut, filter_: PIL.Image.Resampling) -> NDArray[Any]:
+    """Scale all, then cut: Pillow's own box has 32-bit corners, which moves some pixels by a grey level.
+
+    8-bit bands are scaled as they are, others in 32-bit floating point and rounded back to their type.
+    """
+    if pixels.shape[:2] != cut.scaled:
+        native = pixels.dtype == np.uint8
+        bands = np.moveaxis(pixels if native else pixels.astype(np.float32), 2, 0)
+        images = [PIL.Image.fromarray(np.ascontiguousarray(band)).resize(cut.scaled[::-1], filter_) for band in bands]
+        scaled = np.stack([np.asarray(image) for image in images], axis=2)
+        pixels = np.rint(scaled).astype(pixels.dtype) if np.issubdtype(pixels.dtype, np.integer) else scaled
+    top, left = cut.origin
+    return pixels[top : top + size[0], left : left + size[1]]
 
 
 def _orient(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:

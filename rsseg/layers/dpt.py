@@ -4,6 +4,7 @@ Every resize is bilinear with aligned corners.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,6 +116,6 @@ def _reassemble(strides: Sequence[int], widths: Sequence[int]) -> list[nn.Module
             nn.Identity(),
             nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
         ]
-    if all(fine * 2 == coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+    if all(fine * 2 == coarse for fine, coarse in pairwise(strides)):
         return [nn.Identity() for _ in strides]
     raise ValueError(f"strides of four maps must agree or double from level to level; got {tuple(strides)}")

@@ -13,10 +13,11 @@ from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
 from rsseg.data.streams import Scaling, to_samples
 from rsseg.data.strong import box_size
-from rsseg.data.transforms import Geometry, pad_origin, pillow_window, transform_image, transform_mask
+from rsseg.data.transforms import Cut, Geometry, pad_origin, transform_image, transform_mask
 from rsseg.inference.predict import predict_image
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.metrics import ConfusionMatrix, Scores, scores
+from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX
 from tests.conftest import rgb_task
 from tests.golden.harness import Case, Handler
@@ -29,8 +30,6 @@ LABEL_MAPS = MappingProxyType(
         "potsdam": LabelMap(values={value: value for value in range(6)}),
     }
 )
-GRAY_LEVEL = 1 / 255 / 0.224
-"""Pillow versions differ by one grey level at most; this is one after normalization."""
 
 
 def augment(case: Case) -> None:
@@ -39,27 +38,24 @@ def augment(case: Case) -> None:
     factor = hyper["long_side"] / max(size)
     scaled = int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
     out = min(scaled[0], crop), min(scaled[1], crop)
-    window, box = pillow_window(size, scaled, (hyper["crop_y"], hyper["crop_x"]), out)
-    geometry = Geometry(window, out, hyper["hflip"], vflip=False, turns=0, box=box)
-    rows, columns = slice(window.row, window.row + window.height), slice(window.col, window.col + window.width)
+    cut = Cut(scaled, (hyper["crop_y"], hyper["crop_x"]))
+    geometry = Geometry(Window(0, 0, *size), out, hyper["hflip"], vflip=False, turns=0, cut=cut)
 
     pixels = case.tensors["in.image_uint8_hwc"].numpy()
-    image = transform_image(pixels[rows, columns], geometry)
-    valid = transform_mask(np.ones((window.height, window.width), np.bool_), geometry)
+    image = transform_image(pixels, geometry)
+    valid = transform_mask(np.ones(size, np.bool_), geometry)
     mask = None
     if "out.mask" in case.tensors:
         label_map = LABEL_MAPS[hyper["dataset"].lower()]
         classes = max(index for index in label_map.values.values() if index != IGNORE_INDEX) + 1
         stored = case.tensors["in.mask_uint8"].numpy()[None]
-        mask = transform_mask(LabelTable(label_map, classes).indices(stored, None, name=case.name)[rows, columns], geometry)
+        mask = transform_mask(LabelTable(label_map, classes).indices(stored, None, name=case.name), geometry)
     black = Scaling.of(rgb_task(), (0.0, 0.0, 0.0), torch.device("cpu"))
     samples = to_samples(collate([Crop(image, valid, mask, origin=pad_origin(geometry, crop))], crop), black)
 
     mean, std = (torch.tensor(hyper[name])[:, None, None] for name in ("mean", "std"))
     normalized = (samples.images[0] - mean) / std
     key = "out.image" if "out.image" in case.tensors else "out.image_weak"
-    difference = (normalized - case.tensors[key]).abs()
-    assert float(difference.max()) <= GRAY_LEVEL + 1e-6
     case.check(normalized, key)
     if samples.masks is not None:
         assert torch.equal(samples.masks[0], case.tensors["out.mask"])
@@ -70,7 +66,7 @@ def augment(case: Case) -> None:
 def cutmix_box(case: Case) -> None:
     for crop, area, aspect, x, y, width, height in case.tensors["table"].tolist():
         assert box_size(area, aspect, int(crop)) == (int(height), int(width))
-        assert x + width <= crop and y + height <= crop
+        assert max(x + width, y + height) <= crop
 
 
 class _Convolution(Segmenter):
@@ -84,7 +80,8 @@ class _Convolution(Segmenter):
         load_into(self, state, "golden")
 
     def forward(self, images: Tensor) -> Tensor:
-        assert images.shape[-2] % self.input_multiple == 0 and images.shape[-1] % self.input_multiple == 0
+        assert images.shape[-2] % self.input_multiple == 0
+        assert images.shape[-1] % self.input_multiple == 0
         return self.conv(images)  # type: ignore[no-any-return]
 
 

@@ -100,9 +100,7 @@ def make_student(hyper: Mapping[str, Any], state: Mapping[str, Tensor]) -> MTDFS
     """The whole student with given weights under the authors' names."""
     width, task = hyper["embed_dim"], make_task(hyper["nclass"])
     backbone = dinov2(hyper, image_size=hyper["pos_grid"] * 14)
-    head = DPTHead(
-        [width] * 4, [14] * 4, hyper["nclass"], widths=hyper["out_channels"], features=hyper["features"]
-    )
+    head = DPTHead([width] * 4, [14] * 4, hyper["nclass"], widths=hyper["out_channels"], features=hyper["features"])
     _, dino, clip = hyper.get("fusion", (0.8, 0.1, 0.1))
     student = MTDFSegmenter(
         backbone,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, student: Backbone) -> Tensor:
         """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
-        backbone = self.frozen.module
+        backbone = cast(Backbone, self.frozen.module)
         if self.student_normalized:
             images = student.normalize(images)
         if self.bands is not None:
@@ -106,7 +106,7 @@ class Teacher(nn.Module):
         target = maps[-1].float()
         if self.standardize:
             target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-        return target  # type: ignore[no-any-return]
+        return target
 
     def loss(self, translated: Tensor, target: Tensor) -> Tensor:
         """Mean squared error of the predicted map (B, D, h, w) and the teacher's, on the grid that was chosen."""
@@ -139,21 +139,23 @@ class MTDFMethod(Method):
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
         self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
 
         The weak view of the unlabeled crops is labelled by the average; the student must give those labels to the
         strong, cut-mixed views. Teachers see what the student sees: labeled crops and strong views.
         """
         s, x = self.settings, batch["labeled"]
-        weak, views, pseudo = None, [], []
+        weak: PseudoLabels | None = None
+        views: list[Tensor] = []
+        pseudo: list[PseudoLabels] = []
         if self.average is not None:
             u = batch["unlabeled"]
             weak = self._pseudo_labels(u)
             views, pseudo = _strong_views(u, weak)
         images = torch.cat([x.images, *views])
         output = self.student.forward_translated(images, self._channel_mask(len(x.images), views))
-        logits_x, *logits_u = output.logits.split([len(view) for view in (x.images, *views)])
+        logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
         losses = {"labeled": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
         logs: dict[str, Tensor] = {}
@@ -272,7 +274,8 @@ def complementary_masks(
 
 def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
     """Per strong view the cut-mixed images and the labels mixed alike."""
-    assert u.strong is not None and u.mix is not None  # the stream asks for them
+    assert u.strong is not None  # the stream asks for both
+    assert u.mix is not None
     boxes = u.mix.unbind(dim=1)
     views = [cutmix(strong, mix) for strong, mix in zip(u.strong.unbind(dim=1), boxes, strict=True)]
     return views, [weak.mixed(mix) for mix in boxes]
@@ -304,7 +307,7 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
         config.name: Teacher(
             backbones[config.name],
             input_size=config.input_size,
-            bands=config.bands and [student.task.bands.index(band) for band in config.bands],
+            bands=None if config.bands is None else [student.task.bands.index(band) for band in config.bands],
             student_normalized=config.teacher_input == "student_normalized",
             grid=config.grid,
             standardize=config.standardize,

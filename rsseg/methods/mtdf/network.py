@@ -137,7 +137,9 @@ class MTDFSegmenter(Segmenter):
         features = self._translator_inputs(images, maps[-1])
         translated = {name: self._translator(name)(features[name]) for name in self.translators}
         if self.fusion_weights:
-            maps = self._fuse(maps, {name: self._translator(name).back(translated[name]) for name in self.fusion_weights})
+            maps = self._fuse(
+                maps, {name: self._translator(name).back(translated[name]) for name in self.fusion_weights}
+            )
         if channel_mask is not None:
             maps = tuple(x * channel_mask[:, :, None, None] for x in maps)
         return StudentOutput(self._decode(maps, images), translated)
@@ -214,7 +216,11 @@ def assemble_segmenter(
         )
     try:
         head = DPTHead(
-            info.channels, info.strides, task.num_classes, widths=recipe.decoder_widths, features=recipe.decoder_features
+            info.channels,
+            info.strides,
+            task.num_classes,
+            widths=recipe.decoder_widths,
+            features=recipe.decoder_features,
         )
     except ValueError as error:
         raise RecipeError(f"student: {error}. Set student.taps.") from None

@@ -91,7 +91,9 @@ class MTDFRecipe(BaseRecipe):
         if len(set(names)) != len(names):
             raise ValueError(f"two teachers share a name: {names}; rename one")
         if self.complementary_dropout and self.strong_views != 2:
-            raise ValueError("complementary_dropout drops half of the channels in each of two views: set strong_views to 2")
+            raise ValueError(
+                "complementary_dropout drops half of the channels in each of two views: set strong_views to 2"
+            )
         if not self.unlabeled and self.ship == "average":
             raise ValueError("the average exists only as pseudo-labeller: set ship to student, or unlabeled to true")
         if set(self.optimizers) != {"main"}:
