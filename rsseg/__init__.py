@@ -1,3 +1,37 @@
-"""Remote-sensing image segmentation where labels are few: train, evaluate, predict."""
+"""Remote-sensing image segmentation where labels are few: train, evaluate, predict.
+
+The four functions are the ones that the command line calls; importing this package loads none of them.
+
+    load(path) -> Segmenter             model file or run folder -> network with `.task` and `predict_logits`
+    train(recipe) -> TrainResult        a loaded recipe (see `load_recipe`) -> run folder and scores
+    evaluate(...) -> Evaluation         confusion matrix and scores of a model on a split
+    predict(...) -> SceneResult         a raster of any size -> a class raster on the same grid
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rsseg.inference.load import load_segmenter as load
+    from rsseg.recipe import load_recipe
+    from rsseg.scene.predict import predict_scene as predict
+    from rsseg.training.evaluate import evaluate
+    from rsseg.training.run import train
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "load", "load_recipe", "predict", "train"]
+
+_PUBLIC = {
+    "load": ("rsseg.inference.load", "load_segmenter"),
+    "load_recipe": ("rsseg.recipe", "load_recipe"),
+    "train": ("rsseg.training.run", "train"),
+    "evaluate": ("rsseg.training.evaluate", "evaluate"),
+    "predict": ("rsseg.scene.predict", "predict_scene"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rsseg' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)

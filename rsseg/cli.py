@@ -1,10 +1,104 @@
-"""The command line: parse, call one function, print."""
+"""The command line: registers the commands and turns exceptions into messages and exit codes."""
 
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from rsseg import __version__
+from rsseg.commands import backbone, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
+from rsseg.commands.console import print_error
+from rsseg.errors import RssegError
+
+EXIT_CODES = """Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, 5 weights or
+model missing, 6 memory, disk or device, 7 some scenes of a batch failed, 8 check not met, 130 interrupted with the state saved."""
+
+app = typer.Typer(
+    name="rsseg",
+    help="Train, evaluate and apply remote-sensing image segmentation where labels are few.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.add_typer(dataset.app, name="dataset")
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(runs.app, name="runs")
+app.add_typer(backbone.app, name="backbone")
+app.add_typer(weights.app, name="weights")
+app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rsseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never download anything.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the command hold for all commands."""
+    if offline:
+        os.environ["RSSEG_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    if debug:
+        os.environ["RSSEG_DEBUG"] = "1"
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    Expected errors are printed as their message. Anything else is a bug: its traceback goes to a report file.
+    """
+    try:
+        result = app(arguments, standalone_mode=False)
+    except RssegError as error:
+        if os.environ.get("RSSEG_DEBUG"):
+            traceback.print_exc()
+        print_error(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print_error("Interrupted.")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, is gone; say nothing, also not when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last line of defence: every bug ends here
+        return _report_bug(error)
+    return result if isinstance(result, int) else 0
+
+
+def _report_bug(error: Exception) -> int:
+    text = f"rsseg {__version__}, Python {sys.version}\ncommand: {sys.argv}\n\n{traceback.format_exc()}"
+    if os.environ.get("RSSEG_DEBUG"):
+        print_error(text)
+    report = Path(f"rsseg-bug-{os.getpid()}.txt")
+    try:
+        report.write_text(text, encoding="utf-8")
+        where = f"The traceback is in {report}; please attach it to a bug report."
+    except OSError:
+        where = text
+    print_error(f"This is a bug in rsseg: {type(error).__name__}: {error}. {where}")
+    return 1
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    sys.exit(run())

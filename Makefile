@@ -1,0 +1,51 @@
+# One command each: demo, test, check, bench, clean.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RSSEG := $(BIN)/rsseg
+DEMO ?= demo-output
+CUT_NOISE := --quiet --disable-pip-version-check --root-user-action=ignore
+
+.PHONY: demo test check bench clean
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsseg needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing rsseg into $(VENV) (several minutes the first time: torch is large)"
+	@$(BIN)/python -m pip install $(CUT_NOISE) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV)"
+	@$(BIN)/python -m pip install $(CUT_NOISE) -e '.[dev]'
+	@touch $@
+
+# Prepare the built-in dataset, train, evaluate, predict a scene, and compare with a per-pixel classifier.
+demo: $(VENV)/.installed
+	@$(RSSEG) dataset prepare demo --out $(DEMO)/data/demo --overwrite
+	@$(RSSEG) train --recipe demo-ktda --data $(DEMO)/data/demo --output $(DEMO)/runs
+	@$(RSSEG) eval --runs $(DEMO)/runs
+	@$(BIN)/python benchmarks/pixel_baseline.py --data $(DEMO)/data/demo
+	@$(RSSEG) predict $(DEMO)/data/demo/scene/scene.tif --runs $(DEMO)/runs --output $(DEMO)/scene_classes.tif --preview $(DEMO)/scene_classes.png --overwrite
+	@echo
+	@echo "Everything is in $(DEMO)/: data/demo (images and masks), runs/latest (model, scores, log),"
+	@echo "scene_classes.tif (opens in QGIS) and scene_classes.png (scene, classes and legend as a picture)."
+
+# The whole suite: one torch thread per worker, two workers.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/confusion_matrix.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/ktda_step.py
+	$(BIN)/python benchmarks/predict_memory.py
+	$(BIN)/python benchmarks/predict_speed.py
+
+clean:
+	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m rsseg`, for launchers such as torchrun."""
+
+from rsseg.cli import main
+
+main()

@@ -1,0 +1,66 @@
+"""`rsseg eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.errors import CheckFailed, UsageError
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Option("--model", help="Run folder or model file; the newest run.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset; the one of the recipe.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the dataset.")] = "test",
+    pred: Annotated[Path | None, typer.Option("--pred", help="Folder of class rasters to score instead.")] = None,
+    truth: Annotated[Path | None, typer.Option("--truth", help="Folder of true class rasters.")] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    fail_under: Annotated[
+        str | None, typer.Option("--fail-under", metavar="SCORE=VALUE", help="Exit 8 below it: miou=0.7.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a model on labeled data (the newest finished run on its test split), or two folders of rasters."""
+    from rsseg.commands.progress import bar
+    from rsseg.training import evaluate as scoring
+
+    bound = _parse_bound(fail_under)
+    if (pred is None) != (truth is None):
+        raise UsageError("--pred and --truth belong together: give both folders.")
+    with bar("evaluate") as advance:
+        if pred is not None and truth is not None:
+            result = scoring.evaluate_rasters(pred, truth, progress=advance)
+        else:
+            from rsseg.training.runs import choose_model
+
+            file = choose_model(model, runs)
+            print_note(f"Model: {file}")
+            result = scoring.evaluate_model(file, data=data, split=split, device=device, progress=advance)
+    scores = result.scores
+    if as_json:
+        print_json(result)
+    else:
+        rows = sorted(scores.classes, key=lambda c: -1.0 if c.iou is None else c.iou, reverse=True)
+        columns = ("class", "IoU", "F1", "precision", "recall", "pixels")
+        print_table(columns, [(c.name, c.iou, c.f1, c.precision, c.recall, c.support) for c in rows])
+        means = (("mIoU", scores.miou), ("mF1", scores.mf1), ("OA", scores.oa))
+        print_table(("split", "images", *(name for name, _ in means)), [(split, result.images, *(v for _, v in means))])
+    if bound is not None:
+        name, value = bound
+        found = getattr(scores, name)
+        if found is None or found < value:
+            raise CheckFailed(f"{name} is {found}, below {value}.")
+
+
+def _parse_bound(text: str | None) -> tuple[str, float] | None:
+    if text is None:
+        return None
+    name, _, value = text.partition("=")
+    try:
+        if name not in ("miou", "mf1", "oa"):
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7.") from None

@@ -1,0 +1,44 @@
+"""`rsseg runs`: look at past runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsseg.commands.console import print_json, print_table
+
+app = typer.Typer(help="Look at past runs.", no_args_is_help=True)
+
+Root = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def ls(output: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs, newest last."""
+    from rsseg.training.runs import list_runs
+
+    runs = [run.summary() for run in list_runs(output)]
+    if as_json:
+        print_json(runs)
+        return
+    rows = [(run.name, run.method, run.state, run.step, run.best) for run in runs]
+    print_table(("run", "method", "state", "steps", "best score"), rows)
+
+
+@app.command()
+def show(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest if left out.")] = None,
+    output: Root = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show one run: what it was, how it ended, its evaluations."""
+    from rsseg.training.runs import find_run
+
+    found = find_run(run, output)
+    details = found.details()
+    if as_json:
+        print_json(details)
+        return
+    print_table(("", ""), [(key, str(value)) for key, value in details.facts.items()])
+    print_table(details.metric_columns, details.metric_rows)

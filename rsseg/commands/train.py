@@ -1,0 +1,94 @@
+"""`rsseg train`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rsseg.commands.console import print_json, print_note, print_result
+from rsseg.errors import UsageError
+
+
+def train(
+    recipe: Annotated[str | None, typer.Option("--recipe", help="A file, or the name of a packaged recipe.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Must agree with the recipe.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset (recipe: data.path).")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the recipe.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (trainer.steps).")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="trainer.batch_size")] = None,
+    grad_accum_steps: Annotated[int | None, typer.Option("--grad-accum-steps", help="trainer.grad_accum_steps")] = None,
+    amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to continue.")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes to start, one per GPU.")] = 1,
+    check: Annotated[bool, typer.Option("--check", help="Put one batch through everything, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan, then stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a model; ends with the run folder, the scores and the next command.
+
+    Examples: rsseg train --method ktda --recipe grass.yaml
+              rsseg train --resume runs/latest
+    """
+    from rsseg.recipe import load_recipe
+
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        raise typer.Exit(_start_workers(gpus))
+    flags = {
+        "data.path": data,
+        "trainer.steps": steps,
+        "trainer.batch_size": batch_size,
+        "trainer.grad_accum_steps": grad_accum_steps,
+        "trainer.amp_dtype": amp_dtype,
+        "trainer.device": device,
+        "seed": seed,
+    }
+    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    if resume is not None:
+        if recipe is not None:
+            raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
+        from rsseg.training.runs import find_run
+
+        recipe = str(find_run(resume, output).recipe_file)
+    if recipe is None:
+        raise UsageError("which recipe? Give --recipe NAME; `rsseg recipe ls` lists the packaged ones.")
+    loaded = load_recipe(recipe, settings, method=method)
+
+    from rsseg.commands.progress import progress
+    from rsseg.training import run
+
+    if dry_run:
+        plan = run.plan(loaded)
+        print_json(plan) if as_json else print_result(plan.text())
+        return
+    if check:
+        print_note(run.check(loaded))
+        return
+    result = run.train(loaded, output=output, name=name, resume=resume, progress=progress())
+    _print_result(result, as_json=as_json)
+
+
+def _print_result(result: Any, *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    print_result(result.text())
+
+
+def _start_workers(gpus: int) -> int:
+    """Run this same command once per GPU under torchrun; returns its exit code."""
+    arguments = list(sys.argv[1:])
+    if "--gpus" in arguments:
+        at = arguments.index("--gpus")
+        del arguments[at : at + 2]
+    arguments = [a for a in arguments if not a.startswith("--gpus=")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    return subprocess.run([*launcher, "-m", "rsseg", *arguments], check=False).returncode
