@@ -29,7 +29,8 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
-from rsseg.data.prepare.landscape import NORTH, SOUTH, Look, Place, generate_place
+from rsseg.data.prepare.landscape import Place, generate_place
+from rsseg.data.prepare.looks import NORTH, SOUTH, Look
 from rsseg.task import ClassInfo, Task
 
 TILE = 256

@@ -5,86 +5,23 @@ woods, water and shadow, or pale roofs and cloud. Texture, shape and surrounding
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rsseg.data.prepare.looks import Look, Rgb
+
 FIELD, FOREST, ROAD, BUILDING, WATER, CLOUD = range(6)
 
-Rgb = tuple[float, float, float]
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]
 """(N, 2), x before y."""
-Pixels = TypeVar("Pixels", bound=NDArray[Any])
+Pixel = TypeVar("Pixel", np.float32, np.uint8)
 Area = tuple[slice, slice]
 EVERYWHERE: Area = (slice(None), slice(None))
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a region appears: colours of surfaces as reflectance 0..1, then season, air and sensor."""
-
-    crops: tuple[Rgb, ...]
-    woods: tuple[Rgb, ...]
-    roads: tuple[Rgb, ...]
-    roofs: tuple[Rgb, ...]
-    waters: tuple[Rgb, ...]
-    parcel_px: tuple[float, float]
-    """Shortest and longest side of a parcel."""
-    crown_px: float
-    """Diameter of a tree crown."""
-    haze: float
-    """Share of the light that is scattered by the air, 0..1."""
-    haze_color: Rgb
-    response: tuple[Rgb, Rgb, Rgb]
-    """Sensor response: rows are the output bands, columns the surface's red, green and blue."""
-    gamma: float
-
-
-NORTH = Look(
-    crops=(
-        (0.30, 0.44, 0.18), (0.22, 0.38, 0.14), (0.17, 0.29, 0.12), (0.47, 0.52, 0.25), (0.66, 0.58, 0.37),
-        (0.60, 0.52, 0.40), (0.44, 0.36, 0.27), (0.33, 0.27, 0.21), (0.55, 0.53, 0.47), (0.27, 0.31, 0.19),
-    ),
-    woods=((0.14, 0.23, 0.11), (0.11, 0.19, 0.11), (0.20, 0.30, 0.12), (0.25, 0.28, 0.14)),
-    roads=((0.44, 0.43, 0.42), (0.33, 0.33, 0.34), (0.57, 0.55, 0.51), (0.61, 0.53, 0.41)),
-    roofs=(
-        (0.56, 0.36, 0.27), (0.47, 0.31, 0.24), (0.36, 0.29, 0.25), (0.42, 0.42, 0.43), (0.30, 0.31, 0.33),
-        (0.64, 0.60, 0.53), (0.83, 0.83, 0.82),
-    ),
-    waters=((0.12, 0.18, 0.20), (0.15, 0.22, 0.17), (0.19, 0.26, 0.27), (0.29, 0.29, 0.22)),
-    parcel_px=(38.0, 110.0),
-    crown_px=5.0,
-    haze=0.04,
-    haze_color=(0.75, 0.80, 0.88),
-    response=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
-    gamma=0.85,
-)  # fmt: skip
-"""Temperate early summer, clear air, true colours."""
-
-SOUTH = Look(
-    crops=(
-        (0.70, 0.58, 0.34), (0.62, 0.47, 0.29), (0.55, 0.38, 0.25), (0.47, 0.33, 0.24), (0.58, 0.55, 0.33),
-        (0.33, 0.36, 0.18), (0.66, 0.61, 0.49), (0.40, 0.35, 0.22),
-    ),
-    woods=((0.21, 0.24, 0.13), (0.26, 0.27, 0.16), (0.18, 0.19, 0.11)),
-    roads=((0.52, 0.50, 0.47), (0.66, 0.57, 0.44), (0.62, 0.50, 0.36), (0.40, 0.39, 0.38)),
-    roofs=(
-        (0.72, 0.68, 0.60), (0.80, 0.78, 0.74), (0.58, 0.44, 0.33), (0.62, 0.56, 0.46), (0.45, 0.40, 0.36),
-    ),
-    waters=((0.26, 0.31, 0.24), (0.20, 0.27, 0.25), (0.38, 0.36, 0.27)),
-    parcel_px=(24.0, 70.0),
-    crown_px=6.5,
-    haze=0.20,
-    haze_color=(0.86, 0.80, 0.72),
-    response=((0.86, 0.20, 0.0), (0.22, 0.70, 0.06), (0.10, 0.22, 0.58)),
-    gamma=1.0,
-)  # fmt: skip
-"""Dry late summer, dusty air, small parcels, flat pale roofs, a sensor whose bands overlap."""
 
 
 class Place(NamedTuple):
@@ -113,7 +50,7 @@ def generate_place(rng: np.random.Generator, height: int, width: int, look: Look
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], size: float, octaves: int = 1) -> Floats:
-    """Noise of about unit variance; its largest blobs are about `size` pixels wide, each octave halves size and height."""
+    """Noise of about unit variance, its largest blobs about `size` pixels wide; each octave halves size and height."""
     total = np.zeros(shape, np.float32)
     for octave in range(octaves):
         cell = max(size / 2**octave, 1.0)
@@ -141,13 +78,11 @@ def _origin(area: Area) -> NDArray[np.int64]:
     return np.array([area[1].start or 0, area[0].start or 0])
 
 
-def _shifted(array: Pixels, dy: int, dx: int) -> Pixels:
+def _shifted(array: NDArray[Pixel], dy: int, dx: int) -> NDArray[Pixel]:
     """The array moved down by dy and right by dx; edges repeat."""
-    matrix = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
-    moved = cv2.warpAffine(
-        np.asarray(array), matrix, array.shape[1::-1], flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE
-    )
-    return np.asarray(moved)
+    height, width = array.shape
+    rows, cols = np.clip(np.arange(height) - dy, 0, height - 1), np.clip(np.arange(width) - dx, 0, width - 1)
+    return array[rows[:, None], cols]
 
 
 class _Canvas:
@@ -231,7 +166,7 @@ class _Canvas:
         self.label[area][where] = FOREST
         grown = where.astype(np.uint8)
         for step in range(1, 4):
-            self.shadow[area] |= _shifted(grown, step, step).astype(np.uint8) & ~grown & 1
+            self.shadow[area] |= _shifted(grown, step, step) & ~grown & 1
 
     def waters(self) -> None:
         rng, shape = self.rng, self.shape
@@ -442,4 +377,4 @@ def _sense(rng: np.random.Generator, surface: Floats, look: Look) -> NDArray[np.
     seen = seen * np.float32(rng.uniform(0.84, 1.16)) * rng.uniform(0.96, 1.04, 3).astype(np.float32)
     blurred = cv2.GaussianBlur(np.asarray(seen, np.float32), (0, 0), 0.65)
     noisy = np.clip(blurred, 0, 1) ** np.float32(look.gamma) + rng.normal(0, 0.012, seen.shape).astype(np.float32)
-    return np.clip(np.rint(noisy * 255), 1, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(noisy * 255), 1, 255), np.uint8)
