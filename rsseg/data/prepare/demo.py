@@ -28,35 +28,17 @@ from PIL import Image
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
-from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.data.cards import CARDS
+from rsseg.data.index import IndexItem
 from rsseg.data.prepare.landscape import Place, generate_place
 from rsseg.data.prepare.looks import NORTH, SOUTH, Look
-from rsseg.task import ClassInfo, Task
 
 TILE = 256
 SCENE_SHAPE = (1024, 1536)
-GSD_M = 2.0
 SEED = 20
 LOOKS = {"north": NORTH, "south": SOUTH}
 
-CLASSES = (
-    ClassInfo(name="field", value=0, color=(222, 205, 120)),
-    ClassInfo(name="forest", value=1, color=(38, 115, 0)),
-    ClassInfo(name="road", value=2, color=(90, 90, 90)),
-    ClassInfo(name="building", value=3, color=(214, 56, 40)),
-    ClassInfo(name="water", value=4, color=(30, 90, 200)),
-    ClassInfo(name="cloud", value=5, color=(255, 255, 255)),
-)
-"""`field` is all open land, gardens and hedge-free verges included; ground in shadow keeps its class."""
-
-DEMO_TASK = Task(
-    name="demo",
-    classes=CLASSES,
-    bands=("red", "green", "blue"),
-    scale=(1 / 255,) * 3,
-    offset=(0.0,) * 3,
-    gsd_m=GSD_M,
-)
+CARD = CARDS["demo"]
 
 
 class _Part(NamedTuple):
@@ -98,8 +80,8 @@ def _generator(name: str) -> np.random.Generator:
     return np.random.default_rng([SEED, zlib.crc32(name.encode())])
 
 
-def write_demo(folder: Path, jobs: int, progress: Callable[[int, int], None]) -> SegmentationIndex:
-    """Generate all tiles and the scene into `folder`; returns the index, without statistics and class counts."""
+def write_demo(folder: Path, jobs: int, progress: Callable[[int, int], None]) -> tuple[IndexItem, ...]:
+    """Generate all tiles and the scene into `folder`, which must be empty."""
     items = []
     with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
         tiles = [(part, number) for part in PARTS for number in range(part.tiles)]
@@ -109,8 +91,7 @@ def write_demo(folder: Path, jobs: int, progress: Callable[[int, int], None]) ->
             progress(done, len(tiles) + 1)
         scene.result()
         progress(len(tiles) + 1, len(tiles) + 1)
-    label_map = LabelMap(values={info.value: index for index, info in enumerate(CLASSES)})
-    return SegmentationIndex(task=DEMO_TASK, label_map=label_map, items=tuple(items))
+    return tuple(items)
 
 
 def _write_tile(folder: Path, part: _Part, number: int) -> IndexItem:
@@ -122,7 +103,7 @@ def _write_tile(folder: Path, part: _Part, number: int) -> IndexItem:
     if mask is not None:
         (folder / mask).parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(place.label)
-        picture.putpalette(bytes(value for info in CLASSES for value in info.color))
+        picture.putpalette(bytes(value for info in CARD.classes for value in info.color))
         picture.save(folder / mask, compress_level=6)
     return IndexItem(image=image, mask=mask, split=part.split, domain=part.domain)
 
@@ -130,9 +111,10 @@ def _write_tile(folder: Path, part: _Part, number: int) -> IndexItem:
 def _write_scene(folder: Path) -> None:
     place, valid = demo_scene()
     folder.mkdir(parents=True)
+    gsd = CARD.gsd_m
     grid = {
         "driver": "GTiff", "height": SCENE_SHAPE[0], "width": SCENE_SHAPE[1], "dtype": "uint8", "crs": "EPSG:32632",
-        "transform": from_origin(500_000.0, 5_400_000.0, GSD_M, GSD_M), "compress": "deflate", "tiled": True,
+        "transform": from_origin(500_000.0, 5_400_000.0, gsd, gsd), "compress": "deflate", "tiled": True,
         "blockxsize": 256, "blockysize": 256,
     }  # fmt: skip
     with rasterio.open(folder / "scene.tif", "w", count=3, nodata=0, photometric="RGB", predictor=2, **grid) as file:
@@ -140,4 +122,4 @@ def _write_scene(folder: Path) -> None:
         file.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
     with rasterio.open(folder / "truth.tif", "w", count=1, nodata=255, **grid) as file:
         file.write(np.where(valid, place.label, np.uint8(255)), 1)
-        file.write_colormap(1, {info.value: (*info.color, 255) for info in CLASSES})
+        file.write_colormap(1, {info.value: (*info.color, 255) for info in CARD.classes})
