@@ -51,6 +51,7 @@ class Checkpoints:
         if self._config.monitor == "last" or counters.best_step is None:
             publish(last, self._folder.model)
         save_state(self._folder.state, parts, counters, self._identity)
+        self._folder.update_manifest(steps=counters.step, best_score=counters.best_score, best_step=counters.best_step)
 
     def last_good(self) -> str:
         """For a message: what a failed run leaves behind."""

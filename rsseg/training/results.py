@@ -62,7 +62,9 @@ class TrainPlan(_Data):
         lines = [f"{self.method}  {self.name}" + (f"  ({self.title})" if self.title else "")]
         lines += [f"  {role}: {backbone}" for role, backbone in self.backbones.items()]
         if self.parameters is not None:
-            lines.append(f"  parameters: {_millions(self.parameters)} shipped, {_millions(self.trainable or 0)} trained")
+            lines.append(
+                f"  parameters: {_millions(self.parameters)} shipped, {_millions(self.trainable or 0)} trained"
+            )
         lines.append(f"  classes: {', '.join(self.classes)};  bands: {', '.join(self.bands)}")
         for name, stream in self.streams.items():
             taken = self.steps * self.grad_accum_steps * self.processes * stream.batch_size
