@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rsseg.backbones.weights import WeightsFile, resolve_weights
+from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import SelectConfig
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import open_source
@@ -23,9 +23,9 @@ def check_files(recipe: Recipe, task: Task) -> dict[str, WeightsFile]:
         WeightsError: weights are missing; the message names the command that gets them.
         DataError: the validation split is empty or has no masks.
     """
-    files = {role: resolve_weights(config) for role, config in backbone_configs(recipe) if config.weights != "random"}
+    found = {role: check_weights(config) for role, config in backbone_configs(recipe)}
     validation_of(recipe, task)
-    return files
+    return {role: file for role, file in found.items() if file is not None}
 
 
 def validation_of(recipe: Recipe, task: Task) -> SplitPlan | None:
