@@ -108,8 +108,8 @@ def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
     Raises:
         WeightsError: a name that KTDA's networks do not have.
     """
-    student = {name: tensor for name, tensor in _below(state, "backbone.")}
-    teacher = {name: tensor for name, tensor in _below(state, "teach_backbone.")}
+    student = dict(_below(state, "backbone."))
+    teacher = dict(_below(state, "teach_backbone."))
     renamed = AuthorsTensors(teacher=vit_from_mmpretrain(teacher))
     for name, tensor in convnext_from_mmpretrain(student).items():
         renamed.segmenter[f"student.{name}"] = tensor

@@ -133,19 +133,19 @@ def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backb
         )
     return KTDAMethod(
         segmenter,
-        aux_heads=[_aux_head(aux, segmenter) for aux in recipe.aux],
+        aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
         rules=TrainingRules(recipe.cross_entropy_divisor, recipe.weight_decay_exempt, recipe.student_passes),
     )
 
 
-def _aux_head(config: AuxConfig, segmenter: KTDASegmenter) -> AuxHead:
-    widths = segmenter.decoder.in_channels
+def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:
+    """An auxiliary head on one of the decoder's inputs, whose widths are given."""
     if config.level >= len(widths):
         raise RecipeError(f"aux.level: {config.level} of {len(widths)} levels; they count from 0. Give a lower one.")
     head = FCNHead(
         widths[config.level],
-        segmenter.task.num_classes,
+        num_classes,
         channels=config.channels,
         num_convs=config.num_convs,
         concat_input=config.concat_input,

@@ -124,11 +124,11 @@ def assemble_segmenter(
         neck = MultiLevelNeck(widths, recipe.neck.width or widths[0], scales=scales, sampling=recipe.neck.sampling)
         widths = [recipe.neck.width or widths[0]] * len(scales)
     if recipe.fmm:
-        fmm = FeatureModulation([_fmm_stack(recipe.fmm, width) for width in widths])
+        fmm = make_fmm(recipe.fmm, widths)
     return KTDASegmenter(
         task,
         student,
-        _decoder(recipe.decoder, widths, task.num_classes),
+        make_decoder(recipe.decoder, widths, task.num_classes),
         fam=fam,
         fuse=recipe.fuse,
         neck=neck,
@@ -161,6 +161,11 @@ def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None)
     return teacher.channels
 
 
+def make_fmm(config: FmmConfig, widths: Sequence[int]) -> FeatureModulation:
+    """One stack of blocks per level of the given widths."""
+    return FeatureModulation([_fmm_stack(config, width) for width in widths])
+
+
 def _fmm_stack(config: FmmConfig, width: int) -> list[nn.Module]:
     if config.type == "mlp":
         if width < config.rank_dim:
@@ -171,7 +176,8 @@ def _fmm_stack(config: FmmConfig, width: int) -> list[nn.Module]:
     return [TransformerBlock(width, heads=config.heads, norm_eps=config.norm_eps) for _ in range(config.depth)]
 
 
-def _decoder(config: DecoderConfig, widths: Sequence[int], num_classes: int) -> UPerNet | SegFormerHead:
+def make_decoder(config: DecoderConfig, widths: Sequence[int], num_classes: int) -> UPerNet | SegFormerHead:
+    """The head over levels of the given widths."""
     if config.type == "segformer":
         return SegFormerHead(
             widths,
