@@ -104,7 +104,7 @@ def build_vit(
     has_table = isinstance(network, VisionTransformer)
     if not has_table and (position != "timm" or image_size is not None):
         raise RecipeError(
-            f"{architecture.name} has no position table of this kind. Leave out pos_embed, its round trip and image_size."
+            f"{architecture.name} has no position table of this kind. Leave out pos_embed and image_size."
         )
     normed = _normed(taps, norm_taps, last=len(network.blocks) - 1)
     if normed and isinstance(network, VisionTransformerSAM):
