@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
@@ -131,6 +132,8 @@ def _create(architecture: Architecture) -> Any:
         architecture.arguments
     )
     network = timm.create_model(architecture.name, in_chans=architecture.bands, **arguments)
+    if isinstance(network, SwinTransformer):
+        network.patch_embed.dynamic_img_pad = True  # sides that are no multiple of 4 are extended, not refused
     if architecture.norm_eps is not None:
         for module in network.modules():
             if isinstance(module, nn.LayerNorm):

@@ -87,4 +87,4 @@ def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager[None
     """Context of a backward pass; off for all but the last micro-step, so that ranks communicate once per step."""
     if on or not isinstance(module, DistributedDataParallel):
         return nullcontext()
-    return module.no_sync()  # type: ignore[no-any-return]
+    return module.no_sync()

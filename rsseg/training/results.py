@@ -57,12 +57,21 @@ class TrainPlan(_Data):
     trainable: int | None = None
     run: Path | None = None
 
+    @property
+    def used(self) -> dict[str, str]:
+        """Split hash -> `training` or `selection`: a score on these images is no test."""
+        return {stream.digest: "training" for stream in self.streams.values()} | (
+            {self.validation.digest: "selection"} if self.validation else {}
+        )
+
     def text(self) -> str:
         """At most twelve lines for the screen."""
         lines = [f"{self.method}  {self.name}" + (f"  ({self.title})" if self.title else "")]
         lines += [f"  {role}: {backbone}" for role, backbone in self.backbones.items()]
         if self.parameters is not None:
-            lines.append(f"  parameters: {_millions(self.parameters)} shipped, {_millions(self.trainable or 0)} trained")
+            lines.append(
+                f"  parameters: {_millions(self.parameters)} shipped, {_millions(self.trainable or 0)} trained"
+            )
         lines.append(f"  classes: {', '.join(self.classes)};  bands: {', '.join(self.bands)}")
         for name, stream in self.streams.items():
             taken = self.steps * self.grad_accum_steps * self.processes * stream.batch_size

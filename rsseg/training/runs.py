@@ -197,7 +197,9 @@ def newest_finished(root: Path) -> RunFolder:
     """The newest run that ended well and has a model; raises `WeightsError` if there is none."""
     finished = [run for run in list_runs(root) if run.manifest().state == "finished" and run.model.exists()]
     if not finished:
-        raise WeightsError(f"{root}: no finished run. Train one with `rsseg train --recipe NAME`, or give --model FILE.")
+        raise WeightsError(
+            f"{root}: no finished run. Train one with `rsseg train --recipe NAME`, or give --model FILE."
+        )
     return finished[-1]
 
 
@@ -215,7 +217,7 @@ def find_run(path: Path | None, root: Path) -> RunFolder:
     for candidate in (path, root / path):
         # Where the system has no symbolic links, `latest` is a file that holds the name.
         if candidate.is_file() and candidate.name == LATEST:
-            candidate = candidate.with_name(candidate.read_text(encoding="utf-8").strip())  # noqa: PLW2901
+            candidate = candidate.with_name(candidate.read_text(encoding="utf-8").strip())
         if (candidate / MANIFEST).is_file():
             return RunFolder(candidate.resolve() if candidate.is_symlink() else candidate)
     raise UsageError(f"{path}: not a run folder. `rsseg runs ls` lists the runs.")

@@ -176,9 +176,7 @@ def _load_optimizer(optimizer: Optimizer, stored: Mapping[str, Tensor]) -> None:
 
 
 def _section(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(f"{prefix}/"): tensor for name, tensor in stored.items() if name.startswith(f"{prefix}/")
-    }
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in stored.items() if name.startswith(f"{prefix}/")}
 
 
 def _digest(module: nn.Module) -> str:

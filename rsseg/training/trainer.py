@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
 
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.errors import RecipeError
-from rsseg.methods.base import Method, Segmenter
+from rsseg.methods.base import Segmenter
 from rsseg.training import distributed
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.evaluate import Evaluation
@@ -110,7 +109,7 @@ class Trainer:
                 with self._autocast():
                     output = self.model(batch, step)
                     loss = torch.stack(list(output.losses.values())).sum() / accumulate
-                parts.scaler.scale(loss).backward()
+                parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.window.add(output)
             self.samples += sum(len(samples.images) for samples in batch.values())
         for optimizer in parts.optimizers.values():
@@ -203,7 +202,7 @@ class Trainer:
         self.parts.method.train()
         monitor = self.config.monitor
         score = None if monitor == "last" else getattr(evaluation.scores, monitor)
-        improved = counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
+        improved = monitor == "last" or counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
         counters.since_best = 0 if improved else counters.since_best + 1
         if improved:
             counters.best_score, counters.best_step = score, counters.step
