@@ -21,6 +21,7 @@ class ResidualUnit(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """float (B, C, H, W) -> the same shape."""
         # No in-place ReLU: it would also change the x that is added.
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # type: ignore[no-any-return]
 

@@ -53,6 +53,21 @@ def split_plan(
     )
 
 
+def absent_classes(recipe: Recipe, method: Method, task: Task) -> list[str]:
+    """One warning per labeled stream in which a class has no pixel, as counted when the dataset was prepared."""
+    warnings = []
+    for spec in (spec for spec in method.streams if spec.masks):
+        select = recipe.data.streams.get(spec.name, SelectConfig())
+        counts = [item.classes for item in open_source(recipe, select, spec.split, task, masks=True).items]
+        absent = [name for i, name in enumerate(task.class_names) if not any(c is None or c[i] for c in counts)]
+        if absent:
+            warnings.append(
+                f"stream {spec.name!r}: none of its {len(counts)} images shows {', '.join(absent)}; the network cannot "
+                "learn what it never sees. Take more images, or name some that do in data.streams."
+            )
+    return warnings
+
+
 def make_plan(
     recipe: Recipe, task: Task, hardware: Hardware, method: Method, weights: Mapping[str, WeightsFile], ranks: Ranks
 ) -> TrainPlan:

@@ -26,7 +26,7 @@ from rsseg.training.evaluate import evaluate
 from rsseg.training.files import write_json, write_text
 from rsseg.training.hardware import Hardware, choose_hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import check_files, make_plan
+from rsseg.training.plan import absent_classes, check_files, make_plan
 from rsseg.training.progress import LineProgress, Progress, Silent, Together
 from rsseg.training.recorder import Recorder
 from rsseg.training.results import TrainPlan, TrainResult
@@ -118,6 +118,8 @@ def train(
         )
         with _recorded_failure(run, recorder):
             listener.on_start(plan)
+            for warning in absent_classes(recipe, built.method, built.task):
+                listener.on_message(warning)
             reason = trainer.fit()
         result = _result(run, recipe, counters, reason, recorder)
         if ranks.is_main:
