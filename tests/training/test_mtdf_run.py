@@ -1,0 +1,109 @@
+"""Whole runs of RS-MTDF: resume, files that must stay closed, what ships, and what is said before the first step."""
+
+import copy
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rsseg.data.cache import CACHE_NAME
+from rsseg.data.index import SegmentationIndex
+from rsseg.data.select import select_items
+from rsseg.errors import DataError, Interrupted, WeightsError
+from rsseg.inference.load import load_segmenter
+from rsseg.recipe import Recipe, RecipeSource, parse_recipe
+from rsseg.training.progress import Silent
+from rsseg.training.run import plan, train
+from rsseg.training.runs import RunFolder
+from tests.training.test_run import SignalAt, assert_same_ends, assert_same_tensors
+from tests.unit.mtdf_models import TAUGHT
+
+VALUES: dict[str, Any] = TAUGHT | {
+    "optimizers": {"main": {"lr": 1e-3}},
+    "head_lr_scale": 2.0,
+    "trainer": {"steps": 4, "batch_size": 2, "workers": 0, "eval_every": 4, "checkpoint_every": 2, "log_every": 1},
+}
+
+
+class Messages(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def recipe_for(data: Path, *, count: int = 2, **changes: Any) -> Recipe:
+    """Crops of 32 pixels, `count` of the five training images labeled, the others not."""
+    values = copy.deepcopy(VALUES) | changes
+    labeled = {"split": "train", "count": count}
+    values["data"] = {
+        "path": str(data),
+        "augment": {"crop_size": 32, "scale_range": [0.5, 2.0], "resampling": "pillow", "pad_first": True},
+        "streams": {"labeled": labeled, "unlabeled": labeled | {"complement": True}},
+    }
+    return parse_recipe(RecipeSource("tiny", yaml.safe_dump(values)))
+
+
+def test_stopped_and_resumed_run_ends_as_the_unbroken_one(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(rgb_dataset)
+    whole = train(recipe, output=tmp_path / "a", progress=Silent())
+    with pytest.raises(Interrupted):
+        train(recipe, output=tmp_path / "b", progress=SignalAt(2))
+    (broken,) = (tmp_path / "b").glob("*_mtdf_*")
+    resumed = train(recipe, output=tmp_path / "b", resume=broken, progress=Silent())
+    assert_same_ends(RunFolder(whole.run), RunFolder(resumed.run))
+
+
+def test_masks_beside_unlabeled_images_are_never_opened(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(rgb_dataset)
+    clean = train(recipe, output=tmp_path / "clean", progress=Silent())
+    shutil.rmtree(rgb_dataset / CACHE_NAME)
+    index = SegmentationIndex.load(rgb_dataset)
+    unlabeled = select_items(index, recipe.data.streams["unlabeled"], split="train", seed=recipe.seed)
+    assert len(unlabeled) == 3
+    for item in unlabeled:
+        file = index.mask_file(item)
+        assert file is not None
+        file.write_bytes(b"poison")
+    poisoned = train(recipe, output=tmp_path / "poisoned", progress=Silent())
+    assert_same_tensors(clean.model, poisoned.model)
+
+
+def test_shipped_model_predicts_without_teachers(
+    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(recipe_for(rgb_dataset, ship="average"), output=tmp_path, progress=Silent())
+    assert not any("teacher" in name or "average" in name for name in load_file(result.model))
+    monkeypatch.setattr(socket, "socket", None)  # no network
+    segmenter = load_segmenter(result.model)
+    assert segmenter.predict_logits(torch.rand(1, 3, 50, 41)).shape == (1, 3, 50, 41)
+
+
+def test_absent_class_is_named_before_training(rgb_dataset: Path, tmp_path: Path) -> None:
+    index = SegmentationIndex.load(rgb_dataset)
+    items = tuple(item.model_copy(update={"classes": (5, 0, 5)}) for item in index.items)
+    index.model_copy(update={"items": items}).save(rgb_dataset)
+    heard = Messages()
+    train(recipe_for(rgb_dataset), output=tmp_path, progress=heard)
+    assert len(heard.messages) == 1
+    assert "none of its 2 images shows road" in heard.messages[0]
+
+
+def test_no_unlabeled_images_is_an_error(rgb_dataset: Path) -> None:
+    with pytest.raises(DataError, match="complement leaves no image"):
+        plan(recipe_for(rgb_dataset, count=5))
+
+
+def test_missing_teacher_weights_are_reported_before_any_image_is_read(rgb_dataset: Path) -> None:
+    shutil.rmtree(rgb_dataset / "images")
+    teacher = {"name": "dino", "backbone": {"name": "vit_base_patch14_dinov2", "weights": "absent.safetensors"}}
+    with pytest.raises(WeightsError, match=r"absent\.safetensors"):
+        plan(recipe_for(rgb_dataset, teachers=[teacher]))
