@@ -4,8 +4,8 @@ Reading a random window of a compressed file decodes far more than the window; f
 """
 
 import hashlib
-import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,31 +61,31 @@ class ArrayCache:
 
     @staticmethod
     def load(path: Path) -> tuple[NDArray[Any], ...] | None:
-        """The file's arrays, memory-mapped; None if it is not there or not whole."""
+        """The file's arrays `(h, w, bands)`, memory-mapped; None if it is not there or not whole."""
         try:
             with tifffile.TiffFile(path) as file:
-                pages = len(file.pages)
-            return tuple(tifffile.memmap(path, page=page, mode="r") for page in range(pages)) or None
+                sizes = [(page.imagelength, page.imagewidth) for page in file.pages]
+            return tuple(tifffile.memmap(path, page=i, mode="r").reshape(*size, -1) for i, size in enumerate(sizes))
         except (OSError, ValueError, tifffile.TiffFileError):
             return None
 
     def store(self, path: Path, pages: Iterable[Page]) -> None:
         """Write arrays under a temporary name, then rename; raises `OSError`."""
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             with tifffile.TiffWriter(temporary, bigtiff=True) as writer:
                 for page in pages:
+                    shape = page.shape if page.shape[2] > 1 else page.shape[:2]
                     writer.write(
-                        (np.ascontiguousarray(strip) for strip in page.strips),
-                        shape=page.shape,
+                        (np.ascontiguousarray(strip).reshape(-1, *shape[1:]) for strip in page.strips),
+                        shape=shape,
                         dtype=np.dtype(page.dtype),
                         photometric="minisblack",
-                        planarconfig="contig",
+                        planarconfig="contig" if len(shape) == 3 else None,
                         rowsperstrip=page.rows_per_strip,
                         metadata=None,
                     )
-            Path(temporary).replace(path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
