@@ -1,6 +1,7 @@
 """What a Backbone does with images, options and weights."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.loading import Source, load_pretrained
 from rsseg.backbones.table import ZOO
-from rsseg.backbones.timm_adapter import Architecture, build_vit
+from rsseg.backbones.timm_adapter import Architecture, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
@@ -296,6 +298,24 @@ def test_damaged_file_is_a_weights_error(tmp_path: Path) -> None:
     file.write_bytes(b"not a tensor file")
     with pytest.raises(WeightsError, match="cannot be read"):
         create_backbone(BackboneConfig(name="convnext_mini", weights=str(file)), RGB)
+
+
+def test_swin_file_in_its_authors_names_loads_like_timms(tmp_path: Path) -> None:
+    tiny = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 2), "strict_img_size": False}
+    architecture = Architecture("swin_tiny_patch4_window7_224", arguments=tiny)
+    torch.manual_seed(0)
+    tensors = timm.create_model(architecture.name, num_classes=1000, **tiny).state_dict()
+    authors = {
+        re.sub(r"^layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name): tensor
+        for name, tensor in tensors.items()
+    }
+    authors |= {f"head.{leaf}": authors.pop(f"head.fc.{leaf}") for leaf in ("weight", "bias")}
+    save_file(authors, tmp_path / "w.safetensors")
+    built = build_pyramid(architecture, levels=(0, 3), norm_taps="all")
+    source = Source(tmp_path / "w.safetensors", architecture, first_conv=built.first_conv, final_norm="norm")
+    load_pretrained(built.body, source, RGB.bands)
+    state = built.body.network.state_dict()
+    assert all(torch.equal(state[name], tensors[name]) for name in state)
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_small_patch14_dinov2"])
