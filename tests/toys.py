@@ -15,9 +15,7 @@ def make_task(bands: int = 3, classes: int = 3, *, first_value: int = 1, step: i
     names = ["water", "grass", "roof & wall", "road", "cloud", "soil"]
     return Task(
         name="toy",
-        classes=tuple(
-            ClassInfo(name=names[i], value=first_value + step * i, color=colors[i]) for i in range(classes)
-        ),
+        classes=tuple(ClassInfo(name=names[i], value=first_value + step * i, color=colors[i]) for i in range(classes)),
         bands=tuple(f"b{i + 1}" for i in range(bands)),
         scale=(1 / 255,) * bands,
         offset=(0.0,) * bands,

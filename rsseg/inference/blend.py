@@ -76,7 +76,7 @@ def decide(scores: Tensor) -> NDArray[np.uint8]:
     The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
     times slower.
     """
-    return scores.argmax(-1).to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+    return scores.argmax(-1).to(torch.uint8).cpu().numpy()
 
 
 def blend_classes(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[Strip]:
@@ -112,7 +112,7 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
             canvas[:, area] += scores.permute(1, 2, 0).float().cpu() * weights
         if tile.col == last:
             final = plan.rows.final(tile.row)
-            total = row_totals[final.slice, None, None] * col_totals[:, None]
+            total = row_totals[final.area, None, None] * col_totals[:, None]
             yield ScoreStrip(final.start, canvas[: final.length] / total, valid[: final.length].copy())
             kept = height - final.length
             canvas[:kept] = canvas[final.length :].clone()
@@ -128,8 +128,8 @@ def _crop_classes(tiles: Iterable[Scored], plan: TilePlan) -> Iterator[Strip]:
             strip = _empty_strip(rows.start, rows.length, plan.cols.length)
         inside = rows.within(plan.rows.origins[tile.row]), cols.within(plan.cols.origins[tile.col])
         if scores is not None:
-            strip.classes[:, cols.slice] = decide(scores.permute(1, 2, 0)[inside])
-        strip.valid[:, cols.slice] = True if tile.valid is None else tile.valid[inside]
+            strip.classes[:, cols.area] = decide(scores.permute(1, 2, 0)[inside])
+        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[inside]
         if tile.col == last:
             yield strip
 

@@ -29,7 +29,7 @@ class Span:
         return self.stop - self.start
 
     @property
-    def slice(self) -> slice:
+    def area(self) -> slice:
         """For indexing."""
         return slice(self.start, self.stop)
 
@@ -51,7 +51,7 @@ class AxisPlan:
 
     @cached_property
     def kept(self) -> tuple[Span, ...]:
-        """Per tile, the pixels that are farther from its border than from that of any other tile; they partition the axis."""
+        """Per tile, the pixels for which its border is farther than that of any other tile; they partition the axis."""
         cuts = [(a + b + self.tile) // 2 for a, b in zip(self.origins, self.origins[1:], strict=False)]
         return tuple(Span(a, b) for a, b in zip([0, *cuts], [*cuts, self.length], strict=True))
 

@@ -31,17 +31,14 @@ def read_tiles(raster: Raster, plan: TilePlan, segmenter: Segmenter, dtype: torc
     for row, (pixels, valid) in enumerate(_bands(raster, plan)):
         for col, left in enumerate(plan.cols.origins):
             area = slice(left, left + plan.cols.tile)
-            good: NDArray[np.bool_] | None = valid[:, area].copy()
+            good = valid[:, area].copy()
             if not good.any():
                 yield Tile(row, col, torch.empty(0), good)
                 continue
             # Channels last from here on: the layout that the network wants.
             image = np.multiply(pixels[:, :, area].transpose(1, 2, 0), scale, dtype=np.float32, order="C")
             image += offset
-            if good.all():
-                good = None
-            else:
-                image[~good] = fill
+            image[~good] = fill
             yield Tile(row, col, torch.from_numpy(image).to(dtype).permute(2, 0, 1), good)
 
 
