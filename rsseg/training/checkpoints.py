@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ class Checkpoints:
         identity: Identity,
         header: Callable[[Segmenter, dict[str, Any]], ModelHeader],
         *,
+        used: Mapping[str, str],
         writes: bool = True,
     ) -> None:
+        """Keep what every file says; `used` maps split hashes to what they served, `writes` is off on other ranks."""
         self._folder = folder
         self._config = config
         self._identity = identity
         self._header = header
+        self._used = dict(used)
         self._writes = writes
 
     def save_best(self, segmenter: Segmenter, counters: Counters) -> None:
@@ -61,6 +64,7 @@ class Checkpoints:
     def _write(self, path: Path, segmenter: Segmenter, counters: Counters) -> None:
         training = {
             "step": counters.step,
+            "used": self._used,
             "weights": "ema" if self._config.ema is not None and self._config.ema.ship else "student",
             "monitor": self._config.monitor,
             "score": counters.best_score if counters.best_step == counters.step else None,

@@ -67,9 +67,6 @@ def versions() -> dict[str, str]:
 
 def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str, str]) -> Manifest:
     """The manifest of a run that begins now."""
-    used = {stream.digest: "training" for stream in plan.streams.values()}
-    if plan.validation is not None:
-        used[plan.validation.digest] = "selection"
     return Manifest(
         name=name,
         method=recipe.method,
@@ -84,7 +81,7 @@ def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str
         seed=recipe.seed,
         monitor=recipe.trainer.monitor,
         plan=plan.model_dump(mode="json"),
-        used=used,
+        used=plan.used,
         frozen=frozen,
     )
 

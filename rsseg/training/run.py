@@ -109,7 +109,7 @@ def train(
                 if plan.validation is not None
                 else None,
                 checkpoints=Checkpoints(
-                    run, config, identity, partial(describe.model_header, recipe), writes=ranks.is_main
+                    run, config, identity, partial(describe.model_header, recipe), used=plan.used, writes=ranks.is_main
                 ),
                 progress=listener,
                 signals=signals,
