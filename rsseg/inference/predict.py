@@ -16,9 +16,6 @@ from rsseg.inference.tiling import TilePlan, plan_tiles
 from rsseg.inference.tta import View, interpolate, scaled_size, views_of
 from rsseg.methods.base import Segmenter, TileHint
 
-LARGE_TILE = 1024
-"""Least tile side of networks that take any size: larger tiles beat more overlap, in seams and in work."""
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -34,8 +31,7 @@ class Tiling:
 
 def choose_tiling(hint: TileHint, tile: int | None, overlap: int | None) -> Tiling:
     """The user's tile and overlap, or where None what suits the network."""
-    if tile is None:
-        tile = max(hint.size, LARGE_TILE) if hint.flexible else hint.size
+    tile = tile or hint.size
     if overlap is None:
         overlap = min(hint.overlap, tile // 2)
     return Tiling(tile, overlap, 1 if hint.flexible else min(tile, hint.size))
