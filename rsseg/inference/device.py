@@ -1,0 +1,87 @@
+"""Where and how exactly a network computes."""
+
+import copy
+import ctypes
+import os
+import platform
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rsseg.errors import MachineError
+from rsseg.methods.base import Segmenter
+
+Precision = Literal["auto", "float32", "bfloat16"]
+KEEP_HEAP_VARIABLE = "RSSEG_KEEP_HEAP"
+"""Environment variable; 0 leaves the allocator alone."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        MachineError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MachineError(f"device {name!r} is unknown. Choose auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices. Choose cpu.")
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes with it, and float32 where it would only imitate it."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:
+    """A copy in eval mode for inference, and the type to compute in; the original is not touched.
+
+    A network that cannot compute in `dtype`, which one small image shows, computes in float32. Weights that need no
+    conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU.
+    """
+    # deepcopy takes what the memo already holds: the weights are not copied twice.
+    memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
+    for parameter in segmenter.parameters():
+        layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+        placed = parameter.detach().to(device, memory_format=layout)
+        memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
+    ready = copy.deepcopy(segmenter, memo).eval()
+    return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
+
+
+def keep_heap() -> None:
+    """Let glibc keep freed memory: it gives each large activation back to the kernel and faults it in again otherwise.
+
+    Worth up to a half of the time of a forward with large tensors. For the whole process; does nothing with another
+    C library or if `RSSEG_KEEP_HEAP=0`.
+    """
+    if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
+        return
+    library = ctypes.CDLL(None)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(top_pad, 64 << 20)
+
+
+@torch.inference_mode()
+def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> bool:
+    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
+    image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
+    try:
+        with torch.autocast(device.type, dtype):
+            return bool(segmenter.predict_logits(image).isfinite().all())
+    except RuntimeError:  # an operation has no kernel for this type, or does not mix it with float32
+        return False
