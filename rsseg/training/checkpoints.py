@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import TrainerConfig
+from rsseg.errors import MachineError
 from rsseg.methods.base import Segmenter
 from rsseg.training.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
@@ -23,12 +24,15 @@ class Checkpoints:
         identity: Identity,
         header: Callable[[Segmenter, dict[str, Any]], ModelHeader],
         *,
+        used: Mapping[str, str],
         writes: bool = True,
     ) -> None:
+        """Keep what every file says; `used` maps split hashes to what they served, `writes` is off on other ranks."""
         self._folder = folder
         self._config = config
         self._identity = identity
         self._header = header
+        self._used = dict(used)
         self._writes = writes
 
     def save_best(self, segmenter: Segmenter, counters: Counters) -> None:
@@ -61,6 +65,7 @@ class Checkpoints:
     def _write(self, path: Path, segmenter: Segmenter, counters: Counters) -> None:
         training = {
             "step": counters.step,
+            "used": self._used,
             "weights": "ema" if self._config.ema is not None and self._config.ema.ship else "student",
             "monitor": self._config.monitor,
             "score": counters.best_score if counters.best_step == counters.step else None,
@@ -69,11 +74,20 @@ class Checkpoints:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once: a hard link, or a copy where links are not possible."""
+    """Make `target` the same file as `source`, at once: a hard link, or a copy where links are not possible.
+
+    Raises:
+        MachineError: neither is possible.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise MachineError(
+            f"{target}: cannot be written: {error}. Free some space or choose another --output."
+        ) from None

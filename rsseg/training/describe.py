@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from rsseg import __version__
+import rsseg
 from rsseg.backbones.backbone import Backbone
 from rsseg.checkpoint import ModelHeader
 from rsseg.config import BackboneConfig
@@ -56,7 +56,7 @@ def model_header(recipe: Recipe, segmenter: Segmenter, training: dict[str, Any])
 
 def versions() -> dict[str, str]:
     """Version of everything that can change a number."""
-    found = {"rsseg": __version__, "python": platform.python_version()}
+    found = {"rsseg": rsseg.__version__, "python": platform.python_version()}
     for package in ("torch", "timm", "numpy", "opencv-python-headless", "rasterio"):
         try:
             found[package] = version(package)
@@ -67,9 +67,6 @@ def versions() -> dict[str, str]:
 
 def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str, str]) -> Manifest:
     """The manifest of a run that begins now."""
-    used = {stream.digest: "training" for stream in plan.streams.values()}
-    if plan.validation is not None:
-        used[plan.validation.digest] = "selection"
     return Manifest(
         name=name,
         method=recipe.method,
@@ -84,7 +81,7 @@ def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str
         seed=recipe.seed,
         monitor=recipe.trainer.monitor,
         plan=plan.model_dump(mode="json"),
-        used=used,
+        used=plan.used,
         frozen=frozen,
     )
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.evaluation import evaluation_samples
+from rsseg.data.index import SegmentationIndex
+from rsseg.data.sources import open_source
 from rsseg.errors import DataError
 from rsseg.inference.device import resolve_device
 from rsseg.inference.load import load_segmenter
@@ -40,6 +42,8 @@ class Evaluation(BaseModel):
     scores: Scores
     images: int
     seconds: float
+    seen: str | None = None
+    """`training` or `selection` if these very images served it when the model was made: the scores are no test."""
     unpredicted: int = 0
     """Labeled pixels where a class raster has no data; they do not count."""
 
@@ -79,7 +83,7 @@ def evaluate(
         prediction = predict_image(segmenter, sample.image, sample.valid, recipe.eval, device=device)
         if sample.mask is None:
             raise ValueError(f"{sample.name}: came without a mask")
-        confusion.update(torch.from_numpy(prediction), torch.from_numpy(sample.mask))
+        confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, len(samples))
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([len(samples)])]).to(device)
@@ -116,12 +120,16 @@ def evaluate_model(
     """
     target = resolve_device(device)
     segmenter = load_segmenter(model, device=device)
-    recipe = recipe_from_dict(read_header(model).recipe, str(model))
+    header = read_header(model)
+    recipe = recipe_from_dict(header.recipe, str(model))
     select = {"val": recipe.data.val, "test": recipe.data.test}.get(split, SelectConfig(split=split))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
         select = SelectConfig(split=split)
-    return evaluate(segmenter, recipe, select, split=split, device=target, progress=progress)
+    result = evaluate(segmenter, recipe, select, split=split, device=target, progress=progress)
+    source = open_source(recipe, select, split, segmenter.task, masks=True)
+    digest = SegmentationIndex.load(select.path or recipe.data.path).digest(source.items)
+    return result.model_copy(update={"seen": header.training.get("used", {}).get(digest)})
 
 
 def evaluate_rasters(

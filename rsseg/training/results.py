@@ -57,6 +57,13 @@ class TrainPlan(_Data):
     trainable: int | None = None
     run: Path | None = None
 
+    @property
+    def used(self) -> dict[str, str]:
+        """Split hash -> `training` or `selection`: a score on these images is no test."""
+        return {stream.digest: "training" for stream in self.streams.values()} | (
+            {self.validation.digest: "selection"} if self.validation else {}
+        )
+
     def text(self) -> str:
         """At most twelve lines for the screen."""
         lines = [f"{self.method}  {self.name}" + (f"  ({self.title})" if self.title else "")]

@@ -202,7 +202,7 @@ class Trainer:
         self.parts.method.train()
         monitor = self.config.monitor
         score = None if monitor == "last" else getattr(evaluation.scores, monitor)
-        improved = counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
+        improved = monitor == "last" or counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
         counters.since_best = 0 if improved else counters.since_best + 1
         if improved:
             counters.best_score, counters.best_step = score, counters.step
