@@ -35,10 +35,9 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
         raise WeightsError(f"{file}: there is no such model. `rsseg runs ls` lists the runs.")
     header = read_header(file)
     try:
-        recipe = recipe_from_dict(header.recipe, str(file))
+        segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
     except RecipeError as error:
         made_with = header.made_with.get("rsseg", "another version")
         raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
-    segmenter = segmenter_for(recipe, header.task)
     load_tensors(segmenter, file)
     return segmenter.to(target).eval()

@@ -20,7 +20,7 @@ import rasterio.shutil
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from rsseg import __version__
+import rsseg
 from rsseg.errors import MachineError, UsageError
 from rsseg.raster import RasterInfo
 from rsseg.task import Task
@@ -211,7 +211,7 @@ def _create(file: Path, info: RasterInfo, task: Task) -> Any:
         dataset.rpcs = info.rpcs
     if info.area_or_point is not None:
         dataset.update_tags(AREA_OR_POINT=info.area_or_point)
-    dataset.update_tags(TIFFTAG_SOFTWARE=f"rsseg {__version__}")
+    dataset.update_tags(TIFFTAG_SOFTWARE=f"rsseg {rsseg.__version__}")
     dataset.update_tags(1, **{f"class_{c.value}": c.name for c in task.classes})
     dataset.set_band_description(1, "class")
     dataset.write_colormap(1, {**{c.value: (*c.color, 255) for c in task.classes}, NODATA: (0, 0, 0, 0)})

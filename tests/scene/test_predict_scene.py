@@ -1,7 +1,6 @@
 """Whole scenes through the real pipeline: what lies on the disk afterwards."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +52,10 @@ def random_pixels(height: int, width: int, bands: int = 3) -> np.ndarray:
     return np.random.default_rng(2).integers(1, 256, (bands, height, width)).astype(np.uint8)
 
 
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def read_classes(path: Path) -> np.ndarray:
     with rasterio.open(path) as dataset:
         return dataset.read(1)
@@ -93,7 +96,7 @@ def test_file_read_back_equals_the_prediction_of_the_image(
     assert_array_equal(classes, expected_values(segmenter, pixels))
     assert_same_grid(scene, tmp_path / "out.tif")
     assert [a.pixels for a in result.areas] == [int((classes == a.value).sum()) for a in result.areas]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "out.tif.aux.xml", "scene.tif"]
+    assert files_in(tmp_path) == ["out.tif", "out.tif.aux.xml", "scene.tif"]
 
 
 @pytest.mark.parametrize("blend", ["crop", "hann", "mean"])
@@ -256,7 +259,7 @@ def test_too_few_or_unknown_bands_are_refused_with_the_option_that_helps(tmp_pat
         predict_scene(segmenter, scene, tmp_path / "out.tif", options())
     with pytest.raises(DataError, match="no band 'nir'"):
         predict_scene(segmenter, scene, tmp_path / "out.tif", options(bands=("1", "2", "nir")))
-    assert os.listdir(tmp_path) == ["scene.tif"]
+    assert files_in(tmp_path) == ["scene.tif"]
 
 
 def test_other_pixel_type_than_the_training_images_is_told(tmp_path: Path) -> None:
@@ -304,7 +307,7 @@ def test_damaged_scene_leaves_nothing_behind(tmp_path: Path) -> None:
     scene.write_bytes(scene.read_bytes()[: scene.stat().st_size // 2])
     with pytest.raises(DataError, match=r"scene\.tif"):
         predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
-    assert os.listdir(tmp_path) == ["scene.tif"]
+    assert files_in(tmp_path) == ["scene.tif"]
 
 
 def test_undeclared_nan_deep_in_the_scene_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -313,7 +316,7 @@ def test_undeclared_nan_deep_in_the_scene_is_an_error_that_leaves_nothing_behind
     scene = write_tif(tmp_path / "scene.tif", pixels)
     with pytest.raises(DataError, match="row 250, column 60"):
         predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
-    assert os.listdir(tmp_path) == ["scene.tif"]
+    assert files_in(tmp_path) == ["scene.tif"]
     predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(nodata=math.nan))
     assert read_classes(tmp_path / "out.tif")[250, 60] == 255
 
@@ -332,7 +335,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 300))
     with pytest.raises(KeyboardInterrupt):
         predict_scene(FailingSegmenter(make_task()), scene, tmp_path / "out.tif", options(batch_size=1))
-    assert os.listdir(tmp_path) == ["scene.tif"]
+    assert files_in(tmp_path) == ["scene.tif"]
 
 
 DISK_FULL = """
@@ -383,7 +386,7 @@ def test_cog_is_refused_while_the_disk_has_too_little_room_for_it(
     monkeypatch.setattr("rsseg.scene.writer.shutil.disk_usage", lambda path: usage)
     with pytest.raises(MachineError, match="--format gtiff"):
         predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
-    assert os.listdir(tmp_path) == ["scene.tif"]
+    assert files_in(tmp_path) == ["scene.tif"]
 
 
 def test_progress_counts_the_tiles_up_to_all(tmp_path: Path) -> None:
@@ -405,15 +408,17 @@ def test_segmenter_is_not_changed_by_a_prediction_in_another_precision(tmp_path:
     assert (read_classes(tmp_path / "out.tif") == expected_values(segmenter, pixels)).mean() > 0.95
 
 
-class DoubleSegmenter(ConvSegmenter):
-    """Computes a part in float32 whatever it is told, as some published networks do."""
+class UnmixableSegmenter(ConvSegmenter):
+    """Uses an operation that does not mix types."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images.float())
+        logits = super().forward(images)
+        classes = torch.arange(self.task.num_classes)
+        return torch.zeros(logits.shape).index_add(1, classes, logits)
 
 
 def test_network_that_cannot_compute_in_bfloat16_stays_in_float32(tmp_path: Path) -> None:
-    segmenter, pixels = DoubleSegmenter(make_task()), random_pixels(70, 80)
+    segmenter, pixels = UnmixableSegmenter(make_task()), random_pixels(70, 80)
     scene = write_tif(tmp_path / "scene.tif", pixels)
     result = predict_scene(segmenter, scene, tmp_path / "out.tif", options(dtype="bfloat16"))
     assert result.dtype == "float32"

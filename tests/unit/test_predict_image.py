@@ -4,7 +4,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import choose_tiling, predict_image
+from rsseg.inference.predict import Tiling, choose_tiling, predict_image
 from rsseg.methods.base import TileHint
 from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, make_task
 
@@ -108,8 +108,9 @@ def test_scales_are_predicted_and_brought_back_to_the_image() -> None:
     assert (result == classes).mean() > 0.95
 
 
-def test_flexible_networks_take_larger_tiles_and_others_their_training_size() -> None:
-    assert choose_tiling(TileHint(512, 128, flexible=True), None, None).tile == 1024
-    attention = choose_tiling(TileHint(518, 148, flexible=False), None, None)
-    assert (attention.tile, attention.overlap, attention.least) == (518, 148, 518)
-    assert choose_tiling(TileHint(518, 148, flexible=False), 256, None).least == 256
+def test_network_chooses_its_tiling_unless_told_otherwise() -> None:
+    attention, conv = TileHint(518, 148, flexible=False), TileHint(1024, 128, flexible=True)
+    assert choose_tiling(attention, None, None) == Tiling(518, 148, 518)
+    assert choose_tiling(attention, 256, None) == Tiling(256, 128, 256)
+    assert choose_tiling(attention, 1000, 0) == Tiling(1000, 0, 518)
+    assert choose_tiling(conv, None, None) == Tiling(1024, 128, 1)
