@@ -154,6 +154,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         0.2,
         norm_taps="all",
         license=NO_WEIGHTS,
+        final_norm="head.norm",
         arguments={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
     ),
     _vit("vit_small_patch14_dinov2.lvd142m", 22.1, 14, BLOCKS_12),

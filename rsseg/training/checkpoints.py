@@ -8,6 +8,7 @@ from typing import Any
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import TrainerConfig
+from rsseg.errors import MachineError
 from rsseg.methods.base import Segmenter
 from rsseg.training.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
@@ -73,11 +74,20 @@ class Checkpoints:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once: a hard link, or a copy where links are not possible."""
+    """Make `target` the same file as `source`, at once: a hard link, or a copy where links are not possible.
+
+    Raises:
+        MachineError: neither is possible.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise MachineError(
+            f"{target}: cannot be written: {error}. Free some space or choose another --output."
+        ) from None

@@ -83,7 +83,7 @@ def evaluate(
         prediction = predict_image(segmenter, sample.image, sample.valid, recipe.eval, device=device)
         if sample.mask is None:
             raise ValueError(f"{sample.name}: came without a mask")
-        confusion.update(torch.from_numpy(prediction), torch.from_numpy(sample.mask))
+        confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, len(samples))
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([len(samples)])]).to(device)

@@ -14,7 +14,7 @@ def tiny_values(data: Path) -> dict[str, Any]:
         "method": "ktda",
         "name": "tiny",
         "seed": 5,
-        "data": {"path": str(data), "cache": False, "augment": {"crop_size": 32}},
+        "data": {"path": str(data), "augment": {"crop_size": 32}},
         "student": {"name": "convnext_mini", "weights": "random", "drop_path": 0.1},
         "teacher": {"name": "vit_mini_patch8", "weights": "random"},
         "fam": {},

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from rsseg.errors import RecipeError
-from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
 from rsseg.recipe import RecipeSource as Source
+from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
 
 MINIMAL = """\
 method: ktda
