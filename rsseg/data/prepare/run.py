@@ -52,6 +52,7 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     classes = _check_usage(card, options)
     out = options.out or Path("data") / (classes.name if classes else card.name)
     source = None if card.name == "demo" else _find_source(card, options, progress)
+    _check_apart(source, out)
     request = _request(card, options, source)
     if not options.overwrite and _is_done(out, request):
         progress(f"{out} is prepared already", 1, 1)
@@ -101,6 +102,15 @@ def _find_source(card: DatasetCard, options: PrepareOptions, progress: Progress)
     if not options.src.is_dir() and not is_archive(options.src):
         raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
     return options.src
+
+
+def _check_apart(source: Path | None, out: Path) -> None:
+    """Replacing `out` must not delete the source, nor may a prepared dataset become part of its own source."""
+    if source is None:
+        return
+    inside, outside = source.resolve(), out.resolve()
+    if inside == outside or outside in inside.parents or inside in outside.parents:
+        raise UsageError(f"--out {out} and --src {source} lie in one another. Pass an --out elsewhere.")
 
 
 def _request(card: DatasetCard, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
