@@ -235,9 +235,7 @@ def benchmark_step(crop: int, small_side: int, batch_size: int, rounds: int) -> 
     half_frozen = [t.frozen.module for t in half.method.teachers.values()]
     half_mb = held_bytes([half.method, *half_frozen], half.optimizer) / 2**20
     for name, mb in (("fp32", own_mb), ("bf16 teachers", half_mb)):
-        print(
-            f"held between steps, {name}: {mb:.0f} MB, published {theirs_mb:.0f} MB: {100 * (1 - mb / theirs_mb):.0f} % less"
-        )
+        print(f"held between steps, {name}: {mb:.0f} MB, published {theirs_mb:.0f} MB: {1 - mb / theirs_mb:.0%} less")
     actions = {"published": published, "ours": ours, "half": half}
     seconds = paired(rounds, {name: lambda a=a: a.step(batch, 9) for name, a in actions.items()})
     print(f"published step: {statistics.median(seconds['published']):.2f} s")

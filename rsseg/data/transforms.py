@@ -37,7 +37,7 @@ class Geometry:
     hflip   mirrored left to right
     vflip   mirrored top to bottom
     turns   times it is turned by 90 degrees, counter-clockwise
-    cut     the window is scaled as a whole, by Pillow, and a crop of `size` is cut out. None: the window is the crop, and
+    cut     the window is scaled as a whole, by Pillow, and a crop of `size` cut out. None: the window is the crop, and
             OpenCV scales it
     """
 

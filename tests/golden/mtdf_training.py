@@ -96,7 +96,7 @@ def _three_steps(case: Case, name: str) -> None:
         output = method.training_step(batch, step)
         loss = torch.stack(list(output.losses.values())).sum()
         found = {
-            "loss_x": 3 * output.losses["labeled"],
+            "loss_x": 3 * output.losses["seg"],
             "loss_u_s": 3 * output.losses["pseudo"],
             "dis_loss": 3 * output.losses["distill"],
             "loss": loss,

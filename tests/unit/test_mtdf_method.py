@@ -33,17 +33,17 @@ def train_one_step(method: MTDFMethod, step: int = 0) -> None:
 @pytest.mark.parametrize(
     ("changes", "losses"),
     [
-        ({}, {"labeled", "pseudo", "distill"}),
-        ({"teachers": TEACHERS[:1]}, {"labeled", "pseudo", "distill"}),
-        ({"teachers": []}, {"labeled", "pseudo"}),
-        ({"fusion": False}, {"labeled", "pseudo", "distill"}),
-        ({"teachers": [], "unlabeled": False}, {"labeled"}),
-        ({"unlabeled": False}, {"labeled", "distill"}),
-        ({"strong_views": 2}, {"labeled", "pseudo", "distill"}),
-        ({"strong_views": 2, "complementary_dropout": True}, {"labeled", "pseudo", "distill"}),
-        ({"teachers": [TEACHERS[1] | {"student_pass": "shared"}]}, {"labeled", "pseudo", "distill"}),
-        ({"teachers": [TEACHERS[1] | {"grid": "student", "standardize": True}]}, {"labeled", "pseudo", "distill"}),
-        ({"student": PYRAMID}, {"labeled", "pseudo", "distill"}),
+        ({}, {"seg", "pseudo", "distill"}),
+        ({"teachers": TEACHERS[:1]}, {"seg", "pseudo", "distill"}),
+        ({"teachers": []}, {"seg", "pseudo"}),
+        ({"fusion": False}, {"seg", "pseudo", "distill"}),
+        ({"teachers": [], "unlabeled": False}, {"seg"}),
+        ({"unlabeled": False}, {"seg", "distill"}),
+        ({"strong_views": 2}, {"seg", "pseudo", "distill"}),
+        ({"strong_views": 2, "complementary_dropout": True}, {"seg", "pseudo", "distill"}),
+        ({"teachers": [TEACHERS[1] | {"student_pass": "shared"}]}, {"seg", "pseudo", "distill"}),
+        ({"teachers": [TEACHERS[1] | {"grid": "student", "standardize": True}]}, {"seg", "pseudo", "distill"}),
+        ({"student": PYRAMID}, {"seg", "pseudo", "distill"}),
     ],
     ids=str,
 )
@@ -69,7 +69,7 @@ def test_losses_share_the_weight_equally_unless_the_recipe_says_otherwise() -> N
 
 def test_batch_without_labels_or_data_gives_exactly_zero() -> None:
     losses = method_of().train()(batch_of(labels=False, valid=False), 0).losses
-    assert losses["labeled"].item() == losses["pseudo"].item() == 0.0
+    assert losses["seg"].item() == losses["pseudo"].item() == 0.0
     assert torch.isfinite(losses["distill"])
 
 

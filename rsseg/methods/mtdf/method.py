@@ -157,7 +157,7 @@ class MTDFMethod(Method):
         output = self.student.forward_translated(images, self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
-        losses = {"labeled": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
+        losses = {"seg": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
         logs: dict[str, Tensor] = {}
         if weak is not None:
             per_view = [
