@@ -255,7 +255,7 @@ def test_an_undeclared_value_names_value_count_file_and_remedy(tmp_path: Path) -
     mask = np.ones((24, 20), np.uint8)
     mask[3, 4:9] = 77
     write_png(source / "train/masks/1.png", mask)
-    with pytest.raises(DataError, match=r"train/masks/1\.png: .*77 \(5 pixels\).*class file.*ignore"):
+    with pytest.raises(DataError, match=rf"^{source}/train/masks/1\.png: .*77 \(5 pixels\).*class file.*ignore"):
         prepare("folder", own_options(source, tmp_path / "out"), quiet)
 
 
@@ -285,6 +285,13 @@ def test_images_that_differ_in_bands_or_type_are_an_error(tmp_path: Path) -> Non
     write_tif(source / "val/images/0.tif", np.ones((2, 24, 20), np.uint8))
     with pytest.raises(DataError, match=r"val/images/0\.tif"):
         prepare("folder", own_options(source, tmp_path / "b"), quiet)
+
+
+def test_a_missing_split_list_is_an_error(tmp_path: Path) -> None:
+    source = own_source(tmp_path / "src")
+    patterns = {"images": "*/images/*.tif", "masks": "*/masks/*.png", "split_lists": {"train": source / "none.txt"}}
+    with pytest.raises(DataError, match=r"none\.txt: cannot be read"):
+        prepare("folder", own_options(source, tmp_path / "out", folder=patterns), quiet)
 
 
 def test_a_dataset_without_training_images_is_an_error(tmp_path: Path) -> None:
