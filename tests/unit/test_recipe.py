@@ -1,0 +1,127 @@
+"""Recipes: validation, overrides, lookup and messages."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rsseg.errors import RecipeError
+from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
+from rsseg.recipe import RecipeSource as Source
+
+MINIMAL = """\
+method: ktda
+name: tiny
+data:
+  path: data/tiny
+  augment:
+    crop_size: 64
+student:
+  name: convnext_atto
+trainer:
+  steps: 10
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "r.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_minimal_recipe_is_valid_and_dumps_to_an_equal_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert parse_recipe(Source("dumped", dump_recipe(recipe))) == recipe
+
+
+def test_misspelt_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL.replace("steps: 10", "stepz: 10"))
+    with pytest.raises(RecipeError, match=r"r\.yaml, line 11: unknown key 'trainer\.stepz'\. Did you mean 'steps'\?"):
+        load_recipe(file)
+
+
+def test_misspelt_key_deep_inside_is_found(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL.replace("crop_size", "cropsize"))
+    with pytest.raises(RecipeError, match=r"line 6: unknown key 'data\.augment\.cropsize'\. Did you mean 'crop_size'\?"):
+        load_recipe(file)
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL.replace("steps: 10", "steps: -1\n  batch_size: many").replace("name: tiny\n", ""))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert any("'name' is missing" in line for line in lines)
+    assert any("trainer.steps" in line and "-1" in line for line in lines)
+    assert any("trainer.batch_size" in line and "many" in line for line in lines)
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"line 3: not valid YAML"):
+        load_recipe(write(tmp_path, "method: ktda\nname: [1,\ndata: }\n"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1\n", "mapping"), ("method: yolo\n", "is unknown"), ("name: x\n", "method")])
+def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_overrides_are_typed_and_validated_with_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    recipe = load_recipe(file, ["trainer.steps=7", "optimizers.main.lr=6e-5", "data.bands=[red, nir]"])
+    assert recipe.trainer.steps == 7
+    assert recipe.optimizers["main"].lr == 6e-5
+    assert recipe.data.bands == ("red", "nir")
+    with pytest.raises(RecipeError, match=r"trainer\.step"):
+        load_recipe(file, ["trainer.step=7"])
+    with pytest.raises(RecipeError, match=r"key\.path=value"):
+        load_recipe(file, ["trainer.steps"])
+    with pytest.raises(RecipeError, match="has no key"):
+        load_recipe(file, ["name.first=x"])
+
+
+def test_method_that_contradicts_the_recipe_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="for method 'ktda', but --method says 'mtdf'"):
+        load_recipe(write(tmp_path, MINIMAL), method="mtdf")
+
+
+def test_unknown_stream_names_the_ones_there_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown stream 'sauce'.*labeled"):
+        load_recipe(write(tmp_path, MINIMAL), ["trainer.stream_batch_sizes.sauce=2"])
+
+
+def test_recipe_is_found_in_the_working_folder_before_the_packaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(packaged_recipes()))
+    assert find_recipe(name) == packaged_recipes()[name]
+    assert find_recipe(name.removesuffix(".yaml")) == packaged_recipes()[name]
+    Path(name).write_text(MINIMAL)
+    assert find_recipe(name) == Path(name)
+
+
+def test_unknown_recipe_suggests_the_nearest_packaged_one() -> None:
+    with pytest.raises(RecipeError, match=r"Did you mean grass\.yaml\?"):
+        find_recipe("gras.yaml")
+
+
+@pytest.mark.parametrize("path", packaged_recipes().values(), ids=lambda p: p.name)
+def test_packaged_recipe_is_valid_and_says_what_it_is(path: Path) -> None:
+    recipe = load_recipe(str(path))
+    assert recipe.title
+    assert recipe.name == path.stem
+    if not path.stem.startswith("demo"):
+        assert recipe.reference, "say which paper and table row this reproduces, or what was measured"
+
+
+def test_there_are_packaged_recipes_for_the_publications() -> None:
+    assert {"grass.yaml", "cloud.yaml", "demo-ktda.yaml"} <= set(packaged_recipes())
+
+
+def test_schema_forbids_unknown_keys() -> None:
+    assert '"additionalProperties": false' in yaml.dump(recipe_schema(), default_style='"').replace("!!bool ", "").replace(
+        '"false"', "false"
+    )
