@@ -59,6 +59,8 @@ class ScheduleConfig(Strict):
     warmup_start: Probability = 1e-3
     """Factor at step 0; grows linearly to 1 at step `warmup_steps - 1` (`mmengine`) or `warmup_steps` (`mmcv`)."""
     warmup_style: Literal["mmengine", "mmcv"] = "mmengine"
+    """Where warm-up and decay end: `mmengine` at their last step (a run's last step has the rate `min_lr`), `mmcv` at
+    the step after it."""
     decay: Literal["poly", "cosine", "constant"] = "poly"
     power: Positive = 0.9
     decay_begin: Annotated[int, Field(ge=0)] = 0

@@ -1,0 +1,133 @@
+"""Models on disk: safetensors with one JSON metadata entry, written under a temporary name. Knows no method."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rsseg.errors import MachineError, WeightsError
+from rsseg.task import Task
+
+FORMAT = 1
+METADATA_KEY = "rsseg"
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """What a model file says about itself; with it, prediction needs no other file.
+
+    recipe: fully resolved, as JSON values.
+    task: classes, bands and scaling the network was trained for.
+    backbones: role ("student") -> name, statistics, patch size and licence.
+    training: step, which weights ("raw", "ema"), score.
+    made_with: package -> version.
+    """
+
+    recipe: dict[str, Any]
+    task: Task
+    backbones: dict[str, dict[str, Any]]
+    training: dict[str, Any]
+    made_with: dict[str, str]
+
+
+def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) -> None:
+    """Write a model; the file under `path` is always the old one or the complete new one.
+
+    Raises:
+        MachineError: the folder cannot be written or the disk is full.
+    """
+    values = {"format": FORMAT, **asdict(header), "task": header.task.model_dump(mode="json")}
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(values)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to the disk, then rename.
+
+    Raises:
+        MachineError: the folder cannot be written or the disk is full.
+    """
+    # safetensors refuses views and shared memory.
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(owned, temporary, dict(metadata))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"{path}: cannot be written: {error}. Free some space or choose another --output.") from None
+
+
+def read_header(path: Path) -> ModelHeader:
+    """The metadata of a model; no tensor is read.
+
+    Raises:
+        WeightsError: the file is missing, damaged, foreign, or of a newer format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not a readable model file: {error}. Give a model.safetensors of a run.") from None
+    if text is None:
+        raise WeightsError(
+            f"{path}: safetensors without rsseg's header: these are foreign weights. "
+            "Give a model.safetensors of a run, or convert them with `rsseg weights import`."
+        )
+    try:
+        values = json.loads(text)
+        found = values.pop("format")
+        if found != FORMAT:
+            made_with = values.get("made_with", {}).get("rsseg", "a newer version")
+            raise WeightsError(
+                f"{path}: format {found}, this rsseg reads format {FORMAT}. Use rsseg {made_with}, which wrote it."
+            )
+        task = Task.model_validate(values.pop("task"))
+        return ModelHeader(task=task, **{f.name: values[f.name] for f in fields(ModelHeader) if f.name != "task"})
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        raise WeightsError(f"{path}: damaged header: {error!r}. Train or import the model again.") from None
+
+
+def load_tensors(module: nn.Module, path: Path) -> None:
+    """Copy a model's tensors into `module`, strictly.
+
+    Raises:
+        WeightsError: the file is unreadable, keys differ (the first missing and the first unexpected one are named),
+            or a shape differs.
+    """
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not a readable model file: {error}. Give a model.safetensors of a run.") from None
+    load_into(module, stored, str(path))
+
+
+def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> None:
+    """Copy tensors into `module`'s state, strictly; `label` names their origin in messages. See `load_tensors`."""
+    own = module.state_dict()
+    problems = [
+        f"{what} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for what, names in (
+            ("missing tensor", [name for name in own if name not in stored]),
+            ("unexpected tensor", [name for name in stored if name not in own]),
+        )
+        if names
+    ]
+    problems += [
+        f"{name!r} has shape {tuple(stored[name].shape)}, the network {tuple(own[name].shape)}"
+        for name in own
+        if name in stored and stored[name].shape != own[name].shape
+    ][:1]
+    if problems:
+        raise WeightsError(
+            f"{label}: does not fit the network: {'; '.join(problems)}. Use the recipe it was made with."
+        )
+    module.load_state_dict(dict(stored))
