@@ -1,17 +1,11 @@
 """Feature discriminators: do last-stage features come from the domain whose style they bear, or from the other?"""
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rsseg.errors import RecipeError
-from rsseg.layers.resize import resize
-
-GanKind = Literal["vanilla", "lsgan", "l1"]
 
 
 class PatchDiscriminator(nn.Module):
@@ -63,35 +57,3 @@ def smallest_map(strides: Sequence[int]) -> int:
     while not accepts_map((side, side), strides):
         side += 1
     return side
-
-
-def spatial_softmax(features: Tensor) -> Tensor:
-    """Softmax over the positions of every channel, in float32: each (H, W) map of (B, C, H, W) sums to one."""
-    with torch.autocast(features.device.type, enabled=False):
-        return features.float().flatten(2).softmax(dim=-1).unflatten(2, features.shape[-2:])
-
-
-def gan_loss(
-    logits: Tensor, *, real: bool, kind: GanKind = "vanilla", real_value: float = 1.0, fake_value: float = 0.0
-) -> Tensor:
-    """How far the discriminator's output is from `real_value` or `fake_value`; mean, float32, not weighted."""
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.float()
-        wanted = torch.full_like(logits, real_value if real else fake_value)
-        match kind:
-            case "vanilla":
-                return F.binary_cross_entropy_with_logits(logits, wanted)
-            case "lsgan":
-                return F.mse_loss(logits, wanted)
-            case "l1":
-                return F.l1_loss(logits, wanted)
-
-
-def upsampled(logits: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Patch logits at image size, float32. A 1x1 map stays: resized it is constant, and the loss is a mean."""
-    return logits if logits.shape[-2:] == (1, 1) else resize(logits.float(), image_size)
-
-
-def without_param_grad(module: nn.Module, inputs: Tensor) -> Tensor:
-    """`module(inputs)` whose gradient reaches the inputs and not the module's parameters."""
-    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (inputs,))  # type: ignore[no-any-return]

@@ -81,30 +81,51 @@ class DisentangledLevel(nn.Module):
 
 
 class DisentangledNeck(nn.Module):
-    """One level module per pyramid level. `ds2` puts the DUM at the last level, `dsk` nowhere (the code's names)."""
+    """One level module per pyramid level that is used; the others pass as they are."""
 
     def __init__(
-        self, in_channels: Sequence[int], *, kind: Literal["ds2", "dsk"] = "ds2", reduction: int = 8, min_width: int = 8
+        self,
+        in_channels: Sequence[int],
+        *,
+        kind: Literal["ds2", "dsk"] = "ds2",
+        reduction: int = 8,
+        min_width: int = 8,
+        used: Sequence[int] | None = None,
     ) -> None:
+        """Make the levels.
+
+        Args:
+            in_channels: of each level.
+            kind: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
+            reduction: channels over reduced channels.
+            min_width: least number of reduced channels.
+            used: levels that a decoder reads; None for all. A module that nobody reads would never get a gradient.
+        """
         super().__init__()
         last = len(in_channels) - 1
-        self.levels = nn.ModuleList(
-            DisentangledLevel(
-                channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
-            )
+        self.levels = nn.ModuleDict(
+            {
+                str(i): DisentangledLevel(
+                    channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
+                )
+                for i, channels in enumerate(in_channels)
+                if used is None or i in used
+            }
+        )
+        self.out_channels = tuple(
+            self.levels[str(i)].out_channels if str(i) in self.levels else channels
             for i, channels in enumerate(in_channels)
         )
-
-    @property
-    def out_channels(self) -> tuple[int, ...]:
         """Channels of every returned level."""
-        return tuple(level.out_channels for level in self.levels)  # type: ignore[misc]
 
     def forward(
         self, source: Sequence[Tensor], target: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Two pyramids of the same images, source style and target style -> the refined two."""
-        pairs = [level(s, t) for level, s, t in zip(self.levels, source, target, strict=True)]
+        pairs = [
+            self.levels[str(i)](s, t) if str(i) in self.levels else (s, t)
+            for i, (s, t) in enumerate(zip(source, target, strict=True))
+        ]
         return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
 
 

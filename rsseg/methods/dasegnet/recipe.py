@@ -111,6 +111,11 @@ class SelfTrainingConfig(Strict):
     masked: MaskedConfig | None = None
     """Not published."""
 
+    @property
+    def learns_from_teachers_image(self) -> bool:
+        """Whether the students' target image is the one that the teacher labels."""
+        return self.student_view == "same" and not self.class_mix
+
 
 class DASegNetRecipe(BaseRecipe):
     """Two students in the style of the source and of the target, disentangled, aligned and self-trained.
