@@ -1,0 +1,121 @@
+"""Decoders: feature maps of several levels -> logits at the first level's resolution."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from rsseg.layers.blocks import Classifier, ConvBNReLU
+from rsseg.layers.resize import resize
+
+
+class UPerNet(nn.Module):
+    """Pyramid pooling on the last level, then a top-down feature pyramid.
+
+    Source: Xiao et al. 2018 (arXiv 1807.10221). With one level it is the pyramid pooling and one more convolution.
+    In train mode a pool scale of 1 needs a batch of two or more: its batch norm sees one value per sample and channel.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        channels: int = 512,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.align_corners = tuple(in_channels), align_corners
+        *lower, last = in_channels
+        self.pool_scales = tuple(pool_scales)
+        self.pools = nn.ModuleList(ConvBNReLU(last, channels, kernel=1) for _ in pool_scales)
+        self.pyramid = ConvBNReLU(last + len(self.pool_scales) * channels, channels, kernel=3)
+        self.laterals = nn.ModuleList(ConvBNReLU(width, channels, kernel=1) for width in lower)
+        self.smooths = nn.ModuleList(ConvBNReLU(channels, channels, kernel=3) for _ in lower)
+        self.fusion = ConvBNReLU(len(in_channels) * channels, channels, kernel=3)
+        self.classifier = Classifier(channels, num_classes, dropout=dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """One (B, in_channels[i], H_i, W_i) per level -> logits (B, K, H_0, W_0)."""
+        levels = [lateral(level) for lateral, level in zip(self.laterals, maps[:-1], strict=True)]
+        levels.append(self._pool(maps[-1]))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + self._resize(levels[i], levels[i - 1])
+        smooth = [conv(level) for conv, level in zip(self.smooths, levels[:-1], strict=True)]
+        stacked = torch.cat([self._resize(level, levels[0]) for level in (*smooth, levels[-1])], dim=1)
+        return self.classifier(self.fusion(stacked))  # type: ignore[no-any-return]
+
+    def _pool(self, last: Tensor) -> Tensor:
+        pooled = [
+            self._resize(conv(nn.functional.adaptive_avg_pool2d(last, scale)), last)
+            for conv, scale in zip(self.pools, self.pool_scales, strict=True)
+        ]
+        return self.pyramid(torch.cat([last, *pooled], dim=1))  # type: ignore[no-any-return]
+
+    def _resize(self, maps: Tensor, like: Tensor) -> Tensor:
+        return resize(maps, like.shape[-2:], align_corners=self.align_corners)
+
+
+class SegFormerHead(nn.Module):
+    """Every level to one width, resized to the first and fused by a 1x1 convolution.
+
+    Source: Xie et al. 2021 (arXiv 2105.15203).
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        channels: int = 256,
+        dropout: float = 0.1,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.align_corners = tuple(in_channels), align_corners
+        self.projections = nn.ModuleList(ConvBNReLU(width, channels, kernel=1) for width in in_channels)
+        self.fusion = ConvBNReLU(len(in_channels) * channels, channels, kernel=1)
+        self.classifier = Classifier(channels, num_classes, dropout=dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """One (B, in_channels[i], H_i, W_i) per level -> logits (B, K, H_0, W_0)."""
+        size = maps[0].shape[-2:]
+        projected = [
+            resize(projection(level), size, align_corners=self.align_corners)
+            for projection, level in zip(self.projections, maps, strict=True)
+        ]
+        return self.classifier(self.fusion(torch.cat(projected, dim=1)))  # type: ignore[no-any-return]
+
+
+class FCNHead(nn.Module):
+    """A few 3x3 convolutions on one map; the usual auxiliary head.
+
+    Source: Long et al. 2015 (arXiv 1411.4038), in the form of the common segmentation code bases.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        num_convs: int = 1,
+        concat_input: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        """`concat_input` joins the input to the last output by one more convolution; `num_convs` come before."""
+        super().__init__()
+        widths = [in_channels, *[channels] * num_convs]
+        self.convs = nn.Sequential(*(ConvBNReLU(a, b, kernel=3) for a, b in pairwise(widths)))
+        self.join = ConvBNReLU(in_channels + channels, channels, kernel=3) if concat_input else None
+        self.classifier = Classifier(channels, num_classes, dropout=dropout)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> logits (B, K, H, W)."""
+        features = self.convs(maps)
+        if self.join is not None:
+            features = self.join(torch.cat([maps, features], dim=1))
+        return self.classifier(features)  # type: ignore[no-any-return]

@@ -1,0 +1,80 @@
+"""Losses and training accuracy. All compute in float32, also under autocast, and stay tensors in the graph."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rsseg.layers.resize import resize
+from rsseg.task import IGNORE_INDEX
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, divisor: Literal["all", "valid"] = "valid", align_corners: bool = False
+) -> Tensor:
+    """Cross-entropy of logits resized to the target.
+
+    Args:
+        logits: float (B, K, h, w) of any size; resized bilinearly.
+        target: int64 (B, H, W), IGNORE_INDEX where there is no label.
+        divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, labeled or
+            not, as the common code bases do unless told otherwise.
+        align_corners: of the resize.
+    Returns:
+        Scalar; exactly 0 for a batch without one labeled pixel.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        resized = resize(logits.float(), target.shape[-2:], align_corners=align_corners)
+        per_pixel = F.cross_entropy(resized, target, ignore_index=IGNORE_INDEX, reduction="none")
+        if divisor == "all":
+            return per_pixel.mean()
+        return per_pixel.sum() / (target != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def pixel_accuracy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+    """Percentage of labeled pixels whose largest resized logit is the target; 0 without labels. Detached."""
+    with torch.no_grad():
+        resized = resize(logits.float(), target.shape[-2:], align_corners=align_corners)
+        labeled = target != IGNORE_INDEX
+        correct = torch.where(labeled, resized.argmax(dim=1) == target, False).sum()
+        return 100.0 * correct / labeled.sum().clamp(min=1)
+
+
+def softened_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    axis: int,
+    temperature: float = 1.0,
+    reduction: Literal["batchmean", "mean"] = "mean",
+) -> Tensor:
+    """KL divergence from the teacher's softmax to the student's, times the squared temperature.
+
+    Both softmaxes are taken in log space, so rows of any range give a finite value.
+
+    Args:
+        student: float (B, ...), gradients flow.
+        teacher: same shape; treated as constant.
+        axis: along which values form one distribution.
+        temperature: > 0; both inputs are divided by it.
+        reduction: `mean` averages over distributions; `batchmean` sums over all of one sample and averages samples,
+            so that the value grows with the number of distributions.
+    Returns:
+        Scalar >= 0.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        log_student = F.log_softmax(student.float() / temperature, dim=axis)
+        log_teacher = F.log_softmax(teacher.detach().float() / temperature, dim=axis)
+        total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        count = student.shape[0] if reduction == "batchmean" else student.numel() // student.shape[axis]
+        return temperature**2 * total / count
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cosine over the positions of two (B, C, H, W) maps, channels being the vectors; the teacher constant.
+
+    0 where the vectors point the same way, 2 where they oppose. Blind to their lengths.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return (1.0 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=1)).mean()

@@ -1,0 +1,103 @@
+"""The transfer: a frozen teacher and the loss that pulls FAM's outputs to its maps."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsseg.backbones.backbone import Backbone
+from rsseg.layers.frozen import Frozen
+from rsseg.layers.losses import cosine_distance, softened_kl
+from rsseg.methods.ktda.parts import fused
+from rsseg.methods.ktda.recipe import DistillationConfig
+
+_AXES = {"channel": 1, "height": 2, "width": 3}
+
+
+class Distillation(nn.Module):
+    """Runs the teacher without a graph on the same augmented batch and compares its maps with FAM's."""
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        settings: DistillationConfig,
+        *,
+        total_steps: int,
+        fuse: bool = False,
+        normalize: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            teacher: returns one map per FAM level; is frozen here.
+            settings: of the loss and its weight.
+            total_steps: optimizer steps of the run, where a decay ends.
+            fuse: sum the teacher's maps, as FAM's are.
+            normalize: another network's normalization of the teacher's images; None takes the teacher's own.
+        """
+        super().__init__()
+        self.teacher = Frozen(teacher)
+        self.settings, self.total_steps, self.fuse = settings, total_steps, fuse
+        self._normalize = normalize or teacher.normalize
+
+    def forward(self, images: Tensor, aligned: Sequence[Tensor], step: int) -> Tensor:
+        """Weighted loss of one micro-step.
+
+        Args:
+            images: float (B, C, H, W), scaled units.
+            aligned: FAM's outputs, or their sum alone if fused.
+            step: optimizer step, from 0.
+        """
+        maps = self.teacher_maps(images)
+        loss = distillation_loss(aligned, [fused(maps)] if self.fuse else maps, self.settings)
+        return weight_at(self.settings, step, self.total_steps) * loss
+
+    def teacher_maps(self, images: Tensor) -> Sequence[Tensor]:
+        """The teacher's maps of a batch in scaled units, without a graph."""
+        teacher = cast(Backbone, self.teacher.module)
+        with torch.no_grad():
+            return teacher.taps_of_normalized(self._normalize(images))
+
+
+def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], settings: DistillationConfig) -> Tensor:
+    """Mean over levels of alpha * KL + (1 - alpha) * mean squared error, or of the cosine distance; without `weight`.
+
+    Args:
+        student: float (B, C, H, W) per level; gradients flow.
+        teacher: the same shapes; constants.
+        settings: see `DistillationConfig`.
+    Returns:
+        Scalar, float32. Finite for maps of any range: the authors' softmax().log() is not.
+    """
+    losses = [_level_loss(a, b.detach().float(), settings) for a, b in zip(student, teacher, strict=True)]
+    loss = torch.stack(losses).mean()
+    halved = settings.loss == "kl_mse" and settings.alpha == 0 and settings.alpha_zero_halving
+    return loss / 2 if halved else loss
+
+
+def weight_at(settings: DistillationConfig, step: int, total_steps: int) -> float:
+    """The loss's weight at an optimizer step: warm-up times decay times `settings.weight`."""
+    warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
+    progress = min(1.0, max(0.0, (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)))
+    left = {"none": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}[settings.decay]
+    return settings.weight * warmup * (settings.final + (1.0 - settings.final) * left)
+
+
+def _level_loss(student: Tensor, teacher: Tensor, settings: DistillationConfig) -> Tensor:
+    if settings.standardize:
+        std, mean = torch.std_mean(teacher, dim=(0, 2, 3), keepdim=True, correction=0)
+        teacher = (teacher - mean) / (std + 1e-6)
+    if settings.loss == "cosine":
+        return cosine_distance(student, teacher)
+    kl = softened_kl(
+        student,
+        teacher,
+        axis=_AXES[settings.kl_axis],
+        temperature=settings.temperature,
+        reduction=settings.kl_reduction,
+    )
+    with torch.autocast(student.device.type, enabled=False):
+        return settings.alpha * kl + (1.0 - settings.alpha) * F.mse_loss(student.float(), teacher)

@@ -1,0 +1,167 @@
+"""KTDA's training: segmentation, auxiliary and distillation losses from one pass of the student."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.zoo import create_backbone
+from rsseg.data.streams import Batch, StreamSpec
+from rsseg.errors import RecipeError
+from rsseg.layers.decoders import FCNHead
+from rsseg.layers.losses import cross_entropy, pixel_accuracy
+from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
+from rsseg.methods.ktda.distillation import Distillation
+from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, crop_size
+from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
+from rsseg.task import Task
+
+
+@dataclass(frozen=True)
+class TrainingRules:
+    """How the losses are taken and what decays; meanings as in `KTDARecipe`."""
+
+    divisor: Literal["all", "valid"] = "all"
+    weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
+    student_passes: Literal[1, 2] = 1
+
+
+class AuxHead(nn.Module):
+    """An FCN head on one level, with the weight of its loss."""
+
+    def __init__(self, head: FCNHead, *, level: int, weight: float) -> None:
+        super().__init__()
+        self.head, self.level, self.weight = head, level, weight
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """The decoder's inputs -> logits (B, K, h, w) at the level's resolution."""
+        return self.head(features[self.level])  # type: ignore[no-any-return]
+
+
+class KTDAMethod(Method):
+    """Losses: `seg`, `aux` (`aux_0`, `aux_1`, ... if there are several) and `distill`."""
+
+    def __init__(
+        self,
+        segmenter: KTDASegmenter,
+        *,
+        aux_heads: Sequence[AuxHead] = (),
+        distillation: Distillation | None = None,
+        rules: TrainingRules = TrainingRules(),
+    ) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.aux_heads = nn.ModuleList(aux_heads)
+        self.distillation = distillation
+        self.rules = rules
+        self.streams = (StreamSpec("labeled", split="train", masks=True, fill=segmenter.fill),)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:
+        """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
+        images, masks = batch["labeled"].images, batch["labeled"].masks
+        if masks is None:
+            raise ValueError("the stream 'labeled' came without masks")
+        student = self.segmenter.run(images)
+        losses = {"seg": self._cross_entropy(student.logits, masks)}
+        logs = {"acc": self._accuracy(student.logits, masks)}
+        for i, head in enumerate(self.aux_heads):
+            suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
+            logits = head(student.features)
+            losses[f"aux{suffix}"] = head.weight / len(self.aux_heads) * self._cross_entropy(logits, masks)
+            logs[f"aux{suffix}_acc"] = self._accuracy(logits, masks)
+        if self.distillation:
+            aligned = student.aligned if self.rules.student_passes == 1 else self.segmenter.align(images)
+            losses["distill"] = self.distillation(images, aligned, step)
+        return StepOutput(losses, logs)
+
+    def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
+        """One optimizer, `main`; one rate; exempt parameters in a group without weight decay."""
+        decayed, exempt = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (exempt if self._is_exempt(name, parameter) else decayed).append(parameter)
+        groups = (ParamGroup(decayed), ParamGroup(exempt, weight_decay=0.0))
+        return {"main": [group for group in groups if group.params]}
+
+    def deployable(self) -> Segmenter:
+        """Student to decoder; auxiliary heads and the teacher stay behind."""
+        return self.segmenter
+
+    def _is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
+        match self.rules.weight_decay_exempt:
+            case "names_with_norm":
+                return "norm" in name
+            case "norms_and_biases":
+                return parameter.ndim <= 1
+            case "none":
+                return False
+
+    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
+        align_corners = self.segmenter.decoder.align_corners
+        return cross_entropy(logits, masks, divisor=self.rules.divisor, align_corners=align_corners)
+
+    def _accuracy(self, logits: Tensor, masks: Tensor) -> Tensor:
+        return pixel_accuracy(logits, masks, align_corners=self.segmenter.decoder.align_corners)
+
+
+def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
+    """Student and teacher with the weights that the recipe names, the rest untrained.
+
+    Raises:
+        RecipeError: parts of the recipe do not fit together.
+        WeightsError: weights are missing, foreign or may not be fetched.
+    """
+    student = create_backbone(recipe.student, task)
+    teacher = create_backbone(recipe.teacher, task) if recipe.teacher else None
+    segmenter = assemble_segmenter(recipe, task, student, teacher.info if teacher else None)
+    return assemble_method(recipe, segmenter, teacher)
+
+
+def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None) -> KTDAMethod:
+    """Losses and auxiliary heads as the recipe says, round given networks; see `build_method`."""
+    distillation = None
+    if teacher:
+        _check_grid(recipe, teacher)
+        distillation = Distillation(
+            teacher,
+            recipe.distillation,
+            total_steps=recipe.trainer.steps,
+            fuse=recipe.fuse,
+            normalize=segmenter.student.normalize if recipe.teacher_input == "student_normalized" else None,
+        )
+    return KTDAMethod(
+        segmenter,
+        aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
+        distillation=distillation,
+        rules=TrainingRules(recipe.cross_entropy_divisor, recipe.weight_decay_exempt, recipe.student_passes),
+    )
+
+
+def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:
+    """An auxiliary head on one of the decoder's inputs, whose widths are given."""
+    if config.level >= len(widths):
+        raise RecipeError(f"aux.level: {config.level} of {len(widths)} levels; they count from 0. Give a lower one.")
+    head = FCNHead(
+        widths[config.level],
+        num_classes,
+        channels=config.channels,
+        num_convs=config.num_convs,
+        concat_input=config.concat_input,
+        dropout=config.dropout,
+    )
+    return AuxHead(head, level=config.level, weight=config.weight)
+
+
+def _check_grid(recipe: KTDARecipe, teacher: Backbone) -> None:
+    """A fixed FAM grid must be the teacher's for the training crops."""
+    crop, patch = crop_size(recipe), teacher.info.patch_size
+    if recipe.fam is None or recipe.fam.grid == "auto" or patch is None:
+        return
+    cells = -(-crop // patch)
+    if recipe.fam.grid != cells:
+        raise RecipeError(
+            f"fam.grid: {recipe.fam.grid}, but the teacher makes {cells} x {cells} cells of a crop of {crop} pixels. "
+            f"Set fam.grid to {cells} or auto."
+        )

@@ -1,0 +1,205 @@
+"""KTDA's shipped network: student, FAM, neck, FMM and decoder. The teacher is not part of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rsseg.backbones.backbone import Backbone, BackboneInfo
+from rsseg.backbones.zoo import create_backbone
+from rsseg.config import BackboneConfig
+from rsseg.errors import RecipeError
+from rsseg.layers.decoders import SegFormerHead, UPerNet
+from rsseg.layers.resize import resize
+from rsseg.methods.base import Segmenter, TileHint
+from rsseg.methods.ktda.parts import (
+    BottleneckMlp,
+    FeatureAlignment,
+    FeatureModulation,
+    MultiLevelNeck,
+    TransformerBlock,
+    fused,
+)
+from rsseg.methods.ktda.recipe import DecoderConfig, FamConfig, FmmConfig, KTDARecipe
+from rsseg.task import Task
+
+_FLEXIBLE_TILE = TileHint(size=1024, overlap=128, flexible=True)
+
+
+@dataclass(frozen=True)
+class StudentPass:
+    """What one pass of the student gives a training step.
+
+    aligned   FAM's outputs (their sum alone if fused), which are distilled; the student's levels without FAM
+    features  the decoder's inputs, one per level
+    logits    (B, K, h, w) at the decoder's resolution
+    """
+
+    aligned: list[Tensor]
+    features: list[Tensor]
+    logits: Tensor
+
+
+class KTDASegmenter(Segmenter):
+    """Student -> FAM -> (sum) -> neck -> FMM -> decoder; every part but student and decoder may be None."""
+
+    def __init__(
+        self,
+        task: Task,
+        student: Backbone,
+        decoder: UPerNet | SegFormerHead,
+        *,
+        fam: FeatureAlignment | None = None,
+        fuse: bool = False,
+        neck: MultiLevelNeck | None = None,
+        fmm: FeatureModulation | None = None,
+        tile: TileHint = _FLEXIBLE_TILE,
+    ) -> None:
+        info = student.info
+        super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
+        self.student, self.fam, self.neck, self.fmm, self.decoder = student, fam, neck, fmm, decoder
+        self.fuse = fuse
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""
+        return self.to_size(self.run(images).logits, images.shape[-2:])
+
+    def run(self, images: Tensor) -> StudentPass:
+        """One pass with everything that losses look at; images as in `forward`."""
+        aligned = self.align(images)
+        features = self.neck(aligned) if self.neck else aligned
+        features = self.fmm(features) if self.fmm else features
+        return StudentPass(aligned, features, self.decoder(features))
+
+    def align(self, images: Tensor) -> list[Tensor]:
+        """Student and FAM only: the maps that are distilled."""
+        levels = list(self.student(images))
+        if self.fam:
+            levels = self.fam(levels, images.shape[-2:])
+        return [fused(levels)] if self.fuse else levels
+
+    def to_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of any resolution, resized as the decoder resizes."""
+        return resize(logits, size, align_corners=self.decoder.align_corners)
+
+
+def build_segmenter(recipe: KTDARecipe, task: Task) -> KTDASegmenter:
+    """The network with untrained weights; opens no file.
+
+    Raises:
+        RecipeError: parts of the recipe do not fit together.
+    """
+    student = create_backbone(recipe.student, task, load_weights=False)
+    return assemble_segmenter(recipe, task, student, teacher_info(recipe.teacher, task))
+
+
+def teacher_info(config: BackboneConfig | None, task: Task) -> BackboneInfo | None:
+    """What the student must know of the teacher (width, patch), without its weights or its memory."""
+    if config is None:
+        return None
+    with torch.device("meta"):
+        return create_backbone(config, task, load_weights=False).info
+
+
+def assemble_segmenter(
+    recipe: KTDARecipe, task: Task, student: Backbone, teacher: BackboneInfo | None
+) -> KTDASegmenter:
+    """Everything after the student, as the recipe says, round a given student; see `build_segmenter`."""
+    widths: Sequence[int] = student.info.channels
+    fam = neck = fmm = None
+    if recipe.fam:
+        targets = _target_widths(recipe.fam, len(widths), teacher)
+        grid = None if recipe.fam.grid == "auto" else recipe.fam.grid
+        fam = FeatureAlignment(widths, targets, grid=grid, patch=(teacher and teacher.patch_size) or 1)
+        widths = targets
+    if recipe.fuse:
+        if len(set(widths)) > 1:
+            raise RecipeError(f"fuse: maps of different widths {list(widths)} cannot be summed. Give one fam.width.")
+        widths = widths[:1]
+    if recipe.neck:
+        scales = recipe.neck.scales
+        if len(widths) not in (1, len(scales)):
+            raise RecipeError(f"neck.scales: {len(scales)} factors for {len(widths)} maps. Give one factor per map.")
+        neck = MultiLevelNeck(widths, recipe.neck.width or widths[0], scales=scales, sampling=recipe.neck.sampling)
+        widths = [recipe.neck.width or widths[0]] * len(scales)
+    if recipe.fmm:
+        fmm = make_fmm(recipe.fmm, widths)
+    return KTDASegmenter(
+        task,
+        student,
+        make_decoder(recipe.decoder, widths, task.num_classes),
+        fam=fam,
+        fuse=recipe.fuse,
+        neck=neck,
+        fmm=fmm,
+        tile=_tile_hint(recipe),
+    )
+
+
+def crop_size(recipe: KTDARecipe) -> int:
+    """Side of the training crops in pixels."""
+    stream = recipe.data.streams.get("labeled")
+    return ((stream and stream.augment) or recipe.data.augment).crop_size
+
+
+def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:
+    """Channels per FAM level; checks that they are the teacher's."""
+    if teacher is None:
+        return [config.width or 0] * levels
+    if teacher.kind != "vit":
+        raise RecipeError(f"teacher: {teacher.name} is no vision transformer. `rsseg backbone ls` shows the kinds.")
+    if len(teacher.channels) != levels:
+        raise RecipeError(
+            f"teacher.taps: the student has {levels} levels, the teacher gives {len(teacher.channels)} maps. "
+            "Set teacher.taps or student.taps so that they agree."
+        )
+    if config.width and {config.width} != set(teacher.channels):
+        raise RecipeError(
+            f"fam.width: {config.width}, but the teacher's maps have {list(teacher.channels)} channels. Leave it out."
+        )
+    return teacher.channels
+
+
+def make_fmm(config: FmmConfig, widths: Sequence[int]) -> FeatureModulation:
+    """One stack of blocks per level of the given widths."""
+    return FeatureModulation([_fmm_stack(config, width) for width in widths])
+
+
+def _fmm_stack(config: FmmConfig, width: int) -> list[nn.Module]:
+    if config.type == "mlp":
+        if width < config.rank_dim:
+            raise RecipeError(f"fmm.rank_dim: {config.rank_dim} leaves nothing of {width} channels. Give less.")
+        return [BottleneckMlp(width, rank_dim=config.rank_dim) for _ in range(config.depth)]
+    if width % config.heads:
+        raise RecipeError(f"fmm.heads: {width} channels do not divide into {config.heads} heads. Give another number.")
+    return [TransformerBlock(width, heads=config.heads, norm_eps=config.norm_eps) for _ in range(config.depth)]
+
+
+def make_decoder(config: DecoderConfig, widths: Sequence[int], num_classes: int) -> UPerNet | SegFormerHead:
+    """The head over levels of the given widths."""
+    if config.type == "segformer":
+        return SegFormerHead(
+            widths,
+            num_classes,
+            channels=config.channels,
+            dropout=config.dropout,
+            align_corners=config.align_corners,
+        )
+    return UPerNet(
+        widths,
+        num_classes,
+        channels=config.channels,
+        pool_scales=config.pool_scales,
+        dropout=config.dropout,
+        align_corners=config.align_corners,
+    )
+
+
+def _tile_hint(recipe: KTDARecipe) -> TileHint:
+    """Convolutional networks take large tiles; a fixed grid or attention was trained for one size."""
+    attends = recipe.fmm is not None and recipe.fmm.type == "vit_block"
+    if attends or (recipe.fam and recipe.fam.grid != "auto"):
+        crop = crop_size(recipe)
+        return TileHint(size=crop, overlap=crop // 8, flexible=False)
+    return _FLEXIBLE_TILE
