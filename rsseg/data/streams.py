@@ -1,9 +1,21 @@
 """Training streams: what a method asks for, what it gets, and in which order, as a pure function of seed and step."""
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
+import cv2
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rsseg.config import BaseRecipe, SelectConfig
+from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
+from rsseg.data.photometric import ColorSpace
+from rsseg.data.sources import open_source
+from rsseg.errors import RecipeError, RssegError
+from rsseg.task import Task
 
 
 @dataclass(frozen=True)
@@ -44,3 +56,160 @@ class StreamSpec:
     masks: bool
     fill: tuple[float, ...]
     strong_views: int = 0
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How stored pixels become scaled units: per band `pixel * scale + offset`, and `fill` where there is no data."""
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    fill: tuple[float, ...]
+
+
+def training_batches(
+    recipe: BaseRecipe,
+    specs: Sequence[StreamSpec],
+    task: Task,
+    *,
+    device: torch.device | str,
+    start_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches, one per micro-step.
+
+    Sample k of a stream of n items is `permutation(seed, stream, k // n)[k % n]`, and its augmentation depends on
+    (seed, stream, k) only: the number of loader processes changes nothing, a run can start at any step, and ranks share
+    out the positions of a common batch.
+
+    Args:
+        recipe: data, seed, batch sizes, accumulation and loader processes.
+        specs: the streams that the method asks for.
+        task: the model's task.
+        device: where the tensors go.
+        start_step: first optimizer step; the first batch is micro-step `start_step * grad_accum_steps`.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        DataError: datasets that are missing, empty or contradict the task, at once; unreadable files, while iterating.
+        RecipeError: the published distortion for images that are not 8-bit red, green, blue.
+    """
+    opened = [_open_stream(recipe, spec, task) for spec in specs]
+    dataset = _MicroBatches([stream for stream, _ in opened], rank, world_size)
+    scalings = {spec.name: scaling for spec, (_, scaling) in zip(specs, opened, strict=True)}
+    device = torch.device(device)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_From(start_step * recipe.trainer.grad_accum_steps),
+        num_workers=recipe.trainer.workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader seeds its workers from it; the global one must not move
+    )
+    return _on_device(loader, scalings, device)
+
+
+def to_samples(host: HostSamples, scaling: Scaling, device: torch.device) -> Samples:
+    """Move to the device in the files' own type, then scale and fill there."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    valid = moved(host.valid)
+    masks = None if host.masks is None else moved(host.masks).long()
+    strong = None if host.strong is None else _scaled(moved(host.strong), valid[:, None], scaling)
+    return Samples(
+        images=_scaled(moved(host.images), valid, scaling),
+        valid=valid,
+        masks=masks,
+        strong=strong,
+        mix=None if host.mix is None else moved(host.mix),
+    )
+
+
+def _scaled(pixels: Tensor, valid: Tensor, scaling: Scaling) -> Tensor:
+    """(..., H, W, C) of any type -> float32 (..., C, H, W)."""
+
+    def per_band(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+
+    planes = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    scaled = torch.addcmul(per_band(scaling.offset), planes, per_band(scaling.scale))
+    return torch.where(valid.unsqueeze(-3), scaled, per_band(scaling.fill))
+
+
+def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[StreamReader, Scaling]:
+    select = recipe.data.streams.get(spec.name, SelectConfig())
+    source = open_source(recipe, select, spec.split, task, masks=spec.masks)
+    own = source.task
+    augment = select.augment or recipe.data.augment
+    if augment.photometric == "mmseg" and (own.dtype != "uint8" or len(own.bands) != 3):
+        raise RecipeError(
+            f"stream {spec.name!r}: photometric 'mmseg' needs 8-bit red, green, blue images; these are {own.dtype} with "
+            f"{len(own.bands)} bands. Use photometric: fast."
+        )
+    plan = StreamPlan(
+        name=spec.name,
+        seed=recipe.seed,
+        items=source.items,
+        masks=spec.masks,
+        strong_views=spec.strong_views,
+        batch_size=recipe.trainer.stream_batch_sizes.get(spec.name, recipe.trainer.batch_size),
+        augment=augment,
+        strong=recipe.data.strong,
+        space=ColorSpace.of(own.bands, own.scale, own.offset),
+    )
+    return StreamReader(plan, source.reader), Scaling(own.scale, own.offset, spec.fill)
+
+
+_HostBatch = dict[str, HostSamples]
+
+
+class _MicroBatches(Dataset[_HostBatch | RssegError]):
+    """Micro-step -> every stream's samples. An expected error is returned: raised, it would be wrapped in a traceback."""
+
+    def __init__(self, streams: Sequence[StreamReader], rank: int, world_size: int) -> None:
+        self._streams, self._rank, self._world_size = streams, rank, world_size
+
+    def __getitem__(self, micro_step: int) -> _HostBatch | RssegError:
+        try:
+            return {
+                stream.plan.name: stream.micro_batch(micro_step, rank=self._rank, world_size=self._world_size)
+                for stream in self._streams
+            }
+        except RssegError as error:
+            return error
+
+
+class _From:
+    """Sampler: start, start + 1, ... without end."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self._start)
+
+
+def _unchanged(batch: _HostBatch | RssegError) -> _HostBatch | RssegError:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread per process; signals to the group are for the training process, which still needs its batch."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _on_device(
+    loader: DataLoader[_HostBatch | RssegError], scalings: Mapping[str, Scaling], device: torch.device
+) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, RssegError):
+            raise batch
+        yield {name: to_samples(host, scalings[name], device) for name, host in batch.items()}

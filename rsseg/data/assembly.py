@@ -1,0 +1,153 @@
+"""What a loader process does: read, augment and pad one stream's share of a batch, in the pixels' own type."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsseg.config import AugmentConfig, StrongConfig
+from rsseg.data.dataset import SampleReader
+from rsseg.data.index import IndexItem
+from rsseg.data.photometric import ColorSpace, draw_fast_distortion, draw_photometric, photometric_distortion
+from rsseg.data.sampling import Order, positions, sample_generator
+from rsseg.data.strong import box_mask, draw_box, strong_view
+from rsseg.data.transforms import (
+    Geometry,
+    draw_geometry,
+    draw_scaled_size,
+    draw_window,
+    one_class_dominates,
+    transform_image,
+    transform_mask,
+)
+from rsseg.task import IGNORE_INDEX
+
+_CROP_TRIES = 10
+
+
+class Crop(NamedTuple):
+    """One sample, at most as large as the crop size. Arrays: image and each strong view `(h, w, bands)`, valid bool
+    and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`.
+    """
+
+    image: NDArray[Any]
+    valid: NDArray[np.bool_]
+    mask: NDArray[np.uint8] | None
+    strong: tuple[NDArray[Any], ...] = ()
+    mix: NDArray[np.bool_] | None = None
+
+
+class HostSamples(NamedTuple):
+    """Crops padded at right and bottom and stacked, as they travel to the device.
+
+    images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the files' own type; valid bool, masks uint8
+    `(B, S, S)`; mix bool `(B, V, S, S)`.
+    """
+
+    images: Tensor
+    valid: Tensor
+    masks: Tensor | None
+    strong: Tensor | None
+    mix: Tensor | None
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Everything that decides one stream's samples.
+
+    masks         False: masks are never opened
+    strong_views  number of them
+    """
+
+    name: str
+    seed: int
+    items: tuple[IndexItem, ...]
+    masks: bool
+    strong_views: int
+    batch_size: int
+    augment: AugmentConfig
+    strong: StrongConfig
+    space: ColorSpace
+
+
+class StreamReader:
+    """Makes a stream's samples; the same ones in whatever process and order they are asked for."""
+
+    def __init__(self, plan: StreamPlan, reader: SampleReader) -> None:
+        """Parts of the stream."""
+        self.plan = plan
+        self._reader = reader
+        self._order = Order(plan.seed, plan.name, len(plan.items))
+
+    def micro_batch(self, micro_step: int, *, rank: int, world_size: int) -> HostSamples:
+        """A rank's samples of a micro-step."""
+        places = positions(micro_step, batch_size=self.plan.batch_size, rank=rank, world_size=world_size)
+        return collate([self.crop(position) for position in places], self.plan.augment.crop_size)
+
+    def crop(self, position: int) -> Crop:
+        """The sample at a position, augmented."""
+        plan = self.plan
+        item = plan.items[self._order[position]]
+        rng = sample_generator(plan.seed, plan.name, position)
+        geometry, mask = self._geometry(rng, item)
+        pixels, valid = self._reader.image(item, geometry.window)
+        image = transform_image(pixels.transpose(1, 2, 0), geometry)
+        valid = transform_mask(valid, geometry)
+        image = self._distort(rng, image)
+        crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry))
+        if not plan.strong_views:
+            return crop
+        strong = tuple(strong_view(rng, image, valid, plan.space, plan.strong) for _ in range(plan.strong_views))
+        size = plan.augment.crop_size
+        mix = np.stack([box_mask(draw_box(rng, size, plan.strong), size) for _ in range(plan.strong_views)])
+        return crop._replace(strong=strong, mix=mix)
+
+    def _geometry(self, rng: np.random.Generator, item: IndexItem) -> tuple[Geometry, NDArray[np.uint8] | None]:
+        """Draw a crop, and again while one class fills too much of it; with the labels of its window."""
+        plan, augment = self.plan, self.plan.augment
+        size = self._reader.size(item)
+        scaled = draw_scaled_size(rng, size, augment)
+        limit = augment.crop_max_class_ratio
+        mask = None
+        for _ in range(1 + _CROP_TRIES):
+            window, out = draw_window(rng, size, scaled, augment.crop_size)
+            mask = self._reader.mask(item, window) if plan.masks else None
+            if mask is None or limit >= 1 or not one_class_dominates(mask, limit):
+                break
+        return draw_geometry(rng, window, out, augment), mask
+
+    def _distort(self, rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
+        match self.plan.augment.photometric:
+            case "mmseg":
+                return photometric_distortion(image, draw_photometric(rng))
+            case "fast":
+                return self.plan.space.apply(image, draw_fast_distortion(rng, self.plan.space))
+            case "none":
+                return image
+
+
+def collate(crops: list[Crop], size: int) -> HostSamples:
+    """Pad crops to squares of `size` pixels (image 0, valid False, mask 255) and stack them."""
+    first = crops[0]
+    bands, dtype, views = first.image.shape[2], first.image.dtype, len(first.strong)
+    images = np.zeros((len(crops), size, size, bands), dtype)
+    valid = np.zeros((len(crops), size, size), np.bool_)
+    masks = None if first.mask is None else np.full(valid.shape, IGNORE_INDEX, np.uint8)
+    strong = np.zeros((len(crops), views, size, size, bands), dtype) if views else None
+    mix = np.stack([crop.mix for crop in crops if crop.mix is not None]) if views else None
+    for i, crop in enumerate(crops):
+        inside = slice(crop.image.shape[0]), slice(crop.image.shape[1])
+        images[i][inside] = crop.image
+        valid[i][inside] = crop.valid
+        if masks is not None and crop.mask is not None:
+            np.copyto(masks[i][inside], crop.mask, where=crop.valid)
+        for view, pixels in enumerate(crop.strong):
+            strong[i, view][inside] = pixels  # type: ignore[index]  # views > 0, so there is an array
+    return HostSamples(torch.from_numpy(images), torch.from_numpy(valid), _tensor(masks), _tensor(strong), _tensor(mix))
+
+
+def _tensor(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)

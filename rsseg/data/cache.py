@@ -1,0 +1,91 @@
+"""Images decoded once into uncompressed TIFF files that are memory-mapped afterwards.
+
+Reading a random window of a compressed file decodes far more than the window; from here it costs a few page faults.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+from numpy.typing import DTypeLike, NDArray
+
+CACHE_NAME = ".rsseg-cache"
+
+
+class Page(NamedTuple):
+    """An array `(h, w, bands)` to write, as strips of `rows_per_strip` rows; the last may be lower."""
+
+    strips: Iterable[NDArray[Any]]
+    shape: tuple[int, int, int]
+    dtype: DTypeLike
+    rows_per_strip: int
+
+
+class ArrayCache:
+    """A folder of arrays. Safe with any number of processes: files appear complete, by renaming.
+
+    If the folder cannot be written, it warns once and keeps nothing; callers then read the sources.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Use `folder`, made if it does not exist."""
+        self._folder = folder
+        self.enabled = True
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            self.disable(error)
+
+    def disable(self, error: OSError) -> None:
+        """Keep nothing from now on, and say so."""
+        self.enabled = False
+        warnings.warn(
+            f"{self._folder}: images cannot be cached ({error}); they are decoded at every use instead.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def path(self, sources: Sequence[Path], variant: str) -> Path:
+        """File for the array made from `sources`; changes with their size and time and with `variant`."""
+        states = [(str(source), stat.st_size, stat.st_mtime_ns) for source in sources for stat in [source.stat()]]
+        digest = hashlib.sha256(repr((states, variant)).encode()).hexdigest()[:32]
+        return self._folder / f"{digest}.tif"
+
+    @staticmethod
+    def load(path: Path) -> tuple[NDArray[Any], ...] | None:
+        """The file's arrays, memory-mapped; None if it is not there or not whole."""
+        try:
+            with tifffile.TiffFile(path) as file:
+                pages = len(file.pages)
+            return tuple(tifffile.memmap(path, page=page, mode="r") for page in range(pages)) or None
+        except (OSError, ValueError, tifffile.TiffFileError):
+            return None
+
+    def store(self, path: Path, pages: Iterable[Page]) -> None:
+        """Write arrays under a temporary name, then rename; raises `OSError`."""
+        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
+        os.close(handle)
+        try:
+            with tifffile.TiffWriter(temporary, bigtiff=True) as writer:
+                for page in pages:
+                    writer.write(
+                        (np.ascontiguousarray(strip) for strip in page.strips),
+                        shape=page.shape,
+                        dtype=np.dtype(page.dtype),
+                        photometric="minisblack",
+                        planarconfig="contig",
+                        rowsperstrip=page.rows_per_strip,
+                        metadata=None,
+                    )
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

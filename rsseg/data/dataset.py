@@ -1,0 +1,231 @@
+"""Reads images and masks of a prepared dataset, whole or by window."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsseg.data.cache import CACHE_NAME, ArrayCache, Page
+from rsseg.data.index import IndexItem, SegmentationIndex
+from rsseg.data.labels import LabelTable
+from rsseg.errors import DataError
+from rsseg.raster import Raster, Window
+from rsseg.task import IGNORE_INDEX, task_with_bands
+
+_NATIVE = ("uint8", "uint16", "int16", "float32")
+"""Pixel types that stay as they are up to the device; others become float32."""
+_STRIP_VALUES = 1 << 24
+"""Values converted at once."""
+_MOST_OPEN = 1024
+"""Memory maps kept per process."""
+
+
+_T = TypeVar("_T")
+
+
+class _Image(NamedTuple):
+    """A cached image: pixels `(h, w, bands)` and bool `(h, w)`, None where every pixel has data."""
+
+    pixels: NDArray[Any]
+    valid: NDArray[np.bool_] | None
+
+
+class SampleReader:
+    """Images and masks of one index. May be pickled and used in several processes."""
+
+    def __init__(self, index: SegmentationIndex, bands: Sequence[str], *, cache: bool) -> None:
+        """Prepare to read.
+
+        Args:
+            index: prepared dataset.
+            bands: names of the bands wanted, in network order.
+            cache: decode each file once into the index's folder.
+
+        Raises:
+            DataError: a band that the index does not have, or a label map that contradicts the task.
+        """
+        task_with_bands(index.task, bands)
+        self._index = index
+        self._bands = [index.task.bands.index(band) + 1 for band in bands]
+        self._labels = LabelTable(index.label_map, index.task.num_classes)
+        self._cache = ArrayCache(index.root / CACHE_NAME) if cache else None
+        self._images: dict[str, _Image] = {}
+        self._masks: dict[str, NDArray[np.uint8]] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind."""
+        return self.__dict__ | {"_images": {}, "_masks": {}}
+
+    def size(self, item: IndexItem) -> tuple[int, int]:
+        """Rows and columns of an image; raises `DataError`."""
+        if item.image not in self._sizes:
+            cached = self._cached_image(item)
+            if cached is not None:
+                self._sizes[item.image] = cached.pixels.shape[0], cached.pixels.shape[1]
+            else:
+                with self._open(item) as raster:
+                    self._sizes[item.image] = raster.info.height, raster.info.width
+        return self._sizes[item.image]
+
+    def image(self, item: IndexItem, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Pixels and where they have data.
+
+        Returns:
+            `(bands, h, w)` uint8, uint16, int16 or float32, 0 without data, not to be written to; bool `(h, w)`.
+
+        Raises:
+            DataError: a missing or damaged file, other bands or another pixel type than the index says.
+        """
+        cached = self._cached_image(item)
+        if cached is None:
+            with self._open(item) as raster:
+                pixels, valid = raster.read(window)
+            return _native(pixels), valid
+        rows, cols = _slices(window)
+        pixels = np.asarray(cached.pixels[rows, cols]).transpose(2, 0, 1)
+        valid = np.ones(pixels.shape[1:], np.bool_) if cached.valid is None else np.asarray(cached.valid[rows, cols])
+        return pixels, valid
+
+    def sample(
+        self, item: IndexItem, window: Window | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint8]]:
+        """`image` and `mask` together; the mask is 255 also where there is no data."""
+        pixels, valid = self.image(item, window)
+        mask = self.mask(item, window)
+        return pixels, valid, mask if valid.all() else np.where(valid, mask, np.uint8(IGNORE_INDEX))
+
+    def mask(self, item: IndexItem, window: Window | None = None) -> NDArray[np.uint8]:
+        """Class indices uint8 `(h, w)` as the file has them, 255 to ignore.
+
+        Raises:
+            DataError: no mask, a damaged one, an undeclared value, or another size than the image's.
+        """
+        file = self._index.mask_file(item)
+        if file is None:
+            raise DataError(f"{item.image}: the image has no mask. Prepare the dataset with masks, or choose others.")
+        cached = self._cached_mask(item, file)
+        if cached is not None:
+            return np.asarray(cached[_slices(window)])
+        return self._read_mask(item, file, window)
+
+    def _open(self, item: IndexItem) -> Raster:
+        index = self._index
+        files = index.image_files(item)
+        raster = Raster(files, bands=None, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
+        if raster.info.available != len(index.task.bands):
+            raster.close()
+            raise DataError(
+                f"{raster.name}: the image has {raster.info.available} bands, the dataset {len(index.task.bands)}: "
+                f"{', '.join(index.task.bands)}. Prepare the dataset again, or leave the image out."
+            )
+        if raster.info.dtype != index.task.dtype:
+            raster.close()
+            raise DataError(
+                f"{raster.name}: the pixels are {raster.info.dtype}, but the dataset was prepared for "
+                f"{index.task.dtype}. Prepare it again, or leave the image out."
+            )
+        if self._bands != list(range(1, raster.info.available + 1)):
+            raster.close()
+            raster = Raster(files, bands=self._bands, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
+        return raster
+
+    def _cached_image(self, item: IndexItem) -> _Image | None:
+        """The image from the cache, put there if needed; None without a cache."""
+        if item.image not in self._images:
+            index = self._index
+            variant = f"image {self._bands} {index.nodata} {index.ignore_zero_collar} {index.task.dtype}"
+            arrays = self._cached(index.image_files(item), variant, lambda: self._image_pages(item))
+            if arrays is None:
+                return None
+            pixels, *valid = (array.reshape(*array.shape[:2], -1) for array in arrays)
+            _remember(self._images, item.image, _Image(pixels, valid[0][..., 0].view(np.bool_) if valid else None))
+        return self._images[item.image]
+
+    def _cached_mask(self, item: IndexItem, file: Path) -> NDArray[np.uint8] | None:
+        """The mask's class indices from the cache, put there if needed; None without a cache."""
+        if item.image not in self._masks:
+            variant = f"mask {self._index.label_map.model_dump_json()} {self._index.task.num_classes}"
+            arrays = self._cached([file], variant, lambda: self._mask_pages(item, file))
+            if arrays is None:
+                return None
+            _remember(self._masks, item.image, arrays[0])
+        return self._masks[item.image]
+
+    def _cached(
+        self, sources: Sequence[Path], variant: str, pages: Callable[[], Iterable[Page]]
+    ) -> tuple[NDArray[Any], ...] | None:
+        cache = self._cache
+        if cache is None or not cache.enabled:
+            return None
+        missing = [source for source in sources if not source.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: there is no such file. Put it back, or prepare the dataset again.")
+        path = cache.path(sources, variant)
+        arrays = cache.load(path)
+        if arrays is None:
+            try:
+                cache.store(path, pages())
+            except OSError as error:
+                cache.disable(error)
+                return None
+            arrays = cache.load(path)
+        return arrays
+
+    def _image_pages(self, item: IndexItem) -> Iterator[Page]:
+        """The pixels, then the valid mask if some pixel has no data."""
+        with self._open(item) as raster:
+            info = raster.info
+            valid = np.empty((info.height, info.width), np.uint8)
+            block = info.block_shape[0]
+            rows = min(info.height, block * math.ceil(_STRIP_VALUES / (info.width * info.count * block)))
+
+            def strips() -> Iterator[NDArray[Any]]:
+                for row in range(0, info.height, rows):
+                    window = Window(row, 0, min(rows, info.height - row), info.width)
+                    pixels, valid[row : row + rows] = raster.read(window)
+                    yield _native(pixels).transpose(1, 2, 0)
+
+            dtype = info.dtype if info.dtype in _NATIVE else "float32"
+            yield Page(strips(), (info.height, info.width, info.count), dtype, rows)
+            if not valid.all():
+                yield _page(valid)
+
+    def _mask_pages(self, item: IndexItem, file: Path) -> Iterator[Page]:
+        yield _page(self._read_mask(item, file, None))
+
+    def _read_mask(self, item: IndexItem, file: Path, window: Window | None) -> NDArray[np.uint8]:
+        """Class indices straight from the file; only the window's values are checked."""
+        with Raster(file) as raster:
+            info, expected = raster.info, self.size(item)
+            if (info.height, info.width) != expected:
+                raise DataError(
+                    f"{file}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
+                    f"{item.image} {expected[0]} x {expected[1]}. They must agree."
+                )
+            return self._labels.indices(raster.read_raw(window), info.colormap, name=str(file))
+
+
+def _page(array: NDArray[np.uint8]) -> Page:
+    height, width = array.shape
+    return Page([array[..., None]], (height, width, 1), np.uint8, height)
+
+
+def _remember(table: dict[str, _T], key: str, value: _T) -> None:
+    """Keep the number of open files bounded."""
+    if len(table) >= _MOST_OPEN:
+        table.clear()
+    table[key] = value
+
+
+def _native(pixels: NDArray[Any]) -> NDArray[Any]:
+    return pixels if pixels.dtype.name in _NATIVE else pixels.astype(np.float32)
+
+
+def _slices(window: Window | None) -> tuple[slice, slice]:
+    if window is None:
+        return slice(None), slice(None)
+    return slice(window.row, window.row + window.height), slice(window.col, window.col + window.width)

@@ -1,0 +1,106 @@
+"""Geometry of the weak augmentation: decide first which source pixels a crop needs, then read and scale only those.
+
+Drawing and applying are apart, so that draws can be given by hand.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from rsseg.config import AugmentConfig
+from rsseg.raster import Window
+from rsseg.task import IGNORE_INDEX
+
+Size = tuple[int, int]
+"""Rows, columns."""
+_CV_BANDS = 4
+"""OpenCV scales at most four bands at once."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What happens to an image on its way to a crop, in this order.
+
+    window  source pixels that are read
+    size    rows and columns they are scaled to; at most the crop size
+    hflip   mirrored left to right
+    vflip   mirrored top to bottom
+    turns   times it is turned by 90 degrees, counter-clockwise
+    """
+
+    window: Window
+    size: Size
+    hflip: bool
+    vflip: bool
+    turns: int
+
+
+def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig) -> Size:
+    """Size of the whole image after the random scaling; at least one pixel each way."""
+    if config.fit == "squeeze":
+        return config.crop_size, config.crop_size
+    if config.scale_range is None:
+        return size
+    low, high = config.scale_range
+    longest = max(size)
+    if config.scale_style == "uniform":
+        factor = rng.uniform(low, high)
+    else:
+        factor = rng.integers(int(low * longest), int(high * longest) + 1) / longest
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+
+
+def draw_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -> tuple[Window, Size]:
+    """Source window of a random crop of the scaled image, and the crop's size.
+
+    The window lies on whole source pixels, so a scaled crop can be off by half a source pixel; unscaled ones are exact.
+    """
+    out = min(scaled[0], crop), min(scaled[1], crop)
+    rows, cols = (
+        min(full, max(1, round(part * full / whole))) for full, part, whole in zip(size, out, scaled, strict=True)
+    )
+    row, col = (int(rng.integers(0, full - part + 1)) for full, part in zip(size, (rows, cols), strict=True))
+    return Window(row, col, rows, cols), out
+
+
+def draw_geometry(rng: np.random.Generator, window: Window, size: Size, config: AugmentConfig) -> Geometry:
+    """Complete a window with mirroring and turning."""
+    hflip, vflip, turn = (bool(rng.random() < p) for p in (config.hflip, config.vflip, config.rot90))
+    return Geometry(window, size, hflip, vflip, int(rng.integers(1, 4)) if turn else 0)
+
+
+def one_class_dominates(mask: NDArray[np.uint8], limit: float) -> bool:
+    """Whether one class covers more than `limit` of the labeled pixels of `(h, w)`, or none is labeled."""
+    counts = np.bincount(mask.ravel(), minlength=256)[:IGNORE_INDEX]
+    return bool(counts.max() > limit * counts.sum()) or not counts.any()
+
+
+def transform_image(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
+    """Window `(h, w, bands)` -> scaled (bilinear), mirrored, turned `(h', w', bands)`, contiguous, same type."""
+    return _orient(_resize(pixels, geometry.size, cv2.INTER_LINEAR), geometry)
+
+
+def transform_mask(mask: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
+    """Window `(h, w)` uint8 or bool -> scaled (nearest), mirrored, turned `(h', w')`, contiguous, same type."""
+    resized = _resize(mask.view(np.uint8)[..., None], geometry.size, cv2.INTER_NEAREST)
+    return _orient(resized, geometry)[..., 0].view(mask.dtype)
+
+
+def _resize(pixels: NDArray[Any], size: Size, interpolation: int) -> NDArray[Any]:
+    if pixels.shape[:2] == size:
+        return pixels
+    groups = [
+        cv2.resize(np.ascontiguousarray(pixels[..., i : i + _CV_BANDS]), size[::-1], interpolation=interpolation)
+        for i in range(0, pixels.shape[2], _CV_BANDS)
+    ]
+    return np.concatenate([group.reshape(*size, -1) for group in groups], axis=2)
+
+
+def _orient(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
+    if geometry.hflip or geometry.vflip:
+        code = -1 if geometry.hflip and geometry.vflip else int(geometry.hflip)
+        pixels = cv2.flip(np.ascontiguousarray(pixels), code).reshape(pixels.shape)
+    return np.ascontiguousarray(np.rot90(pixels, geometry.turns))
