@@ -4,17 +4,18 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from rsseg.config import BaseRecipe
 from rsseg.errors import RecipeError
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.ktda.recipe import KTDARecipe
 
-Recipe = KTDARecipe
-MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe,)
+Recipe = Annotated[KTDARecipe | DASegNetRecipe, Field(discriminator="method")]
+MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe, DASegNetRecipe)
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -66,9 +66,7 @@ class SeparableASPPHead(nn.Module):
         )
         self.bottleneck = ConvBNReLU((len(dilations) + 1) * channels, channels, kernel=3)
         self.low = ConvBNReLU(first, low_channels, kernel=1)
-        self.refine = nn.Sequential(
-            SeparableConv(channels + low_channels, channels), SeparableConv(channels, channels)
-        )
+        self.refine = nn.Sequential(SeparableConv(channels + low_channels, channels), SeparableConv(channels, channels))
         self.classifier = Classifier(channels, num_classes, dropout=dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
             from rsseg.methods.ktda.network import build_segmenter
 
             return build_segmenter(recipe, task)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.network import build_segmenter as build_dasegnet
+
+            return build_dasegnet(recipe, task)
 
 
 def method_for(recipe: Recipe, task: Task) -> "Method":
@@ -29,3 +33,7 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
             from rsseg.methods.ktda.method import build_method
 
             return build_method(recipe, task)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.build import build_method as build_dasegnet
+
+            return build_dasegnet(recipe, task)

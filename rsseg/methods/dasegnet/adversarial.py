@@ -55,11 +55,16 @@ def adversarial_terms(discriminator: nn.Module, alignment: Alignment, config: Ad
 def spatial_softmax(features: Tensor) -> Tensor:
     """Softmax over the positions of every channel, in float32: each (H, W) map of (B, C, H, W) sums to one."""
     with torch.autocast(features.device.type, enabled=False):
-        return features.float().flatten(2).softmax(dim=-1).unflatten(2, features.shape[-2:])
+        return features.float().flatten(2).softmax(dim=-1).reshape(features.shape)
 
 
 def gan_loss(
-    logits: Tensor, *, real: bool, kind: Literal["vanilla", "lsgan", "l1"] = "vanilla", real_value: float = 1.0, fake_value: float = 0.0
+    logits: Tensor,
+    *,
+    real: bool,
+    kind: Literal["vanilla", "lsgan", "l1"] = "vanilla",
+    real_value: float = 1.0,
+    fake_value: float = 0.0,
 ) -> Tensor:
     """How far the discriminator's output is from `real_value` or `fake_value`; mean, float32, not weighted."""
     with torch.autocast(logits.device.type, enabled=False):

@@ -31,9 +31,7 @@ def weighted_cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize(logits.float(), target.shape[-2:])
-        per_pixel = F.cross_entropy(
-            resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none"
-        )
+        per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
         if pixel_weights is not None:
             per_pixel = per_pixel * pixel_weights
         if divisor == "all":

@@ -80,15 +80,16 @@ class DASegNetMethod(Method):
         self.recipe = recipe
         self.streams = tuple(streams)
         self.segmenter = segmenter
-        self.disc_source, self.disc_target = discriminators or (None, None)
+        self.disc_source: PatchDiscriminator | None = discriminators[0] if discriminators else None
+        self.disc_target: PatchDiscriminator | None = discriminators[1] if discriminators else None
         self.teacher = teacher
         for name in ("source", "target"):
             weights = getattr(recipe, f"{name}_decoder_weights")
             tensor = None if weights is None else torch.tensor(weights)
             self.register_buffer(f"class_weights_{name}", tensor, persistent=False)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
-        """See Method."""
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - the interface's
+        """Losses of one micro-step on the streams `source` and `target`; the same in every step."""
         return self.losses_of(self.passes(batch), batch)
 
     def passes(self, batch: Batch) -> Passes:
@@ -217,7 +218,7 @@ def split_norms(
 def _harder(
     source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
 ) -> tuple[Tensor, PseudoLabels]:
-    """Target images (B, C, H, W) in changed colours and with source classes pasted, and the labels that go with them."""
+    """Target images (B, C, H, W) with other colours and pasted source classes, and the labels that go with them."""
     images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
     if not config.class_mix or source.masks is None:
         return images, pseudo

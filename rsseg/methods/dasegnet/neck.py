@@ -56,7 +56,9 @@ class UniversalExtraction(nn.Module):
         with torch.autocast(source.device.type, enabled=False):
             source_energy, target_energy = (torch.bmm(row.float(), common.float()) for row in rows)
             attention = (torch.softmax(-source_energy, dim=-1) + torch.softmax(-target_energy, dim=-1)) / 2
-        mixed_source, mixed_target = (torch.bmm(attention.to(row.dtype), row).unflatten(2, size) for row in rows)
+        mixed_source, mixed_target = (
+            torch.bmm(attention.to(row.dtype), row).reshape(row.shape[0], -1, *size) for row in rows
+        )
         return F.relu(self.reduce_source(mixed_source)), F.relu(self.reduce_target(mixed_target))
 
 
@@ -66,9 +68,7 @@ class DisentangledLevel(nn.Module):
     def __init__(self, channels: int, *, universal: bool, reduction: int = 8, min_width: int = 8) -> None:
         super().__init__()
         self.distinct = DistinctPurification(channels, reduction=reduction, min_width=min_width)
-        self.universal = (
-            UniversalExtraction(channels, reduction=reduction, min_width=min_width) if universal else None
-        )
+        self.universal = UniversalExtraction(channels, reduction=reduction, min_width=min_width) if universal else None
         self.out_channels = channels + (self.universal.out_channels if self.universal is not None else 0)
 
     def forward(self, source: Tensor, target: Tensor) -> Pair:
@@ -103,18 +103,16 @@ class DisentangledNeck(nn.Module):
         """
         super().__init__()
         last = len(in_channels) - 1
-        self.levels = nn.ModuleDict(
-            {
-                str(i): DisentangledLevel(
-                    channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
-                )
-                for i, channels in enumerate(in_channels)
-                if used is None or i in used
-            }
-        )
-        self.out_channels = tuple(
-            self.levels[str(i)].out_channels if str(i) in self.levels else channels
+        made = {
+            str(i): DisentangledLevel(
+                channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
+            )
             for i, channels in enumerate(in_channels)
+            if used is None or i in used
+        }
+        self.levels = nn.ModuleDict(made)
+        self.out_channels: tuple[int, ...] = tuple(
+            made[str(i)].out_channels if str(i) in made else channels for i, channels in enumerate(in_channels)
         )
         """Channels of every returned level."""
 

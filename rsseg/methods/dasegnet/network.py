@@ -59,6 +59,8 @@ class DASegNet(Segmenter):
         self.backbone_source, self.backbone_target = backbones
         self.neck = neck
         self.decoder_source, self.decoder_target = decoders
+        channels = backbones[0].info.channels
+        self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = batching and not mixes_samples(backbones[0])
         self.side_by_side = side_by_side
 
@@ -87,7 +89,7 @@ class DASegNet(Segmenter):
     def _students(self, images: Tensor) -> tuple[Maps, Maps]:
         if not (self.side_by_side and images.is_cuda):
             return self.backbone_source(images), self.backbone_target(images)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         with torch.cuda.stream(side):
             target = self.backbone_target(images)
@@ -158,7 +160,7 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
 def _split(joint: Styles, counts: Sequence[int]) -> list[Styles]:
     """One Styles per batch of a concatenation."""
     parts = [
-        [level.split(list(counts)) for level in maps]
+        [torch.split(level, list(counts)) for level in maps]
         for maps in (joint.source, joint.target, joint.refined_source, joint.refined_target)
     ]
     return [Styles(*(tuple(level[i] for level in maps) for maps in parts)) for i in range(len(counts))]

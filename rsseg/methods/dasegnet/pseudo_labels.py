@@ -37,19 +37,17 @@ def pseudo_labels(
         probability, labels = torch.softmax(resize(logits.float(), image_size), dim=1).max(dim=1)
     confident = probability >= config.confidence
     if valid is None:
-        ratio = confident.float().mean()
-    else:
-        ratio = (confident & valid).sum() / valid.sum().clamp(min=1)
+        valid = torch.ones_like(confident)
+    ratio = (confident & valid).sum() / valid.sum().clamp(min=1)
     weights = ratio.expand_as(probability)
     if config.rare_confidence is not None and config.class_weights is not None:
-        by_class = class_weight_table(config.class_weights, logits.shape[1], in_place=config.class_weight_rule == "in_place")
+        by_class = class_weight_table(
+            config.class_weights, logits.shape[1], in_place=config.class_weight_rule == "in_place"
+        )
         weighted = ratio * torch.tensor(by_class, device=logits.device)[labels]
         weighted = torch.where(probability >= config.rare_confidence, weighted, 0.0)
         weights = torch.where(weighted == 0, ratio * config.unsure_weight, weighted)
-    if valid is not None:
-        labels = torch.where(valid, labels, IGNORE_INDEX)
-        weights = torch.where(valid, weights, 0.0)
-    return PseudoLabels(labels, weights, ratio)
+    return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 
 def class_weight_table(weights: Sequence[float], num_classes: int, *, in_place: bool) -> list[float]:

@@ -1,6 +1,6 @@
 """The teacher: averages of the students, in part or whole, that label target images."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -23,20 +23,20 @@ AVERAGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 class Teacher(nn.Module):
     """Averaged parts of the student, and the rule by which they follow it."""
 
-    def __init__(self, config: TeacherConfig, student: DASegNet, fresh: Mapping[str, nn.Module]) -> None:
+    def __init__(self, config: TeacherConfig, student: DASegNet, fresh: Callable[[str], nn.Module]) -> None:
         """Start the averages.
 
         Args:
             config: see there.
             student: what is averaged.
-            fresh: weights to start from, for every part of `AVERAGED[config.kind]`; unused if the start is the student.
+            fresh: makes a part with random weights, given its name in `AVERAGED`.
         """
         super().__init__()
         self.config = config
         self._updates = 0
         self.averages = nn.ModuleDict()
         for part in AVERAGED[config.kind]:
-            start = student.get_submodule(part) if config.start == "student" else fresh[part]
+            start = student.get_submodule(part) if config.start == "student" else fresh(part)
             average = Ema(start, config.decay, buffers="average" if config.buffers == "average" else "keep")
             average.module.train(config.mode == "train")
             self.averages[part or "segmenter"] = average
