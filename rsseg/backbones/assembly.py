@@ -1,0 +1,78 @@
+"""From an entry of the zoo and a recipe's options to a Backbone."""
+
+import torch
+
+from rsseg.backbones.backbone import Backbone, BackboneInfo
+from rsseg.backbones.bands import data_statistics, pretrained_statistics
+from rsseg.backbones.loading import Source, load_pretrained
+from rsseg.backbones.table import ZooEntry
+from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
+from rsseg.backbones.weights import check_weights
+from rsseg.config import BackboneConfig
+from rsseg.errors import RecipeError
+from rsseg.task import Task
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def assemble(entry: ZooEntry, config: BackboneConfig, task: Task, *, load_weights: bool) -> Backbone:
+    """Build, load, freeze; see `zoo.create_backbone`."""
+    weights = check_weights(config) if load_weights else None  # before the network takes its time
+    architecture = Architecture(
+        entry.timm_name,
+        bands=len(task.bands),
+        drop_path=config.drop_path,
+        arguments=entry.arguments,
+        norm_eps=entry.norm_eps,
+    )
+    built = _build(entry, config, architecture)
+    if weights is not None:
+        source = Source(weights.path, architecture, first_conv=built.first_conv, final_norm=entry.final_norm)
+        load_pretrained(built.body, source, task.bands)
+    built.body.freeze(config.frozen_stages)
+    return Backbone(
+        _info(entry, config, task, built),
+        built.body,
+        pad=config.pad,
+        dtype=_DTYPES[config.dtype],
+        weights=weights,
+    )
+
+
+def _build(entry: ZooEntry, config: BackboneConfig, architecture: Architecture) -> Built:
+    taps = entry.taps if config.taps is None else config.taps
+    norm_taps = config.norm_taps or entry.norm_taps
+    if entry.kind == "pyramid":
+        if config.pos_embed != "timm" or config.pos_embed_round_trip or config.image_size is not None:
+            raise RecipeError(
+                f"{entry.name} has no position table. Leave out pos_embed, its round trip and image_size."
+            )
+        return build_pyramid(architecture, levels=taps, norm_taps=norm_taps)
+    # laying the table out anew is a second resampling of pretrained weights, so it is done only where asked for
+    relaid = config.pos_embed_round_trip or config.weights == "random"
+    return build_vit(
+        architecture,
+        taps=taps,
+        norm_taps=norm_taps,
+        position=config.pos_embed,
+        image_size=config.image_size if relaid else None,
+    )
+
+
+def _info(entry: ZooEntry, config: BackboneConfig, task: Task, built: Built) -> BackboneInfo:
+    if config.statistics == "data":
+        mean, std = data_statistics(task)
+    else:
+        mean, std = (pretrained_statistics(rgb, task.bands) for rgb in (built.mean, built.std))
+    return BackboneInfo(
+        name=entry.name,
+        timm_name=entry.timm_name,
+        kind=entry.kind,
+        channels=built.channels,
+        strides=built.strides,
+        input_multiple=entry.patch_size or max(built.strides),
+        patch_size=entry.patch_size,
+        mean=mean,
+        std=std,
+        license=entry.license,
+    )

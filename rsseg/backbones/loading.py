@@ -1,0 +1,108 @@
+"""Tensors of a classification or self-supervised checkpoint in timm's names, put into a headless body."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rsseg.backbones.bands import RGB, adapt_first_conv
+from rsseg.backbones.position import resample_positions
+from rsseg.backbones.pyramid import Pyramid
+from rsseg.backbones.timm_adapter import Architecture, tensor_names
+from rsseg.backbones.tokens import TokenMaps
+from rsseg.errors import WeightsError
+
+_DERIVED = re.compile(r".*(relative_position_index|attn_mask|attention_bias_idxs|rope\.periods|mask_token)")
+"""Tensors that some files carry although they follow from the architecture, or only pretraining used them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weights file and what is known about the network it belongs to.
+
+    first_conv  convolution that reads red, green, blue
+    final_norm  the classifier's norm, which the last level's own norm starts from; None if there is none
+    """
+
+    path: Path
+    architecture: Architecture
+    first_conv: str
+    final_norm: str | None
+
+
+def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[str]) -> None:
+    """Fill a body from a .safetensors file in timm's names; 16-bit files become float32.
+
+    The first convolution is adapted to `bands`, the position table to the body's grid. Tensors of the head and of
+    stages that the body left out are dropped. A pyramid's own norms start at 1 and 0 where the file has none.
+
+    Raises:
+        WeightsError: unreadable, or it does not fit; the message names the first missing and unexpected tensor.
+    """
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_file(source.path).items()}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{source.path} cannot be read: {error}. Fetch or convert it again.") from None
+    tensors = {name: tensor for name, tensor in _timm_swin(tensors).items() if not _DERIVED.fullmatch(name)}
+    wanted = body.network.state_dict()
+    _check_names(source, tensors, wanted)
+    _adapt(body, tensors, source, bands)
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise WeightsError(
+                f"{source.path}: {name!r} has the shape {tuple(tensors[name].shape)}, {source.architecture.name} "
+                f"needs {tuple(tensor.shape)}. Give the weights of that network."
+            )
+    body.network.load_state_dict({name: tensors[name] for name in wanted})
+    if isinstance(body, Pyramid):
+        _start_last_norm(body, tensors, source.final_norm)
+
+
+def _check_names(source: Source, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = sorted(set(tensors) - tensor_names(source.architecture))
+    if missing or unexpected:
+        found = [f"{what} {names[0]!r}" for what, names in (("no", missing), ("an unknown", unexpected)) if names]
+        raise WeightsError(
+            f"{source.path} has {' and '.join(found)} ({len(missing)} missing, {len(unexpected)} unexpected). "
+            f"Give a file of {source.architecture.name} in timm's names."
+        )
+
+
+def _adapt(body: Pyramid | TokenMaps, tensors: dict[str, Tensor], source: Source, bands: Sequence[str]) -> None:
+    first = f"{source.first_conv}.weight"
+    if tensors[first].shape[1] == len(RGB):
+        tensors[first] = adapt_first_conv(tensors[first], bands)
+    if isinstance(body, TokenMaps) and body.position is not None:
+        cells = body.network.pos_embed.shape[1] - body.position_prefix
+        side = round(cells**0.5)
+        tensors["pos_embed"] = resample_positions(
+            tensors["pos_embed"], (side, side), prefix=body.position_prefix, mode=body.position
+        )
+
+
+def _start_last_norm(body: Pyramid, tensors: Mapping[str, Tensor], final_norm: str | None) -> None:
+    last = str(max(body.indices))
+    if final_norm is None or f"{final_norm}.weight" not in tensors or last not in body.norms:
+        return
+    norm = body.norms[last]
+    with torch.no_grad():
+        for name, parameter in norm.named_parameters():
+            if parameter.shape == tensors[f"{final_norm}.{name}"].shape:
+                parameter.copy_(tensors[f"{final_norm}.{name}"])
+
+
+def _timm_swin(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Microsoft's Swin files downsample at the end of a stage, timm at the start of the next."""
+    if "layers.0.downsample.reduction.weight" not in tensors:
+        return tensors
+    renamed = {}
+    for name, tensor in tensors.items():
+        moved = re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
+        renamed[re.sub(r"^head\.(weight|bias)", r"head.fc.\1", moved)] = tensor
+    return renamed

@@ -1,0 +1,211 @@
+"""The networks of the zoo, as data. Free of torch and timm, so that listing them is instant."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+NormTaps = Literal["all", "last", "none"]
+
+PYRAMID_STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One network and its pretrained weights.
+
+    name       ours, as recipes write it
+    timm_name  architecture, with the tag of the weights after a dot; no tag means that there are none
+    millions   parameters without the classifier
+    strides    of a pyramid's levels, or the patch of a ViT
+    taps       returned unless the recipe says otherwise: pyramid levels or ViT blocks
+    norm_taps  which of them pass a LayerNorm unless the recipe says otherwise
+    license    of the weights
+    hub        Hugging Face repository of the weights, None if there are none
+    arguments  for timm, where the network differs from the architecture's own defaults
+    norm_eps   eps of every LayerNorm where it differs from timm's
+    final_norm name of the classifier's norm, which becomes the last level's
+    """
+
+    name: str
+    timm_name: str
+    kind: Literal["pyramid", "vit"]
+    millions: float
+    strides: tuple[int, ...] = PYRAMID_STRIDES
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    norm_taps: NormTaps = "none"
+    license: str = "apache-2.0"
+    hub: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
+    final_norm: str | None = None
+
+    @property
+    def patch_size(self) -> int | None:
+        """Pixels; None for a pyramid."""
+        return self.strides[0] if self.kind == "vit" else None
+
+
+NO_WEIGHTS = "none"
+
+
+def _pyramid(timm_name: str, millions: float, name: str | None = None, **differences: Any) -> ZooEntry:
+    return ZooEntry(
+        name or timm_name.partition(".")[0], timm_name, "pyramid", millions, hub=f"timm/{timm_name}", **differences
+    )
+
+
+def _convnext(timm_name: str, millions: float, **differences: Any) -> ZooEntry:
+    return _pyramid(timm_name, millions, norm_taps="all", final_norm="head.norm", **differences)
+
+
+def _convnextv2(timm_name: str, millions: float) -> ZooEntry:
+    return _convnext(timm_name, millions, license="cc-by-nc-4.0")
+
+
+def _swin(timm_name: str, millions: float) -> ZooEntry:
+    any_size = {"strict_img_size": False}
+    return _pyramid(timm_name, millions, norm_taps="all", final_norm="norm", license="mit", arguments=any_size)
+
+
+def _mit(size: int, millions: float) -> ZooEntry:
+    # SegFormer's encoder is the network of PVTv2 with another eps; its own weights are not free, PVTv2's are
+    return _pyramid(f"pvt_v2_b{size}.in1k", millions, f"mit_b{size}", norm_eps=1e-6)
+
+
+def _vit(timm_name: str, millions: float, patch: int, taps: tuple[int, ...], **differences: Any) -> ZooEntry:
+    chosen = {"name": timm_name.partition(".")[0], "norm_taps": "all", "hub": f"timm/{timm_name}"} | differences
+    return ZooEntry(
+        timm_name=timm_name, kind="vit", millions=millions, strides=(patch,) * len(taps), taps=taps, **chosen
+    )
+
+
+BLOCKS_12 = (2, 5, 8, 11)
+BLOCKS_24 = (5, 11, 17, 23)
+DINOV2_24 = (4, 11, 17, 23)
+"""Taps of DINOv2's own dense heads for the large network."""
+
+
+ENTRIES: tuple[ZooEntry, ...] = (
+    _convnext("convnext_atto.d2_in1k", 3.4),
+    _convnext("convnext_femto.d1_in1k", 4.8),
+    _convnext("convnext_pico.d1_in1k", 8.5),
+    _convnext("convnext_nano.in12k_ft_in1k", 15.0),
+    _convnext("convnext_tiny.in12k_ft_in1k", 27.8),
+    _convnext("convnext_small.in12k_ft_in1k", 49.5),
+    _convnext("convnext_base.fb_in22k_ft_in1k", 87.6),
+    _convnext("convnext_large.fb_in22k_ft_in1k", 196.2),
+    _convnextv2("convnextv2_atto.fcmae_ft_in1k", 3.4),
+    _convnextv2("convnextv2_femto.fcmae_ft_in1k", 4.8),
+    _convnextv2("convnextv2_pico.fcmae_ft_in1k", 8.6),
+    _convnextv2("convnextv2_nano.fcmae_ft_in22k_in1k", 15.0),
+    _convnextv2("convnextv2_tiny.fcmae_ft_in22k_in1k", 27.9),
+    _convnextv2("convnextv2_base.fcmae_ft_in22k_in1k", 87.7),
+    _convnextv2("convnextv2_large.fcmae_ft_in22k_in1k", 196.4),
+    _pyramid("resnet18.a1_in1k", 11.2),
+    _pyramid("resnet34.a1_in1k", 21.3),
+    _pyramid("resnet50.a1_in1k", 23.5),
+    _pyramid("resnet101.a1h_in1k", 42.5),
+    _pyramid(
+        "resnet50c.gluon_in1k",
+        23.5,
+        "resnet50_v1c_d8",  # three 3x3 convolutions as stem; the last two stages dilated instead of strided
+        strides=(4, 8, 8, 8),
+        arguments={"output_stride": 8},
+    ),
+    _pyramid("efficientnet_b0.ra_in1k", 4.0),
+    _pyramid("efficientnet_b1.ra4_e3600_r240_in1k", 6.5),
+    _pyramid("efficientnet_b2.ra_in1k", 7.7),
+    _pyramid("efficientnet_b3.ra2_in1k", 10.7),
+    _pyramid("efficientnet_b4.ra2_in1k", 17.5),
+    _pyramid("tf_efficientnet_b5.ns_jft_in1k", 28.3),
+    _pyramid("tf_efficientnet_b6.ns_jft_in1k", 40.7),
+    _pyramid("tf_efficientnet_b7.ns_jft_in1k", 63.8),
+    _pyramid("tf_efficientnet_lite0.in1k", 3.4),
+    _pyramid("tf_efficientnet_lite1.in1k", 4.1),
+    _pyramid("tf_efficientnet_lite2.in1k", 4.8),
+    _pyramid("tf_efficientnet_lite3.in1k", 6.9),
+    _pyramid("tf_efficientnet_lite4.in1k", 11.7),
+    _pyramid("mobilenetv3_small_100.lamb_in1k", 1.5),
+    _pyramid("mobilenetv3_large_100.ra_in1k", 4.2),
+    _swin("swin_tiny_patch4_window7_224.ms_in1k", 27.5),
+    _swin("swin_small_patch4_window7_224.ms_in22k_ft_in1k", 48.8),
+    _swin("swin_base_patch4_window7_224.ms_in22k_ft_in1k", 86.7),
+    _pyramid("pvt_v2_b0.in1k", 3.4),
+    _pyramid("pvt_v2_b1.in1k", 13.5),
+    _pyramid("pvt_v2_b2.in1k", 24.8),
+    _pyramid("pvt_v2_b3.in1k", 44.7),
+    _pyramid("pvt_v2_b4.in1k", 62.0),
+    _pyramid("pvt_v2_b5.in1k", 81.4),
+    _mit(0, 3.4),
+    _mit(1, 13.5),
+    _mit(2, 24.8),
+    _mit(3, 44.7),
+    _mit(4, 62.0),
+    _mit(5, 81.4),
+    _pyramid("tiny_vit_5m_224.dist_in22k", 5.1),
+    _pyramid("tiny_vit_11m_224.dist_in22k", 10.5),
+    _pyramid("tiny_vit_21m_224.dist_in22k", 20.6),
+    _pyramid("tiny_vit_21m_512.dist_in22k_ft_in1k", 20.7),
+    ZooEntry(
+        "convnext_mini",  # for tests and demos that learn from scratch
+        "convnext_tiny",
+        "pyramid",
+        0.2,
+        norm_taps="all",
+        license=NO_WEIGHTS,
+        arguments={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
+    ),
+    _vit("vit_small_patch14_dinov2.lvd142m", 22.1, 14, BLOCKS_12),
+    _vit("vit_base_patch14_dinov2.lvd142m", 86.6, 14, BLOCKS_12),
+    _vit("vit_large_patch14_dinov2.lvd142m", 304.4, 14, DINOV2_24),
+    _vit("vit_giant_patch14_dinov2.lvd142m", 1136.5, 14, (9, 19, 29, 39)),
+    _vit("vit_small_patch14_reg4_dinov2.lvd142m", 22.1, 14, BLOCKS_12),
+    _vit("vit_base_patch14_reg4_dinov2.lvd142m", 86.6, 14, BLOCKS_12),
+    _vit("vit_large_patch14_reg4_dinov2.lvd142m", 304.4, 14, DINOV2_24),
+    _vit("vit_small_patch16_dinov3.lvd1689m", 21.6, 16, BLOCKS_12, license="dinov3-license"),
+    _vit("vit_base_patch16_dinov3.lvd1689m", 85.6, 16, BLOCKS_12, license="dinov3-license"),
+    _vit("vit_large_patch16_dinov3.lvd1689m", 303.1, 16, BLOCKS_24, license="dinov3-license"),
+    _vit(
+        "vit_large_patch16_dinov3.sat493m",
+        303.1,
+        16,
+        BLOCKS_24,
+        name="vit_large_patch16_dinov3_sat",  # pretrained on satellite images, with their mean and deviation
+        license="dinov3-license",
+    ),
+    _vit(
+        "vit_base_patch16_clip_quickgelu_224.openai",
+        85.8,
+        16,
+        BLOCKS_12,
+        norm_taps="none",
+        hub="timm/vit_base_patch16_clip_224.openai",
+    ),
+    _vit(
+        "vit_large_patch14_clip_quickgelu_224.openai",
+        303.2,
+        14,
+        BLOCKS_24,
+        norm_taps="none",
+        hub="timm/vit_large_patch14_clip_224.openai",
+    ),
+    _vit("samvit_base_patch16.sa1b", 89.7, 16, BLOCKS_12, norm_taps="none"),
+    _vit("samvit_large_patch16.sa1b", 308.3, 16, BLOCKS_24, norm_taps="none"),
+    _vit("vit_base_patch16_siglip_224.v2_webli", 92.9, 16, BLOCKS_12),
+    _vit("vit_base_patch16_siglip_512.v2_webli", 93.5, 16, BLOCKS_12),
+    _vit("vit_so400m_patch14_siglip_224.v2_webli", 427.7, 14, (5, 12, 19, 26)),
+    ZooEntry(
+        "vit_mini_patch8",  # for tests, and for demo teachers that were never trained
+        "vit_tiny_patch16_224",
+        "vit",
+        0.2,
+        strides=(8,) * 4,
+        taps=(0, 1, 2, 3),
+        norm_taps="all",
+        license=NO_WEIGHTS,
+        arguments={"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_values": 1.0},
+    ),
+)
+
+ZOO: Mapping[str, ZooEntry] = MappingProxyType({entry.name: entry for entry in ENTRIES})

@@ -1,0 +1,183 @@
+"""The only file that imports timm: networks of the zoo without their heads, and what timm knows about them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import nn
+
+from rsseg.backbones.position import PositionMode, resample_positions
+from rsseg.backbones.pyramid import Pyramid
+from rsseg.backbones.table import NormTaps
+from rsseg.backbones.tokens import TokenMaps
+from rsseg.errors import RecipeError
+
+LEVELS = 4
+"""Levels of every pyramid; level 0 has stride 4."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as timm names it, `arguments` overriding the named one's own (depths, widths, ...)."""
+
+    name: str
+    bands: int = 3
+    drop_path: float = 0.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
+    """Another eps for every LayerNorm; None keeps timm's."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A body, and the facts that timm keeps beside it.
+
+    channels, strides  per returned map
+    mean, std          of the weights: red, green, blue in 0..1
+    first_conv         name of the convolution that reads the bands, in the network
+    """
+
+    body: Pyramid | TokenMaps
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    first_conv: str
+
+
+def build_pyramid(
+    architecture: Architecture, *, levels: Sequence[int] = range(LEVELS), norm_taps: NormTaps = "none"
+) -> Built:
+    """A pyramid with random weights.
+
+    Args:
+        architecture: the network.
+        levels: 0 to 3, in the order in which maps are returned; stages above the highest are left out.
+        norm_taps: which of them get a LayerNorm of their own; `last` is level 3.
+
+    Raises:
+        RecipeError: a level that does not exist.
+    """
+    _check_taps(levels, LEVELS, f"{architecture.name}: a pyramid's levels")
+    network = _create(architecture)
+    info = list(network.feature_info)
+    first = len(info) - LEVELS  # some networks also have a level of stride 2
+    network.prune_intermediate_layers([first + level for level in sorted(levels)], prune_norm=True)
+    body = Pyramid(
+        network,
+        indices={level: first + level for level in levels},
+        channels={level: info[first + level]["num_chs"] for level in levels},
+        normed=_normed(levels, norm_taps, last=LEVELS - 1),
+        stages=list(_stages(network, [entry["module"] for entry in info[first:]])),
+    )
+    return _built(network, body, [info[first + level] for level in levels])
+
+
+def build_vit(
+    architecture: Architecture,
+    *,
+    taps: Sequence[int],
+    norm_taps: NormTaps = "none",
+    position: PositionMode = "timm",
+    image_size: int | None = None,
+) -> Built:
+    """A vision transformer with random weights.
+
+    Args:
+        architecture: the network.
+        taps: zero-based blocks, in the order in which maps are returned; blocks above the highest are left out.
+        norm_taps: which of them pass the network's final norm; `last` is the network's last block, if it is tapped.
+        position: how the position table is resampled at other sizes.
+        image_size: pixels that the stored position table is laid out for, rounded up to whole patches; None keeps
+            the network's own.
+
+    Raises:
+        RecipeError: a block that does not exist, or an option of position tables or final norms for a network
+            that has none.
+    """
+    network = _create(architecture)
+    _check_taps(taps, len(network.blocks), f"{architecture.name}: the blocks")
+    has_table = isinstance(network, VisionTransformer)
+    if not has_table and (position != "timm" or image_size is not None):
+        raise RecipeError(
+            f"{architecture.name} has no position table of this kind. Leave out pos_embed and image_size."
+        )
+    normed = _normed(taps, norm_taps, last=len(network.blocks) - 1)
+    if normed and isinstance(network, VisionTransformerSAM):
+        raise RecipeError(f"{architecture.name} has no final norm. Leave out norm_taps, or set it to none.")
+    info = list(network.feature_info)
+    network.prune_intermediate_layers(sorted(taps), prune_norm=not normed)
+    body = TokenMaps(network, taps=taps, normed=normed, position=position if has_table else None)
+    if image_size is not None:
+        cells = -(-image_size // info[0]["reduction"])
+        table = resample_positions(network.pos_embed, (cells, cells), prefix=body.position_prefix, mode=position)
+        network.pos_embed = nn.Parameter(table.detach().clone())
+    return _built(network, body, [info[tap] for tap in taps])
+
+
+def tensor_names(architecture: Architecture) -> frozenset[str]:
+    """Names of all tensors of the complete network, head included."""
+    with torch.device("meta"):
+        network = timm.create_model(architecture.name, **architecture.arguments)
+    return frozenset(network.state_dict())
+
+
+def _create(architecture: Architecture) -> Any:
+    arguments: dict[str, Any] = {"num_classes": 0, "drop_path_rate": architecture.drop_path} | dict(
+        architecture.arguments
+    )
+    network = timm.create_model(architecture.name, in_chans=architecture.bands, **arguments)
+    if architecture.norm_eps is not None:
+        for module in network.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = architecture.norm_eps
+    return network
+
+
+def _built(network: Any, body: Pyramid | TokenMaps, info: Sequence[Mapping[str, Any]]) -> Built:
+    known = network.pretrained_cfg
+    return Built(
+        body=body,
+        channels=tuple(entry["num_chs"] for entry in info),
+        strides=tuple(entry["reduction"] for entry in info),
+        mean=tuple(known["mean"]),
+        std=tuple(known["std"]),
+        first_conv=known["first_conv"],
+    )
+
+
+def _stages(network: nn.Module, ends: Sequence[str]) -> Iterator[list[nn.Module]]:
+    """Parts of the network up to and with each of `ends`, in the order of computation."""
+    wanted = iter(ends)
+    end = next(wanted)
+    parts: list[nn.Module] = []
+    for name, part in _parts(network, {end.partition(".")[0] for end in ends if "." in end}):
+        parts.append(part)
+        if name == end:
+            yield parts
+            parts = []
+            if (end := next(wanted, "")) == "":
+                return
+
+
+def _parts(network: nn.Module, containers: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Direct children, those of `containers` one by one."""
+    for name, child in network.named_children():
+        if name in containers:
+            yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())
+        else:
+            yield name, child
+
+
+def _normed(taps: Sequence[int], norm_taps: NormTaps, *, last: int) -> tuple[int, ...]:
+    """Those of `taps` that pass a norm."""
+    return tuple(tap for tap in taps if norm_taps == "all" or (norm_taps == "last" and tap == last))
+
+
+def _check_taps(taps: Sequence[int], count: int, what: str) -> None:
+    if not taps or min(taps) < 0 or max(taps) >= count or len(set(taps)) != len(taps):
+        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; taps says {list(taps)}.")
