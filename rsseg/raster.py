@@ -43,17 +43,19 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class RasterInfo:
-    """What a raster says about itself. Alpha and mask bands are not counted as bands."""
+    """What a raster says about itself. Alpha and mask bands are not counted among its bands."""
 
     height: int
     width: int
     count: int
     """Bands that are read."""
     available: int
-    """Bands that the files have."""
+    """Bands that the files have, alpha included."""
     dtype: str
     """NumPy name of the pixels that `Raster.read` returns: float32 if scale or offset tags are applied."""
     stored_dtype: str
+    numbers: tuple[int, ...]
+    """1-based position of each band among all bands of the files."""
     band_names: tuple[str, ...]
     """Description of each band, else its colour interpretation, else "band_1" and so on."""
     colors: tuple[str, ...]
@@ -81,7 +83,6 @@ class _Part(NamedTuple):
 
     dataset: Any
     bands: list[int]
-    available: int
     alpha: int | None
     mask: bool
 
@@ -107,7 +108,8 @@ class Raster:
 
         Args:
             paths: file or URL, or the files of one image in band order.
-            bands: 1-based image bands in the order wanted, counted through all files; None takes all.
+            bands: 1-based bands in the order wanted, counted through all files; None takes all but alpha. An alpha band
+                that is named here is data.
             nodata: value without data in every band, instead of what the files declare; NaN declares NaN.
             zero_collar: pixels that are 0 in every band have no data.
             threads: threads that GDAL may decompress with.
@@ -189,7 +191,7 @@ class Raster:
             with self._reading():
                 if part.alpha is not None:
                     valid &= part.dataset.read(part.alpha, window=_slices(window)) > 0
-                elif part.mask:
+                if part.mask:
                     valid &= part.dataset.read_masks(1, window=_slices(window)) > 0
         if self._zero_collar:
             valid &= (pixels != 0).any(axis=0)
@@ -224,23 +226,28 @@ class Raster:
         sizes = {dataset.shape for dataset in datasets}
         if len(sizes) > 1:
             raise DataError(f"{self.name}: the files of one image differ in size: {sorted(sizes)} (rows, columns).")
-        located = [
-            (number, band)
-            for number, dataset in enumerate(datasets)
-            for band, color in zip(dataset.indexes, dataset.colorinterp, strict=True)
-            if color != ColorInterp.alpha
-        ]
+        located = [(number, band) for number, dataset in enumerate(datasets) for band in dataset.indexes]
+        alphas = {place for place in located if _is_alpha(datasets[place[0]], place[1])}
         wrong = [band for band in bands or () if not 1 <= band <= len(located)]
-        if wrong or not located:
-            raise DataError(f"{self.name}: there is no band {(wrong or [1])[0]}; the image has {len(located)}.")
-        wanted = located if bands is None else [located[band - 1] for band in bands]
+        if wrong:
+            raise DataError(f"{self.name}: there is no band {wrong[0]}; the image has {len(located)}.")
+        chosen = range(1, len(located) + 1) if bands is None else bands
+        wanted = [located[band - 1] for band in chosen if bands or located[band - 1] not in alphas]
+        if not wanted:
+            raise DataError(f"{self.name}: the image has no band beside its alpha.")
+        self._numbers = tuple(located.index(place) + 1 for place in wanted)
         self._order = np.argsort(np.argsort([number for number, _ in wanted], kind="stable"), kind="stable")
         parts = []
         for number, dataset in enumerate(datasets):
-            alphas = [i for i, c in zip(dataset.indexes, dataset.colorinterp, strict=True) if c == ColorInterp.alpha]
-            taken = [band for owner, band in wanted if owner == number]
-            has_mask = MaskFlags.per_dataset in dataset.mask_flag_enums[0]
-            parts.append(_Part(dataset, taken, dataset.count - len(alphas), alphas[0] if alphas else None, has_mask))
+            flags = dataset.mask_flag_enums[0]
+            parts.append(
+                _Part(
+                    dataset,
+                    [band for owner, band in wanted if owner == number],
+                    next((band for owner, band in sorted(alphas - set(wanted)) if owner == number), None),
+                    MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+                )
+            )
         return parts
 
     def _describe(self, nodata: float | None) -> RasterInfo:
@@ -260,9 +267,10 @@ class Raster:
             height=first.height,
             width=first.width,
             count=len(bands),
-            available=sum(part.available for part in self._parts),
+            available=sum(part.dataset.count for part in self._parts),
             dtype="float32" if scaled else stored.name,
             stored_dtype=stored.name,
+            numbers=self._numbers,
             band_names=tuple(
                 description or (f"band_{i}" if color in _UNNAMED else color.name)
                 for i, (description, color) in enumerate(zip(descriptions, colors, strict=True), start=1)
@@ -276,7 +284,7 @@ class Raster:
             area_or_point=first.tags().get("AREA_OR_POINT"),
             nodata=dataset.nodatavals[band - 1] if nodata is None else nodata,
             has_alpha=any(part.alpha is not None for part in self._parts),
-            has_mask=any(part.mask and part.alpha is None for part in self._parts),
+            has_mask=any(part.mask for part in self._parts),
             scales=scales,
             offsets=offsets,
             block_shape=first.block_shapes[0],
@@ -322,24 +330,25 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
     if chosen is not None:
         if len(chosen) != len(wanted):
             raise DataError(f"--bands names {len(chosen)} bands, but {len(wanted)} are needed: {', '.join(wanted)}.")
-        return tuple(_band_number(name, names) for name in chosen)
+        return tuple(_band_number(name, names, info) for name in chosen)
     for known in (names, list(info.colors)):
         if all(known.count(name.casefold()) == 1 for name in wanted):
-            return tuple(known.index(name.casefold()) + 1 for name in wanted)
+            return tuple(info.numbers[known.index(name.casefold())] for name in wanted)
     if info.count == len(wanted):
-        return tuple(range(1, info.count + 1))
+        return info.numbers
     raise DataError(
         f"the image has {info.count} bands ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
         f"Say which is which with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
     )
 
 
-def _band_number(name: str, names: Sequence[str]) -> int:
-    if name.isdecimal() and 1 <= int(name) <= len(names):
+def _band_number(name: str, names: Sequence[str], info: RasterInfo) -> int:
+    if name.isdecimal() and 1 <= int(name) <= info.available:
         return int(name)
     if names.count(name.casefold()) != 1:
-        raise DataError(f"--bands: the image has no band {name!r}; it has {', '.join(names)} (or 1 to {len(names)}).")
-    return names.index(name.casefold()) + 1
+        have = f"it has {', '.join(info.band_names)} (or 1 to {info.available})"
+        raise DataError(f"--bands: the image has no band {name!r}; {have}.")
+    return info.numbers[names.index(name.casefold())]
 
 
 def _open(file: Path | str, options: dict[str, Any]) -> Any:
@@ -352,6 +361,12 @@ def _open(file: Path | str, options: dict[str, Any]) -> Any:
         if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
             raise DataError(f"{file}: there is no such file.") from None
         raise DataError(f"{file}: not an image that can be read: {_reason(error)}.") from None
+
+
+def _is_alpha(dataset: Any, band: int) -> bool:
+    """GDAL calls the fourth band of an 8-bit file alpha unless told otherwise; a name such as "nir" says what it is."""
+    description = dataset.descriptions[band - 1]
+    return dataset.colorinterp[band - 1] == ColorInterp.alpha and (not description or "alpha" in description.lower())
 
 
 def _reason(error: BaseException) -> str:

@@ -49,7 +49,7 @@ class SampleReader:
         """
         task_with_bands(index.task, bands)
         self._index = index
-        self._bands = [index.task.bands.index(band) + 1 for band in bands]
+        self._bands = [index.task.bands.index(band) for band in bands]
         self._labels = LabelTable(index.label_map, index.task.num_classes)
         self._cache = ArrayCache(index.root / CACHE_NAME) if cache else None
         self._images: dict[str, _Image] = {}
@@ -114,24 +114,23 @@ class SampleReader:
 
     def _open(self, item: IndexItem) -> Raster:
         index = self._index
-        files = index.image_files(item)
-        raster = Raster(files, bands=None, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
-        if raster.info.available != len(index.task.bands):
-            raster.close()
+        files, known = index.image_files(item), len(index.task.bands)
+        with Raster(files) as raster:
+            info, name = raster.info, raster.name
+        # A file whose alpha is a band of the dataset is right too: GDAL calls many a fourth band alpha.
+        if known not in (info.count, info.available):
             raise DataError(
-                f"{raster.name}: the image has {raster.info.available} bands, the dataset {len(index.task.bands)}: "
-                f"{', '.join(index.task.bands)}. Prepare the dataset again, or leave the image out."
+                f"{name}: the image has {info.count} bands, the dataset {known}: {', '.join(index.task.bands)}. "
+                "Prepare the dataset again, or leave the image out."
             )
-        if raster.info.dtype != index.task.dtype:
-            raster.close()
+        if info.dtype != index.task.dtype:
             raise DataError(
-                f"{raster.name}: the pixels are {raster.info.dtype}, but the dataset was prepared for "
-                f"{index.task.dtype}. Prepare it again, or leave the image out."
+                f"{name}: the pixels are {info.dtype}, but the dataset was prepared for {index.task.dtype}. "
+                "Prepare it again, or leave the image out."
             )
-        if self._bands != list(range(1, raster.info.available + 1)):
-            raster.close()
-            raster = Raster(files, bands=self._bands, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
-        return raster
+        numbers = info.numbers if known == info.count else range(1, known + 1)
+        bands = [numbers[band] for band in self._bands]
+        return Raster(files, bands=bands, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
 
     def _cached_image(self, item: IndexItem) -> _Image | None:
         """The image from the cache, put there if needed; None without a cache."""

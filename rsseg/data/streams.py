@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any, NamedTuple, Self
 
 import cv2
 import torch
@@ -58,13 +59,21 @@ class StreamSpec:
     strong_views: int = 0
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """How stored pixels become scaled units: per band `pixel * scale + offset`, and `fill` where there is no data."""
+class Scaling(NamedTuple):
+    """How stored pixels become scaled units: `pixel * scale + offset`, and `fill` where there is no data.
 
-    scale: tuple[float, ...]
-    offset: tuple[float, ...]
-    fill: tuple[float, ...]
+    Each float32 (C, 1, 1), on the device of the pixels.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    fill: Tensor
+
+    @classmethod
+    def of(cls, task: Task, fill: Sequence[float], device: torch.device) -> Self:
+        """The scaling of a task."""
+        values = torch.tensor([task.scale, task.offset, fill], dtype=torch.float32, device=device)
+        return cls(*values[:, :, None, None])
 
 
 def training_batches(
@@ -96,10 +105,10 @@ def training_batches(
         DataError: datasets that are missing, empty or contradict the task, at once; unreadable files, while iterating.
         RecipeError: the published distortion for images that are not 8-bit red, green, blue.
     """
-    opened = [_open_stream(recipe, spec, task) for spec in specs]
-    dataset = _MicroBatches([stream for stream, _ in opened], rank, world_size)
-    scalings = {spec.name: scaling for spec, (_, scaling) in zip(specs, opened, strict=True)}
     device = torch.device(device)
+    opened = [(spec, *_open_stream(recipe, spec, task)) for spec in specs]
+    dataset = _MicroBatches([stream for _, stream, _ in opened], rank, world_size)
+    scalings = {spec.name: Scaling.of(own, spec.fill, device) for spec, _, own in opened}
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -110,47 +119,42 @@ def training_batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader seeds its workers from it; the global one must not move
     )
-    return _on_device(loader, scalings, device)
+    return _on_device(loader, scalings)
 
 
-def to_samples(host: HostSamples, scaling: Scaling, device: torch.device) -> Samples:
+def to_samples(host: HostSamples, scaling: Scaling) -> Samples:
     """Move to the device in the files' own type, then scale and fill there."""
+    device = scaling.scale.device
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     valid = moved(host.valid)
-    masks = None if host.masks is None else moved(host.masks).long()
-    strong = None if host.strong is None else _scaled(moved(host.strong), valid[:, None], scaling)
     return Samples(
         images=_scaled(moved(host.images), valid, scaling),
         valid=valid,
-        masks=masks,
-        strong=strong,
+        masks=None if host.masks is None else moved(host.masks).long(),
+        strong=None if host.strong is None else _scaled(moved(host.strong), valid[:, None], scaling),
         mix=None if host.mix is None else moved(host.mix),
     )
 
 
 def _scaled(pixels: Tensor, valid: Tensor, scaling: Scaling) -> Tensor:
     """(..., H, W, C) of any type -> float32 (..., C, H, W)."""
-
-    def per_band(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
-
     planes = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    scaled = torch.addcmul(per_band(scaling.offset), planes, per_band(scaling.scale))
-    return torch.where(valid.unsqueeze(-3), scaled, per_band(scaling.fill))
+    return torch.where(valid.unsqueeze(-3), torch.addcmul(scaling.offset, planes, scaling.scale), scaling.fill)
 
 
-def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[StreamReader, Scaling]:
+def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[StreamReader, Task]:
+    """A stream and the task of its own dataset, whose scaling can differ."""
     select = recipe.data.streams.get(spec.name, SelectConfig())
     source = open_source(recipe, select, spec.split, task, masks=spec.masks)
     own = source.task
     augment = select.augment or recipe.data.augment
     if augment.photometric == "mmseg" and (own.dtype != "uint8" or len(own.bands) != 3):
         raise RecipeError(
-            f"stream {spec.name!r}: photometric 'mmseg' needs 8-bit red, green, blue images; these are {own.dtype} with "
-            f"{len(own.bands)} bands. Use photometric: fast."
+            f"stream {spec.name!r}: photometric 'mmseg' needs 8-bit red, green, blue images; these have "
+            f"{len(own.bands)} bands of {own.dtype}. Use photometric: fast."
         )
     plan = StreamPlan(
         name=spec.name,
@@ -163,14 +167,17 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[Stre
         strong=recipe.data.strong,
         space=ColorSpace.of(own.bands, own.scale, own.offset),
     )
-    return StreamReader(plan, source.reader), Scaling(own.scale, own.offset, spec.fill)
+    return StreamReader(plan, source.reader), own
 
 
 _HostBatch = dict[str, HostSamples]
 
 
 class _MicroBatches(Dataset[_HostBatch | RssegError]):
-    """Micro-step -> every stream's samples. An expected error is returned: raised, it would be wrapped in a traceback."""
+    """Micro-step -> every stream's samples.
+
+    An expected error is returned, not raised: the loader would wrap it in a traceback.
+    """
 
     def __init__(self, streams: Sequence[StreamReader], rank: int, world_size: int) -> None:
         self._streams, self._rank, self._world_size = streams, rank, world_size
@@ -195,21 +202,19 @@ class _From:
         return count(self._start)
 
 
-def _unchanged(batch: _HostBatch | RssegError) -> _HostBatch | RssegError:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(_: int) -> None:
     """One thread per process; signals to the group are for the training process, which still needs its batch."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _on_device(
-    loader: DataLoader[_HostBatch | RssegError], scalings: Mapping[str, Scaling], device: torch.device
-) -> Iterator[Batch]:
+def _on_device(loader: DataLoader[_HostBatch | RssegError], scalings: Mapping[str, Scaling]) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, RssegError):
             raise batch
-        yield {name: to_samples(host, scalings[name], device) for name, host in batch.items()}
+        yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}
