@@ -6,11 +6,7 @@ from tests.golden import ktda_backbones, ktda_data, ktda_network, ktda_training,
 from tests.golden.harness import parametrize_cases, run_case
 
 HANDLERS = (
-    ktda_backbones.HANDLERS
-    | ktda_data.HANDLERS
-    | ktda_network.HANDLERS
-    | ktda_training.HANDLERS
-    | ktda_whole.HANDLERS
+    ktda_backbones.HANDLERS | ktda_data.HANDLERS | ktda_network.HANDLERS | ktda_training.HANDLERS | ktda_whole.HANDLERS
 )
 
 

@@ -90,8 +90,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         WeightsError: the file is missing or holds no state dict.
     """
     try:
-        foreign = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
-        with safe_globals(foreign):  # type: ignore[no-untyped-call]
+        foreign: list[Any] = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+        with safe_globals(foreign):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -66,7 +66,8 @@ class KTDAMethod(Method):
         student = self.segmenter.run(images)
         losses = {"seg": self._cross_entropy(student.logits, masks)}
         logs = {"acc": self._accuracy(student.logits, masks)}
-        for i, head in enumerate(self.aux_heads):
+        for i, module in enumerate(self.aux_heads):
+            head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
             logits = head(student.features)
             losses[f"aux{suffix}"] = head.weight / len(self.aux_heads) * self._cross_entropy(logits, masks)
@@ -78,7 +79,8 @@ class KTDAMethod(Method):
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`; one rate; exempt parameters in a group without weight decay."""
-        decayed, exempt = [], []
+        decayed: list[nn.Parameter] = []
+        exempt: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (exempt if self._is_exempt(name, parameter) else decayed).append(parameter)

@@ -1,0 +1,81 @@
+"""Peak memory of predicting a scene, above what importing the libraries takes. Linux only.
+
+    python benchmarks/predict_memory.py [--sides 2500 5000] [--blend crop] [--tile N] [--limit-mb 600]
+
+Each scene is predicted in a process of its own. Exits with 1 if the largest one needs more than the limit.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def memory_mb(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def predict(scene: Path, arguments: argparse.Namespace) -> None:
+    """The measured process: prints its memory as JSON."""
+    import timm  # noqa: F401 - part of the floor: every network needs it
+    import torch
+
+    from benchmarks.scenes import make_segmenter
+    from rsseg.scene.options import SceneOptions
+    from rsseg.scene.predict import predict_scene
+
+    torch.set_num_threads(arguments.threads)
+    floor = memory_mb("VmRSS")
+    segmenter = make_segmenter()
+    model = memory_mb("VmRSS")
+    options = SceneOptions(tile=arguments.tile, blend=arguments.blend, device="cpu", dtype=arguments.dtype)
+    result = predict_scene(segmenter, scene, scene.with_name("out.tif"), options)
+    measured = {
+        "floor": floor,
+        "model": model - floor,
+        "peak": memory_mb("VmHWM") - floor,
+        "seconds": result.seconds,
+        "dtype": result.dtype,
+    }
+    print(json.dumps(measured))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", type=int, nargs="+", default=[2500, 5000])
+    parser.add_argument("--tile", type=int)
+    parser.add_argument("--blend", default="crop")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit-mb", type=float, default=600)
+    parser.add_argument("--scene", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.scene:
+        predict(arguments.scene, arguments)
+        return
+    from benchmarks.scenes import write_scene
+
+    print("side (px) | above imports (MB) | of this the model (MB) | imports (MB) | seconds | dtype")
+    peaks = []
+    for side in arguments.sides:
+        with tempfile.TemporaryDirectory() as folder:
+            scene = write_scene(Path(folder) / "scene.tif", side)
+            command = [sys.executable, __file__, *sys.argv[1:], "--scene", str(scene)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        m = json.loads(text)
+        peaks.append(m["peak"])
+        print(f"{side} | {m['peak']:.0f} | {m['model']:.0f} | {m['floor']:.0f} | {m['seconds']:.1f} | {m['dtype']}")
+    print(f"growth from the first to the last: {peaks[-1] - peaks[0]:+.0f} MB")
+    if peaks[-1] > arguments.limit_mb:
+        sys.exit(f"{peaks[-1]:.0f} MB is above the limit of {arguments.limit_mb:.0f} MB")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,61 @@
+"""What the benchmarks of prediction share: a small network with random weights, and scenes of any size."""
+
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.transform import from_origin
+
+from rsseg.methods.base import Segmenter
+from rsseg.task import ClassInfo, Task
+
+RECIPE = """
+name: bench
+method: ktda
+data: {path: none}
+student: {name: tf_efficientnet_lite0, weights: random}
+decoder: {type: segformer, channels: 64}
+"""
+
+
+def make_segmenter(classes: int = 6) -> Segmenter:
+    """A convolutional student; what it predicts does not matter here."""
+    from rsseg.methods.registry import segmenter_for
+    from rsseg.recipe import RecipeSource, parse_recipe
+
+    task = Task(
+        name="bench",
+        classes=tuple(ClassInfo(name=f"class {i}", value=i, color=(40 * i % 256, 90, 20)) for i in range(classes)),
+        bands=("red", "green", "blue"),
+        scale=(1 / 255,) * 3,
+        offset=(0.0,) * 3,
+    )
+    return segmenter_for(parse_recipe(RecipeSource("bench", RECIPE)), task)
+
+
+def write_scene(path: Path, side: int) -> Path:
+    """A deflate-compressed RGB scene with texture, written in rows of blocks."""
+    rng = np.random.default_rng(0)
+    profile = {
+        "driver": "GTiff",
+        "height": side,
+        "width": side,
+        "count": 3,
+        "dtype": "uint8",
+        "crs": "EPSG:32631",
+        "transform": from_origin(5e5, 4e6, 0.5, 0.5),
+        "tiled": True,
+        "blockxsize": 512,
+        "blockysize": 512,
+        "compress": "deflate",
+        "predictor": 2,
+        "photometric": "rgb",
+    }
+    with rasterio.open(path, "w", **profile) as dataset:
+        for top in range(0, side, 512):
+            height = min(512, side - top)
+            coarse = rng.integers(40, 200, (3, -(-height // 32), -(-side // 32)), np.uint8)
+            rows = coarse.repeat(32, 1).repeat(32, 2)[:, :height, :side]
+            rows = rows + rng.integers(0, 16, rows.shape, np.uint8)
+            dataset.write(rows, window=((top, top + height), (0, side)))
+    return path

@@ -1,0 +1,162 @@
+"""From overlapping tiles to finished strips of rows, in order, each row once.
+
+Every merge is a generator that holds one row of tiles, whatever the height of the image.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsseg.inference.tiling import AxisPlan, TilePlan
+
+Blend = Literal["crop", "hann", "mean"]
+"""`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One tile of an image.
+
+    row, col: place in the `TilePlan`
+    image: float (C, h, w) in scaled units, filled where there is no data
+    valid: bool (h, w), False where the image has no data; None if all have
+    """
+
+    row: int
+    col: int
+    image: Tensor
+    valid: NDArray[np.bool_] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """No pixel has data."""
+        return self.valid is not None and not self.valid.any()
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Finished rows of an image.
+
+    top: first row
+    classes: uint8 (h, W) class indices
+    valid: bool (h, W), as in the tiles
+    """
+
+    top: int
+    classes: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreStrip:
+    """Finished rows of an image.
+
+    top: first row
+    scores: float32 (h, W, K), mean of the tiles
+    valid: bool (h, W), as in the tiles
+    """
+
+    top: int
+    scores: Tensor
+    valid: NDArray[np.bool_]
+
+
+Scored = tuple[Tile, Tensor | None]
+"""A tile and its float scores (K, h, w), None if it is empty."""
+
+
+def decide(scores: Tensor) -> NDArray[np.uint8]:
+    """Classes of scores (h, w, K) as uint8 (h, w) in the host's memory.
+
+    The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
+    times slower.
+    """
+    return scores.argmax(-1).to(torch.uint8).cpu().numpy()
+
+
+def blend_classes(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[Strip]:
+    """Merge tiles, given row by row, into classes.
+
+    With `crop` only uint8 classes leave a tile, so memory does not depend on the number of classes; the others hold
+    tile x width x classes float32 scores.
+    """
+    if blend == "crop":
+        yield from _crop_classes(tiles, plan)
+        return
+    for strip in blend_scores(tiles, plan, blend, num_classes):
+        yield Strip(strip.top, decide(strip.scores), strip.valid)
+
+
+def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[ScoreStrip]:
+    """Merge tiles, given row by row, into scores; memory is tile x width x classes float32 values.
+
+    Pixels that only empty tiles cover have scores 0.
+    """
+    height, width = plan.rows.tile, plan.cols.length
+    row_weights, col_weights = _weights(plan.rows, blend), _weights(plan.cols, blend)
+    # The weight of a pixel is a product over the axes, and so is its sum over the tiles: no canvas of weights.
+    row_totals, col_totals = _totals(plan.rows, row_weights), _totals(plan.cols, col_weights)
+    canvas, valid = torch.zeros(height, width, num_classes), np.zeros((height, width), np.bool_)
+    last = len(plan.cols.origins) - 1
+    for tile, scores in tiles:
+        left = plan.cols.origins[tile.col]
+        area = slice(left, left + plan.cols.tile)
+        valid[:, area] = True if tile.valid is None else tile.valid
+        if scores is not None:
+            weights = row_weights[tile.row][:, None, None] * col_weights[tile.col][:, None]
+            canvas[:, area] += scores.permute(1, 2, 0).float().cpu() * weights
+        if tile.col == last:
+            final = plan.rows.final(tile.row)
+            total = row_totals[final.area, None, None] * col_totals[:, None]
+            yield ScoreStrip(final.start, canvas[: final.length] / total, valid[: final.length].copy())
+            kept = height - final.length
+            canvas[:kept] = canvas[final.length :].clone()
+            canvas[kept:] = 0
+            valid[:kept] = valid[final.length :].copy()
+
+
+def _crop_classes(tiles: Iterable[Scored], plan: TilePlan) -> Iterator[Strip]:
+    last = len(plan.cols.origins) - 1
+    for tile, scores in tiles:
+        rows, cols = plan.rows.kept[tile.row], plan.cols.kept[tile.col]
+        if tile.col == 0:
+            strip = _empty_strip(rows.start, rows.length, plan.cols.length)
+        inside = rows.within(plan.rows.origins[tile.row]), cols.within(plan.cols.origins[tile.col])
+        if scores is not None:
+            strip.classes[:, cols.area] = decide(scores.permute(1, 2, 0)[inside])
+        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[inside]
+        if tile.col == last:
+            yield strip
+
+
+def _empty_strip(top: int, height: int, width: int) -> Strip:
+    return Strip(top, np.zeros((height, width), np.uint8), np.zeros((height, width), np.bool_))
+
+
+def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:
+    """Per tile of an axis, float32 (tile,) weight of its pixels."""
+    match blend:
+        case "crop":
+            weights = [torch.zeros(axis.tile) for _ in axis.origins]
+            for origin, kept, weight in zip(axis.origins, axis.kept, weights, strict=True):
+                weight[kept.within(origin)] = 1
+            return weights
+        case "hann":
+            # Half a pixel off the border, so that no weight is 0.
+            phase = (torch.arange(axis.tile, dtype=torch.float64) + 0.5) * (torch.pi / axis.tile)
+            return [phase.sin().square().float()] * len(axis.origins)
+        case "mean":
+            return [torch.ones(axis.tile)] * len(axis.origins)
+
+
+def _totals(axis: AxisPlan, weights: list[Tensor]) -> Tensor:
+    """float32 (length,): sum of the tiles' weights at each pixel."""
+    totals: Any = torch.zeros(axis.length)
+    for origin, weight in zip(axis.origins, weights, strict=True):
+        totals[origin : origin + axis.tile] += weight
+    return totals  # type: ignore[no-any-return]

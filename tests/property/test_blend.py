@@ -1,0 +1,72 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsseg.inference.blend import Blend, Scored, Tile, blend_classes, blend_scores
+from rsseg.inference.tiling import TilePlan, plan_tiles
+
+BLENDS: tuple[Blend, ...] = ("crop", "hann", "mean")
+plans = st.builds(
+    lambda height, width, tile, share: plan_tiles(height, width, tile=tile, overlap=int(tile * share)),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 40),
+    st.floats(0, 0.99),
+)
+
+
+def tiles_of(scores: torch.Tensor, plan: TilePlan, valid: np.ndarray | None = None) -> Iterator[Scored]:
+    """What a network that returns its input would give."""
+    for row, top in enumerate(plan.rows.origins):
+        for col, left in enumerate(plan.cols.origins):
+            area = slice(top, top + plan.rows.tile), slice(left, left + plan.cols.tile)
+            part = scores[:, area[0], area[1]]
+            yield Tile(row, col, part, None if valid is None else valid[area]), part
+
+
+@given(plan=plans, blend=st.sampled_from(BLENDS))
+@settings(deadline=None)
+def test_identity_network_reproduces_the_image(plan: TilePlan, blend: Blend) -> None:
+    image = torch.rand(2, plan.rows.length, plan.cols.length, generator=torch.Generator().manual_seed(0))
+    strips = list(blend_scores(tiles_of(image, plan), plan, blend, 2))
+    torch.testing.assert_close(torch.cat([s.scores for s in strips]).permute(2, 0, 1), image, atol=1e-5, rtol=1e-5)
+    tops = np.cumsum([0, *(len(s.scores) for s in strips)])
+    assert [s.top for s in strips] == list(tops[:-1])
+    assert tops[-1] == plan.rows.length
+
+
+@given(plan=plans, blend=st.sampled_from(BLENDS))
+@settings(deadline=None)
+def test_classes_and_valid_area_come_out_where_they_were(plan: TilePlan, blend: Blend) -> None:
+    draw = np.random.default_rng(0)
+    classes = draw.integers(0, 3, (plan.rows.length, plan.cols.length))
+    valid = draw.random(classes.shape) < 0.7
+    scores = torch.nn.functional.one_hot(torch.from_numpy(classes), 3).permute(2, 0, 1).float()
+    strips = list(blend_classes(tiles_of(scores, plan, valid), plan, blend, 3))
+    np.testing.assert_array_equal(np.concatenate([s.classes for s in strips]), classes)
+    np.testing.assert_array_equal(np.concatenate([s.valid for s in strips]), valid)
+    assert [s.top for s in strips] == [0, *np.cumsum([len(s.classes) for s in strips])[:-1]]
+
+
+def test_mean_averages_overlapping_tiles_plainly() -> None:
+    plan = plan_tiles(1, 3, tile=2, overlap=1)
+    tiles = [(Tile(0, i, torch.empty(0)), torch.full((1, 1, 2), float(i))) for i in range(2)]
+    (strip,) = blend_scores(tiles, plan, "mean", 1)
+    assert strip.scores.flatten().tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_empty_tiles_leave_the_others_as_they_are(blend: Blend) -> None:
+    plan = plan_tiles(8, 16, tile=8, overlap=0)
+    tiles: list[Scored] = [
+        (Tile(0, 0, torch.empty(0), np.zeros((8, 8), np.bool_)), None),
+        (Tile(0, 1, torch.empty(0)), torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])),
+    ]
+    (strip,) = blend_classes(tiles, plan, blend, 2)
+    assert (strip.classes[:, 8:] == 1).all()
+    assert not strip.valid[:, :8].any()
+    assert strip.valid[:, 8:].all()
