@@ -17,6 +17,7 @@ from rsseg.task import Task
 
 FORMAT = 1
 METADATA_KEY = "rsseg"
+MODEL_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         MachineError: the folder cannot be written or the disk is full.
     """
-    # safetensors refuses views and shared memory.
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    owned: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors refuses memory that two tensors share.
+        owned[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
+        storages.add(plain.untyped_storage().data_ptr())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(owned, temporary, dict(metadata))
@@ -94,6 +100,21 @@ def read_header(path: Path) -> ModelHeader:
         return ModelHeader(task=task, **{f.name: values[f.name] for f in fields(ModelHeader) if f.name != "task"})
     except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
         raise WeightsError(f"{path}: damaged header: {error!r}. Train or import the model again.") from None
+
+
+def find_model(path: Path) -> Path:
+    """The model file that a path means: the file itself, or the one to ship of a run folder.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if path.is_file():
+        return path
+    file = path / MODEL_NAME
+    if not file.is_file():
+        what = "this run has no model yet" if path.is_dir() else "no such file or folder"
+        raise WeightsError(f"{path}: {what}. Give a model.safetensors or the folder of a run; see `rsseg runs ls`.")
+    return file
 
 
 def load_tensors(module: nn.Module, path: Path) -> None:

@@ -110,7 +110,7 @@ class TrainerConfig(Strict):
     checkpoint_every: Count = 1000
     log_every: Count = 20
     keep_checkpoints: Count = 1
-    """Most recent `step-*.safetensors` kept beside best and last."""
+    """Newest checkpoints kept beside the best; above 1, `step-*.safetensors` are kept and the newest is also `last`."""
     patience: Count | None = None
     """Evaluations without a better score before the run ends."""
     monitor: Literal["miou", "mf1", "oa", "last"] = "miou"

@@ -10,7 +10,7 @@ import pytest
 import rasterio
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.transform import from_origin
+from rasterio.transform import Affine
 
 from rsseg.config import BaseRecipe
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
@@ -43,7 +43,11 @@ def write_tif(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
     """Write `(bands, h, w)` as a georeferenced GeoTIFF; `descriptions` and other rasterio options may be given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptions: Sequence[str] = options.pop("descriptions", ())
-    profile = {"crs": "EPSG:32631", "transform": from_origin(500000, 4000000, 10, 10), "dtype": pixels.dtype} | options
+    profile = {
+        "crs": "EPSG:32631",
+        "transform": Affine(10, 0, 500000, 0, -10, 4000000),
+        "dtype": pixels.dtype,
+    } | options
     count, height, width = pixels.shape
     with rasterio.open(path, "w", driver="GTiff", count=count, height=height, width=width, **profile) as file:
         file.write(pixels)

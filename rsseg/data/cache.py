@@ -61,11 +61,11 @@ class ArrayCache:
 
     @staticmethod
     def load(path: Path) -> tuple[NDArray[Any], ...] | None:
-        """The file's arrays, memory-mapped; None if it is not there or not whole."""
+        """The file's arrays `(h, w, bands)`, memory-mapped; None if it is not there or not whole."""
         try:
             with tifffile.TiffFile(path) as file:
-                pages = len(file.pages)
-            return tuple(tifffile.memmap(path, page=page, mode="r") for page in range(pages)) or None
+                sizes = [(page.imagelength, page.imagewidth) for page in file.pages]
+            return tuple(tifffile.memmap(path, page=i, mode="r").reshape(*size, -1) for i, size in enumerate(sizes))
         except (OSError, ValueError, tifffile.TiffFileError):
             return None
 
@@ -76,12 +76,13 @@ class ArrayCache:
         try:
             with tifffile.TiffWriter(temporary, bigtiff=True) as writer:
                 for page in pages:
+                    shape = page.shape if page.shape[2] > 1 else page.shape[:2]
                     writer.write(
-                        (np.ascontiguousarray(strip) for strip in page.strips),
-                        shape=page.shape,
+                        (np.ascontiguousarray(strip).reshape(-1, *shape[1:]) for strip in page.strips),
+                        shape=shape,
                         dtype=np.dtype(page.dtype),
                         photometric="minisblack",
-                        planarconfig="contig",
+                        planarconfig="contig" if len(shape) == 3 else None,
                         rowsperstrip=page.rows_per_strip,
                         metadata=None,
                     )

@@ -140,7 +140,7 @@ class SampleReader:
             arrays = self._cached(index.image_files(item), variant, lambda: self._image_pages(item))
             if arrays is None:
                 return None
-            pixels, *valid = (array.reshape(*array.shape[:2], -1) for array in arrays)
+            pixels, *valid = arrays
             _remember(self._images, item.image, _Image(pixels, valid[0][..., 0].view(np.bool_) if valid else None))
         return self._images[item.image]
 
@@ -151,7 +151,7 @@ class SampleReader:
             arrays = self._cached([file], variant, lambda: self._mask_pages(item, file))
             if arrays is None:
                 return None
-            _remember(self._masks, item.image, arrays[0])
+            _remember(self._masks, item.image, arrays[0][..., 0])
         return self._masks[item.image]
 
     def _cached(

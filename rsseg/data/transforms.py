@@ -47,10 +47,10 @@ def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig
     low, high = config.scale_range
     longest = max(size)
     if config.scale_style == "uniform":
-        factor = rng.uniform(low, high)
+        factor, unit = rng.uniform(low, high), 1
     else:
-        factor = rng.integers(int(low * longest), int(high * longest) + 1) / longest
-    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+        factor, unit = int(rng.integers(int(low * longest), int(high * longest) + 1)), longest
+    return max(1, int(size[0] * factor / unit + 0.5)), max(1, int(size[1] * factor / unit + 0.5))
 
 
 def draw_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -> tuple[Window, Size]:

@@ -1,0 +1,250 @@
+"""From a folder as its publisher lays it out to index items: which mask belongs to which image, in which split.
+
+A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` stand for one part of a file or folder
+name, and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An
+image and a mask belong together if the placeholders that both patterns have, and what their wildcards match, agree;
+`{stem}` may be written for the `*` of the file name. Several patterns joined by `|` are the bands of one image.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from rsseg.data.index import IndexItem
+from rsseg.errors import DataError, UsageError
+
+_TOKEN = re.compile(r"\{(\w+)\}|\*\*/|\*|\?|[^*?{]+|.")
+_PLACEHOLDERS = ("split", "domain", "group", "stem")
+
+Key = tuple[tuple[str, str], ...]
+"""Placeholder values of a path, sorted by placeholder; `stem` is all that the wildcards matched."""
+
+
+class PathPattern:
+    """One pattern, such as `{split}/images/*.jpg`."""
+
+    def __init__(self, text: str) -> None:
+        """Compile; raises `UsageError` for an unknown placeholder."""
+        self.text = text.strip().removeprefix("./")
+        named: set[str] = set()
+        parts = [self._part(match, named) for match in _TOKEN.finditer(self.text)]
+        self._regex = re.compile("".join(parts))
+        self.placeholders = frozenset(named - {"stem"})
+
+    def _part(self, match: re.Match[str], named: set[str]) -> str:
+        token, name = match.group(0), match.group(1)
+        if name is not None:
+            if name not in _PLACEHOLDERS:
+                known = ", ".join(f"{{{p}}}" for p in _PLACEHOLDERS)
+                raise UsageError(f"pattern {self.text!r}: unknown placeholder {{{name}}}; known are {known}.")
+            if name in named:
+                return f"(?P={name})"
+            named.add(name)
+            return f"(?P<{name}>[^/]+)"
+        wildcards = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)", "?": "([^/])"}
+        return wildcards.get(token) or re.escape(token)
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """Placeholder values of a relative path with `/`, or None."""
+        found = self._regex.fullmatch(path)
+        if found is None:
+            return None
+        values = {name: value for name, value in found.groupdict().items() if name != "stem"}
+        numbers = {index for name, index in self._regex.groupindex.items() if name != "stem"}
+        matched = [text for index, text in enumerate(found.groups(), start=1) if index not in numbers]
+        return values | {"stem": "*".join(matched)}
+
+
+class Located(NamedTuple):
+    """An image before it has a split: relative paths with `/`, and the placeholders' values."""
+
+    images: tuple[str, ...]
+    mask: str | None
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images and masks of a dataset are, and how they are divided."""
+
+    images: str
+    """Pattern, or one pattern per band joined by `|`."""
+    masks: str | None = None
+    """Pattern; None if there are no masks at all."""
+    unlabeled: tuple[str, ...] = ()
+    """Splits whose masks are never opened, there or not."""
+    split_as: Mapping[str, str] = field(default_factory=dict)
+    """What `{split}` matched -> `SPLIT` or `SPLIT:DOMAIN`; the rest keep their names."""
+    split_lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """`SPLIT` or `SPLIT:DOMAIN` -> image paths, names or stems; images in no list are left out."""
+    split_ratio: Mapping[str, float] = field(default_factory=dict)
+    """Split -> share of the images (or of the groups), drawn with `seed`."""
+    seed: int = 0
+
+    def items(self, root: Path) -> tuple[IndexItem, ...]:
+        """The images below `root`, sorted by path, with masks and splits.
+
+        Raises:
+            DataError: nothing matches, an image has no mask or two, a mask has no image, a list names an unknown image.
+            UsageError: the patterns and options do not fit together.
+        """
+        located = self._pair(tuple(_files(root)))
+        return self._check_masks(tuple(self._with_splits(located)), located)
+
+    def _pair(self, files: Sequence[str]) -> tuple[Located, ...]:
+        patterns = [PathPattern(text) for text in self.images.split("|")]
+        bands = [_by_key(pattern, files) for pattern in patterns]
+        if not bands[0]:
+            raise DataError(f"no image matches {patterns[0].text!r} among {len(files)} files{_examples(files)}.")
+        masks = PathPattern(self.masks) if self.masks else None
+        common = patterns[0].placeholders & masks.placeholders if masks else frozenset()
+        mask_of = _by_key(masks, files, only=common) if masks else {}
+        located = []
+        for key, first in sorted(bands[0].items(), key=lambda entry: entry[1]):
+            missing = [pattern.text for pattern, band in zip(patterns, bands, strict=True) if key not in band]
+            if missing:
+                raise DataError(f"{first}: no file of this image matches {missing[0]!r}, so a band is missing.")
+            mask = mask_of.pop(_restricted(key, common), None) if masks else None
+            located.append(Located(tuple(band[key] for band in bands), mask, dict(key)))
+        if mask_of and not self.split_lists:
+            raise DataError(
+                f"{len(mask_of)} mask(s) have no image, the first is {min(mask_of.values())}. "
+                "Add the images, or make the mask pattern narrower."
+            )
+        return tuple(located)
+
+    def _with_splits(self, located: Sequence[Located]) -> Iterator[IndexItem]:
+        has_placeholder = "split" in located[0].values
+        if has_placeholder + bool(self.split_lists) + bool(self.split_ratio) == 0:
+            raise UsageError(
+                "nothing says which images are for training: write {split} into the patterns, "
+                "or give --split-list train=FILE or --split-ratio train=0.8,val=0.1,test=0.1."
+            )
+        if self.split_lists and self.split_ratio:
+            raise UsageError("--split-list and --split-ratio exclude each other.")
+        if self.split_lists:
+            listed = list(self._listed(located))
+            yield from sorted(listed, key=lambda item: item.image)
+            return
+        drawn = self._drawn(located) if self.split_ratio else {}
+        for one in located:
+            folder = one.values.get("split", "")
+            target = drawn[_group(one)] if self.split_ratio else self.split_as.get(folder, folder)
+            yield _item(one, target)
+
+    def _listed(self, located: Sequence[Located]) -> Iterator[IndexItem]:
+        names: dict[str, list[Located]] = {}
+        for one in located:
+            path = Path(one.images[0])
+            for name in {one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"]}:
+                names.setdefault(name, []).append(one)
+        taken: dict[str, str] = {}
+        for target, lines in self.split_lists.items():
+            for line in lines:
+                found = names.get(line.removeprefix("./"), [])
+                if len(found) != 1:
+                    kind = "is not the name of an image" if not found else f"is the name of {len(found)} images"
+                    raise DataError(f"split list {target}: {line!r} {kind}. List paths relative to the source folder.")
+                image = found[0].images[0]
+                if image in taken:
+                    raise DataError(
+                        f"{image} is listed in {taken[image]} and in {target}; splits must not share images."
+                    )
+                taken[image] = target
+                yield _item(found[0], target)
+
+    def _drawn(self, located: Sequence[Located]) -> dict[str, str]:
+        """Split of each group: shares by count, rounded so that none is lost, order drawn with the seed."""
+        total = sum(self.split_ratio.values())
+        if total > 1 + 1e-6 or any(share <= 0 for share in self.split_ratio.values()):
+            raise UsageError(f"split ratios must be positive and add up to at most 1, these give {total:g}.")
+        groups = sorted({_group(one) for one in located})
+        random.Random(self.seed).shuffle(groups)
+        result, share_so_far, start = {}, 0.0, 0
+        for split, share in self.split_ratio.items():
+            share_so_far += share / total
+            end = round(share_so_far * len(groups))
+            if end == start:
+                raise DataError(
+                    f"split {split!r} gets none of {len(groups)} images (or groups); give it a larger share."
+                )
+            result.update(dict.fromkeys(groups[start:end], split))
+            start = end
+        return result
+
+    def _check_masks(self, items: tuple[IndexItem, ...], located: Sequence[Located]) -> tuple[IndexItem, ...]:
+        hidden = tuple(
+            item.model_copy(update={"mask": None}) if item.split in self.unlabeled else item for item in items
+        )
+        lost = [item for item in hidden if item.mask is None and item.split not in self.unlabeled]
+        if lost:
+            raise DataError(
+                f"{len(lost)} of {len(located)} images have no mask, the first is {lost[0].image} (split {lost[0].split}). "
+                "Add the masks, or say --unlabeled SPLIT for a split that has none."
+            )
+        return hidden
+
+
+def find_root(folder: Path, layout: Layout) -> Path:
+    """`folder`, or the folder below it (at most three levels) that the layout fits; archives often wrap their content.
+
+    Raises `DataError` if there is none.
+    """
+    pattern = PathPattern(layout.images.split("|")[0])
+    candidates = [folder, *(folder / part for part in _folders(folder, 3))]
+    for candidate in candidates:
+        if any(pattern.match(file) for file in _files(candidate)):
+            return candidate
+    raise DataError(f"{folder}: nothing here looks like {layout.images!r}{_examples(list(_files(folder)))}.")
+
+
+def _item(one: Located, target: str) -> IndexItem:
+    split, _, domain = target.partition(":")
+    for path in one.images:
+        if "|" in path:
+            raise DataError(f"{path}: a file name must not contain '|'. Rename it.")
+    return IndexItem(
+        image="|".join(one.images), mask=one.mask, split=split, domain=domain or one.values.get("domain") or None
+    )
+
+
+def _group(one: Located) -> str:
+    return one.values.get("group") or one.images[0]
+
+
+def _by_key(pattern: PathPattern, files: Iterable[str], only: frozenset[str] | None = None) -> dict[Key, str]:
+    """Files that match, by placeholder values (by those in `only` and the stem, if given)."""
+    found: dict[Key, str] = {}
+    for file in files:
+        values = pattern.match(file)
+        if values is None:
+            continue
+        key: Key = tuple(sorted(values.items()))
+        key = key if only is None else _restricted(key, only)
+        if key in found:
+            raise DataError(f"{found[key]} and {file} cannot be told apart by the pattern {pattern.text!r}.")
+        found[key] = file
+    return found
+
+
+def _restricted(key: Key, names: frozenset[str]) -> Key:
+    return tuple((name, value) for name, value in key if name in names or name == "stem")
+
+
+def _files(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix()
+
+
+def _folders(root: Path, depth: int) -> Iterator[str]:
+    found = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_dir())
+    yield from sorted((path.as_posix() for path in found if len(path.parts) <= depth), key=lambda p: p.count("/"))
+
+
+def _examples(files: Sequence[str]) -> str:
+    return f", such as {', '.join(files[:3])}" if files else " (the folder is empty)"

@@ -1,0 +1,133 @@
+"""The class file of someone's own dataset (`classes.yaml`)."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rsseg.data.index import LabelMap
+from rsseg.errors import DataError
+from rsseg.task import IGNORE_INDEX, ClassInfo, Color
+
+
+def _color(value: Any) -> Any:
+    """`"#3C1098"` -> (60, 16, 152); other things pass through to the check."""
+    if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
+        try:
+            return tuple(bytes.fromhex(value[1:]))
+        except ValueError:
+            return value
+    return value
+
+
+HexColor = Annotated[Color, BeforeValidator(_color)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ClassEntry(_Part):
+    """One class."""
+
+    name: str
+    color: HexColor
+    """`"#RRGGBB"` or [red, green, blue]."""
+    value: int | None = None
+    """What the masks store for it."""
+    also: tuple[int, ...] = ()
+    """Further mask values that mean the same class."""
+    also_colors: tuple[HexColor, ...] = ()
+    """Further mask colours that mean the same class."""
+
+
+class ClassFile(_Part):
+    """Classes in index order, what to ignore, and what the files do not say themselves."""
+
+    name: str
+    classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=254)]
+    labels: str | None = Field(default=None, pattern="^(values|colors)$")
+    """Whether masks store `values` or `colors`; by default values if the classes have any."""
+    ignore: tuple[int, ...] = ()
+    """Mask values without a class."""
+    ignore_colors: tuple[HexColor, ...] = ()
+    """Mask colours without a class."""
+    bands: tuple[str, ...] | None = None
+    """Names of the bands, in file order; by default what the files say."""
+    gsd_m: Annotated[float, Field(gt=0)] | None = None
+    """Ground sampling distance in metres."""
+    nodata: float | None = None
+    """Pixel value that means no data in every band, where the files do not declare one."""
+    ignore_zero_collar: bool = False
+    """Pixels that are 0 in every band have no data."""
+
+    @model_validator(mode="after")
+    def _all_have_labels(self) -> Self:
+        unvalued = [entry.name for entry in self.classes if entry.value is None]
+        if not self.by_color and unvalued:
+            raise ValueError(f"class {unvalued[0]!r} has no value; give every class one, or say `labels: colors`")
+        return self
+
+    @property
+    def by_color(self) -> bool:
+        """Whether masks are colour-coded."""
+        return self.labels == "colors" or (self.labels is None and all(entry.value is None for entry in self.classes))
+
+    def class_infos(self) -> tuple[ClassInfo, ...]:
+        """The task's classes; their values are those of the masks where these fit into 0..254, else the index."""
+        values = [entry.value for entry in self.classes]
+        keep = len(set(values)) == len(values) and all(v is not None and 0 <= v <= 254 for v in values)
+        return tuple(
+            ClassInfo(name=entry.name, value=entry.value if keep and entry.value is not None else i, color=entry.color)
+            for i, entry in enumerate(self.classes)
+        )
+
+    def label_map(self) -> LabelMap:
+        """Mask value or colour -> class index; raises `DataError` if two classes claim the same."""
+        if self.by_color:
+            pairs = [(c, i) for i, entry in enumerate(self.classes) for c in (entry.color, *entry.also_colors)]
+            pairs += [(color, IGNORE_INDEX) for color in self.ignore_colors]
+            _check_unique([color for color, _ in pairs])
+            return LabelMap(colors=tuple(pairs))
+        values = [(v, i) for i, e in enumerate(self.classes) for v in (e.value, *e.also) if v is not None]
+        values += [(value, IGNORE_INDEX) for value in self.ignore]
+        _check_unique([value for value, _ in values])
+        return LabelMap(values=dict(values))
+
+
+def _check_unique(keys: list[Any]) -> None:
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise DataError(f"the class file lists {twice[0]} twice; a mask value or colour can mean one thing only.")
+
+
+def load_classes(path: Path) -> ClassFile:
+    """Read a class file; raises `DataError` with file, key, problem and the nearest valid key."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such class file. docs/examples/dubai-classes.yaml shows one.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: expected a table with `name` and `classes`. docs/examples/dubai-classes.yaml shows one."
+        )
+    try:
+        return ClassFile.model_validate(content)
+    except ValidationError as error:
+        raise DataError("\n".join(f"{path}: {line}" for line in _lines(error))) from None
+
+
+def _lines(error: ValidationError) -> Iterable[str]:
+    known = {*ClassFile.model_fields, *ClassEntry.model_fields}
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        line = f"{key}: {problem['msg']}" if key else problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            line = f"{key}: unknown key" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
+        yield line

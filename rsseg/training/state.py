@@ -1,0 +1,195 @@
+"""Exact resume: everything that the next step depends on, in one safetensors file. No pickle, no random state.
+
+Randomness and data order are functions of (seed, rank, step, micro-step), so the counters stand for them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from rsseg.checkpoint import load_into, write_tensors
+from rsseg.errors import DataError, RecipeError, WeightsError
+from rsseg.layers.ema import Ema
+from rsseg.layers.frozen import Frozen
+from rsseg.methods.base import Method
+
+FREE_KEYS = (
+    "name",
+    "title",
+    "reference",
+    "data.path",
+    "data.cache",
+    "trainer.steps",
+    "trainer.eval_every",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+    "trainer.keep_checkpoints",
+    "trainer.patience",
+    "trainer.max_hours",
+    "trainer.workers",
+    "trainer.device",
+    "eval.batch_size",
+)
+"""Recipe values that a resumed run may change; the images are compared by name, not by `data.path`."""
+
+
+class Counters(BaseModel):
+    """Where a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_score: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+    """Evaluations without a better score."""
+    elapsed_s: float = 0.0
+
+
+class Identity(BaseModel):
+    """What must not change between the parts of a run."""
+
+    recipe: dict[str, Any]
+    frozen: dict[str, str]
+    """Module of a teacher -> SHA-256 of its weights."""
+    splits: dict[str, str]
+    """Stream or split -> SHA-256 of its image names."""
+    processes: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live objects whose tensors are saved and restored."""
+
+    method: Method
+    ema: Ema | None
+    optimizers: Mapping[str, Optimizer]
+    scaler: GradScaler
+
+
+def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity) -> None:
+    """Replace the state file; whenever the process dies, `path` is the old state or the new one, complete.
+
+    Raises:
+        MachineError: it cannot be written; the old state is still there.
+    """
+    tensors = {f"method/{name}": tensor for name, tensor in parts.method.state_dict().items()}
+    if parts.ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in parts.ema.module.state_dict().items()}
+    for name, optimizer in parts.optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{name}/{index}/{key}": v for key, v in state.items() if v is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "counters": counters.model_dump_json(),
+        "identity": identity.model_dump_json(),
+        "scaler": json.dumps(parts.scaler.state_dict()),
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def load_state(path: Path, parts: Parts, identity: Identity) -> Counters:
+    """Restore a saved state into `parts`.
+
+    Raises:
+        WeightsError: the state is missing or damaged, or a teacher has other weights than before.
+        RecipeError: a value that matters differs from the run's, or `trainer.steps` is already behind.
+        DataError: a split has other images than before.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            counters = Counters.model_validate_json(metadata["counters"])
+            before = Identity.model_validate_json(metadata["identity"])
+            scaler = json.loads(metadata["scaler"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
+        raise WeightsError(
+            f"{path}: no state to resume from: {error}. Start a new run, or --resume another one."
+        ) from None
+    _check_same_run(path, before, identity)
+    load_into(parts.method, _section(stored, "method"), str(path))
+    if parts.ema is not None:
+        load_into(parts.ema.module, _section(stored, "ema"), str(path))
+    for name, optimizer in parts.optimizers.items():
+        _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
+    if scaler:
+        parts.scaler.load_state_dict(scaler)
+    return counters
+
+
+def frozen_hashes(method: nn.Module) -> dict[str, str]:
+    """SHA-256 of the weights of every frozen module of a method, by its place."""
+    return {name: _digest(m.module) for name, m in method.named_modules() if isinstance(m, Frozen)}
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key.path: was A, is B` for every recipe value that matters to a resumed run."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and key not in FREE_KEYS
+    ]
+
+
+def _check_same_run(path: Path, before: Identity, now: Identity) -> None:
+    if changed := changed_values(before.recipe, now.recipe):
+        raise RecipeError(
+            f"{path.parents[2]}: cannot be resumed with other values: {'; '.join(changed)}. "
+            "Leave these as they were, or start a new run."
+        )
+    if before.processes != now.processes:
+        raise RecipeError(
+            f"{path.parents[2]}: was trained by {before.processes} processes, now there are {now.processes}, which "
+            "changes the batches. Start as many as before."
+        )
+    for name, digest in now.frozen.items():
+        if before.frozen.get(name) != digest:
+            raise WeightsError(
+                f"{path.parents[2]}: the weights of the frozen {name!r} are not those that the run began with. "
+                "Restore the original weight file, or start a new run."
+            )
+    for name, digest in now.splits.items():
+        if before.splits.get(name) != digest:
+            raise DataError(
+                f"{path.parents[2]}: the images of {name!r} are not those that the run began with. "
+                "Restore the dataset, or start a new run."
+            )
+
+
+def _load_optimizer(optimizer: Optimizer, stored: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in stored.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _section(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in stored.items() if name.startswith(f"{prefix}/")}
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _leaves(values: Any, path: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield ".".join(path), values

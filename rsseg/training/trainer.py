@@ -1,0 +1,235 @@
+"""The one loop that trains every method."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from rsseg.config import BaseRecipe
+from rsseg.data.streams import Batch
+from rsseg.errors import RecipeError
+from rsseg.methods.base import Segmenter
+from rsseg.training import distributed
+from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.evaluate import Evaluation
+from rsseg.training.hardware import Hardware, peak_memory_mb
+from rsseg.training.losses import LossWindow
+from rsseg.training.progress import Progress
+from rsseg.training.results import EvaluationReport, StepReport
+from rsseg.training.schedule import lr_at
+from rsseg.training.signals import StopSignals
+from rsseg.training.state import Counters, Parts
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop calls: where batches come from, how a network is scored, who listens, who saves."""
+
+    batches_from: Callable[[int], Iterator[Batch]]
+    """Optimizer step -> endless micro-batches that begin there."""
+    evaluate: Callable[[Segmenter], Evaluation] | None
+    """None: nothing to validate on."""
+    checkpoints: Checkpoints
+    progress: Progress
+    signals: StopSignals
+
+
+class Trainer:
+    """Trains a method until its steps, its patience, its hours or a signal end it."""
+
+    def __init__(
+        self, parts: Parts, recipe: BaseRecipe, hardware: Hardware, surroundings: Surroundings, counters: Counters
+    ) -> None:
+        self.recipe = recipe
+        self.config = recipe.trainer
+        self.hardware = hardware
+        self.around = surroundings
+        self.parts = parts
+        self.counters = counters
+        self.ranks = distributed.current_ranks()
+        self.model: nn.Module = distributed.wrap(parts.method, hardware.device)
+        if self.config.compile:
+            self.model = cast(nn.Module, torch.compile(self.model))
+        self.window = LossWindow()
+        self.samples = 0
+        self.speed_clock = self.clock = time.monotonic()
+        self.speed_step = counters.step
+
+    @property
+    def shipped(self) -> Segmenter:
+        """The network that is evaluated and saved: the student or its average."""
+        config = self.config.ema
+        if self.parts.ema is not None and config is not None and config.ship:
+            return cast(Segmenter, self.parts.ema.module)
+        return self.parts.method.deployable()
+
+    def fit(self) -> str:
+        """Train to the end; returns why it ended: `all steps`, `patience`, `max_hours`, or the name of a signal.
+
+        Raises:
+            RecipeError: a loss or the weights are no longer finite; the last good checkpoint is kept.
+            MachineError: a checkpoint cannot be written.
+        """
+        config, counters = self.config, self.counters
+        batches = self.around.batches_from(counters.step)
+        self.parts.method.train()
+        reason = None
+        while reason is None:
+            self.train_step(counters.step, batches)
+            counters.step += 1
+            reason = "all steps" if counters.step >= config.steps else self._reason_to_stop()
+            evaluation_due = counters.step % config.eval_every == 0 or reason == "all steps"
+            checkpoint_due = counters.step % config.checkpoint_every == 0
+            if counters.step % config.log_every == 0 or evaluation_due or checkpoint_due or reason:
+                self._report()
+            if evaluation_due:
+                self._evaluate()
+                if reason is None and config.patience is not None and counters.since_best >= config.patience:
+                    reason = "patience"
+            if checkpoint_due or reason:
+                self._save()
+        return reason
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update of all optimizers from `grad_accum_steps` micro-batches."""
+        self._set_learning_rates(step)
+        parts, accumulate = self.parts, self.config.grad_accum_steps
+        for micro in range(accumulate):
+            seed_everything(self.recipe.seed, self.ranks.rank, step, micro)
+            batch = self._arranged(next(batches))
+            last = micro == accumulate - 1
+            with distributed.gradient_sync(self.model, on=last):
+                with self._autocast():
+                    output = self.model(batch, step)
+                    loss = torch.stack(list(output.losses.values())).sum() / accumulate
+                parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.window.add(output)
+            self.samples += sum(len(samples.images) for samples in batch.values())
+        for optimizer in parts.optimizers.values():
+            parts.scaler.unscale_(optimizer)
+            if self.config.clip_grad is not None:
+                clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.config.clip_grad)
+            parts.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        parts.scaler.update()
+        parts.method.after_optimizer_step(step)
+        if parts.ema is not None:
+            parts.ema.update(parts.method.deployable())
+
+    def _set_learning_rates(self, step: int) -> None:
+        for name, optimizer in self.parts.optimizers.items():
+            rate = self._learning_rate(name, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+
+    def _learning_rate(self, optimizer: str, step: int) -> float:
+        config = self.recipe.optimizers[optimizer]
+        return lr_at(config.schedule, config.lr, step, self.config.steps)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.hardware.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.hardware.device.type, self.hardware.amp_dtype)
+
+    def _arranged(self, batch: Batch) -> Batch:
+        if not self.config.channels_last:
+            return batch
+        return {
+            name: replace(samples, images=samples.images.contiguous(memory_format=torch.channels_last))
+            for name, samples in batch.items()
+        }
+
+    def _reason_to_stop(self) -> str | None:
+        several = self.ranks.world_size > 1
+        # Ranks must stop at the same step; to agree costs a message, so several ask only when they report.
+        if several and self.counters.step % self.config.log_every:
+            return None
+        limit = self.config.max_hours
+        late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
+        signal = self.around.signals.received
+        if not several:
+            return signal or ("max_hours" if late else None)
+        if distributed.any_rank(signal is not None, self.hardware.device):
+            return signal or "SIGTERM"
+        return "max_hours" if distributed.any_rank(late, self.hardware.device) else None
+
+    def _report(self) -> None:
+        step, now = self.counters.step, time.monotonic()
+        means = self.window.take()
+        self._check_finite(means.losses)
+        seconds = max(now - self.speed_clock, 1e-9)
+        self.around.progress.on_step(
+            StepReport(
+                step=step,
+                total=self.config.steps,
+                losses=means.losses,
+                loss=sum(means.losses.values()),
+                logs=means.logs,
+                learning_rates={name: self._learning_rate(name, step - 1) for name in self.parts.optimizers},
+                images_per_s=self.samples * self.ranks.world_size / seconds,
+                memory_mb=peak_memory_mb(self.hardware.device),
+                eta_s=(self.config.steps - step) * seconds / max(step - self.speed_step, 1),
+            )
+        )
+        self._restart_speed()
+
+    def _restart_speed(self) -> None:
+        self.samples, self.speed_step, self.speed_clock = 0, self.counters.step, time.monotonic()
+
+    def _check_finite(self, losses: Mapping[str, float]) -> None:
+        bad = next((name for name, value in losses.items() if not math.isfinite(value)), None)
+        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
+        if bad is None and bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
+            return
+        what = "the weights are" if bad is None else f"the loss {bad!r} is"
+        raise RecipeError(
+            f"training diverged: {what} not finite by step {self.counters.step}. Lower optimizers.*.lr, set "
+            f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.around.checkpoints.last_good()}"
+        )
+
+    def _evaluate(self) -> None:
+        if self.around.evaluate is None:
+            return
+        counters = self.counters
+        evaluation = self.around.evaluate(self.shipped.eval())
+        self.parts.method.train()
+        monitor = self.config.monitor
+        score = None if monitor == "last" else getattr(evaluation.scores, monitor)
+        improved = monitor == "last" or counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
+        counters.since_best = 0 if improved else counters.since_best + 1
+        if improved:
+            counters.best_score, counters.best_step = score, counters.step
+            self.around.checkpoints.save_best(self.shipped, counters)
+        self.around.progress.on_evaluation(
+            EvaluationReport(
+                step=counters.step,
+                total=self.config.steps,
+                scores=evaluation.scores,
+                counts=evaluation.counts,
+                images=evaluation.images,
+                seconds=evaluation.seconds,
+                score=score,
+                best=counters.best_score,
+                improved=improved,
+            )
+        )
+        self._restart_speed()
+
+    def _save(self) -> None:
+        now = time.monotonic()
+        self.counters.elapsed_s += now - self.clock
+        self.clock = now
+        self.around.checkpoints.save_last(self.shipped, self.parts, self.counters)
+        self._restart_speed()
+
+
+def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
+    """Seed torch by counters, so that randomness does not depend on what happened before."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))

@@ -1,0 +1,102 @@
+"""Help, version, exit codes and the recipe commands, as a user types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rsseg import __version__
+from rsseg.cli import run
+
+
+def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"rsseg {__version__}\n"
+
+
+def test_help_fits_80_columns() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "rsseg", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "80", "PATH": "", "NO_COLOR": "1"},
+    )
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    for command in ("train", "eval", "predict", "dataset", "recipe", "backbone", "weights", "runs", "info", "doctor"):
+        assert f" {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "dataset prepare", "recipe validate", "runs show", "info"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "--help"]) == 0
+    assert "Usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["train", "--nonsense"], ["recipe", "validate"]])
+def test_wrong_usage_exits_2_without_traceback(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def test_train_without_recipe_says_which_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train"]) == 2
+    assert "rsseg recipe ls" in capsys.readouterr().err
+
+
+def test_recipe_ls_lists_packaged_recipes_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "ls", "--json"]) == 0
+    assert "grass.yaml" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+
+
+def test_recipe_cp_copies_and_does_not_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipe", "cp", "grass", "mine.yaml"]) == 0
+    copied = Path("mine.yaml").read_text()
+    assert run(["recipe", "cat", "grass"]) == 0
+    assert capsys.readouterr().out.rstrip() == copied.rstrip()
+    assert run(["recipe", "cp", "cloud", "mine.yaml"]) == 2
+    assert Path("mine.yaml").read_text() == copied
+
+
+def test_typo_in_a_recipe_exits_3_and_names_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    assert run(["recipe", "cp", "grass", str(file)]) == 0
+    file.write_text(file.read_text().replace("trainer:", "trainr:"))
+    for command in (["recipe", "validate", str(file)], ["train", "--recipe", str(file)]):
+        assert run(command) == 3
+        error = capsys.readouterr().err
+        assert "trainr" in error
+        assert "'trainer'" in error
+        assert "line " in error
+
+
+def test_bug_is_reported_in_a_file_and_exits_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rsseg.recipe.packaged_recipes", lambda: 1 / 0)
+    assert run(["recipe", "ls"]) == 1
+    (report,) = tmp_path.glob("rsseg-bug-*.txt")
+    assert "ZeroDivisionError" in report.read_text()
+    assert report.name in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("GDAL_DATA", "PROJ_LIB", "PROJ_DATA", "GDAL_DRIVER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert facts["rsseg"] == __version__
+    monkeypatch.setenv("PROJ_LIB", "/elsewhere")
+    assert run(["doctor"]) == 8
+    assert "unset PROJ_LIB" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Small recipes of every method, and a dataset that holds what their streams ask for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rsseg.config import SelectConfig
+from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.methods.base import Method
+from rsseg.methods.registry import method_for
+from rsseg.recipe import Recipe, packaged_recipes, recipe_from_dict
+from rsseg.task import Task
+from rsseg.training.describe import backbone_configs
+from tests.conftest import rgb_task, write_png
+
+CROP = 64
+CLASSES = 3
+TRAINER = {
+    "steps": 3,
+    "batch_size": 2,
+    "stream_batch_sizes": {},
+    "workers": 0,
+    "eval_every": 3,
+    "checkpoint_every": 3,
+    "log_every": 1,
+    "amp_dtype": "none",
+    "device": "cpu",
+}
+
+
+def recipe_files() -> list[Path]:
+    """Demo recipes that need no weights, and those of this folder."""
+    demos = [path for name, path in packaged_recipes().items() if name.startswith("demo-")]
+    own = sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
+    return [path for path in [*demos, *own] if all(b.weights == "random" for _, b in backbone_configs(_read(path)))]
+
+
+def _read(file: Path) -> Recipe:
+    return recipe_from_dict(yaml.safe_load(file.read_text()), file.name)
+
+
+def methods_covered() -> set[str]:
+    return {_read(file).method for file in recipe_files()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reduced recipe on a dataset of its own."""
+
+    recipe: Recipe
+    task: Task
+    root: Path
+
+    def method(self) -> Method:
+        return method_for(self.recipe, self.task)
+
+
+def make_case(file: Path, root: Path) -> Case:
+    """The recipe with small crops and few steps; each of its streams and splits gets four images."""
+    values = yaml.safe_load(file.read_text())
+    data = values["data"] | {"path": str(root), "cache": False, "bands": None, "val": {"split": "val"}}
+    data["augment"] = data.get("augment", {}) | {"crop_size": min(CROP, data.get("augment", {}).get("crop_size", CROP))}
+    data["streams"] = {
+        name: {key: value for key, value in select.items() if key in ("split", "domain")}
+        for name, select in data.get("streams", {}).items()
+    }
+    trainer = values.get("trainer", {}) | TRAINER
+    evaluation = values.get("eval", {}) | {"tile": CROP, "overlap": 0, "ignore_classes": []}
+    recipe = recipe_from_dict(values | {"data": data, "trainer": trainer, "eval": evaluation}, file.name)
+    task = rgb_task().model_copy(update={"mean": (0.5,) * 3, "std": (0.2,) * 3})
+    method = method_for(recipe, task)
+    selects = {spec.name: recipe.data.streams.get(spec.name, SelectConfig()) for spec in method.streams}
+    wanted = {
+        (selects[spec.name].split or spec.split, selects[spec.name].domain): spec.masks for spec in method.streams
+    }
+    _write_dataset(root, task, {("val", None): True} | wanted)
+    return Case(recipe, task, root)
+
+
+def _write_dataset(root: Path, task: Task, wanted: Mapping[tuple[str, str | None], bool]) -> None:
+    rng = np.random.default_rng(11)
+    items = []
+    for (split, domain), labeled in wanted.items():
+        for number in range(4):
+            name = f"{split}_{domain}_{number}.png"
+            mask = rng.integers(0, CLASSES, (9, 10)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            pixels = (60 * mask[..., None] + rng.integers(0, 90, (*mask.shape, 3))).astype(np.uint8)
+            write_png(root / "images" / name, pixels)
+            if labeled:
+                write_png(root / "masks" / name, mask)
+            items.append(
+                IndexItem(image=f"images/{name}", mask=f"masks/{name}" if labeled else None, split=split, domain=domain)
+            )
+    label_map = LabelMap(values={index: index for index in range(CLASSES)})
+    SegmentationIndex(task=task, label_map=label_map, items=tuple(items)).save(root)

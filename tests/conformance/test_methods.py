@@ -1,0 +1,159 @@
+"""What every method promises, whatever it computes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rsseg.checkpoint import load_tensors, write_model
+from rsseg.data.streams import Batch, training_batches
+from rsseg.errors import Interrupted
+from rsseg.layers.frozen import Frozen
+from rsseg.methods.base import Method
+from rsseg.methods.registry import segmenter_for
+from rsseg.recipe import METHODS
+from rsseg.task import IGNORE_INDEX
+from rsseg.training.describe import model_header
+from rsseg.training.distributed import wrap
+from rsseg.training.optimizers import build_optimizers
+from rsseg.training.progress import Silent
+from rsseg.training.results import StepReport
+from rsseg.training.run import train
+from rsseg.training.runs import RunFolder, find_run
+from rsseg.training.state import frozen_hashes
+from rsseg.training.trainer import seed_everything
+from tests.conformance.cases import Case, make_case, methods_covered, recipe_files
+
+
+@pytest.fixture(scope="module", params=recipe_files(), ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(request.param, tmp_path_factory.mktemp("conformance"))
+
+
+@pytest.fixture
+def method(case: Case) -> Method:
+    torch.manual_seed(0)
+    return case.method().train()
+
+
+@pytest.fixture
+def batches(case: Case, method: Method) -> Iterator[Batch]:
+    return training_batches(case.recipe, method.streams, case.task, device="cpu", start_step=0)
+
+
+def backward(method: torch.nn.Module, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    seed_everything(0, 0, step, 0)
+    output = method(batch, step)
+    sum(output.losses.values()).backward()
+    assert not any(value.requires_grad for value in output.logs.values())
+    return dict(output.losses)
+
+
+def test_every_method_has_a_small_recipe() -> None:
+    assert methods_covered() == set(METHODS)
+
+
+def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient(
+    case: Case, method: Method, batches: Iterator[Batch]
+) -> None:
+    optimizers = build_optimizers(method, case.recipe.optimizers)
+    losses = backward(method, next(batches))
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    without = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    grouped = {p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]}
+    assert {p for p in grouped if not p.requires_grad} == set()
+
+
+def test_crops_without_a_label_have_no_segmentation_loss_and_finite_gradients(
+    method: Method, batches: Iterator[Batch]
+) -> None:
+    batch = {
+        name: samples if samples.masks is None else replace(samples, masks=torch.full_like(samples.masks, IGNORE_INDEX))
+        for name, samples in next(batches).items()
+    }
+    losses = backward(method, batch)
+    assert losses["seg"].item() == 0.0
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+def test_frozen_parts_stay_as_they_are(case: Case, method: Method, batches: Iterator[Batch]) -> None:
+    before = frozen_hashes(method)
+    optimizers = build_optimizers(method, case.recipe.optimizers)
+    weights = {name: p.detach().clone() for name, p in method.named_parameters() if p.requires_grad}
+    for step in range(3):
+        backward(method, next(batches), step)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        method.after_optimizer_step(step)
+        method.train()
+    assert frozen_hashes(method) == before
+    frozen = [m.module for m in method.modules() if isinstance(m, Frozen)]
+    assert not any(part.training for module in frozen for part in module.modules())
+    assert any(not torch.equal(p, weights[name]) for name, p in method.named_parameters() if name in weights)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 47), (63, 65)])
+def test_logits_have_the_size_of_the_image(method: Method, size: tuple[int, int]) -> None:
+    segmenter = method.deployable().eval()
+    with torch.inference_mode():
+        logits = segmenter.predict_logits(torch.rand(2, 3, *size))
+    assert logits.shape == (2, segmenter.task.num_classes, *size)
+    assert logits.isfinite().all()
+
+
+def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, method: Method, tmp_path: Path) -> None:
+    segmenter = method.deployable().eval()
+    file = tmp_path / "model.safetensors"
+    write_model(file, segmenter.state_dict(), model_header(case.recipe, segmenter, {"step": 0}))
+    loaded = segmenter_for(case.recipe, case.task).eval()
+    load_tensors(loaded, file)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), segmenter(images))
+    assert not any(isinstance(module, Frozen) for module in segmenter.modules())
+    stored = load_file(file)
+    forbidden = ("teacher", "aux", "discriminator", "ema")
+    assert [name for name in stored if any(word in name.split(".") for word in forbidden)] == []
+    assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in segmenter.state_dict().values())
+
+
+class _StopAfter(Silent):
+    def on_step(self, report: StepReport) -> None:
+        if report.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_resumed_run_equals_an_unbroken_one(case: Case, tmp_path: Path) -> None:
+    unbroken = RunFolder(train(case.recipe, output=tmp_path / "unbroken", progress=Silent()).run)
+    with pytest.raises(Interrupted):
+        train(case.recipe, output=tmp_path / "broken", progress=_StopAfter())
+    broken = find_run(None, tmp_path / "broken")
+    train(case.recipe, output=tmp_path / "broken", resume=broken.path, progress=Silent())
+    for a, b in ((unbroken.state, broken.state), (unbroken.model, broken.model)):
+        first, second = load_file(a), load_file(b)
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture
+def single_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_distributed_wrapper_finds_no_unused_parameter(method: Method, batches: Iterator[Batch]) -> None:
+    wrapped = wrap(method, torch.device("cpu"))
+    for step in range(2):
+        backward(wrapped, next(batches), step)

@@ -1,0 +1,277 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rsseg.checkpoint import read_header
+from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
+from rsseg.inference.load import load_segmenter
+from rsseg.metrics import scores
+from rsseg.recipe import RecipeSource, parse_recipe
+from rsseg.training.files import read_rows
+from rsseg.training.progress import Silent
+from rsseg.training.results import EvaluationReport, StepReport
+from rsseg.training.run import check, plan, train
+from rsseg.training.runs import RunFolder, choose_model, find_run, list_runs
+from tests.training.recipes import tiny_recipe, tiny_values
+
+QUIET = Silent()
+
+
+class SignalAt(Silent):
+    """Sends this process a signal when a step is reported."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.evaluations: list[EvaluationReport] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_evaluation(self, report: EvaluationReport) -> None:
+        self.evaluations.append(report)
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_same_ends(a: RunFolder, b: RunFolder) -> None:
+    for name in ("model", "best", "last", "state"):
+        assert_same_tensors(getattr(a, name), getattr(b, name))
+    tables = [[row | {"seconds": ""} for row in read_rows(run.path / "metrics.csv")] for run in (a, b)]
+    assert tables[0] == tables[1]
+
+
+def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
+    listener = Listening()
+    recipe = tiny_recipe(rgb_dataset, trainer={"keep_checkpoints": 2})
+    result = train(recipe, output=tmp_path / "runs", name="my run", progress=listener, source="# as given\n")
+    run = result.run
+    assert run.name.endswith("_ktda_my-run_001")
+    files = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert files == {
+        "recipe.yaml",
+        "config.resolved.yaml",
+        "manifest.json",
+        "data.json",
+        "metrics.csv",
+        "steps.csv",
+        "log.txt",
+        "events.jsonl",
+        "model.safetensors",
+        "confusion/val-00000003.json",
+        "confusion/val-00000006.json",
+        "checkpoints/best.safetensors",
+        "checkpoints/last.safetensors",
+        "checkpoints/step-00000004.safetensors",
+        "checkpoints/step-00000006.safetensors",
+        "checkpoints/last.state/state.safetensors",
+    }
+    assert (run / "recipe.yaml").read_text() == "# as given\n"
+    resolved = (run / "config.resolved.yaml").read_text()
+    assert parse_recipe(RecipeSource("resolved", resolved)) == recipe
+    assert "  steps: 6  # given" in resolved
+    assert "  clip_grad: null  # default" in resolved
+
+    manifest = RunFolder(run).manifest()
+    assert (manifest.state, manifest.reason, manifest.steps) == ("finished", "all steps", 6)
+    assert manifest.best_score == result.best_score
+    assert set(manifest.used.values()) == {"training", "selection"}
+    assert json.loads((run / "data.json").read_text())["task"]["name"] == "tiny"
+    assert [report.step for report in listener.steps] == [2, 3, 4, 6]
+    assert [row["step"] for row in read_rows(run / "steps.csv")] == ["2", "3", "4", "6"]
+
+    matrix = json.loads((run / "confusion/val-00000003.json").read_text())
+    assert scores(matrix["counts"], matrix["classes"]) == listener.evaluations[0].scores
+    best = max(listener.evaluations, key=lambda report: report.score or 0)
+    assert (result.best_step, result.scores) == (best.step, best.scores)
+    assert_same_tensors(run / "model.safetensors", run / "checkpoints/best.safetensors")
+    assert (tmp_path / "runs" / "latest").resolve() == run.resolve()
+
+    header = read_header(run / "model.safetensors")
+    assert header.training["step"] == best.step
+    assert header.backbones["student"]["name"] == "convnext_mini"
+    assert load_segmenter(run).task == header.task
+    assert choose_model(None, tmp_path / "runs") == run / "model.safetensors"
+    assert find_run(Path("latest"), tmp_path / "runs").path.resolve() == run.resolve()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int) -> None:
+    recipe = tiny_recipe(rgb_dataset, trainer={"ema": {"decay": 0.5}, "clip_grad": 1.0})
+    unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* on with `rsseg train --resume"):
+        train(recipe, output=tmp_path / "b", progress=SignalAt(step))
+    stopped = find_run(None, tmp_path / "b")
+    assert stopped.manifest().state == "interrupted"
+    assert stopped.manifest().steps == step + 1
+    train(recipe, output=tmp_path / "b", resume=Path("latest"), progress=QUIET)
+    assert_same_ends(unbroken, stopped)
+    manifest = stopped.manifest()
+    assert manifest.state == "finished"
+    assert len(manifest.resumed) == 1
+    with pytest.raises(UsageError, match="has its 6 steps already"):
+        train(recipe, output=tmp_path / "b", resume=stopped.path, progress=QUIET)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from rsseg.recipe import load_recipe
+from rsseg.training.run import train
+torch.set_num_threads(1)
+train(load_recipe(sys.argv[1]), output=Path(sys.argv[2]))
+"""
+
+
+def test_killed_run_resumes_bit_identically(rgb_dataset: Path, tmp_path: Path) -> None:
+    values = tiny_values(rgb_dataset)
+    values["trainer"] |= {"steps": 40, "checkpoint_every": 1, "eval_every": 10, "grad_accum_steps": 1}
+    file, output = tmp_path / "tiny.yaml", tmp_path / "killed"
+    file.write_text(yaml.safe_dump(values))
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(output)], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(output.glob("*/checkpoints/last.state/state.safetensors")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+    killed = find_run(None, output)
+    assert killed.summary().state == "killed"
+    recipe = parse_recipe(RecipeSource("resolved", killed.recipe_file.read_text()))
+    train(recipe, output=output, resume=killed.path, progress=QUIET)
+    unbroken = train(recipe, output=tmp_path / "unbroken", progress=QUIET)
+    assert_same_ends(RunFolder(unbroken.run), killed)
+
+
+def test_steps_may_be_extended_but_values_that_matter_may_not_change(rgb_dataset: Path, tmp_path: Path) -> None:
+    short = {"steps": 2, "eval_every": 9}
+    constant = {"main": {"schedule": {"decay": "constant"}}}
+    first = train(tiny_recipe(rgb_dataset, trainer=short, optimizers=constant), output=tmp_path, progress=QUIET)
+    changed = tiny_recipe(rgb_dataset, trainer=short | {"batch_size": 3}, optimizers=constant, seed=6)
+    with pytest.raises(RecipeError, match=r"seed: was 5, is 6; trainer.batch_size: was 2, is 3"):
+        train(changed, output=tmp_path, resume=first.run, progress=QUIET)
+    longer = tiny_recipe(rgb_dataset, trainer=short | {"steps": 3}, optimizers=constant)
+    assert train(longer, output=tmp_path, resume=first.run, progress=QUIET).steps == 3
+    straight = train(longer, output=tmp_path / "straight", progress=QUIET)
+    assert_same_tensors(RunFolder(first.run).last, RunFolder(straight.run).last)
+
+
+def test_run_without_state_cannot_be_resumed(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1})
+    run = RunFolder(train(recipe, output=tmp_path, progress=QUIET).run)
+    run.state.write_bytes(run.state.read_bytes()[:-10])
+    with pytest.raises(WeightsError, match="no state to resume from"):
+        train(recipe, output=tmp_path, resume=run.path, progress=QUIET)
+    with pytest.raises(UsageError, match="not a run folder"):
+        train(recipe, output=tmp_path, resume=tmp_path / "absent", progress=QUIET)
+
+
+def test_diverged_run_names_the_loss_and_keeps_the_last_good_checkpoint(rgb_dataset: Path, tmp_path: Path) -> None:
+    wild = {"main": {"lr": 1e20, "schedule": {"decay": "constant", "warmup_steps": 3, "warmup_start": 0.0}}}
+    trainer = {"checkpoint_every": 1, "grad_accum_steps": 1, "steps": 9}
+    with pytest.raises(RecipeError, match=r"diverged: .* not finite by step \d.*last good checkpoint is .*last.safe"):
+        train(tiny_recipe(rgb_dataset, optimizers=wild, trainer=trainer), output=tmp_path, progress=QUIET)
+    run = find_run(None, tmp_path)
+    assert run.manifest().state == "failed"
+    assert "diverged" in run.manifest().reason
+    assert "diverged" in (run.path / "log.txt").read_text()
+    assert all(tensor.isfinite().all() for tensor in load_file(run.last).values())
+
+
+def test_patience_and_hours_end_a_run(rgb_dataset: Path, tmp_path: Path) -> None:
+    frozen = {"main": {"lr": 1e-12}}
+    patient = tiny_recipe(rgb_dataset, optimizers=frozen, trainer={"steps": 50, "eval_every": 1, "patience": 2})
+    result = train(patient, output=tmp_path, progress=QUIET)
+    assert (result.reason, result.state) == ("patience", "finished")
+    assert result.steps < 50
+    late = train(tiny_recipe(rgb_dataset, trainer={"steps": 50, "max_hours": 1e-9}), output=tmp_path, progress=QUIET)
+    assert (late.reason, late.steps) == ("max_hours", 1)
+    assert late.model.exists()
+    assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
+
+
+def test_average_is_shipped_or_only_kept(rgb_dataset: Path, tmp_path: Path) -> None:
+    ends = {}
+    for ship in (True, False):
+        recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3, "ema": {"decay": 0.9, "ship": ship}, "monitor": "last"})
+        result = train(recipe, output=tmp_path / str(ship), progress=QUIET)
+        ends[ship] = load_file(result.model)
+        assert read_header(result.model).training["weights"] == ("ema" if ship else "student")
+        stored = load_file(RunFolder(result.run).state)
+        prefix = "ema/" if ship else "method/segmenter."
+        assert all(torch.equal(tensor, stored[prefix + name]) for name, tensor in ends[ship].items())
+    assert not all(torch.equal(ends[True][name], ends[False][name]) for name in ends[True])
+
+
+def test_mixed_precision_trains_on_the_cpu(rgb_dataset: Path, tmp_path: Path) -> None:
+    for amp in ("bf16", "auto"):
+        recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1, "amp_dtype": amp, "channels_last": True})
+        assert train(recipe, output=tmp_path, progress=QUIET).steps == 1
+
+
+def test_shortest_run_on_one_image_works(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        rgb_dataset,
+        trainer={"steps": 1, "eval_every": 100, "log_every": 100, "checkpoint_every": 100},
+        data={"streams": {"labeled": {"count": 1}}, "val": {"count": 1}},
+    )
+    assert train(recipe, output=tmp_path, progress=QUIET).scores is not None
+
+
+def test_missing_parts_are_found_before_anything_is_built(rgb_dataset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    cases = [
+        (DataError, "no prepared dataset", {"data": {"path": str(tmp_path)}}),
+        (DataError, "set trainer.monitor: last", {"data": {"val": {"split": "absent"}}}),
+        (WeightsError, "no weights file", {"student": {"weights": str(tmp_path / "w.safetensors")}}),
+        (MachineError, "device", {"trainer": {"device": "cuda:77"}}),
+    ]
+    for error, message, changes in cases:
+        with pytest.raises(error, match=message):
+            train(tiny_recipe(rgb_dataset, **changes), output=output, progress=QUIET)
+    assert not output.exists()
+    no_validation = tiny_recipe(rgb_dataset, data={"val": {"split": "absent"}}, trainer={"monitor": "last", "steps": 1})
+    result = train(no_validation, output=output, progress=QUIET)
+    assert (result.scores, result.best_score) == (None, None)
+    assert result.model.exists()
+
+
+def test_unwritable_output_is_a_machine_error(rgb_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot be written"):
+        train(tiny_recipe(rgb_dataset), output=tmp_path / "file", progress=QUIET)
+
+
+def test_plan_and_check_write_nothing(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {p for p in tmp_path.rglob("*") if ".rsseg" not in str(p)}
+    planned = plan(tiny_recipe(rgb_dataset))
+    assert planned.streams["labeled"].images == 5
+    assert len(planned.text().splitlines()) <= 12
+    assert "saving and loading work" in check(tiny_recipe(rgb_dataset))
+    assert {p for p in tmp_path.rglob("*") if ".rsseg" not in str(p)} == before

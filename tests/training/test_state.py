@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from rsseg.config import OptimizerConfig
+from rsseg.errors import DataError, RecipeError, WeightsError
+from rsseg.layers.ema import Ema
+from rsseg.methods.base import ParamGroup
+from rsseg.training.optimizers import build_optimizers
+from rsseg.training.state import Counters, Identity, Parts, changed_values, frozen_hashes, load_state, save_state
+from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
+
+
+def make_parts(seed: int) -> Parts:
+    method = ToyMethod(seed)
+    recipe = toy_recipe()
+    return Parts(
+        method, Ema(method.segmenter, 0.9), build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=True)
+    )
+
+
+def identity_of(parts: Parts, **changes: object) -> Identity:
+    values = {"recipe": {"seed": 1}, "frozen": frozen_hashes(parts.method), "splits": {"val": "a"}, "processes": 1}
+    return Identity.model_validate(values | changes)
+
+
+def step(parts: Parts) -> None:
+    batch = next(toy_batches(toy_recipe(), 0, 0, 1))
+    parts.method.double()
+    sum(parts.method(batch, 0).losses.values()).backward()
+    for optimizer in parts.optimizers.values():
+        optimizer.step()
+
+
+def test_state_restores_weights_average_optimizers_and_counters(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "checkpoints" / "last.state" / "state.safetensors"
+    parts, other = make_parts(0), make_parts(1)
+    other.method.teacher.module.load_state_dict(parts.method.teacher.module.state_dict())
+    for each in (parts, other):
+        assert each.ema is not None
+        each.ema.double()
+        step(each)
+    counters = Counters(step=7, best_score=0.5, best_step=4, since_best=2, elapsed_s=1.5)
+    save_state(file, parts, counters, identity_of(parts))
+    assert load_state(file, other, identity_of(other)) == counters
+    assert parts.ema is not None
+    assert other.ema is not None
+    for a, b in ((parts.method, other.method), (parts.ema, other.ema)):
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+    for name, optimizer in parts.optimizers.items():
+        restored = other.optimizers[name].state_dict()["state"]
+        torch.testing.assert_close(optimizer.state_dict()["state"], restored, rtol=0, atol=0)
+    assert other.scaler.state_dict() == parts.scaler.state_dict()
+    assert not any("teacher" in name for name in parts.method.state_dict())
+    assert [p.name for p in file.parent.iterdir()] == ["state.safetensors"]
+
+
+def test_other_teacher_images_or_processes_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "checkpoints" / "last.state" / "state.safetensors"
+    parts = make_parts(0)
+    save_state(file, parts, Counters(step=1), identity_of(parts))
+    with pytest.raises(WeightsError, match="weights of the frozen 'teacher' are not those"):
+        load_state(file, make_parts(1), identity_of(make_parts(1)))
+    with pytest.raises(DataError, match="images of 'val' are not those"):
+        load_state(file, parts, identity_of(parts, splits={"val": "b"}))
+    with pytest.raises(RecipeError, match="by 1 processes, now there are 2"):
+        load_state(file, parts, identity_of(parts, processes=2))
+    with pytest.raises(RecipeError, match="seed: was 1, is 2"):
+        load_state(file, parts, identity_of(parts, recipe={"seed": 2}))
+
+
+def test_only_values_that_matter_count_as_changed() -> None:
+    before = {"name": "a", "trainer": {"steps": 1, "batch_size": 2, "workers": 0}, "streams": {}}
+    after = {"name": "b", "trainer": {"steps": 9, "batch_size": 2, "workers": 4}, "streams": {}}
+    assert changed_values(before, after) == []
+    assert changed_values(before, after | {"streams": {"labeled": {"count": 2}}}) == [
+        "streams: was {}, is None",
+        "streams.labeled.count: was None, is 2",
+    ]
+
+
+def test_optimizers_keep_scales_and_decay_and_refuse_wrong_names() -> None:
+    optimizers = build_optimizers(ToyMethod(), toy_recipe().optimizers)
+    assert optimizers["body"].param_groups[0]["lr_scale"] == 0.5
+    assert optimizers["head"].param_groups[0]["weight_decay"] == 0.0
+    assert optimizers["body"].param_groups[0]["weight_decay"] == 0.01
+    with pytest.raises(RecipeError, match=r"describes \['main'\], the method needs \['body', 'head'\]"):
+        build_optimizers(ToyMethod(), {"main": OptimizerConfig()})
+
+
+@pytest.mark.parametrize(("names", "message"), [((0,), "in no group"), ((0, 0, 3), "in two groups")])
+def test_parameters_in_no_or_two_groups_are_a_bug(names: tuple[int, ...], message: str) -> None:
+    class Forgetful(ToyMethod):
+        def param_groups(self) -> dict[str, list[ParamGroup]]:  # type: ignore[override]
+            net = self.segmenter.net
+            assert isinstance(net, nn.Sequential)
+            return {"main": [ParamGroup(list(net[i].parameters())) for i in names]}
+
+    with pytest.raises(ValueError, match=message):
+        build_optimizers(Forgetful(), {"main": OptimizerConfig()})
