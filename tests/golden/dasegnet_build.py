@@ -24,9 +24,7 @@ def image_of(stored: Tensor) -> Tensor:
 
 def make_task(num_classes: int) -> Task:
     classes = tuple(ClassInfo(name=f"c{i}", value=i, color=(i, 0, 0)) for i in range(num_classes))
-    return Task(
-        name="golden", classes=classes, bands=("red", "green", "blue"), scale=(1.0,) * 3, offset=(0.0,) * 3
-    )
+    return Task(name="golden", classes=classes, bands=("red", "green", "blue"), scale=(1.0,) * 3, offset=(0.0,) * 3)
 
 
 def make_backbone(config: Mapping[str, Any]) -> Backbone:
@@ -64,7 +62,8 @@ def make_backbone(config: Mapping[str, Any]) -> Backbone:
 
 def mit(config: Mapping[str, Any]) -> Architecture:
     assert config["qkv_bias"]
-    assert not (config["drop_rate"] or config["attn_drop_rate"])
+    assert not (config["drop_rate"])
+    assert not (config["attn_drop_rate"])
     return Architecture(
         "pvt_v2_b0",
         bands=config["in_channels"],

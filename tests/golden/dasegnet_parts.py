@@ -75,9 +75,7 @@ def check_levels(case: Case) -> None:
 def check_discriminator(case: Case) -> None:
     config = case.meta["module"]
     gan = config["gan_loss"]
-    module = PatchDiscriminator(
-        config["in_channels"], base_channels=config["base_channels"], convs=config["num_conv"]
-    )
+    module = PatchDiscriminator(config["in_channels"], base_channels=config["base_channels"], convs=config["num_conv"])
     load_exactly(module, rename_discriminator(case.group("state")))
     feature = case.tensors["feature"].requires_grad_()
     softened = spatial_softmax(feature)
@@ -221,9 +219,7 @@ def check_head(case: Case) -> None:
     )
     case.check(plain, "loss_ce", "loss")
     case.check(weighted, "loss_ce_weighted", "loss")
-    torch.testing.assert_close(
-        pixel_accuracy(logits, labels).reshape(1), case.tensors["acc_seg"], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(pixel_accuracy(logits, labels).reshape(1), case.tensors["acc_seg"], rtol=1e-5, atol=1e-5)
     (plain + 0.25 * weighted).backward()
     used = {f"x.{i}": x for i, x in enumerate(maps) if x.grad is not None}
     assert {f"grad.{key}" for key in used} == {key for key in case.tensors if key.startswith("grad.x.")}

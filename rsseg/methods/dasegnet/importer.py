@@ -43,7 +43,7 @@ _SEPARABLE = (
     (".pointwise_conv.", ".pointwise."),
 )
 
-_RESNET = ((r"^stem\.([0-6])\.", r"conv1.\1."), (r"^conv1\.7\.", "bn1."))
+_RESNET = ((r"^stem\.7\.", "bn1."), (r"^stem\.([0-6])\.", r"conv1.\1."))
 
 _PARTS = {
     "backbone_s": "backbone_source",
