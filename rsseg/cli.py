@@ -14,8 +14,10 @@ from rsseg.commands import backbone, dataset, doctor, evaluate, info, predict, r
 from rsseg.commands.console import print_error
 from rsseg.errors import RssegError
 
-EXIT_CODES = """Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, 5 weights or
-model missing, 6 memory, disk or device, 7 some scenes of a batch failed, 8 check not met, 130 interrupted with the state saved."""
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, 5 weights or model "
+    "missing, 6 memory, disk or device, 7 some scenes of a batch failed, 8 check not met, 130 interrupted, state saved."
+)
 
 app = typer.Typer(
     name="rsseg",

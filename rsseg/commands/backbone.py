@@ -20,5 +20,8 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return
-    columns = ("name", "kind", "levels", "stride", "licence of the weights")
-    print_table(columns, [(e.name, e.kind, str(e.channels), str(e.strides), e.license) for e in entries])
+    columns = ("name", "kind", "parameters (M)", "strides", "licence of the weights")
+    rows = [
+        (e.name, e.kind, e.millions, "/".join(str(s) for s in dict.fromkeys(e.strides)), e.license) for e in entries
+    ]
+    print_table(columns, rows, decimals=1)

@@ -4,12 +4,15 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from rsseg.metrics import Scores
 
 PIPE_WIDTH = 160
 """Columns of tables that go to a file or a pipe, so that nothing is cut."""
@@ -48,7 +51,9 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(_plain(data), indent=2, default=str) + os.linesep)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None, decimals: int = 4
+) -> None:
     """A table on stdout; numbers are right-aligned, None is shown as "-"."""
     cells = [["-" if cell is None else cell for cell in row] for row in rows]
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
@@ -56,8 +61,19 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
         numeric = all(isinstance(row[i], int | float) or row[i] == "-" for row in cells)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell) for cell in row))
     stdout().print(table, markup=False)
+
+
+def print_scores(scores: "Scores") -> None:
+    """Scores per class, best IoU first, and the means."""
+    rows = sorted(scores.classes, key=lambda c: -1.0 if c.iou is None else c.iou, reverse=True)
+    columns = ("class", "IoU", "F1", "precision", "recall", "pixels")
+    print_table(columns, [(c.name, c.iou, c.f1, c.precision, c.recall, c.support) for c in rows])
+    means = (("mIoU", scores.miou), ("mF1", scores.mf1), ("OA", scores.oa), ("pixels", scores.pixels))
+    print_table([name for name, _ in means], [[value for _, value in means]])
+    if scores.absent:
+        print_note(f"{scores.absent} class(es) are neither labeled nor predicted; the means leave them out.")
 
 
 def _plain(data: Any) -> Any:

@@ -1,17 +1,20 @@
 """`rsseg dataset`: known datasets, and making any folder one."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from rsseg.commands.console import print_json, print_note, print_result, print_table
-from rsseg.errors import CheckFailed
+from rsseg.errors import CheckFailed, UsageError
 
 app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="Folder made by `rsseg dataset prepare`.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads.")]
+OWN = "Only for `folder`"
 
 
 @app.command("list")
@@ -22,5 +25,150 @@ def list_datasets(as_json: AsJson = False) -> None:
     if as_json:
         print_json([card.summary() for card in CARDS.values()])
         return
-    columns = ("name", "what", "classes", "size", "licence", "download")
-    print_table(columns, [tuple(card.row()) for card in CARDS.values()])
+    print_table(
+        ("name", "what", "classes", "size", "licence", "source"), [tuple(card.row()) for card in CARDS.values()]
+    )
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="A name of `rsseg dataset list`; `folder` for your own images.")],
+    src: Annotated[Path | None, typer.Option("--src", help="Folder, zip or tar as the publisher ships it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to make; data/NAME.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Agree to fetch it from the hub.")] = False,
+    tile: Annotated[int | None, typer.Option("--tile", help="Cut images into squares of this side.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Distance of the squares; the side.")] = None,
+    bands: Annotated[
+        str | None, typer.Option("--bands", help="Names of the bands in file order: red,green,nir.")
+    ] = None,
+    scale: Annotated[
+        str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values that become 0 and 1.")
+    ] = "auto",
+    classes: Annotated[Path | None, typer.Option("--classes", help=f"{OWN}: class file (YAML).")] = None,
+    images: Annotated[
+        str | None, typer.Option("--images", help=f"{OWN}: pattern such as '{{split}}/images/*.jpg'.")
+    ] = None,
+    masks: Annotated[str | None, typer.Option("--masks", help=f"{OWN}: pattern of the masks.")] = None,
+    unlabeled: Annotated[
+        list[str] | None, typer.Option("--unlabeled", help=f"{OWN}: split whose masks are never opened.")
+    ] = None,
+    split_as: Annotated[
+        list[str] | None, typer.Option("--split-as", help=f"{OWN}: FOUND=SPLIT or FOUND=SPLIT:DOMAIN.")
+    ] = None,
+    split_list: Annotated[
+        list[str] | None, typer.Option("--split-list", help=f"{OWN}: SPLIT=FILE, one image per line.")
+    ] = None,
+    split_ratio: Annotated[
+        list[str] | None, typer.Option("--split-ratio", help=f"{OWN}: train=0.7,val=0.15,test=0.15.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawn splits.")] = 0,
+    jobs: Jobs = 2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Make a checked dataset from a publisher's archive or from your own folders.
+
+    Example: rsseg dataset prepare cloud --src cloud.zip
+    """
+    import os
+
+    from rsseg.commands.progress import stage_bar
+    from rsseg.data.index import SegmentationIndex
+    from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_pairs, parse_scale
+    from rsseg.data.prepare.run import prepare as prepare_dataset
+
+    own = {
+        "masks": masks,
+        "unlabeled": tuple(unlabeled or ()),
+        "split_as": parse_pairs("--split-as", split_as or []),
+        "split_lists": parse_pairs("--split-list", split_list or []),
+        "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
+    }
+    if name == "folder" and (classes is None or images is None):
+        raise UsageError(
+            "`folder` needs --src DIR, --classes FILE and --images PATTERN; docs/datasets.md has examples."
+        )
+    try:
+        folder = None
+        if classes is not None or images is not None or any(own.values()):
+            folder = FolderOptions.model_validate({"classes": classes, "images": images, "seed": seed, **own})
+        options = PrepareOptions(
+            out=out,
+            src=src,
+            download=download,
+            offline=bool(os.environ.get("RSSEG_OFFLINE")),
+            overwrite=overwrite,
+            tile=tile,
+            stride=stride,
+            jobs=jobs,
+            bands=tuple(bands.split(",")) if bands else None,
+            scale=parse_scale(scale),
+            folder=folder,
+        )
+    except ValidationError as error:
+        raise UsageError("\n".join(_option_problem(problem) for problem in error.errors())) from None
+    with stage_bar() as progress:
+        made = prepare_dataset(name, options, progress)
+    index = SegmentationIndex.load(made)
+    counts = [
+        (
+            split,
+            sum(i.split == split for i in index.items),
+            sum(i.split == split and i.mask is not None for i in index.items),
+        )
+        for split in index.splits()
+    ]
+    print_table(("split", "images", "masks"), counts)
+    print_note(f"{len(index.task.classes)} classes, {len(index.task.bands)} bands. Prepared in:")
+    print_result(str(made))
+
+
+@app.command()
+def verify(
+    path: Folder,
+    pixels: Annotated[bool, typer.Option("--pixels", help="Also decode every image.")] = False,
+    jobs: Jobs = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Read every mask and image header once; exit 8 and list what is wrong."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.data.verify import verify as verify_dataset
+
+    with stage_bar() as progress:
+        report = verify_dataset(path, pixels=pixels, jobs=jobs, progress=progress)
+    if as_json:
+        print_json(report)
+    else:
+        rows = [(s.split, s.domain, s.images, s.masks, s.ignored) for s in report.splits]
+        print_table(("split", "domain", "images", "masks", "ignored pixels"), rows)
+        if report.problems:
+            print_table(("file", "split", "problem"), [(p.file, p.split, p.reason) for p in report.problems])
+    if not report.ok:
+        raise CheckFailed(f"{path}: {len(report.problems)} problem(s).")
+    print_note(f"{path}: {report.images} images and {report.masks} masks, nothing wrong.")
+
+
+@app.command()
+def stats(path: Folder, jobs: Jobs = 2, as_json: AsJson = False) -> None:
+    """Band statistics and class areas per split."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.data.verify import statistics
+
+    with stage_bar() as progress:
+        found = statistics(path, jobs=jobs, progress=progress)
+    if as_json:
+        print_json(found)
+        return
+    for split in found.splits:
+        title = split.split if split.domain is None else f"{split.split}, {split.domain}"
+        rows = [(b.name, b.mean, b.std, b.low, b.high) for b in split.bands]
+        print_table(("band", "mean", "std", "lowest", "highest"), rows, title=f"{title}: {split.images} images")
+        areas = [(c.name, c.pixels, c.share, c.ha) for c in (*split.classes, split.ignored)]
+        print_table(("class", "pixels", "share", "hectares"), areas)
+
+
+def _option_problem(problem: object) -> str:
+    """One line for a Pydantic error of an option."""
+    if not isinstance(problem, dict):
+        return str(problem)
+    option = "--" + str(problem["loc"][0]).replace("_", "-").replace("lists", "list") if problem["loc"] else ""
+    return f"{option} {str(problem['msg']).removeprefix('Value error, ')} (found {problem['input']!r}).".strip()

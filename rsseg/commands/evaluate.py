@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.commands.console import print_json, print_note, print_scores
 from rsseg.errors import CheckFailed, UsageError
 
 
@@ -42,11 +42,7 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        rows = sorted(scores.classes, key=lambda c: -1.0 if c.iou is None else c.iou, reverse=True)
-        columns = ("class", "IoU", "F1", "precision", "recall", "pixels")
-        print_table(columns, [(c.name, c.iou, c.f1, c.precision, c.recall, c.support) for c in rows])
-        means = (("mIoU", scores.miou), ("mF1", scores.mf1), ("OA", scores.oa))
-        print_table(("split", "images", *(name for name, _ in means)), [(split, result.images, *(v for _, v in means))])
+        print_scores(scores)
     if bound is not None:
         name, value = bound
         found = getattr(scores, name)

@@ -87,7 +87,9 @@ def _print(results: list[Any], *, as_json: bool) -> None:
         print_json(results)
         return
     for result in results:
-        print_table(("class", "pixels", "share", "area (ha)"), [(a.name, a.pixels, a.share, a.hectares) for a in result.areas])
+        print_table(
+            ("class", "pixels", "share", "area (ha)"), [(a.name, a.pixels, a.share, a.hectares) for a in result.areas]
+        )
         print_result(f"{result.output}")
 
 

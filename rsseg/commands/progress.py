@@ -5,10 +5,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rsseg.commands.console import print_note, stderr
+
+if TYPE_CHECKING:
+    from rsseg.training.progress import Progress as TrainingProgress
+    from rsseg.training.results import EvaluationReport, StepReport, TrainPlan, TrainResult
 
 Advance = Callable[[int, int], None]
 """Called with how many of how many are done."""
@@ -44,6 +49,53 @@ def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total)
+
+
+def training_progress() -> "TrainingProgress":
+    """What `rsseg train` shows: an updating line and a permanent row per evaluation, or plain lines."""
+    from rsseg.training.progress import LineProgress
+
+    return LiveTraining() if is_live() else LineProgress()
+
+
+class LiveTraining:
+    """One updating line; evaluations and messages scroll by above it."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=stderr(), transient=True)
+        self._task = self._progress.add_task("starting", total=None)
+
+    def on_start(self, plan: "TrainPlan") -> None:
+        """Print the plan and start the line."""
+        print_note(plan.text())
+        self._progress.start()
+        self._progress.update(self._task, completed=plan.start_step, total=plan.steps)
+
+    def on_step(self, report: "StepReport") -> None:
+        """Update the line."""
+        from rsseg.training.progress import duration
+
+        text = f"loss {report.loss:.4g}  {report.images_per_s:.1f} images/s  {duration(report.eta_s)} left"
+        self._progress.update(self._task, completed=report.step, description=text)
+
+    def on_evaluation(self, report: "EvaluationReport") -> None:
+        """Print a row."""
+        from rsseg.training.progress import evaluation_line
+
+        self.on_message(evaluation_line(report))
+
+    def on_message(self, text: str) -> None:
+        """Print it above the line."""
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def on_end(self, result: "TrainResult") -> None:  # noqa: ARG002 - the result is the caller's to print
+        """Take the line away."""
+        self._progress.stop()
+
+    def close(self) -> None:
+        """Take the line away, also after an error."""
+        self._progress.stop()
 
 
 def _plain_advance(title: str) -> Advance:

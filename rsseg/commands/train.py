@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result
+from rsseg.commands.console import print_json, print_note, print_result, print_scores
 from rsseg.errors import UsageError
 
 
@@ -38,7 +38,7 @@ def train(
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
     """
-    from rsseg.recipe import load_recipe
+    from rsseg.recipe import find_recipe, load_recipe
 
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise typer.Exit(_start_workers(gpus))
@@ -62,7 +62,7 @@ def train(
         raise UsageError("which recipe? Give --recipe NAME; `rsseg recipe ls` lists the packaged ones.")
     loaded = load_recipe(recipe, settings, method=method)
 
-    from rsseg.commands.progress import progress
+    from rsseg.commands.progress import LiveTraining, training_progress
     from rsseg.training import run
 
     if dry_run:
@@ -72,14 +72,18 @@ def train(
     if check:
         print_note(run.check(loaded))
         return
-    result = run.train(loaded, output=output, name=name, resume=resume, progress=progress())
-    _print_result(result, as_json=as_json)
-
-
-def _print_result(result: Any, *, as_json: bool) -> None:
+    source = find_recipe(recipe).read_text(encoding="utf-8")
+    progress = training_progress()
+    try:
+        result = run.train(loaded, output=output, name=name, resume=resume, progress=progress, source=source)
+    finally:
+        if isinstance(progress, LiveTraining):
+            progress.close()
     if as_json:
         print_json(result)
         return
+    if result.scores is not None:
+        print_scores(result.scores)
     print_result(result.text())
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rsseg.data.index import LabelMap
 from rsseg.data.layouts import Layout
-from rsseg.task import IGNORE_INDEX, ClassInfo, Color
+from rsseg.errors import UsageError
+from rsseg.task import IGNORE_INDEX, ClassInfo, Color, Task
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,20 @@ class DatasetCard:
             "citation": self.citation,
             "notes": self.notes,
         }
+
+    def task(self) -> Task:
+        """The task of the publisher's 8-bit images, without statistics; raises `UsageError` for a card without classes."""
+        if not self.classes:
+            raise UsageError(f"the card {self.name!r} has no classes of its own; give a prepared dataset with --data.")
+        bands = len(self.bands)
+        return Task(
+            name=self.name,
+            classes=self.classes,
+            bands=self.bands,
+            scale=(1 / 255,) * bands,
+            offset=(0.0,) * bands,
+            gsd_m=self.gsd_m,
+        )
 
     def row(self) -> tuple[str, ...]:
         """name, what, classes, size, licence, download: for a table."""

@@ -1,11 +1,13 @@
 """Method name -> classes, explicitly. Imports are local, so that a command loads only the method that it runs."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsseg.recipe import Recipe
 from rsseg.task import Task
 
 if TYPE_CHECKING:
+    from rsseg.checkpoint import ModelHeader
     from rsseg.methods.base import Method, Segmenter
 
 
@@ -37,3 +39,20 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
             from rsseg.methods.dasegnet.build import build_method as build_dasegnet
 
             return build_dasegnet(recipe, task)
+
+
+def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path) -> "ModelHeader":
+    """Write the authors' checkpoint `source` as a model file of ours; see the method's importer.
+
+    Raises:
+        WeightsError: not such a checkpoint, or it belongs to another recipe.
+    """
+    match recipe.method:
+        case "ktda":
+            from rsseg.methods.ktda.importer import import_checkpoint as import_ktda
+
+            return import_ktda(source, recipe, task, output=output)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.importer import import_checkpoint as import_dasegnet
+
+            return import_dasegnet(source, recipe, task, output=output)

@@ -29,7 +29,9 @@ def test_help_fits_80_columns() -> None:
         assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "dataset prepare", "recipe validate", "runs show", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "predict", "dataset prepare", "recipe validate", "runs show", "info"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command.split(), "--help"]) == 0
     assert "Usage:" in capsys.readouterr().out

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from rsseg.errors import RecipeError
-from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
 from rsseg.recipe import RecipeSource as Source
+from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
 
 MINIMAL = """\
 method: ktda
@@ -42,7 +42,9 @@ def test_misspelt_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
 
 def test_misspelt_key_deep_inside_is_found(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL.replace("crop_size", "cropsize"))
-    with pytest.raises(RecipeError, match=r"line 6: unknown key 'data\.augment\.cropsize'\. Did you mean 'crop_size'\?"):
+    with pytest.raises(
+        RecipeError, match=r"line 6: unknown key 'data\.augment\.cropsize'\. Did you mean 'crop_size'\?"
+    ):
         load_recipe(file)
 
 
@@ -62,7 +64,9 @@ def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, "method: ktda\nname: [1,\ndata: }\n"))
 
 
-@pytest.mark.parametrize(("text", "message"), [("- 1\n", "mapping"), ("method: yolo\n", "is unknown"), ("name: x\n", "method")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1\n", "mapping"), ("method: yolo\n", "is unknown"), ("name: x\n", "method")]
+)
 def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, text))
@@ -122,6 +126,6 @@ def test_there_are_packaged_recipes_for_the_publications() -> None:
 
 
 def test_schema_forbids_unknown_keys() -> None:
-    assert '"additionalProperties": false' in yaml.dump(recipe_schema(), default_style='"').replace("!!bool ", "").replace(
-        '"false"', "false"
-    )
+    assert '"additionalProperties": false' in yaml.dump(recipe_schema(), default_style='"').replace(
+        "!!bool ", ""
+    ).replace('"false"', "false")

@@ -1,0 +1,75 @@
+"""`rsseg weights`: pretrained weights on this machine, and published checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsseg.commands.console import print_json, print_note, print_result, print_table
+from rsseg.errors import UsageError
+
+app = typer.Typer(help="List, fetch, check and import weights.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
+
+
+@app.command()
+def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the backbones that have pretrained weights, and which of them are on this machine."""
+    from rsseg.backbones.weights import is_cached
+    from rsseg.backbones.zoo import list_backbones
+
+    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in list_backbones() if e.hub]
+    columns = ("name", "hub", "licence", "parameters (M)", "here")
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        return
+    print_table(columns, [(*row[:-1], "yes" if row[-1] else "no") for row in rows], decimals=1)
+
+
+@app.command()
+def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg backbone ls`.")]) -> None:
+    """Download pretrained weights from the hub; says what, how big and under which licence."""
+    from rsseg.backbones.weights import pull_weights
+    from rsseg.backbones.zoo import find_entry
+
+    for entry in [find_entry(name) for name in names]:
+        print_result(str(pull_weights(entry, announce=print_note).path))
+
+
+@app.command()
+def verify(name: Name) -> None:
+    """Compare cached weights with the hash that the hub gave; exit 5 if they are damaged."""
+    from rsseg.backbones.weights import verify_weights
+    from rsseg.backbones.zoo import find_entry
+
+    weights = verify_weights(find_entry(name))
+    print_note(f"{weights.path}: undamaged.")
+    print_result(weights.sha256)
+
+
+@app.command("import")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="The authors' checkpoint (.pth).")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe that describes the network, such as grass.yaml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    method: Annotated[str | None, typer.Option("--method", help="Must agree with the recipe.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Prepared dataset with the classes; else the card that the recipe names."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Turn a checkpoint that the authors published into a model; nothing in the file is executed."""
+    from rsseg.data.prepare.run import find_card
+    from rsseg.data.task import open_task
+    from rsseg.methods.registry import import_checkpoint as import_for
+    from rsseg.recipe import load_recipe
+
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
+    loaded = load_recipe(recipe, [f"data.path={data}"] if data else (), method=method)
+    task = open_task(loaded.data) if data else find_card(loaded.data.path.name).task()
+    import_for(file, loaded, task, output=output)
+    print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")
+    print_result(str(output))
