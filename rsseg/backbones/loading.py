@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,12 +12,12 @@ from torch import Tensor
 from rsseg.backbones.bands import RGB, adapt_first_conv
 from rsseg.backbones.position import resample_positions
 from rsseg.backbones.pyramid import Pyramid
-from rsseg.backbones.timm_adapter import Architecture, tensor_names
+from rsseg.backbones.timm_adapter import LEVELS, Architecture, complete_network, in_timm_names
 from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import WeightsError
 
-_DERIVED = re.compile(r".*(relative_position_index|attn_mask|attention_bias_idxs|rope\.periods|mask_token)")
-"""Tensors that some files carry although they follow from the architecture, or only pretraining used them."""
+_UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")
+"""Tensors that some files carry although only pretraining used them, or they follow from the architecture."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[s
         tensors = {name: tensor.float() for name, tensor in load_file(source.path).items()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source.path} cannot be read: {error}. Fetch or convert it again.") from None
-    tensors = {name: tensor for name, tensor in _timm_swin(tensors).items() if not _DERIVED.fullmatch(name)}
+    complete = complete_network(source.architecture)
+    tensors = {name: tensor for name, tensor in in_timm_names(complete, tensors).items() if not _UNUSED.fullmatch(name)}
     wanted = body.network.state_dict()
-    _check_names(source, tensors, wanted)
+    _check_names(source, tensors, wanted, known=complete.state_dict())
     _adapt(body, tensors, source, bands)
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
@@ -63,9 +63,11 @@ def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[s
         _start_last_norm(body, tensors, source.final_norm)
 
 
-def _check_names(source: Source, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_names(
+    source: Source, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> None:
     missing = [name for name in wanted if name not in tensors]
-    unexpected = sorted(set(tensors) - tensor_names(source.architecture))
+    unexpected = [name for name in tensors if name not in known]
     if missing or unexpected:
         found = [f"{what} {names[0]!r}" for what, names in (("no", missing), ("an unknown", unexpected)) if names]
         raise WeightsError(
@@ -87,22 +89,7 @@ def _adapt(body: Pyramid | TokenMaps, tensors: dict[str, Tensor], source: Source
 
 
 def _start_last_norm(body: Pyramid, tensors: Mapping[str, Tensor], final_norm: str | None) -> None:
-    last = str(max(body.indices))
+    last = str(LEVELS - 1)
     if final_norm is None or f"{final_norm}.weight" not in tensors or last not in body.norms:
         return
-    norm = body.norms[last]
-    with torch.no_grad():
-        for name, parameter in norm.named_parameters():
-            if parameter.shape == tensors[f"{final_norm}.{name}"].shape:
-                parameter.copy_(tensors[f"{final_norm}.{name}"])
-
-
-def _timm_swin(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Microsoft's Swin files downsample at the end of a stage, timm at the start of the next."""
-    if "layers.0.downsample.reduction.weight" not in tensors:
-        return tensors
-    renamed = {}
-    for name, tensor in tensors.items():
-        moved = re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
-        renamed[re.sub(r"^head\.(weight|bias)", r"head.fc.\1", moved)] = tensor
-    return renamed
+    body.norms[last].load_state_dict({name: tensors[f"{final_norm}.{name}"] for name in ("weight", "bias")})

@@ -1,20 +1,26 @@
 """The only file that imports timm: networks of the zoo without their heads, and what timm knows about them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
+from timm.models import eva, swin_transformer, vision_transformer_sam
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_sam import VisionTransformerSAM
-from torch import nn
+from torch import Tensor, nn
 
 from rsseg.backbones.position import PositionMode, resample_positions
 from rsseg.backbones.pyramid import Pyramid
 from rsseg.backbones.table import NormTaps
 from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import RecipeError
+
+_CONVERSIONS: Mapping[type[nn.Module], Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]] = {
+    eva.Eva: eva.checkpoint_filter_fn,
+    swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
+}
 
 LEVELS = 4
 """Levels of every pyramid; level 0 has stride 4."""
@@ -107,7 +113,7 @@ def build_vit(
             f"{architecture.name} has no position table of this kind. Leave out pos_embed and image_size."
         )
     normed = _normed(taps, norm_taps, last=len(network.blocks) - 1)
-    if normed and isinstance(network, VisionTransformerSAM):
+    if normed and isinstance(network, vision_transformer_sam.VisionTransformerSAM):
         raise RecipeError(f"{architecture.name} has no final norm. Leave out norm_taps, or set it to none.")
     info = list(network.feature_info)
     network.prune_intermediate_layers(sorted(taps), prune_norm=not normed)
@@ -119,11 +125,16 @@ def build_vit(
     return _built(network, body, [info[tap] for tap in taps])
 
 
-def tensor_names(architecture: Architecture) -> frozenset[str]:
-    """Names of all tensors of the complete network, head included."""
+def complete_network(architecture: Architecture) -> nn.Module:
+    """The network as its weights file has it, head included, for red, green and blue; it takes no memory."""
     with torch.device("meta"):
-        network = timm.create_model(architecture.name, **architecture.arguments)
-    return frozenset(network.state_dict())
+        return timm.create_model(architecture.name, **architecture.arguments)  # type: ignore[no-any-return]
+
+
+def in_timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors where timm's own files may still have the names of the original authors."""
+    convert = _CONVERSIONS.get(type(network))
+    return dict(convert(tensors, network) if convert else tensors)
 
 
 def _create(architecture: Architecture) -> Any:
@@ -131,6 +142,8 @@ def _create(architecture: Architecture) -> Any:
         architecture.arguments
     )
     network = timm.create_model(architecture.name, in_chans=architecture.bands, **arguments)
+    if isinstance(network, swin_transformer.SwinTransformer):
+        network.patch_embed.dynamic_img_pad = True  # sides that are no multiple of 4 are extended, not refused
     if architecture.norm_eps is not None:
         for module in network.modules():
             if isinstance(module, nn.LayerNorm):

@@ -11,17 +11,26 @@ app = typer.Typer(help="List the backbones that recipes can name.", no_args_is_h
 
 @app.command()
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the backbones with kind, levels and licence."""
+    """List the backbones with kind, size, strides, and licence and presence of their weights."""
     from dataclasses import asdict
 
+    from rsseg.backbones.weights import is_cached
     from rsseg.backbones.zoo import list_backbones
 
     entries = list_backbones()
     if as_json:
-        print_json([asdict(entry) for entry in entries])
+        print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in entries])
         return
-    columns = ("name", "kind", "parameters (M)", "strides", "licence of the weights")
+    columns = ("name", "kind", "parameters", "stride", "licence of the weights", "on this machine")
     rows = [
-        (e.name, e.kind, e.millions, "/".join(str(s) for s in dict.fromkeys(e.strides)), e.license) for e in entries
+        (
+            entry.name,
+            entry.kind,
+            f"{entry.millions:.1f} M",
+            str(entry.patch_size or ", ".join(str(stride) for stride in entry.strides)),
+            entry.license,
+            "yes" if is_cached(entry) else "no",
+        )
+        for entry in entries
     ]
-    print_table(columns, rows, decimals=1)
+    print_table(columns, rows)

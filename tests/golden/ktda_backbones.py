@@ -13,6 +13,7 @@ from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mm
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
+from rsseg.methods.ktda.parts import FeatureAlignment
 from rsseg.task import ClassInfo, Task
 from tests.golden.harness import Case, Handler
 
@@ -179,6 +180,14 @@ def convnext_base_and_fam(case: Case) -> None:
         maps = backbone(image)
     for i, tap in enumerate(maps):
         case.check(tap[:, ::16, ::2, ::2], f"out.student.{i}")
+    recorded = case.sequence("out.fam")
+    fam = FeatureAlignment(backbone.info.channels, [tap.shape[1] * 16 for tap in recorded], grid=recorded[0].shape[-1])
+    for name, parameter in fam.named_parameters():
+        reference = name.replace("projections", "fam.convert")
+        parameter.data = hashed_parameter(reference, parameter.shape, number)
+    with torch.no_grad():
+        for i, tap in enumerate(fam(maps, shape[-2:])):
+            case.check(tap[:, ::16], f"out.fam.{i}")
 
 
 HANDLERS: dict[str, Handler] = {
