@@ -63,7 +63,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storages.add(plain.untyped_storage().data_ptr())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(owned, temporary, dict(metadata))
+        temporary.chmod(mode)  # safetensors hides its files from other users
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

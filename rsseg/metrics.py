@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class Scores(BaseModel):
     `mf1_all_predictions`, `kappa_all_predictions` take predictions on unlabeled pixels into the totals (RS-MTDF)."""
 
 
-def scores(matrix: Tensor | NDArray[np.int64], class_names: Sequence[str], *, ignore: Sequence[str] = ()) -> Scores:
+def scores(matrix: Tensor | ArrayLike, class_names: Sequence[str], *, ignore: Sequence[str] = ()) -> Scores:
     """Every score of a confusion matrix.
 
     Args:

@@ -95,7 +95,7 @@ class StreamReader:
         geometry, mask = self._geometry(rng, item)
         pixels, valid = self._reader.image(item, geometry.window)
         image = transform_image(pixels.transpose(1, 2, 0), geometry)
-        valid = transform_mask(valid, geometry)
+        valid = np.ones(image.shape[:2], np.bool_) if valid.all() else transform_mask(valid, geometry)
         image = self._distort(rng, image)
         crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry))
         if not plan.strong_views:

@@ -4,8 +4,8 @@ Reading a random window of a compressed file decodes far more than the window; f
 """
 
 import hashlib
-import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,8 +71,7 @@ class ArrayCache:
 
     def store(self, path: Path, pages: Iterable[Page]) -> None:
         """Write arrays under a temporary name, then rename; raises `OSError`."""
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             with tifffile.TiffWriter(temporary, bigtiff=True) as writer:
                 for page in pages:
@@ -86,7 +85,7 @@ class ArrayCache:
                         rowsperstrip=page.rows_per_strip,
                         metadata=None,
                     )
-            Path(temporary).replace(path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise

@@ -121,7 +121,8 @@ _GRASS = DatasetCard(
     label_map=LabelMap(values={**{i: i for i in range(5)}, 255: IGNORE_INDEX}),
     layout=Layout(images="img_dir/{split}/*.tif", masks="ann_dir/{split}/*.png"),
     splits=("train", "val"),
-    notes="No test split: published figures are of val, which also chose the weights. Pixels outside every polygon are low.",
+    notes="No test split: published figures are of val, which also chose the weights. "
+    "Pixels that nobody labeled are stored as low.",
     citation=_KTDA,
     hub=HubSource(_KTDA_HUB, "grass.zip"),
 )

@@ -21,8 +21,6 @@ _STRIP_VALUES = 1 << 24
 """Values converted at once."""
 _MOST_OPEN = 1024
 """Memory maps kept per process."""
-
-
 _T = TypeVar("_T")
 
 

@@ -182,7 +182,8 @@ class Layout:
         lost = [item for item in hidden if item.mask is None and item.split not in self.unlabeled]
         if lost:
             raise DataError(
-                f"{len(lost)} of {len(located)} images have no mask, the first is {lost[0].image} (split {lost[0].split}). "
+                f"{len(lost)} of {len(located)} images have no mask, the first is {lost[0].image} "
+                f"(split {lost[0].split}). "
                 "Add the masks, or say --unlabeled SPLIT for a split that has none."
             )
         return hidden

@@ -46,16 +46,19 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:
-    """A copy in eval mode for inference, and its dtype; the original is not touched.
+    """A copy in eval mode for inference, and the type to compute in; the original is not touched.
 
-    A network that cannot compute in `dtype`, which one small image shows, stays in float32. Weights that need no
+    A network that cannot compute in `dtype`, which one small image shows, computes in float32. Weights that need no
     conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU.
     """
-    if dtype != torch.float32:
-        converted = _converted(segmenter, device, dtype)
-        if _can_compute(converted, device, dtype):
-            return converted, dtype
-    return _converted(segmenter, device, torch.float32), torch.float32
+    # deepcopy takes what the memo already holds: the weights are not copied twice.
+    memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
+    for parameter in segmenter.parameters():
+        layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+        placed = parameter.detach().to(device, memory_format=layout)
+        memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
+    ready = copy.deepcopy(segmenter, memo).eval()
+    return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
 
 
 def keep_heap() -> None:
@@ -73,26 +76,12 @@ def keep_heap() -> None:
     library.mallopt(top_pad, 64 << 20)
 
 
-def _converted(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> Segmenter:
-    # deepcopy takes what the memo already holds: no float32 copy of the weights exists in between.
-    memo: dict[int, Tensor] = {}
-    for parameter in segmenter.parameters():
-        memo[id(parameter)] = nn.Parameter(_placed(parameter.detach(), device, dtype), requires_grad=False)
-    for buffer in segmenter.buffers():
-        memo[id(buffer)] = _placed(buffer, device, dtype) if buffer.is_floating_point() else buffer.to(device)
-    return copy.deepcopy(segmenter, memo).eval()
-
-
-def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-    return tensor.to(device, dtype, memory_format=layout)
-
-
 @torch.inference_mode()
 def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> bool:
     side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
-    image = torch.tensor(segmenter.fill, dtype=dtype, device=device)[None, :, None, None].expand(1, -1, side, side)
+    image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
     try:
-        return bool(segmenter.predict_logits(image).isfinite().all())
-    except (RuntimeError, TypeError):  # no kernel for this type, or the network mixes types
+        with torch.autocast(device.type, dtype):
+            return bool(segmenter.predict_logits(image).isfinite().all())
+    except RuntimeError:  # an operation has no kernel for this type, or does not mix it with float32
         return False

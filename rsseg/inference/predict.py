@@ -73,34 +73,51 @@ def predict_image(
 
 
 def predict_tiles(
-    segmenter: Segmenter, tiles: Iterable[Tile], *, batch_size: int, device: torch.device | str, least: int = 1
+    segmenter: Segmenter,
+    tiles: Iterable[Tile],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    least: int = 1,
 ) -> Iterator[Scored]:
     """Scores of tiles of one shape, in their order; an empty tile is passed on without a forward.
 
     Args:
-        segmenter: on `device`, in eval mode, of the images' dtype.
+        segmenter: on `device`, in eval mode.
         tiles: with images in the host's memory.
         batch_size: tiles per forward.
         device: where the network runs and the scores stay.
+        dtype: autocast to it, unless it is float32.
         least: see `Tiling`.
     """
+    forward = _Forward(segmenter, torch.device(device), dtype, least)
     iterator = iter(tiles)
     while batch := list(islice(iterator, batch_size)):
         full = [tile for tile in batch if not tile.is_empty]
-        scores = iter(_forward(segmenter, torch.stack([t.image for t in full]), device, least)) if full else iter(())
+        scores = iter(forward(torch.stack([t.image for t in full]))) if full else iter(())
         for tile in batch:
             yield tile, None if tile.is_empty else next(scores)
 
 
-@torch.inference_mode()
-def _forward(segmenter: Segmenter, images: Tensor, device: torch.device | str, least: int) -> Tensor:
-    """Scores (B, K, h, w) of images (B, C, h, w)."""
-    height, width = images.shape[-2:]
-    if min(height, width) < least:
-        rows, cols = _mirror(height, max(height, least)), _mirror(width, max(width, least))
-        images = images[..., rows, :][..., cols]
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
-    return segmenter.predict_logits(images)[..., :height, :width]
+@dataclass(frozen=True)
+class _Forward:
+    """Images (B, C, h, w) in the host's memory -> scores (B, K, h, w) on the device; see `predict_tiles`."""
+
+    segmenter: Segmenter
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    least: int = 1
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < self.least:
+            rows, cols = _mirror(height, max(height, self.least)), _mirror(width, max(width, self.least))
+            images = images[..., rows, :][..., cols]
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.segmenter.predict_logits(images)[..., :height, :width]
 
 
 def _mirror(length: int, target: int) -> Tensor:
@@ -141,6 +158,6 @@ def _view_scores(
         strips = blend_scores(scored, plan, config.blend, segmenter.task.num_classes)
         scores = torch.cat([strip.scores for strip in strips]).permute(2, 0, 1)
     else:
-        scores = _forward(segmenter, seen[None], device, 1)[0].float()
+        scores = _Forward(segmenter, torch.device(device))(seen[None])[0].float()
     scores = interpolate(scores, size, align_corners=corners)
     return (scores.flip(-1) if view.flip else scores).permute(1, 2, 0)

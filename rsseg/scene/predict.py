@@ -108,7 +108,7 @@ def predict_scene(
     with (
         _open(scene, options, setup.bands) as raster,
         # Closed before the raster is: the reader's thread must not read on.
-        closing(_ahead(read_tiles(raster, setup.plan, network, dtype))) as tiles,
+        closing(_ahead(read_tiles(raster, setup.plan, network))) as tiles,
         SceneWriter(output, setup.info, segmenter.task, cloud_optimized=options.format == "cog") as writer,
     ):
 
@@ -118,7 +118,12 @@ def predict_scene(
             writer.write(rows)
 
         scored = predict_tiles(
-            network, tiles, batch_size=setup.batch_size, device=setup.device, least=setup.tiling.least
+            network,
+            tiles,
+            batch_size=setup.batch_size,
+            device=setup.device,
+            dtype=dtype,
+            least=setup.tiling.least,
         )
         counted = _counted(scored, setup.plan.count, progress)
         strips = blend_classes(counted, setup.plan, options.blend, segmenter.task.num_classes)

@@ -16,14 +16,13 @@ _LEAST_ROWS = 128
 """Least rows of one read; bounds the calls, as the read bounds the memory beside the band."""
 
 
-def read_tiles(raster: Raster, plan: TilePlan, segmenter: Segmenter, dtype: torch.dtype) -> Iterator[Tile]:
+def read_tiles(raster: Raster, plan: TilePlan, segmenter: Segmenter) -> Iterator[Tile]:
     """Tiles of a raster, row by row, in scaled units and filled where there is no data.
 
     Args:
         raster: opened with the task's bands in the task's order.
         plan: of the raster's size.
         segmenter: gives scale, offset and fill.
-        dtype: of the images.
     """
     task = segmenter.task
     scale, offset = np.array(task.scale, np.float32), np.array(task.offset, np.float32)
@@ -39,7 +38,7 @@ def read_tiles(raster: Raster, plan: TilePlan, segmenter: Segmenter, dtype: torc
             image = np.multiply(pixels[:, :, area].transpose(1, 2, 0), scale, dtype=np.float32, order="C")
             image += offset
             image[~good] = fill
-            yield Tile(row, col, torch.from_numpy(image).to(dtype).permute(2, 0, 1), good)
+            yield Tile(row, col, torch.from_numpy(image).permute(2, 0, 1), good)
 
 
 def _bands(raster: Raster, plan: TilePlan) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:

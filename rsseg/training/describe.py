@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from rsseg import __version__
+import rsseg
 from rsseg.backbones.backbone import Backbone
 from rsseg.checkpoint import ModelHeader
 from rsseg.config import BackboneConfig
@@ -56,7 +56,7 @@ def model_header(recipe: Recipe, segmenter: Segmenter, training: dict[str, Any])
 
 def versions() -> dict[str, str]:
     """Version of everything that can change a number."""
-    found = {"rsseg": __version__, "python": platform.python_version()}
+    found = {"rsseg": rsseg.__version__, "python": platform.python_version()}
     for package in ("torch", "timm", "numpy", "opencv-python-headless", "rasterio"):
         try:
             found[package] = version(package)

@@ -1,7 +1,7 @@
 """A recipe -> a trained run: the only composition of training."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from rsseg.data.streams import training_batches
+from rsseg.data.streams import Batch, training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
 from rsseg.inference.device import keep_heap, resolve_device
 from rsseg.inference.load import load_segmenter
 from rsseg.layers.ema import Ema
-from rsseg.methods.base import Method
+from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe, dump_recipe
 from rsseg.task import Task
 from rsseg.training import describe, distributed
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.evaluate import evaluate
+from rsseg.training.evaluate import Evaluation, evaluate
 from rsseg.training.files import write_json, write_text
 from rsseg.training.hardware import Hardware, choose_hardware
 from rsseg.training.optimizers import build_optimizers
@@ -71,61 +71,42 @@ def train(
         RecipeError: training diverged.
         Interrupted: SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    with _opened(recipe) as ranks, StopSignals() as signals:
+    with _opened(recipe) as ranks:
         built = _build(recipe, ranks)
-        optimizers = build_optimizers(built.method, recipe.optimizers)
-        config, device = recipe.trainer, built.hardware.device
-        parts = Parts(
-            method=built.method,
-            ema=Ema(built.method.deployable(), config.ema.decay) if config.ema is not None else None,
-            optimizers=optimizers,
-            scaler=GradScaler(device.type, enabled=built.hardware.amp_dtype == torch.float16),
-        )
-        identity = _identity(recipe, built)
+        parts, identity = _parts(recipe, built), _identity(recipe, built)
         run, counters = _open_run(recipe, parts, identity, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
-        recorder = None
+        listener, recorder = Together(()), None
         if ranks.is_main:
             recorder = Recorder(run.path, class_names=built.task.class_names, ignore_classes=recipe.eval.ignore_classes)
             _write_beginning(run, recipe, plan, identity, source=source, resumed=resume is not None)
             recorder.forget_after(counters.step)
             listener = Together([recorder, LineProgress() if progress is None else progress])
-        trainer = Trainer(
-            parts,
-            recipe,
-            built.hardware,
-            Surroundings(
-                batches_from=lambda step: training_batches(
-                    recipe,
-                    built.method.streams,
-                    built.task,
-                    device=device,
-                    start_step=step,
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                ),
-                evaluate=partial(evaluate, recipe=recipe, select=recipe.data.val, split="val", device=device)
-                if plan.validation is not None
-                else None,
-                checkpoints=Checkpoints(
-                    run, config, identity, partial(describe.model_header, recipe), used=plan.used, writes=ranks.is_main
-                ),
+        with _recorded_failure(run, recorder), StopSignals() as signals:
+            checkpoints = Checkpoints(
+                run,
+                recipe.trainer,
+                identity,
+                partial(describe.model_header, recipe),
+                used=plan.used,
+                writes=ranks.is_main,
+            )
+            surroundings = Surroundings(
+                batches_from=_batches_from(recipe, built, ranks),
+                evaluate=_evaluation(recipe, built),
+                checkpoints=checkpoints,
                 progress=listener,
                 signals=signals,
-            ),
-            counters,
-        )
-        with _recorded_failure(run, recorder):
+            )
             listener.on_start(plan)
-            reason = trainer.fit()
+            reason = Trainer(parts, recipe, built.hardware, surroundings, counters).fit()
         result = _result(run, recipe, counters, reason, recorder)
         if ranks.is_main:
             run.update_manifest(state=result.state, reason=reason, finished=describe.now(), steps=counters.step)
         listener.on_end(result)
         if result.state == "interrupted":
             raise Interrupted(
-                f"{reason}: stopped after step {counters.step} of {config.steps}; everything is saved. "
+                f"{reason}: stopped after step {counters.step} of {recipe.trainer.steps}; everything is saved. "
                 f"Go on with `rsseg train --resume {run.path}`."
             )
         return result
@@ -193,6 +174,35 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
     return _Built(task, hardware, method, make_plan(recipe, task, hardware, method, weights, ranks))
+
+
+def _parts(recipe: Recipe, built: _Built) -> Parts:
+    """What trains and is saved."""
+    config = recipe.trainer.ema
+    return Parts(
+        method=built.method,
+        ema=Ema(built.method.deployable(), config.decay) if config is not None else None,
+        optimizers=build_optimizers(built.method, recipe.optimizers),
+        scaler=GradScaler(built.hardware.device.type, enabled=built.hardware.amp_dtype == torch.float16),
+    )
+
+
+def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Callable[[int], Iterator[Batch]]:
+    return lambda step: training_batches(
+        recipe,
+        built.method.streams,
+        built.task,
+        device=built.hardware.device,
+        start_step=step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
+    if built.plan.validation is None:
+        return None
+    return partial(evaluate, recipe=recipe, select=recipe.data.val, split="val", device=built.hardware.device)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:

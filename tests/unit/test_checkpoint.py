@@ -35,6 +35,8 @@ def test_model_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_header(path) == HEADER
     assert all(torch.equal(copy.state_dict()[k], v) for k, v in source.state_dict().items())
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_views_and_shared_tensors_can_be_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every experiment of the publication's repository as a recipe, held against the counts of trainable parameters there."""
+"""Every experiment of the publication's repository as a recipe, held against its count of trainable parameters."""
 
 from collections.abc import Mapping
 from typing import Any

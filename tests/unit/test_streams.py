@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from rsseg.config import BaseRecipe
 from rsseg.data.cache import CACHE_NAME
 from rsseg.data.evaluation import evaluation_samples
-from rsseg.data.index import SegmentationIndex
+from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.streams import Batch, StreamSpec, training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import DataError, RecipeError
-from tests.conftest import PlainRecipe, with_changes, write_png
+from rsseg.task import ClassInfo
+from tests.conftest import PlainRecipe, rgb_task, with_changes, write_png
 
 FILL = (0.4, 0.5, 0.6)
 LABELED = StreamSpec("labeled", "train", masks=True, fill=FILL)
@@ -74,6 +75,7 @@ def test_samples_have_the_documented_shapes_and_types(plain_recipe: PlainRecipe)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loader_processes_change_nothing(busy_recipe: BaseRecipe, workers: int) -> None:
     alone = batches(busy_recipe, 5, LABELED, UNLABELED)
+    shutil.rmtree(busy_recipe.data.path / CACHE_NAME)  # now several processes convert the images at once
     assert_same(alone, batches(with_changes(busy_recipe, trainer={"workers": workers}), 5, LABELED, UNLABELED))
 
 
@@ -244,6 +246,33 @@ def test_squeezed_target_shows_the_whole_image(plain_recipe: PlainRecipe) -> Non
     row = batch["unlabeled"].images[0, 0, 0]
     assert row[0] < 0.05
     assert row[-1] > 0.95
+
+
+def test_real_landsat_patches_with_eight_bands_are_scaled(shared_data: Path, tmp_path: Path) -> None:
+    files = sorted((shared_data / "l8biome_cloud" / "train" / "images").glob("*.tif"))[:3]
+    bands = tuple(f"b{i}" for i in range(1, 9))
+    task = rgb_task().model_copy(
+        update={"bands": bands, "dtype": "float32", "scale": (1.0,) * 7 + (1e-4,), "offset": (0.0,) * 8}
+    )
+    classes = tuple(ClassInfo(name=f"c{i}", value=i, color=(i, 0, 0)) for i in range(4))
+    items = tuple(
+        IndexItem(image=str(f), mask=str(f.parents[1] / "masks" / f"{f.stem}.png"), split="train") for f in files
+    )
+    task = task.model_copy(update={"classes": classes})
+    SegmentationIndex(task=task, label_map=LabelMap(values={i: i for i in range(4)}), items=items).save(tmp_path)
+    recipe = PlainRecipe.model_validate(
+        {
+            "name": "landsat",
+            "data": {"path": tmp_path, "augment": {"crop_size": 200, "scale_range": (0.5, 2.0), "photometric": "fast"}},
+            "trainer": {"batch_size": 2, "workers": 0},
+        }
+    )
+    spec = StreamSpec("labeled", "train", masks=True, fill=(0.0,) * 8, strong_views=1)
+    samples = batches(recipe, 1, spec)[0]["labeled"]
+    assert samples.images.shape == (2, 8, 200, 200)
+    assert samples.strong is not None
+    assert samples.images.isfinite().all()
+    assert samples.images.abs().max() < 5
 
 
 def test_loader_processes_do_not_import_networks() -> None:

@@ -62,12 +62,13 @@ PARTS = (
 def demo_tile(domain: str, split: str, number: int, *, size: int = TILE) -> Place:
     """One tile of the dataset; the same arguments give the same pixels in every process."""
     generator = _generator(f"{domain}/{split}/{number}")
-    return generate_place(generator, size, size, LOOKS[domain], cloudy=number % 5 in (1, 3))
+    cloud_level = float(generator.uniform(0.6, 1.5)) if number % 5 in (1, 3) else None
+    return generate_place(generator, size, size, LOOKS[domain], cloud_level=cloud_level)
 
 
 def demo_scene(*, shape: tuple[int, int] = SCENE_SHAPE, look: Look = NORTH) -> tuple[Place, NDArray[np.bool_]]:
     """The scene and where it has data: a rectangle that lies aslant in the raster, as a satellite's swath does."""
-    place = generate_place(_generator("scene"), *shape, look, cloudy=True)
+    place = generate_place(_generator("scene"), *shape, look, cloud_level=1.5)
     height, width = shape
     lean = round(0.09 * height)
     corners = np.array([[lean, 0], [width - 1, lean // 2], [width - 1 - lean, height - 1], [0, height - 1 - lean // 2]])

@@ -31,8 +31,18 @@ class Place(NamedTuple):
     label: NDArray[np.uint8]
 
 
-def generate_place(rng: np.random.Generator, height: int, width: int, look: Look, *, cloudy: bool) -> Place:
-    """A place of its own: the same generator state gives the same pixels."""
+def generate_place(
+    rng: np.random.Generator, height: int, width: int, look: Look, *, cloud_level: float | None
+) -> Place:
+    """A place of its own: the same generator state gives the same pixels.
+
+    Args:
+        rng: source of all that is random.
+        height: rows.
+        width: columns.
+        look: the region.
+        cloud_level: clouds stand where a noise of unit variance is above this; None for a clear sky.
+    """
     shape = (height, width)
     canvas = _Canvas(rng, shape, look)
     canvas.fields()
@@ -44,8 +54,8 @@ def generate_place(rng: np.random.Generator, height: int, width: int, look: Look
     canvas.farmsteads()
     surface = canvas.lit()
     label = canvas.label
-    if cloudy:
-        surface, label = _add_clouds(rng, surface, label)
+    if cloud_level is not None:
+        surface, label = _add_clouds(rng, surface, label, cloud_level)
     return Place(_sense(rng, surface, look), label)
 
 
@@ -105,10 +115,11 @@ class _Canvas:
         self.color[area][where] = color[where]
 
     def _around(self, points: NDArray[np.floating], margin: int) -> Area:
-        """The part of the canvas within `margin` pixels of the points' bounding box; may be empty."""
-        left, top = np.maximum(points.min(axis=0).astype(int) - margin, 0)
-        right, bottom = np.maximum(points.max(axis=0).astype(int) + margin, 0)
-        return slice(top, bottom), slice(left, right)
+        """The part of the canvas within `margin` pixels of the points' bounding box; at least one pixel of its edge."""
+        height, width = self.shape
+        left, top = np.clip(points.min(axis=0).astype(int) - margin, 0, (width - 1, height - 1))
+        right, bottom = np.clip(points.max(axis=0).astype(int) + margin, 1, (width, height))
+        return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
 
     def _oriented(self, warp: float) -> tuple[Floats, Floats]:
         """Coordinates along two perpendicular axes of random direction, bent by up to about `warp` pixels."""
@@ -248,17 +259,19 @@ class _Canvas:
 
     def _pave(self, line: Points, width: float, main: bool) -> None:
         rng = self.rng
-        painted = self._stroke(line, width)
-        verge = self._stroke(line, width + 5) & ~painted & (self.label != WATER)
-        self.color[verge] = 0.55 * self.color[verge] + 0.45 * np.array(self.look.crops[0], np.float32)
-        self.label[verge] = FIELD
-        wear = 1 + 0.05 * smooth_noise(rng, self.shape, 14, 3) + 0.03 * smooth_noise(rng, self.shape, 1.5)
-        self._blend(painted, _pick(rng, self.look.roads) * wear[..., None])
+        area = self._around(line, 12)
+        label, color = self.label[area], self.color[area]
+        painted = self._stroke(line, width, area)
+        verge = self._stroke(line, width + 5, area) & ~painted & (label != WATER)
+        color[verge] = 0.55 * color[verge] + 0.45 * np.array(self.look.crops[0], np.float32)
+        label[verge] = FIELD
+        wear = 1 + 0.05 * smooth_noise(rng, label.shape, 14, 3) + 0.03 * smooth_noise(rng, label.shape, 1.5)
+        self._blend(painted, _pick(rng, self.look.roads) * wear[..., None], area)
         if main and width > 7:
-            self.color[self._stroke(line, 1) & painted] *= np.float32(1.22)
-        self.label[painted] = ROAD
-        self.shadow[painted] = 0
-        self.reserved[painted] = 1
+            color[self._stroke(line, 1, area) & painted] *= np.float32(1.22)
+        label[painted] = ROAD
+        self.shadow[area][painted] = 0
+        self.reserved[area][painted] = 1
 
     def _stroke(self, line: Points, width: float, area: Area = EVERYWHERE) -> Mask:
         drawn = np.zeros(self.label[area].shape, np.uint8)
@@ -340,8 +353,7 @@ class _Canvas:
 
     def _polygon(self, corners: NDArray[np.floating], area: Area) -> Mask:
         drawn = np.zeros(self.label[area].shape, np.uint8)
-        if drawn.size:
-            cv2.fillConvexPoly(drawn, np.round((corners - _origin(area)) * 16).astype(np.int32), 1, cv2.LINE_8, 4)
+        cv2.fillConvexPoly(drawn, np.round((corners - _origin(area)) * 16).astype(np.int32), 1, cv2.LINE_8, 4)
         return drawn.astype(bool)
 
     def lit(self) -> Floats:
@@ -352,18 +364,17 @@ class _Canvas:
 
 
 def _add_clouds(
-    rng: np.random.Generator, surface: Floats, label: NDArray[np.uint8]
+    rng: np.random.Generator, surface: Floats, label: NDArray[np.uint8], level: float
 ) -> tuple[Floats, NDArray[np.uint8]]:
     """Clouds over the ground and, displaced along the sun's direction, their soft shadows; thin rims stay ground."""
     height, width = label.shape
     dy, dx = int(rng.integers(26, 46)), int(rng.integers(18, 34))
     wide = smooth_noise(rng, (height + dy, width + dx), _between(rng, 80, 130), 5)
-    threshold = _between(rng, 0.6, 1.5)
-    veil = np.clip((wide - threshold) / 0.55, 0, 1)
+    veil = np.clip((wide - level) / 0.55, 0, 1)
     opacity, cast = veil[dy:, dx:], cv2.GaussianBlur(veil, (0, 0), 2.0)[:height, :width]
     shaded = surface * (1 - cast[..., None] * np.array([0.58, 0.54, 0.46], np.float32))
     billow = wide[dy:, dx:]
-    white = 0.80 + 0.10 * (billow - _shifted(billow, -2, -2)) + 0.05 * (billow - threshold)
+    white = 0.80 + 0.10 * (billow - _shifted(billow, -2, -2)) + 0.05 * (billow - level)
     cover = (0.97 * opacity)[..., None]
     clouded = shaded * (1 - cover) + cover * np.clip(white, 0.45, 1.05)[..., None]
     return np.asarray(clouded, np.float32), np.where(opacity > 0.45, np.uint8(CLOUD), label)

@@ -1,5 +1,6 @@
 """What `rsseg dataset prepare` can be told."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -53,8 +54,8 @@ class PrepareOptions(BaseModel):
     """Cut images into squares of this many pixels; None keeps them whole."""
     stride: Count | None = None
     """Distance of the squares; None takes `tile`, so that they do not overlap."""
-    jobs: Count = 1
-    """Threads. The result does not depend on it."""
+    jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads; by default as many as processors. The result does not depend on it."""
     bands: tuple[str, ...] | None = None
     """Names of the bands in file order, instead of what the card, the class file or the images say."""
     scale: Literal["auto"] | tuple[float, float] = "auto"
