@@ -210,10 +210,10 @@ def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: B
     masks, labels = batch["source"].masks, lesson.pseudo.labels
     assert masks is not None
     return {
-        "loss_ce": losses["seg_source"],
-        "loss_ce_seg_s2t": losses["seg_target"],
-        "loss_ce_seg_t2s": losses["self_source"] / lesson.weight,
-        "loss_ce_seg_t2t": losses["self_target"] / lesson.weight,
+        "loss_ce": logs["seg_source"],
+        "loss_ce_seg_s2t": logs["seg_target"],
+        "loss_ce_seg_t2s": logs["pseudo_source"],
+        "loss_ce_seg_t2t": logs["pseudo_target"],
         "acc_seg": float(pixel_accuracy(passes.logits.source, masks)),
         "acc_seg_s2t": float(pixel_accuracy(passes.logits.target, masks)),
         "acc_seg_t2s": float(pixel_accuracy(lesson.logits.source, labels)),

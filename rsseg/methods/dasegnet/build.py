@@ -58,7 +58,9 @@ def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPar
     if recipe.self_training is not None:
         teacher = Teacher(recipe.self_training.teacher, segmenter, fresh)
         strong_views = 1 if recipe.self_training.student_view == "strong" else 0
-    streams = [StreamSpec("source", split="train", masks=True, fill=segmenter.fill)]
+    streams = [
+        StreamSpec("source", split="train", masks=True, fill=segmenter.fill, rare_classes=recipe.rare_class_sampling)
+    ]
     if recipe.uses_target:
         streams.append(StreamSpec("target", split="train", masks=False, fill=segmenter.fill, strong_views=strong_views))
     return DASegNetMethod(recipe, segmenter, discriminators=discriminators, teacher=teacher, streams=streams)

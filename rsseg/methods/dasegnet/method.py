@@ -110,10 +110,10 @@ class DASegNetMethod(Method):
             teacher_logits = self.teacher(self.segmenter, target.images, target_view)
         pseudo = pseudo_labels(teacher_logits, target.images.shape[-2:], target.valid, config)
         if same is not None:
-            lessons.append(Lesson("self", config.weight, same, pseudo))
+            lessons.append(Lesson("pseudo", config.weight, same, pseudo))
         else:
             images, mixed = _harder(source, target, pseudo, config)
-            lessons.append(Lesson("self", config.weight, self._decode(*self.segmenter.styles(images)), mixed))
+            lessons.append(Lesson("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed))
         if config.masked is not None:
             masked = config.masked
             images = hide_patches(target.images, self.segmenter.fill, patch=masked.patch, ratio=masked.ratio)
@@ -122,19 +122,20 @@ class DASegNetMethod(Method):
         return Passes(view, logits, target_view, tuple(lessons))
 
     def losses_of(self, passes: Passes, batch: Batch) -> StepOutput:
-        """Weighted losses; the trainer adds them up."""
+        """Weighted losses, which the trainer adds up. Logged are each decoder's cross-entropies before their weights,
+        the discriminators' losses, and the part of confident pixels.
+        """
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
             raise ValueError("the source stream has no masks; its StreamSpec must ask for them")
-        seg_source, seg_target = self._cross_entropies(passes.logits, source.masks)
-        losses = {"seg_source": seg_source, "seg_target": seg_target}
-        logs: dict[str, Tensor] = {}
+        seg = self._cross_entropies(passes.logits, source.masks)
+        losses = {"seg": seg[0] + seg[1]}
+        logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
         for lesson in passes.lessons:
-            pseudo = lesson.pseudo
-            on_source, on_target = self._cross_entropies(lesson.logits, pseudo.labels, pseudo.weights)
-            losses[f"{lesson.name}_source"] = lesson.weight * on_source
-            losses[f"{lesson.name}_target"] = lesson.weight * on_target
-            logs["pseudo_ratio"] = pseudo.ratio
+            taught = self._cross_entropies(lesson.logits, lesson.pseudo.labels, lesson.pseudo.weights)
+            losses[lesson.name] = lesson.weight * (taught[0] + taught[1])
+            logs |= {f"{lesson.name}_source": taught[0].detach(), f"{lesson.name}_target": taught[1].detach()}
+            logs["pseudo_ratio"] = lesson.pseudo.ratio
         if target is not None and passes.target is not None and self.recipe.adversarial is not None:
             sizes = (source.images.shape[-2:], target.images.shape[-2:])
             alignments = {

@@ -1,10 +1,13 @@
 """Recipe of ST-DASegNet (arXiv 2301.05526). Defaults are the published code's, also where they surprise."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+
+DISCRIMINATORS = ("disc_source", "disc_target")
+"""Names of the discriminators' optimizers."""
 
 Weights = tuple[Annotated[float, Field(ge=0)], ...]
 
@@ -159,9 +162,18 @@ class DASegNetRecipe(BaseRecipe):
         """Whether target images are needed in training."""
         return self.adversarial is not None or self.self_training is not None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_idle_optimizers(cls, values: Any) -> Any:
+        """An ablation needs one switch only: without discriminators, their optimizers go."""
+        if isinstance(values, dict) and values.get("adversarial", ...) is None and "optimizers" in values:
+            kept = {name: value for name, value in values["optimizers"].items() if name not in DISCRIMINATORS}
+            return values | {"optimizers": kept}
+        return values
+
     @model_validator(mode="after")
     def _optimizers(self) -> Self:
-        wanted = ["main"] + (["disc_source", "disc_target"] if self.adversarial is not None else [])
+        wanted = ["main", *(DISCRIMINATORS if self.adversarial is not None else ())]
         missing = [name for name in wanted if name not in self.optimizers]
         if missing:
             raise ValueError(f"optimizers: {missing[0]!r} is missing; this recipe needs {wanted}")
