@@ -1,6 +1,6 @@
 """KTDA's training step against the published formulation, which runs the student a second time for the distillation.
 
-Both take the same networks, batch and losses in one process; rounds are interleaved and ratios are taken within a round.
+Both take the same networks, batch and losses in one process; rounds are interleaved, ratios are taken within a round.
 A pyramid student, FAM and a light decoder learn from a frozen ViT-S/14 (random weights: the arithmetic is the same).
 Student and teacher have about the ratio of cost that the published pair has.
 

@@ -6,7 +6,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from rsseg import __version__
@@ -15,8 +14,9 @@ from rsseg.commands.console import print_error
 from rsseg.errors import RssegError
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, 5 weights or model "
-    "missing, 6 memory, disk or device, 7 some scenes of a batch failed, 8 check not met, 130 interrupted, state saved."
+    "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, "
+    "5 weights or model missing, 6 memory, disk or device, 7 some scenes of a batch failed, 8 check not met, "
+    "130 interrupted, state saved."
 )
 
 app = typer.Typer(
@@ -66,16 +66,15 @@ def run(arguments: list[str] | None = None) -> int:
     Expected errors are printed as their message. Anything else is a bug: its traceback goes to a report file.
     """
     try:
-        result = app(arguments, standalone_mode=False)
+        app(arguments)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except RssegError as error:
         if os.environ.get("RSSEG_DEBUG"):
             traceback.print_exc()
         print_error(str(error))
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         print_error("Interrupted.")
         return 130
     except BrokenPipeError:
@@ -84,7 +83,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:  # the last line of defence: every bug ends here
         return _report_bug(error)
-    return result if isinstance(result, int) else 0
+    return 0
 
 
 def _report_bug(error: Exception) -> int:

@@ -48,7 +48,7 @@ def imported_units(path: Path) -> Iterator[str]:
             else []
         )
         for name in names:
-            if name.startswith("rsseg.") and (unit := unit_of(name)) is not None:
+            if name.startswith("rsseg.") and (unit := unit_of(name)) not in (None, "__version__"):
                 yield unit
 
 

@@ -1,5 +1,7 @@
 """From an entry of the zoo and a recipe's options to a Backbone."""
 
+from types import MappingProxyType
+
 import torch
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
@@ -12,7 +14,7 @@ from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.task import Task
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16})
 
 
 def assemble(entry: ZooEntry, config: BackboneConfig, task: Task, *, load_weights: bool) -> Backbone:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -16,11 +17,14 @@ from rsseg.backbones.table import NormTaps
 from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import RecipeError
 
-_CONVERSIONS: Mapping[type[nn.Module], Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]] = {
-    eva.Eva: eva.checkpoint_filter_fn,
-    swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
-    vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
-}
+_Conversion = Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
+_CONVERSIONS: Mapping[type[nn.Module], _Conversion] = MappingProxyType(
+    {
+        eva.Eva: eva.checkpoint_filter_fn,
+        swin_transformer.SwinTransformer: swin_transformer.checkpoint_filter_fn,
+        vision_transformer_sam.VisionTransformerSAM: vision_transformer_sam.checkpoint_filter_fn,
+    }
+)
 
 LEVELS = 4
 """Levels of every pyramid; level 0 has stride 4."""
@@ -73,6 +77,8 @@ def build_pyramid(
     info = list(network.feature_info)
     first = len(info) - LEVELS  # some networks also have a level of stride 2
     network.prune_intermediate_layers([first + level for level in sorted(levels)], prune_norm=True)
+    if "head" in dict(network.named_children()):
+        network.head = nn.Identity()  # some versions of timm leave its norm behind, which would never get a gradient
     body = Pyramid(
         network,
         indices={level: first + level for level in levels},
@@ -138,10 +144,13 @@ def in_timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _create(architecture: Architecture) -> Any:
-    arguments: dict[str, Any] = {"num_classes": 0, "drop_path_rate": architecture.drop_path} | dict(
-        architecture.arguments
+    network = timm.create_model(
+        architecture.name,
+        in_chans=architecture.bands,
+        num_classes=0,
+        drop_path_rate=architecture.drop_path,
+        **architecture.arguments,
     )
-    network = timm.create_model(architecture.name, in_chans=architecture.bands, **arguments)
     if isinstance(network, swin_transformer.SwinTransformer):
         network.patch_embed.dynamic_img_pad = True  # sides that are no multiple of 4 are extended, not refused
     if architecture.norm_eps is not None:

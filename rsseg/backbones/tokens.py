@@ -58,7 +58,7 @@ class TokenMaps(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalized images (B, C, H, W), sides multiples of the patch -> (B, D, H / patch, W / patch) per tap."""
-        ascending = sorted(set(self.taps))
+        ascending = sorted(self.taps)
         if self.position is None:
             maps = self.network.forward_intermediates(images, indices=ascending, intermediates_only=True)
         else:

@@ -54,7 +54,7 @@ class DatasetCard:
         }
 
     def task(self) -> Task:
-        """The task of the publisher's 8-bit images, without statistics; raises `UsageError` for a card without classes."""
+        """The task of the publisher's 8-bit images, without statistics; raises `UsageError` without classes."""
         if not self.classes:
             raise UsageError(f"the card {self.name!r} has no classes of its own; give a prepared dataset with --data.")
         bands = len(self.bands)

@@ -85,7 +85,7 @@ class LabelTable:
         declared = ", ".join(self._text(key) for key in self._keys[:20])
         raise DataError(
             f"{name}: {len(values)} undeclared mask value(s): {shown}; declared are {declared}. "
-            "Add them to the label map of the dataset, with 255 for pixels to ignore."
+            "Add them to the class file, as a class or under `ignore`, and prepare the dataset again."
         )
 
     def _text(self, key: Any) -> str:

@@ -1,5 +1,6 @@
 """Reads images and masks once, strip by strip, and counts: classes, band sums, samples of values."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.errors import NotGeoreferencedWarning
 
 from rsseg.data.labels import LabelTable
 from rsseg.errors import DataError
@@ -133,7 +135,9 @@ def in_order(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterable[R]:
     """`map` over threads (decoding releases Python's lock); results come in the order of `tasks`, errors at once."""
-    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+    # Here, not per file: filters are global, and threads that set and restore them would undo each other's.
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         futures = [pool.submit(work, task) for task in tasks]
         try:
             for done, future in enumerate(futures, start=1):

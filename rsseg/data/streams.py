@@ -1,7 +1,8 @@
 """Training streams: what a method asks for, what it gets, and in which order, as a pure function of seed and step."""
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Self
@@ -87,8 +88,8 @@ def training_batches(
     start_step: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
-    """Endless batches, one per micro-step.
+) -> Generator[Batch]:
+    """Endless batches, one per micro-step. Close the generator to end the loader processes.
 
     Sample k of a stream of n items is `permutation(seed, stream, k // n)[k % n]`, and its augmentation depends on
     (seed, stream, k) only: the number of loader processes changes nothing, a run can start at any step, and ranks share
@@ -176,16 +177,16 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[Stre
 _HostBatch = dict[str, HostSamples]
 
 
-class _MicroBatches(Dataset[_HostBatch | RssegError]):
+class _MicroBatches(Dataset[_HostBatch | Exception]):
     """Micro-step -> every stream's samples.
 
-    An expected error is returned, not raised: the loader would wrap it in a traceback.
+    An error is returned, not raised: the loader would wrap an expected one in a traceback.
     """
 
     def __init__(self, streams: Sequence[StreamReader], rank: int, world_size: int) -> None:
         self._streams, self._rank, self._world_size = streams, rank, world_size
 
-    def __getitem__(self, micro_step: int) -> _HostBatch | RssegError:
+    def __getitem__(self, micro_step: int) -> _HostBatch | Exception:
         try:
             return {
                 stream.plan.name: stream.micro_batch(micro_step, rank=self._rank, world_size=self._world_size)
@@ -193,6 +194,8 @@ class _MicroBatches(Dataset[_HostBatch | RssegError]):
             }
         except RssegError as error:
             return error
+        except Exception:  # a bug: its traceback does not survive the way to the training process
+            return RuntimeError(traceback.format_exc())
 
 
 class _From:
@@ -216,8 +219,8 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _on_device(loader: DataLoader[_HostBatch | RssegError], scalings: Mapping[str, Scaling]) -> Iterator[Batch]:
+def _on_device(loader: DataLoader[_HostBatch | Exception], scalings: Mapping[str, Scaling]) -> Generator[Batch]:
     for batch in loader:
-        if isinstance(batch, RssegError):
+        if isinstance(batch, Exception):
             raise batch
         yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}

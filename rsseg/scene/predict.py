@@ -24,7 +24,7 @@ from rsseg.scene.source import read_tiles
 from rsseg.scene.writer import NODATA, SceneWriter, check_output
 from rsseg.task import Task
 
-_AHEAD = 4
+_AHEAD = 2
 """Tiles that the reader may be ahead of the network, and strips that the network may be ahead of the writer."""
 _BATCH_PIXELS = 1024 * 1024
 """Pixels of a batch where the user does not say how many tiles: more gain nothing on a CPU, and take memory."""

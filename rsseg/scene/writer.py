@@ -29,7 +29,8 @@ NODATA = 255
 """Pixel value where the input has no data."""
 _BLOCK = 512
 """Side of a block of the output in pixels."""
-_CACHE_BYTES = 64 << 20
+_CACHE_BYTES = 32 << 20
+"""What GDAL may cache while the file is finished."""
 _COMPRESSION = {"compress": "deflate", "bigtiff": "IF_SAFER"}
 
 
@@ -126,7 +127,7 @@ class SceneWriter:
 
     def _finish(self) -> None:
         self._flush()
-        with self._writing():
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), self._writing():
             self._dataset.close()
             if self._cloud_optimized:
                 self._file = self._to_cog(self._file)
@@ -175,7 +176,7 @@ class SceneWriter:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             try:
                 yield

@@ -70,12 +70,6 @@ def told_by_main(value: str) -> str:
     return values[0]
 
 
-def wait_for_all() -> None:
-    """Return when every rank has arrived."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """The module itself, or its wrapper that averages gradients over the ranks."""
     if not dist.is_initialized():

@@ -1,7 +1,7 @@
 """A recipe -> a trained run: the only composition of training."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -187,7 +187,7 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
     )
 
 
-def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Callable[[int], Iterator[Batch]]:
+def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Callable[[int], Generator[Batch]]:
     return lambda step: training_batches(
         recipe,
         built.method.streams,

@@ -72,11 +72,13 @@ class RunSummary(BaseModel):
 
 
 class RunDetails(BaseModel):
-    """What `rsseg runs show` shows."""
+    """What `rsseg runs show` shows; all columns of the evaluations are in metrics.csv."""
 
     facts: dict[str, Any]
     metric_columns: tuple[str, ...]
+    """`step`, the main means, and `iou_<class>`."""
     metric_rows: tuple[tuple[str, ...], ...]
+    """One per evaluation; "-" for an absent class."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class RunFolder:
         """The manifest's main facts and the evaluations."""
         summary, manifest = self.summary(), self.manifest()
         rows = read_rows(self.path / "metrics.csv")
-        columns = tuple(rows[0]) if rows else ()
+        columns = (
+            tuple(c for c in rows[0] if c in ("step", "miou", "mf1", "oa") or c.startswith("iou_")) if rows else ()
+        )
         facts = {
             "run": str(self.path),
             **summary.model_dump(include={"method", "recipe", "state", "created"}),
@@ -158,7 +162,8 @@ class RunFolder:
             "command": " ".join(manifest.command),
             "model": str(self.model) if self.model.exists() else None,
         }
-        return RunDetails(facts=facts, metric_columns=columns, metric_rows=tuple(tuple(r.values()) for r in rows))
+        cells = tuple(tuple(_short(row[column]) for column in columns) for row in rows)
+        return RunDetails(facts=facts, metric_columns=columns, metric_rows=cells)
 
 
 def create_run(output: Path, *, method: str, name: str) -> RunFolder:
@@ -219,7 +224,7 @@ def find_run(path: Path | None, root: Path) -> RunFolder:
         if candidate.is_file() and candidate.name == LATEST:
             candidate = candidate.with_name(candidate.read_text(encoding="utf-8").strip())
         if (candidate / MANIFEST).is_file():
-            return RunFolder(candidate.resolve() if candidate.is_symlink() else candidate)
+            return RunFolder(candidate.with_name(candidate.readlink().name) if candidate.is_symlink() else candidate)
     raise UsageError(f"{path}: not a run folder. `rsseg runs ls` lists the runs.")
 
 
@@ -230,6 +235,13 @@ def choose_model(model: Path | None, root: Path) -> Path:
         WeightsError: there is none.
     """
     return newest_finished(root).model if model is None else find_model(model)
+
+
+def _short(cell: str) -> str:
+    """Four digits after the point."""
+    if not cell:
+        return "-"
+    return f"{float(cell):.4f}" if "." in cell else cell
 
 
 def _point_latest(output: Path, name: str) -> None:

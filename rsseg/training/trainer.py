@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -32,7 +32,7 @@ from rsseg.training.state import Counters, Parts
 class Surroundings:
     """What the loop calls: where batches come from, how a network is scored, who listens, who saves."""
 
-    batches_from: Callable[[int], Iterator[Batch]]
+    batches_from: Callable[[int], Generator[Batch]]
     """Optimizer step -> endless micro-batches that begin there."""
     evaluate: Callable[[Segmenter], Evaluation] | None
     """None: nothing to validate on."""
@@ -77,8 +77,12 @@ class Trainer:
             RecipeError: a loss or the weights are no longer finite; the last good checkpoint is kept.
             MachineError: a checkpoint cannot be written.
         """
+        # Closed on every way out: loader processes that outlive the loop would be waited for at exit.
+        with closing(self.around.batches_from(self.counters.step)) as batches:
+            return self._loop(batches)
+
+    def _loop(self, batches: Iterator[Batch]) -> str:
         config, counters = self.config, self.counters
-        batches = self.around.batches_from(counters.step)
         self.parts.method.train()
         reason = None
         while reason is None:

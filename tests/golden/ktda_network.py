@@ -112,7 +112,7 @@ def check_head(case: Case, head: nn.Module, prefix: str, levels: Sequence[int]) 
     hyper = case.meta["hyper"]
     inputs = {i: case.tensors[f"in.{i}"].requires_grad_() for i in levels}
     label = case.tensors["in.label"].squeeze(1).long()
-    corners = hyper["align_corners"]
+    corners = hyper.get("align_corners", False)
     head.eval()
     logits = head(list(inputs.values()))
     case.check(logits, "out.eval_logits")
@@ -120,7 +120,7 @@ def check_head(case: Case, head: nn.Module, prefix: str, levels: Sequence[int]) 
     head.train()
     logits = head(list(inputs.values()))
     case.check(logits, "out.train_logits")
-    weight = hyper["loss_decode"]["loss_weight"]
+    weight = hyper["loss_decode"].get("loss_weight", 1.0)
     loss = weight * cross_entropy(logits, label, divisor="all", align_corners=corners)
     case.check(loss.reshape(1), "out.loss_ce")
     case.check(pixel_accuracy(logits, label, align_corners=corners).reshape(1), "out.acc_seg")
@@ -177,8 +177,8 @@ def decoder_config(hyper: Mapping[str, Any]) -> DecoderConfig:
         type=DECODER_TYPES[hyper["type"]] if "type" in hyper else "upernet" if "pool_scales" in hyper else "segformer",
         channels=hyper["channels"],
         pool_scales=hyper.get("pool_scales", (1, 2, 3, 6)),
-        dropout=hyper["dropout_ratio"],
-        align_corners=hyper["align_corners"],
+        dropout=hyper.get("dropout_ratio", 0.1),
+        align_corners=hyper.get("align_corners", False),
     )
 
 
@@ -186,10 +186,10 @@ def aux_config(hyper: Mapping[str, Any], *, level: int) -> AuxConfig:
     return AuxConfig(
         level=level,
         channels=hyper["channels"],
-        num_convs=hyper["num_convs"],
-        concat_input=hyper["concat_input"],
-        dropout=hyper["dropout_ratio"],
-        weight=hyper["loss_decode"]["loss_weight"],
+        num_convs=hyper.get("num_convs", 2),
+        concat_input=hyper.get("concat_input", True),
+        dropout=hyper.get("dropout_ratio", 0.1),
+        weight=hyper["loss_decode"].get("loss_weight", 1.0),
     )
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Samples
@@ -19,7 +18,15 @@ from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import ClassInfo, Task
 from tests.golden.harness import Case, Handler
-from tests.golden.ktda_network import aux_config, check_buffers, decoder_config, distillation_config, fmm_config
+from tests.golden.ktda_backbones import unnormalized
+from tests.golden.ktda_network import (
+    aux_config,
+    check_buffers,
+    decoder_config,
+    distillation_config,
+    fmm_config,
+    per_level,
+)
 
 PARTS = {
     "backbone": "segmenter.student",
@@ -159,8 +166,10 @@ def optimizer_of(settings: Mapping[str, Any], method: KTDAMethod) -> torch.optim
 def loaded_method(case: Case) -> KTDAMethod:
     recipe, task = recipe_of(case), task_of(case.meta["hyper"]["decode_head"]["num_classes"])
     hyper = case.meta["hyper"]
-    student = backbone("pyramid", student_body(hyper["backbone"]))
-    teacher = backbone("vit", teacher_body(hyper["teach_backbone"])) if recipe.teacher else None
+    student = unnormalized(student_body(hyper["backbone"]), None)
+    teacher = None
+    if recipe.teacher:
+        teacher = unnormalized(teacher_body(hyper["teach_backbone"]), hyper["teach_backbone"]["patch_size"])
     segmenter = assemble_segmenter(recipe, task, student, teacher.info if teacher else None)
     method = assemble_method(recipe, segmenter, teacher)
     tensors = rename_tensors(case.group("sd"))
@@ -191,7 +200,7 @@ def recipe_of(case: Case) -> KTDARecipe:
             "data": {"path": "unused", "augment": {"crop_size": side}},
             "student": {"name": "convnext_base"},
             "teacher": {"name": "vit_base_patch14_dinov2"} if distills else None,
-            "fam": fam and {"grid": fam["output_size"], "width": fam["out_channels"]},
+            "fam": fam and {"grid": fam["output_size"], "width": per_level(fam["out_channels"], 1)[0]},
             "fuse": hyper.get("fuse", False),
             "neck": neck and {"scales": neck["scales"], "width": neck["out_channels"]},
             "fmm": fmm and fmm_config(fmm, case.meta.get("layernorm_eps", 1e-5)),
@@ -206,24 +215,6 @@ def recipe_of(case: Case) -> KTDARecipe:
 def task_of(num_classes: int) -> Task:
     classes = tuple(ClassInfo(name=f"class {i}", value=i, color=(i, i, i)) for i in range(num_classes))
     return Task(name="golden", classes=classes, bands=("red", "green", "blue"), scale=(1.0,) * 3, offset=(0.0,) * 3)
-
-
-def backbone(kind: Any, built: Built) -> Backbone:
-    """A backbone for images that are normalized already, as the cases store them."""
-    patch = built.strides[0] if kind == "vit" else None
-    info = BackboneInfo(
-        name=kind,
-        timm_name=kind,
-        kind=kind,
-        channels=built.channels,
-        strides=built.strides,
-        input_multiple=patch or max(built.strides),
-        patch_size=patch,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        license="none",
-    )
-    return Backbone(info, built.body)
 
 
 def student_body(hyper: Mapping[str, Any]) -> Built:

@@ -110,12 +110,17 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
     assert_same_tensors(run / "model.safetensors", run / "checkpoints/best.safetensors")
     assert (tmp_path / "runs" / "latest").resolve() == run.resolve()
 
+    details = RunFolder(run).details()
+    assert details.metric_columns == ("step", "miou", "mf1", "oa", "iou_field", "iou_road", "iou_water")
+    assert [row[0] for row in details.metric_rows] == ["3", "6"]
+    assert details.facts["best step"] == best.step
+
     header = read_header(run / "model.safetensors")
     assert header.training["step"] == best.step
     assert header.backbones["student"]["name"] == "convnext_mini"
     assert load_segmenter(run).task == header.task
     assert choose_model(None, tmp_path / "runs") == run / "model.safetensors"
-    assert find_run(Path("latest"), tmp_path / "runs").path.resolve() == run.resolve()
+    assert find_run(Path("latest"), tmp_path / "runs").path == run
 
 
 @pytest.mark.parametrize("step", [2, 3])

@@ -126,6 +126,13 @@ def test_fused_levels_are_distilled_and_decoded_as_one_map() -> None:
     assert losses_of(method)["distill"] > 0
 
 
+def test_single_scale_distills_the_last_level_from_the_last_block() -> None:
+    student = {"name": "convnext_mini", "weights": "random", "taps": [3]}
+    teacher = {"name": "vit_mini_patch8", "weights": "random", "taps": [3], "norm_taps": "last"}
+    method = method_of(student=student, teacher=teacher, neck={"scales": [1]}, aux=[{"level": 0, "channels": 8}])
+    assert set(losses_of(method)) == {"seg", "aux", "distill"}
+
+
 def test_auto_grid_trains_on_images_that_are_not_square() -> None:
     assert losses_of(method_of(), height=32, width=64)["distill"] > 0
 

@@ -36,7 +36,7 @@ def test_minimal_recipe_is_valid_and_dumps_to_an_equal_recipe(tmp_path: Path) ->
 
 def test_misspelt_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL.replace("steps: 10", "stepz: 10"))
-    with pytest.raises(RecipeError, match=r"r\.yaml, line 11: unknown key 'trainer\.stepz'\. Did you mean 'steps'\?"):
+    with pytest.raises(RecipeError, match=r"r\.yaml, line 10: unknown key 'trainer\.stepz'\. Did you mean 'steps'\?"):
         load_recipe(file)
 
 

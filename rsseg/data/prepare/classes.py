@@ -47,7 +47,8 @@ class ClassEntry(_Part):
 class ClassFile(_Part):
     """Classes in index order, what to ignore, and what the files do not say themselves."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+    """Of the task, and of the folder that is made unless another is named."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=254)]
     labels: str | None = Field(default=None, pattern="^(values|colors)$")
     """Whether masks store `values` or `colors`; by default values if the classes have any."""

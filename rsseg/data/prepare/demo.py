@@ -15,7 +15,7 @@ Every tile is a place of its own, so splits share nothing. The label map is the 
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +30,9 @@ from rasterio.transform import from_origin
 
 from rsseg.data.cards import CARDS
 from rsseg.data.index import IndexItem
+from rsseg.data.measure import in_order
 from rsseg.data.prepare.landscape import Place, generate_place
-from rsseg.data.prepare.looks import NORTH, SOUTH, Look
+from rsseg.data.prepare.looks import NORTH, SOUTH
 
 TILE = 256
 SCENE_SHAPE = (1024, 1536)
@@ -41,7 +42,9 @@ LOOKS = {"north": NORTH, "south": SOUTH}
 CARD = CARDS["demo"]
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """Tiles of one domain and split."""
+
     domain: str
     split: str
     tiles: int
@@ -49,13 +52,13 @@ class _Part(NamedTuple):
 
 
 PARTS = (
-    _Part("north", "train", 40, True),
-    _Part("north", "unlabeled", 32, False),
-    _Part("north", "val", 8, True),
-    _Part("north", "test", 12, True),
-    _Part("south", "unlabeled", 40, False),
-    _Part("south", "val", 8, True),
-    _Part("south", "test", 12, True),
+    Part("north", "train", 40, True),
+    Part("north", "unlabeled", 32, False),
+    Part("north", "val", 8, True),
+    Part("north", "test", 12, True),
+    Part("south", "unlabeled", 40, False),
+    Part("south", "val", 8, True),
+    Part("south", "test", 12, True),
 )
 
 
@@ -66,9 +69,9 @@ def demo_tile(domain: str, split: str, number: int, *, size: int = TILE) -> Plac
     return generate_place(generator, size, size, LOOKS[domain], cloud_level=cloud_level)
 
 
-def demo_scene(*, shape: tuple[int, int] = SCENE_SHAPE, look: Look = NORTH) -> tuple[Place, NDArray[np.bool_]]:
+def demo_scene(*, shape: tuple[int, int] = SCENE_SHAPE) -> tuple[Place, NDArray[np.bool_]]:
     """The scene and where it has data: a rectangle that lies aslant in the raster, as a satellite's swath does."""
-    place = generate_place(_generator("scene"), *shape, look, cloud_level=1.5)
+    place = generate_place(_generator("scene"), *shape, NORTH, cloud_level=1.5)
     height, width = shape
     lean = round(0.09 * height)
     corners = np.array([[lean, 0], [width - 1, lean // 2], [width - 1 - lean, height - 1], [0, height - 1 - lean // 2]])
@@ -81,22 +84,27 @@ def _generator(name: str) -> np.random.Generator:
     return np.random.default_rng([SEED, zlib.crc32(name.encode())])
 
 
-def write_demo(folder: Path, jobs: int, progress: Callable[[int, int], None]) -> tuple[IndexItem, ...]:
-    """Generate all tiles and the scene into `folder`, which must be empty."""
-    items = []
-    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
-        tiles = [(part, number) for part in PARTS for number in range(part.tiles)]
-        scene = pool.submit(_write_scene, folder / "scene")
-        for done, item in enumerate(pool.map(lambda tile: _write_tile(folder, *tile), tiles), start=1):
-            items.append(item)
-            progress(done, len(tiles) + 1)
+def write_demo(
+    folder: Path,
+    jobs: int,
+    progress: Callable[[int, int], None],
+    *,
+    parts: Sequence[Part] = PARTS,
+    size: int = TILE,
+    scene_shape: tuple[int, int] = SCENE_SHAPE,
+) -> tuple[IndexItem, ...]:
+    """Generate tiles of `size` pixels and the scene into `folder`, which must be empty; small ones serve tests."""
+    tiles = [(part, number) for part in parts for number in range(part.tiles)]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        scene = pool.submit(_write_scene, folder / "scene", scene_shape)
+        items = in_order(lambda tile: _write_tile(folder, *tile, size), tiles, jobs, progress)
+        written = tuple(items)
         scene.result()
-        progress(len(tiles) + 1, len(tiles) + 1)
-    return tuple(items)
+    return written
 
 
-def _write_tile(folder: Path, part: _Part, number: int) -> IndexItem:
-    place = demo_tile(part.domain, part.split, number)
+def _write_tile(folder: Path, part: Part, number: int, size: int) -> IndexItem:
+    place = demo_tile(part.domain, part.split, number, size=size)
     name = f"{part.domain}/{part.split}/{{}}/{part.domain}_{part.split}_{number:02d}.png"
     image, mask = name.format("images"), name.format("masks") if part.masks else None
     (folder / image).parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +117,12 @@ def _write_tile(folder: Path, part: _Part, number: int) -> IndexItem:
     return IndexItem(image=image, mask=mask, split=part.split, domain=part.domain)
 
 
-def _write_scene(folder: Path) -> None:
-    place, valid = demo_scene()
+def _write_scene(folder: Path, shape: tuple[int, int]) -> None:
+    place, valid = demo_scene(shape=shape)
     folder.mkdir(parents=True)
     gsd = CARD.gsd_m
     grid = {
-        "driver": "GTiff", "height": SCENE_SHAPE[0], "width": SCENE_SHAPE[1], "dtype": "uint8", "crs": "EPSG:32632",
+        "driver": "GTiff", "height": shape[0], "width": shape[1], "dtype": "uint8", "crs": "EPSG:32632",
         "transform": from_origin(500_000.0, 5_400_000.0, gsd, gsd), "compress": "deflate", "tiled": True,
         "blockxsize": 256, "blockysize": 256,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import rasterio.windows
 from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem
@@ -101,7 +102,8 @@ def _write(path: Path, info: RasterInfo, pixels: NDArray[Any], window: Window, v
         "nodata": info.nodata, "compress": "deflate", "predictor": 3 if pixels.dtype.kind == "f" else 2,
     }  # fmt: skip
     if info.crs is not None:
-        profile |= {"crs": info.crs, "transform": info.transform @ info.transform.translation(window.col, window.row)}
+        corner = rasterio.windows.Window(window.col, window.row, window.width, window.height)
+        profile |= {"crs": info.crs, "transform": rasterio.windows.transform(corner, info.transform)}
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile) as file:
         file.write(pixels)
         if info.colormap is not None:

@@ -9,7 +9,8 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Progress = Callable[[str, int, int], None]
 """What is done, how many of how many; 0 of the latter while it is not known."""
 REQUEST_NAME = "prepared.json"
 """Beside the index: what was asked for, so that asking again costs nothing."""
+UNPACKED = ".unpacked"
+"""Below the stage: what came out of an archive."""
 
 
 def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
@@ -52,11 +55,12 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     classes = _check_usage(card, options)
     out = options.out or Path("data") / (classes.name if classes else card.name)
     source = None if card.name == "demo" else _find_source(card, options, progress)
+    _check_apart(source, out)
     request = _request(card, options, source)
     if not options.overwrite and _is_done(out, request):
         progress(f"{out} is prepared already", 1, 1)
         return out
-    with staged_folder(out, overwrite=options.overwrite) as stage:
+    with staged_folder(out, overwrite=options.overwrite) as stage, _errors_name(source or out, stage):
         subject, items = (
             _generate(card, stage, options, progress)
             if source is None
@@ -66,6 +70,17 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
         index.save(stage)
         (stage / REQUEST_NAME).write_text(json.dumps(request, indent=1), encoding="utf-8")
     return out
+
+
+@contextmanager
+def _errors_name(source: Path, stage: Path) -> Iterator[None]:
+    """Let errors name files where they come from: the stage is gone when the user reads the message."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            str(error).replace(str(stage / UNPACKED), str(source)).replace(str(stage), str(source))
+        ) from None
 
 
 def find_card(name: str) -> DatasetCard:
@@ -91,7 +106,7 @@ def _check_usage(card: DatasetCard, options: PrepareOptions) -> ClassFile | None
 
 
 def _find_source(card: DatasetCard, options: PrepareOptions, progress: Progress) -> Path:
-    """A folder or an archive that exists."""
+    """The folder that the card's layout fits, or an archive."""
     if options.src is None:
         from rsseg.data.prepare.hub import fetch
 
@@ -100,7 +115,16 @@ def _find_source(card: DatasetCard, options: PrepareOptions, progress: Progress)
         raise DataError(f"--src {options.src}: there is no such file or folder.")
     if not options.src.is_dir() and not is_archive(options.src):
         raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
-    return options.src
+    return find_root(options.src, card.layout) if card.layout and options.src.is_dir() else options.src
+
+
+def _check_apart(source: Path | None, out: Path) -> None:
+    """Replacing `out` must not delete the source, nor may a prepared dataset become part of its own source."""
+    if source is None:
+        return
+    inside, outside = source.resolve(), out.resolve()
+    if inside == outside or outside in inside.parents or inside in outside.parents:
+        raise UsageError(f"--out {out} and --src {source} lie in one another. Pass an --out elsewhere.")
 
 
 def _request(card: DatasetCard, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
@@ -109,7 +133,7 @@ def _request(card: DatasetCard, options: PrepareOptions, source: Path | None) ->
     files = [] if source is None else [source] if source.is_file() else sorted(source.rglob("*"))
     if options.folder is not None:
         files += [options.folder.classes, *options.folder.split_lists.values()]
-    states = [(str(path), stat.st_size, stat.st_mtime_ns) for path in files if (stat := path.stat()) and path.is_file()]
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(repr(states).encode()).hexdigest()
     made_with = importlib.metadata.version("rsseg")
     request = {"dataset": card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
@@ -142,14 +166,12 @@ def _collect(
     progress: Progress,
 ) -> tuple[Subject, Sequence[IndexItem]]:
     """Bring the files into `stage`."""
-    root, unpacked = source, stage / ".unpacked"
+    root, unpacked = source, stage / UNPACKED
+    layout = card.layout or _layout(_required(options.folder))
     if source.is_file():
         unpacked.mkdir()
         unpack(source, unpacked, partial(progress, f"unpack {source.name}"))
-        root = unpacked
-    layout = card.layout or _layout(_required(options.folder))
-    if card.layout is not None or source.is_file():
-        root = find_root(root, layout)
+        root = find_root(unpacked, layout)
     items = layout.items(root)
     _check_splits(card, items)
     _check_room(root, items, stage, options)

@@ -111,7 +111,8 @@ def assemble_segmenter(
     if recipe.fam:
         targets = _target_widths(recipe.fam, len(widths), teacher)
         grid = None if recipe.fam.grid == "auto" else recipe.fam.grid
-        fam = FeatureAlignment(widths, targets, grid=grid, patch=(teacher and teacher.patch_size) or 1)
+        patch = teacher.patch_size if teacher and teacher.patch_size else 1  # no teacher, no `auto`
+        fam = FeatureAlignment(widths, targets, grid=grid, patch=patch)
         widths = targets
     if recipe.fuse:
         if len(set(widths)) > 1:
@@ -140,7 +141,8 @@ def assemble_segmenter(
 def crop_size(recipe: KTDARecipe) -> int:
     """Side of the training crops in pixels."""
     stream = recipe.data.streams.get("labeled")
-    return ((stream and stream.augment) or recipe.data.augment).crop_size
+    augment = stream.augment if stream and stream.augment else recipe.data.augment
+    return augment.crop_size
 
 
 def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:

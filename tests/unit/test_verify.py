@@ -1,0 +1,81 @@
+"""Checks and statistics of prepared datasets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+from rsseg.data.index import SegmentationIndex
+from rsseg.data.prepare.run import prepare
+from rsseg.data.verify import statistics, verify
+from rsseg.errors import DataError
+from tests.conftest import write_png
+from tests.unit.test_prepare import own_options, own_source, quiet
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    return prepare("folder", own_options(own_source(tmp_path / "src"), tmp_path / "out"), quiet)
+
+
+def replaced(path: Path, mask: np.ndarray) -> None:
+    # a hard link to the source: write a new file, not through the link
+    path.unlink()
+    write_png(path, mask.astype(np.uint8))
+
+
+def test_a_sound_dataset_has_no_problems_and_the_counts_of_its_masks(prepared: Path) -> None:
+    report = verify(prepared, pixels=True)
+    assert (report.ok, report.images, report.masks) == (True, 4, 4)
+    masks = np.stack([np.array(Image.open(prepared / f"train/masks/{i}.png")) for i in range(3)])
+    train = report.splits[0]
+    assert (train.split, train.images) == ("train", 3)
+    assert train.pixels == {"land": (masks == 1).sum(), "sea": (masks == 2).sum()}
+    assert train.ignored == (masks == 0).sum()
+
+
+def test_every_planted_defect_is_found_and_named(prepared: Path) -> None:
+    replaced(prepared / "train/masks/0.png", np.full((24, 20), 9))
+    replaced(prepared / "train/masks/1.png", np.ones((23, 20)))
+    (prepared / "train/masks/2.png").unlink()
+    image = prepared / "val/images/0.tif"
+    content = image.read_bytes()
+    image.unlink()
+    image.write_bytes(content[: len(content) // 2])
+    index = SegmentationIndex.load(prepared)
+    leak = index.items[0].model_copy(update={"split": "test", "mask": None})
+    index.model_copy(update={"items": (*index.items, leak)}).save(prepared)
+
+    problems = verify(prepared, pixels=True).problems
+    found = {(problem.file, problem.split) for problem in problems}
+    assert found == {
+        ("train/masks/0.png", "train"),
+        ("train/masks/1.png", "train"),
+        ("train/masks/2.png", "train"),
+        ("val/images/0.tif", "val"),
+        ("train/images/0.tif", "test"),
+    }
+    reasons = " ".join(problem.reason for problem in problems)
+    for word in ("9 (480 pixels)", "23 x 20", "no such file", "must not share"):
+        assert word in reasons
+
+
+def test_statistics_give_bands_shares_and_areas(prepared: Path) -> None:
+    found = statistics(prepared)
+    val = found.splits[1]
+    with rasterio.open(prepared / "val/images/0.tif") as file:
+        pixels = file.read().astype(float)
+    mask = np.array(Image.open(prepared / "val/masks/0.png"))
+    assert [band.mean for band in val.bands] == pytest.approx(pixels.mean((1, 2)))
+    assert [band.std for band in val.bands] == pytest.approx(pixels.std((1, 2)))
+    assert (val.bands[0].low, val.bands[0].high) == (pixels[0].min(), pixels[0].max())
+    sea = val.classes[1]
+    assert (sea.pixels, sea.share, sea.m2) == ((mask == 2).sum(), (mask == 2).mean(), (mask == 2).sum() * 100)
+    assert val.ignored.ha == pytest.approx((mask == 0).sum() / 100)
+
+
+def test_a_folder_without_index_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="rsseg dataset prepare"):
+        verify(tmp_path)
