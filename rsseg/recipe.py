@@ -11,11 +11,12 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from rsseg.config import BaseRecipe
 from rsseg.errors import RecipeError
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 
-Recipe = Annotated[KTDARecipe | MTDFRecipe, Field(discriminator="method")]
-MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe, MTDFRecipe)
+Recipe = Annotated[KTDARecipe | MTDFRecipe | DASegNetRecipe, Field(discriminator="method")]
+MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe, MTDFRecipe, DASegNetRecipe)
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -19,7 +19,7 @@ methods.registry
 recipe
 methods.ktda | methods.mtdf | methods.dasegnet
 methods.base
-data | backbones | layers | checkpoint | metrics
+data | backbones | layers | checkpoint | metrics | foreign
 raster
 task | config
 errors

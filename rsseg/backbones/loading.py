@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rsseg.backbones.bands import RGB, adapt_first_conv
+from rsseg.backbones.mit_keys import mit_to_timm
 from rsseg.backbones.position import resample_positions
 from rsseg.backbones.pyramid import Pyramid
 from rsseg.backbones.timm_adapter import LEVELS, Architecture, complete_network, in_timm_names
@@ -47,6 +48,8 @@ def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[s
         tensors = {name: tensor.float() for name, tensor in load_file(source.path).items()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source.path} cannot be read: {error}. Fetch or convert it again.") from None
+    if source.architecture.name.startswith("pvt_v2"):
+        tensors = mit_to_timm(tensors)
     complete = complete_network(source.architecture)
     tensors = {name: tensor for name, tensor in in_timm_names(complete, tensors).items() if not _UNUSED.fullmatch(name)}
     wanted = body.network.state_dict()

@@ -12,7 +12,7 @@ from rsseg.config import AugmentConfig, StrongConfig
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem
 from rsseg.data.photometric import ColorSpace, draw_fast_distortion, draw_photometric, photometric_distortion
-from rsseg.data.sampling import Order, positions, sample_generator
+from rsseg.data.sampling import Order, RareClassOrder, positions, sample_generator
 from rsseg.data.strong import box_mask, draw_box, strong_view
 from rsseg.data.transforms import (
     Geometry,
@@ -25,6 +25,7 @@ from rsseg.data.transforms import (
     transform_image,
     transform_mask,
 )
+from rsseg.errors import DataError
 from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX
 
@@ -64,6 +65,7 @@ class StreamPlan:
 
     masks         False: masks are never opened
     strong_views  number of them
+    rare_classes  temperature; None draws all images alike
     """
 
     name: str
@@ -75,6 +77,7 @@ class StreamPlan:
     augment: AugmentConfig
     strong: StrongConfig
     space: ColorSpace
+    rare_classes: float | None = None
 
 
 class StreamReader:
@@ -84,7 +87,7 @@ class StreamReader:
         """Parts of the stream."""
         self.plan = plan
         self._reader = reader
-        self._order = Order(plan.seed, plan.name, len(plan.items))
+        self._order = _order(plan)
 
     def micro_batch(self, micro_step: int, *, rank: int, world_size: int) -> HostSamples:
         """A rank's samples of a micro-step."""
@@ -136,6 +139,18 @@ class StreamReader:
                 return self.plan.space.apply(image, draw_fast_distortion(rng, self.plan.space))
             case "none":
                 return image
+
+
+def _order(plan: StreamPlan) -> Order | RareClassOrder:
+    if plan.rare_classes is None:
+        return Order(plan.seed, plan.name, len(plan.items))
+    counts = [item.classes for item in plan.items if item.classes is not None]
+    if len(counts) < len(plan.items) or not any(map(any, counts)):
+        raise DataError(
+            f"stream {plan.name!r}: rare classes are wanted, but the index does not count the classes of its masks. "
+            "Prepare the dataset again."
+        )
+    return RareClassOrder(plan.seed, plan.name, counts, temperature=plan.rare_classes)
 
 
 def collate(crops: list[Crop], size: int) -> HostSamples:

@@ -1,6 +1,7 @@
 """Which sample comes when, as a pure function of (seed, stream, position)."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,29 @@ def positions(micro_step: int, *, batch_size: int, rank: int, world_size: int) -
     """Positions of a rank's share of a micro-step: every `world_size`-th of the common batch, from its rank on."""
     start = micro_step * batch_size * world_size
     return range(start + rank, start + batch_size * world_size, world_size)
+
+
+class RareClassOrder:
+    """Position -> item number: a class is drawn, the rarer the likelier, then an image that shows it.
+
+    Class k is drawn with softmax((1 - share of k) / temperature). Source: Hoyer et al. 2022 (arXiv 2111.14887).
+    """
+
+    def __init__(self, seed: int, stream: str, pixels: Sequence[Sequence[int]], *, temperature: float) -> None:
+        """`pixels` counts each class in each item; at least one pixel is labeled."""
+        self._seed, self._key = seed, stream_key(stream)
+        counts = np.asarray(pixels, np.float64)
+        totals = counts.sum(0)
+        shown = np.flatnonzero(totals)
+        logits = (1.0 - totals[shown] / totals.sum()) / temperature
+        weights = np.exp(logits - logits.max())
+        self._probabilities = weights / weights.sum()
+        self._items = [np.flatnonzero(counts[:, k]) for k in shown]
+
+    def __getitem__(self, position: int) -> int:
+        """A function of seed, stream and position alone."""
+        rng = np.random.default_rng([self._seed, self._key, position, 2])
+        return int(rng.choice(self._items[rng.choice(len(self._items), p=self._probabilities)]))
 
 
 class Order:

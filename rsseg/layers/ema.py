@@ -12,10 +12,12 @@ class Ema(nn.Module):
     """An averaged copy of a module: no gradient, in eval mode whatever its owner's mode.
 
     Parameters are averaged. Floating-point buffers (batch-norm statistics) are averaged or copied, as `buffers` says;
-    integer buffers (counters) are always copied.
+    integer buffers (counters) are always copied. `keep` leaves all buffers to the average's own passes.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, buffers: Literal["average", "copy"] = "average") -> None:
+    def __init__(
+        self, module: nn.Module, decay: float, *, buffers: Literal["average", "copy", "keep"] = "average"
+    ) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
@@ -31,7 +33,7 @@ class Ema(nn.Module):
             decay: of this update; None takes the constructor's.
         """
         if self._pairs is None:
-            self._pairs = _Pairs(self.module, source, average_buffers=self.buffers_policy == "average")
+            self._pairs = _Pairs(self.module, source, buffers=self.buffers_policy)
         weight = 1.0 - (self.decay if decay is None else decay)
         if self._pairs.averaged:
             torch._foreach_lerp_(self._pairs.averaged, self._pairs.averaged_from, weight)
@@ -52,12 +54,14 @@ class Ema(nn.Module):
 class _Pairs:
     """Flat lists of tensors, built once: one fused kernel over a list beats a loop over names three to five times."""
 
-    def __init__(self, average: nn.Module, source: nn.Module, *, average_buffers: bool) -> None:
+    def __init__(self, average: nn.Module, source: nn.Module, *, buffers: Literal["average", "copy", "keep"]) -> None:
         self.averaged: list[Tensor] = [p.data for p in average.parameters()]
         self.averaged_from: list[Tensor] = [p.data for p in source.parameters()]
         self.copied: list[Tensor] = []
         self.copied_from: list[Tensor] = []
+        if buffers == "keep":
+            return
         for own, other in zip(average.buffers(), source.buffers(), strict=True):
-            smooth = average_buffers and own.is_floating_point()
+            smooth = buffers == "average" and own.is_floating_point()
             (self.averaged if smooth else self.copied).append(own)
             (self.averaged_from if smooth else self.copied_from).append(other)

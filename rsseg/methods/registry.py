@@ -22,6 +22,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
             from rsseg.methods.mtdf.network import build_segmenter as build_mtdf
 
             return build_mtdf(recipe, task)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.network import build_segmenter as build_dasegnet
+
+            return build_dasegnet(recipe, task)
 
 
 def method_for(recipe: Recipe, task: Task) -> "Method":
@@ -39,6 +43,10 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
             from rsseg.methods.mtdf.method import build_method as build_mtdf
 
             return build_mtdf(recipe, task)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.build import build_method as build_dasegnet
+
+            return build_dasegnet(recipe, task)
 
 
 def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path) -> "ModelHeader":
@@ -56,3 +64,7 @@ def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path)
             from rsseg.methods.mtdf.importer import import_checkpoint as import_mtdf
 
             return import_mtdf(source, recipe, task, output=output)
+        case "dasegnet":
+            from rsseg.methods.dasegnet.importer import import_checkpoint as import_dasegnet
+
+            return import_dasegnet(source, recipe, task, output=output)

@@ -129,13 +129,13 @@ class Trainer:
 
     def _set_learning_rates(self, step: int) -> None:
         for name, optimizer in self.parts.optimizers.items():
-            rate = self._learning_rate(name, step)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+                group["lr"] = self._learning_rate(name, step, scale=group["lr_scale"])
 
-    def _learning_rate(self, optimizer: str, step: int) -> float:
+    def _learning_rate(self, optimizer: str, step: int, *, scale: float = 1.0) -> float:
+        """Rate of a group; `min_lr` is the same for all of them."""
         config = self.recipe.optimizers[optimizer]
-        return lr_at(config.schedule, config.lr, step, self.config.steps)
+        return lr_at(config.schedule, scale * config.lr, step, self.config.steps)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.hardware.amp_dtype is None:

@@ -1,7 +1,8 @@
 """Golden cases: inputs, weights and outputs recorded from the original implementations, read from RSSEG_GOLDENS.
 
-A case's kind is its JSON's `module`, or where there is none the leading words of its name. Handlers build the module
-from the case's own JSON, so that other cases of a kind run unchanged; a kind without a handler fails.
+A case's kind is its JSON's `module` (or that entry's `type`), or where there is none the leading words of its name.
+Handlers build the module from the case's own JSON, so that other cases of a kind run unchanged; a kind without a
+handler fails.
 """
 
 import json
@@ -67,7 +68,8 @@ def case_paths(method: str) -> list[Path]:
 def load_case(path: Path) -> Case:
     meta = json.loads(path.read_text(encoding="utf-8"))
     tensors_file = path.with_suffix(".safetensors")
-    kind = meta.get("module") or re.sub(r"(_[a-z0-9])?$", "", path.stem)
+    module = meta.get("module")
+    kind = module["type"] if isinstance(module, dict) else module or re.sub(r"(_[a-z0-9])?$", "", path.stem)
     return Case(path.stem, kind, meta, load_file(tensors_file) if tensors_file.exists() else {})
 
 

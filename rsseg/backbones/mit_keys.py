@@ -1,0 +1,101 @@
+"""SegFormer's encoder (MiT) in the names of the libraries that publish it, turned into timm's PVTv2 names.
+
+Known are the original code base (NVlabs), mmsegmentation, and both generations of Hugging Face's. Networks and numbers
+are the same; only projections are packed differently.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_HEADS = re.compile(r"(classifier|head|decode_head|decode_head\..*|auxiliary_head)\..*")
+_PREFIX = re.compile(r"^(backbone\.)?(segformer\.)?(encoder\.)?")
+
+_RENAMINGS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # mmsegmentation
+        (r"^layers\.(\d)\.0\.projection\.", r"stages.\1.embed.proj."),
+        (r"^layers\.(\d)\.0\.norm\.", r"stages.\1.embed.norm."),
+        (r"^layers\.(\d)\.1\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^layers\.(\d)\.2\.", r"stages.\1.norm."),
+        (r"\.attn\.attn\.in_proj_", r".attn.qkv."),
+        (r"\.attn\.attn\.out_proj\.", r".attn.proj."),
+        (r"\.ffn\.layers\.0\.", r".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", r".mlp.dwconv."),
+        (r"\.ffn\.layers\.4\.", r".mlp.fc2."),
+        # NVlabs, whose stages count from 1
+        (r"^patch_embed([1-4])\.", r"stages.+\1.embed."),
+        (r"^block([1-4])\.(\d+)\.", r"stages.+\1.blocks.\2."),
+        (r"^norm([1-4])\.", r"stages.+\1.norm."),
+        # Hugging Face, files on the hub
+        (r"^patch_embeddings\.(\d)\.proj\.", r"stages.\1.embed.proj."),
+        (r"^patch_embeddings\.(\d)\.layer_norm\.", r"stages.\1.embed.norm."),
+        (r"^block\.(\d)\.(\d+)\.layer_norm_([12])\.", r"stages.\1.blocks.\2.norm\3."),
+        (r"^block\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^layer_norm\.(\d)\.", r"stages.\1.norm."),
+        (r"\.attention\.self\.(q|k|v)(?:uery|ey|alue)\.", r".attn.\1."),
+        (r"\.attention\.self\.sr\.", r".attn.sr."),
+        (r"\.attention\.self\.layer_norm\.", r".attn.norm."),
+        (r"\.attention\.output\.dense\.", r".attn.proj."),
+        (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
+        # Hugging Face, transformers 5
+        (r"^stages\.(\d)\.patch_embeddings\.proj\.", r"stages.\1.embed.proj."),
+        (r"^stages\.(\d)\.patch_embeddings\.layer_norm\.", r"stages.\1.embed.norm."),
+        (r"\.layernorm_before\.", r".norm1."),
+        (r"\.layernorm_after\.", r".norm2."),
+        (r"\.attention\.(q|k|v)_proj\.", r".attn.\1."),
+        (r"\.attention\.o_proj\.", r".attn.proj."),
+        (r"\.attention\.sequence_reduction\.sequence_reduction\.", r".attn.sr."),
+        (r"\.attention\.sequence_reduction\.layer_norm\.", r".attn.norm."),
+        (r"^stages\.(\d)\.layer_norm\.", r"stages.\1.norm."),
+        # all but mmsegmentation and timm
+        (r"\.mlp\.dwconv\.dwconv\.", r".mlp.dwconv."),
+        (r"^stages\.0\.embed\.|^stages\.\+1\.embed\.", r"patch_embed."),
+    )
+)
+
+
+def mit_to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a MiT, or of a whole model around it, under timm's `pvt_v2` names.
+
+    Heads are left out, names in timm's form stay, and so do names that no library is known for: whoever loads the
+    result reports them.
+    """
+    renamed: dict[str, Tensor] = {}
+    apart: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        ours = _renamed(name)
+        if ours is None:
+            continue
+        if found := re.fullmatch(r"(.*\.attn)\.(q|k|v|qkv)\.(weight|bias)", ours):
+            apart.setdefault(f"{found[1]}.{{}}.{found[3]}", {})[found[2]] = tensor
+        elif re.fullmatch(r".*\.mlp\.fc[12]\.weight", ours):
+            renamed[ours] = tensor.flatten(1)  # a 1x1 convolution in mmsegmentation
+        else:
+            renamed[ours] = tensor
+    for name, parts in apart.items():
+        renamed |= {name.format(part): tensor for part, tensor in _packed(parts).items()}
+    return renamed
+
+
+def _renamed(name: str) -> str | None:
+    name = _PREFIX.sub("", name)
+    if _HEADS.fullmatch(name):
+        return None
+    for pattern, replacement in _RENAMINGS:
+        name = pattern.sub(replacement, name)
+    name = re.sub(r"^stages\.\+(\d)", lambda found: f"stages.{int(found[1]) - 1}", name)
+    return re.sub(r"^stages\.(\d)\.embed\.", r"stages.\1.downsample.", name)
+
+
+def _packed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value as one, three or (already) two tensors -> timm's query and key-value."""
+    if "qkv" in parts:
+        query, key, value = parts["qkv"].chunk(3)
+        return {"q": query, "kv": torch.cat([key, value])}
+    if "k" in parts and "v" in parts:
+        return {"q": parts["q"], "kv": torch.cat([parts["k"], parts["v"]])}
+    return dict(parts)

@@ -1,0 +1,209 @@
+"""The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rsseg
+from rsseg.backbones.mit_keys import mit_to_timm
+from rsseg.checkpoint import ModelHeader, load_into, write_model
+from rsseg.errors import WeightsError
+from rsseg.foreign import read_state_dict
+from rsseg.methods.dasegnet.network import build_segmenter
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.task import Task
+
+_NECK_LEVEL = (
+    (r"fc\.", "distinct.squeeze."),
+    (r"fcs\.0\.", "distinct.weigh_source."),
+    (r"fcs\.1\.", "distinct.weigh_target."),
+    (r"conv\.conv\.", "universal.common."),
+    (r"conv_s\.conv\.", "universal.reduce_source."),
+    (r"conv_t\.conv\.", "universal.reduce_target."),
+)
+
+_DECODER = (
+    (r"conv_seg\.", "classifier.conv."),
+    (r"convs\.", "projections."),
+    (r"fusion_conv\.", "fusion."),
+    (r"image_pool\.1\.", "pool."),
+    (r"aspp_modules\.(\d+)\.", r"branches.\1."),
+    (r"sep_bottleneck\.(\d+)\.", r"refine.\1."),
+    (r"c1_bottleneck\.", "low."),
+    (r"bottleneck\.", "bottleneck."),
+)
+
+_SEPARABLE = (
+    (".depthwise_conv.conv.", ".depthwise."),
+    (".depthwise_conv.bn.", ".bn."),
+    (".pointwise_conv.", ".pointwise."),
+)
+
+_RESNET = ((r"^stem\.7\.", "bn1."), (r"^stem\.([0-6])\.", r"conv1.\1."))
+
+_PARTS = {
+    "backbone_s": "backbone_source",
+    "backbone_t": "backbone_target",
+    "decode_head_s": "decoder_source",
+    "decode_head_t": "decoder_target",
+    "dsk_neck": "neck",
+    "discriminator_s": "disc_source",
+    "discriminator_t": "disc_target",
+    "cross_EMA_decoder_s": "decoder_source",
+    "cross_EMA_decoder_t": "decoder_target",
+    "cross_EMA_decoder": "decoder_target",
+    "cross_EMA_backbone": "backbone_target",
+}
+"""The authors' module names -> ours; those of the teacher name what is averaged."""
+
+
+@dataclass(frozen=True)
+class AuthorsTensors:
+    """A checkpoint in our names.
+
+    segmenter       what ships, names as in its state dict
+    discriminators  `disc_source...`, `disc_target...`
+    teacher         `decoder_source...` and so on, of the averaged copies
+    """
+
+    segmenter: dict[str, Tensor] = field(default_factory=dict)
+    discriminators: dict[str, Tensor] = field(default_factory=dict)
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+
+
+def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, output: Path) -> ModelHeader:
+    """Turn an authors' checkpoint into a model.safetensors. Teacher and discriminators do not ship.
+
+    Args:
+        source: the .pth file. It is read without running any code in it.
+        recipe: describes the network.
+        task: classes in the checkpoint's order, bands red, green, blue as the authors' loader makes them.
+        output: file to write.
+
+    Returns:
+        The header that was written.
+
+    Raises:
+        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+    """
+    tensors = rename_tensors(read_state_dict(source)).segmenter
+    classes = tensors.get("decoder_source.classifier.conv.weight")
+    if classes is not None and classes.shape[0] != task.num_classes:
+        raise WeightsError(
+            f"{source}: has {classes.shape[0]} classes, {task.name} has {task.num_classes}. Choose its own dataset."
+        )
+    segmenter = build_segmenter(recipe, task)
+    unread = unread_neck_levels(tensors, segmenter.state_dict())
+    load_into(segmenter, {name: value for name, value in tensors.items() if name not in unread}, str(source))
+    header = ModelHeader(
+        recipe=recipe.model_dump(mode="json"),
+        task=task,
+        backbones={"source": asdict(segmenter.backbone_source.info), "target": asdict(segmenter.backbone_target.info)},
+        training={"imported_from": source.name},
+        made_with={"rsseg": rsseg.__version__, "torch": torch.__version__},
+    )
+    write_model(output, segmenter.state_dict(), header)
+    return header
+
+
+def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
+    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors' files have them all."""
+
+    def level(name: str) -> str | None:
+        found = re.match(r"neck\.levels\.\d+\.", name)
+        return found[0] if found else None
+
+    read = {level(name) for name in wanted}
+    return {name for name in tensors if level(name) not in read and level(name) is not None}
+
+
+def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
+    """Sort an authors' state dict into our parts, under our names; nothing is dropped.
+
+    Raises:
+        WeightsError: a name that the networks of ST-DASegNet do not have.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part not in _PARTS:
+            raise WeightsError(f"{name!r} is not a tensor of ST-DASegNet. Give a checkpoint of the authors' code.")
+        parts.setdefault(part, {})[rest] = tensor
+    renamed = AuthorsTensors()
+    for part, tensors in parts.items():
+        if part.startswith("discriminator"):
+            chosen, tensors = renamed.discriminators, rename_discriminator(tensors)
+        else:
+            chosen = renamed.teacher if part.startswith("cross_EMA") else renamed.segmenter
+            tensors = _rename_part(part, tensors)
+        chosen |= {f"{_PARTS[part]}.{name}": tensor for name, tensor in tensors.items()}
+    return renamed
+
+
+def rename_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """mmsegmentation's MixVisionTransformer or ResNetV1c -> our `Backbone`."""
+    if any(name.startswith("stem.") for name in tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            for pattern, replacement in _RESNET:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = tensor
+    else:
+        renamed = mit_to_timm(tensors)
+    return {f"body.network.{name}": tensor for name, tensor in renamed.items()}
+
+
+def rename_neck(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`dsk_neck1` and so on -> `DisentangledNeck`."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"dsk_neck(\d+)\.(.+)", name)
+        if not found:
+            raise WeightsError(f"dsk_neck.{name}: not a level of the neck. Give a checkpoint of the authors' code.")
+        renamed |= {
+            f"levels.{int(found[1]) - 1}.{ours}": value for ours, value in rename_neck_level({found[2]: tensor}).items()
+        }
+    return renamed
+
+
+def rename_neck_level(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`DSKNeck` or `DS2Neck` -> `DisentangledLevel`."""
+    return {_rename(name, _NECK_LEVEL): tensor for name, tensor in tensors.items()}
+
+
+def rename_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`SegformerHead` -> `SegFormerHead`, `DepthwiseSeparableASPPHead` -> `SeparableASPPHead`."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = _rename(name, _DECODER)
+        for theirs, ours in _SEPARABLE:
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    return renamed
+
+
+def rename_discriminator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`AdapSegDiscriminator` -> `PatchDiscriminator`."""
+    rules = ((r"discriminator\.(\d+)\.conv\.", r"convs.\1."), (r"discriminator\.\d+\.", "classify."))
+    return {_rename(name, rules): tensor for name, tensor in tensors.items()}
+
+
+def _rename_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    match _PARTS[part].partition("_")[0]:
+        case "backbone":
+            return rename_backbone(tensors)
+        case "neck":
+            return rename_neck(tensors)
+        case _:
+            return rename_decoder(tensors)
+
+
+def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        if found := re.match(pattern, name):
+            return found.expand(replacement) + name[found.end() :]
+    raise WeightsError(f"{name!r} is not a tensor of ST-DASegNet. Give a checkpoint of the authors' code.")

@@ -1,0 +1,134 @@
+"""The domain disentangled module: what two styles of one image share, and what is distinct in each."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+"""Source style and target style of one image, same shape."""
+
+
+class DistinctPurification(nn.Module):
+    """DSM: shares every channel between the two styles, by weights that add up to 1 and depend on both.
+
+    Source: ST-DASegNet's `DSKNeck`. The softmax over two logits is computed as the sigmoid of their difference.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8, min_width: int = 8) -> None:
+        super().__init__()
+        width = max(channels // reduction, min_width)
+        self.squeeze = nn.Linear(channels, width)
+        self.weigh_source = nn.Linear(width, channels)
+        self.weigh_target = nn.Linear(width, channels)
+
+    def forward(self, source: Tensor, target: Tensor) -> Pair:
+        """Two (N, C, H, W) -> the same two, each times its share of the channel."""
+        squeezed = self.squeeze((source + target).mean(dim=(2, 3)))
+        weight = self.weigh_source.weight - self.weigh_target.weight
+        bias = self.weigh_source.bias - self.weigh_target.bias
+        share = torch.sigmoid(F.linear(squeezed, weight, bias))[..., None, None]
+        return source * share, target * (1.0 - share)
+
+
+class UniversalExtraction(nn.Module):
+    """DUM: per style, a mixture of channels chosen by how little they agree with what both styles have in common.
+
+    Source: the attention of ST-DASegNet's `DS2Neck`. The paper draws a softmax, the code computes a soft minimum; this
+    is the code's. Energies are sums over positions, so that the attention sharpens as the map grows.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8, min_width: int = 8) -> None:
+        super().__init__()
+        self.out_channels = max(channels // reduction, min_width)
+        self.common = _conv(channels, channels)
+        self.reduce_source = _conv(channels, self.out_channels)
+        self.reduce_target = _conv(channels, self.out_channels)
+
+    def forward(self, source: Tensor, target: Tensor) -> Pair:
+        """Two (N, C, H, W) -> two (N, out_channels, H, W)."""
+        size = source.shape[-2:]
+        common = F.relu(self.common((source + target) / 2)).flatten(2).transpose(1, 2)
+        rows = (source.flatten(2), target.flatten(2))
+        # energies reach the hundreds, and the soft minimum is nearly a step: half precision would pick other channels
+        with torch.autocast(source.device.type, enabled=False):
+            source_energy, target_energy = (torch.bmm(row.float(), common.float()) for row in rows)
+            attention = (torch.softmax(-source_energy, dim=-1) + torch.softmax(-target_energy, dim=-1)) / 2
+        mixed_source, mixed_target = (
+            torch.bmm(attention.to(row.dtype), row).reshape(row.shape[0], -1, *size) for row in rows
+        )
+        return F.relu(self.reduce_source(mixed_source)), F.relu(self.reduce_target(mixed_target))
+
+
+class DisentangledLevel(nn.Module):
+    """DSM, and beside it DUM where wanted; the DSM's channels come first."""
+
+    def __init__(self, channels: int, *, universal: bool, reduction: int = 8, min_width: int = 8) -> None:
+        super().__init__()
+        self.distinct = DistinctPurification(channels, reduction=reduction, min_width=min_width)
+        self.universal = UniversalExtraction(channels, reduction=reduction, min_width=min_width) if universal else None
+        self.out_channels = channels + (self.universal.out_channels if self.universal is not None else 0)
+
+    def forward(self, source: Tensor, target: Tensor) -> Pair:
+        """Two (N, C, H, W) -> two (N, out_channels, H, W)."""
+        distinct = self.distinct(source, target)
+        if self.universal is None:
+            return distinct  # type: ignore[no-any-return]
+        universal = self.universal(source, target)
+        return torch.cat([distinct[0], universal[0]], dim=1), torch.cat([distinct[1], universal[1]], dim=1)
+
+
+class DisentangledNeck(nn.Module):
+    """One level module per pyramid level that is used; the others pass as they are."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        *,
+        kind: Literal["ds2", "dsk"] = "ds2",
+        reduction: int = 8,
+        min_width: int = 8,
+        used: Sequence[int] | None = None,
+    ) -> None:
+        """Make the levels.
+
+        Args:
+            in_channels: of each level.
+            kind: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
+            reduction: channels over reduced channels.
+            min_width: least number of reduced channels.
+            used: levels that a decoder reads; None for all. A module that nobody reads would never get a gradient.
+        """
+        super().__init__()
+        last = len(in_channels) - 1
+        made = {
+            str(i): DisentangledLevel(
+                channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
+            )
+            for i, channels in enumerate(in_channels)
+            if used is None or i in used
+        }
+        self.levels = nn.ModuleDict(made)
+        self.out_channels: tuple[int, ...] = tuple(
+            made[str(i)].out_channels if str(i) in made else channels for i, channels in enumerate(in_channels)
+        )
+        """Channels of every returned level."""
+
+    def forward(
+        self, source: Sequence[Tensor], target: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Two pyramids of the same images, source style and target style -> the refined two."""
+        pairs = [
+            self.levels[str(i)](s, t) if str(i) in self.levels else (s, t)
+            for i, (s, t) in enumerate(zip(source, target, strict=True))
+        ]
+        return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv

@@ -1,0 +1,166 @@
+"""The shipped network: two students, the disentangled neck, two decoders whose logits are averaged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.zoo import create_backbone
+from rsseg.layers.aspp import SeparableASPPHead
+from rsseg.layers.decoders import SegFormerHead
+from rsseg.layers.resize import resize
+from rsseg.methods.base import Segmenter, TileHint
+from rsseg.methods.dasegnet.neck import DisentangledNeck
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe, DecoderConfig
+from rsseg.task import Task
+
+Maps = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Styles:
+    """What both students see in the same images, one map per level: raw, and refined by the neck for the decoders."""
+
+    source: Maps
+    target: Maps
+    refined_source: Maps
+    refined_target: Maps
+
+
+class DASegNet(Segmenter):
+    """Students in source style and target style; both see every image."""
+
+    def __init__(
+        self,
+        task: Task,
+        backbones: tuple[Backbone, Backbone],
+        decoders: tuple[nn.Module, nn.Module],
+        *,
+        neck: DisentangledNeck | None,
+        tile: TileHint,
+        batching: bool = True,
+        side_by_side: bool = False,
+    ) -> None:
+        """Take the parts, source style first.
+
+        Args:
+            task: classes and bands.
+            backbones: of the same architecture.
+            decoders: refined maps of all levels -> logits.
+            neck: None hands the students' maps to their decoders as they are.
+            tile: preferred tiling.
+            batching: let `styles` concatenate images where no norm mixes samples.
+            side_by_side: run the students on two CUDA streams.
+        """
+        info = backbones[0].info
+        super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
+        self.backbone_source, self.backbone_target = backbones
+        self.neck = neck
+        self.decoder_source, self.decoder_target = decoders
+        channels = backbones[0].info.channels
+        self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
+        self.batching = batching and not mixes_samples(backbones[0])
+        self.side_by_side = side_by_side
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
+        (view,) = self.styles(images)
+        logits = (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2
+        return resize(logits, images.shape[-2:])
+
+    def styles(self, *batches: Tensor) -> list[Styles]:
+        """Maps of several image batches, such as source and target.
+
+        Students with token norms get all batches of one shape as one; others get one after the other, in the order
+        given, because batch norm must not mix domains.
+        """
+        if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
+            (joint,) = self.styles(torch.cat(batches))
+            return _split(joint, [len(batch) for batch in batches])
+        pairs = [self._students(batch) for batch in batches]
+        return [Styles(source, target, *self.refine(source, target)) for source, target in pairs]
+
+    def refine(self, source: Maps, target: Maps) -> tuple[Maps, Maps]:
+        """Both styles of the same images -> the decoders' inputs."""
+        return (source, target) if self.neck is None else self.neck(source, target)
+
+    def _students(self, images: Tensor) -> tuple[Maps, Maps]:
+        if not (self.side_by_side and images.is_cuda):
+            return self.backbone_source(images), self.backbone_target(images)
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            target = self.backbone_target(images)
+        source = self.backbone_source(images)
+        main.wait_stream(side)
+        images.record_stream(side)
+        for level in target:
+            level.record_stream(main)
+        return source, target
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether a sample's output depends on its batch in train mode: whether there is a batch norm."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
+def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
+    """A decoder with fresh weights."""
+    match config.kind:
+        case "segformer":
+            return SegFormerHead(in_channels, num_classes, channels=config.channels, dropout=config.dropout)
+        case "deeplabv3plus":
+            return SeparableASPPHead(
+                in_channels,
+                num_classes,
+                channels=config.channels,
+                dilations=config.dilations,
+                low_channels=config.low_channels,
+                dropout=config.dropout,
+            )
+
+
+def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
+    """The network that a recipe describes; `load_weights` reads the students' pretrained file, else all is random."""
+    backbones = (
+        create_backbone(recipe.backbone, task, load_weights=load_weights),
+        create_backbone(recipe.backbone, task, load_weights=load_weights),
+    )
+    return assemble(recipe, task, backbones)
+
+
+def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
+    """Neck and decoders for two given students."""
+    channels = backbones[0].info.channels
+    neck = None
+    if recipe.neck is not None:
+        config = recipe.neck
+        neck = DisentangledNeck(
+            channels,
+            kind=config.kind,
+            reduction=config.reduction,
+            min_width=config.min_width,
+            used=None if recipe.decoder.kind == "segformer" else (0, len(channels) - 1),
+        )
+    refined = channels if neck is None else neck.out_channels
+    decoders = tuple(build_decoder(recipe.decoder, refined, task.num_classes) for _ in range(2))
+    return DASegNet(
+        task,
+        backbones,
+        (decoders[0], decoders[1]),
+        neck=neck,
+        tile=TileHint(size=recipe.eval.tile or 512, overlap=128, flexible=False),
+        batching=recipe.batching == "auto",
+        side_by_side=recipe.side_by_side,
+    )
+
+
+def _split(joint: Styles, counts: Sequence[int]) -> list[Styles]:
+    """One Styles per batch of a concatenation."""
+    parts = [
+        [torch.split(level, list(counts)) for level in maps]
+        for maps in (joint.source, joint.target, joint.refined_source, joint.refined_target)
+    ]
+    return [Styles(*(tuple(level[i] for level in maps) for maps in parts)) for i in range(len(counts))]

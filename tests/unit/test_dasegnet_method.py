@@ -1,0 +1,255 @@
+"""ST-DASegNet's step: who gets which gradient, what is batched, what the teacher does, and the switches."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rsseg.backbones.zoo import create_backbone
+from rsseg.config import BackboneConfig
+from rsseg.data.streams import training_batches
+from rsseg.methods.dasegnet.adversarial import Alignment, adversarial_terms
+from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
+from rsseg.methods.dasegnet.method import DASegNetMethod, split_norms
+from rsseg.methods.dasegnet.mixing import class_mix, hide_patches
+from rsseg.methods.dasegnet.recipe import AdversarialConfig
+from rsseg.task import IGNORE_INDEX
+from tests.conftest import rgb_task
+from tests.unit.dasegnet_models import BATCH_NORM, make_batch, make_method, make_recipe
+
+
+def test_adversarial_term_trains_features_and_discriminator_terms_train_discriminators_only() -> None:
+    disc = PatchDiscriminator(4, base_channels=4, convs=1)
+    own, other = (torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(2))
+    terms = adversarial_terms(disc, Alignment(own, other, (64, 64), (64, 64)), AdversarialConfig(convs=1))
+    terms.align.backward()
+    assert other.grad is not None
+    assert own.grad is None
+    assert all(p.grad is None for p in disc.parameters())
+    before = other.grad.clone()
+    (terms.real + terms.fake).backward()
+    assert torch.equal(other.grad, before)
+    assert own.grad is None
+    assert all(p.grad is not None for p in disc.parameters())
+
+
+def test_weight_acts_on_discriminators_only_if_published() -> None:
+    disc = PatchDiscriminator(4, base_channels=4, convs=1)
+    alignment = Alignment(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), (64, 64), (64, 64))
+    published = adversarial_terms(disc, alignment, AdversarialConfig(weight=0.005))
+    corrected = adversarial_terms(disc, alignment, AdversarialConfig(weight=0.005, weight_on_discriminators=False))
+    torch.testing.assert_close(published.align, corrected.align)
+    torch.testing.assert_close(published.real, 0.005 * corrected.real)
+
+
+def test_source_and_target_as_one_batch_give_the_same_numbers_as_apart() -> None:
+    joint = make_method()
+    apart = copy.deepcopy(joint)
+    apart.segmenter.batching = False
+    assert joint.segmenter.batching
+    batch = make_batch()
+    for method in (joint, apart):
+        torch.stack(list(method(batch, 0).losses.values())).sum().backward()
+    for (name, a), b in zip(joint.named_parameters(), apart.parameters(), strict=True):
+        if a.grad is not None and b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_batch_norm_sees_one_domain_at_a_time_and_the_target_last() -> None:
+    method = make_method(backbone=BATCH_NORM)
+    norm = method.segmenter.backbone_source.get_submodule("body.network.bn1")
+    seen: list[torch.Tensor] = []
+    norm.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0].detach()))
+    batch = make_batch()
+    batch = {**batch, "target": replace(batch["target"], images=batch["target"].images + 10)}
+    method.passes(batch)
+    assert [len(maps) for maps in seen] == [2, 2]
+    assert seen[1].abs().mean() > seen[0].abs().mean()
+
+
+def test_teacher_that_starts_from_the_student_is_a_copy_and_one_that_does_not_is_not() -> None:
+    def equal(method: DASegNetMethod) -> bool:
+        assert method.teacher is not None
+        own = method.teacher.averaged("decoder_target").state_dict()
+        return all(torch.equal(own[name], v) for name, v in method.segmenter.decoder_target.state_dict().items())
+
+    assert not equal(make_method())
+    assert equal(make_method(self_training={"teacher": {"start": "student"}}))
+
+
+@pytest.mark.parametrize(("counter", "share"), [("step", 1 / 12), ("process", 0.5)])
+def test_after_a_resume_the_average_goes_on_unless_the_published_counter_is_asked_for(
+    counter: str, share: float
+) -> None:
+    method = make_method(self_training={"teacher": {"counter": counter}})
+    assert method.teacher is not None
+    average = next(method.teacher.averaged("decoder_source").parameters())
+    student = next(method.segmenter.decoder_source.parameters())
+    before = average.detach().clone()
+    method.after_optimizer_step(10)
+    torch.testing.assert_close(average, before + share * (student.detach() - before))
+
+
+def test_running_statistics_of_the_teacher_are_its_own_or_averaged() -> None:
+    for buffers, mode in (("own", "train"), ("average", "eval")):
+        method = make_method(self_training={"teacher": {"buffers": buffers, "mode": mode}})
+        assert method.teacher is not None
+        name = "fusion.bn.running_mean"
+        method.segmenter.decoder_source.get_buffer(name).fill_(7.0)
+        before = method.teacher.averaged("decoder_source").get_buffer(name).clone()
+        method.after_optimizer_step(0)
+        after = method.teacher.averaged("decoder_source").get_buffer(name)
+        assert torch.equal(after, before) == (buffers == "own")
+
+
+def test_teacher_keeps_its_mode_when_the_method_is_switched() -> None:
+    for mode, buffers in (("train", "own"), ("eval", "average")):
+        method = make_method(self_training={"teacher": {"mode": mode, "buffers": buffers}})
+        method.eval()
+        method.train()
+        assert method.teacher is not None
+        assert method.teacher.averaged("decoder_source").training == (mode == "train")
+
+
+@pytest.mark.parametrize("kind", ["decoder_only_t", "single_t", "whole"])
+@pytest.mark.parametrize("backbone", ["tokens", "batch_norm"])
+def test_every_teacher_labels_without_a_graph(kind: str, backbone: str) -> None:
+    chosen = {"backbone": BATCH_NORM} if backbone == "batch_norm" else {}
+    method = make_method(**chosen, self_training={"confidence": 0.3, "teacher": {"kind": kind}})
+    passes = method.passes(make_batch())
+    assert not passes.lessons[0].pseudo.weights.requires_grad
+    assert all(not p.requires_grad for p in method.teacher.parameters())  # type: ignore[union-attr]
+
+
+def test_masked_consistency_adds_a_lesson_with_the_teachers_labels() -> None:
+    method = make_method(self_training={"confidence": 0.3, "masked": {"patch": 16, "weight": 0.5}})
+    passes = method.passes(make_batch())
+    assert [lesson.name for lesson in passes.lessons] == ["pseudo", "masked"]
+    assert passes.lessons[1].pseudo is passes.lessons[0].pseudo
+    assert passes.lessons[1].weight == 0.5 * passes.lessons[0].weight
+    assert set(method(make_batch(), 0).losses) >= {"pseudo", "masked"}
+
+
+def test_strong_view_changes_the_students_image_and_not_the_teachers() -> None:
+    method = make_method(self_training={"confidence": 0.3, "student_view": "strong"})
+    assert [spec.strong_views for spec in method.streams] == [0, 1]
+    seen: list[torch.Tensor] = []
+    method.segmenter.backbone_source.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
+    batch = make_batch(strong=True)
+    method.passes(batch)
+    strong = batch["target"].strong
+    assert strong is not None
+    assert torch.equal(seen[0], torch.cat([batch["source"].images, batch["target"].images]))
+    assert torch.equal(seen[1], strong[:, 0])
+
+
+def test_class_mix_pastes_source_pixels_with_their_labels_at_full_weight() -> None:
+    method = make_method(self_training={"confidence": 0.999, "class_mix": True})
+    seen: list[torch.Tensor] = []
+    method.segmenter.backbone_source.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
+    batch = make_batch()
+    pseudo = method.passes(batch).lessons[0].pseudo
+    source, mixed = batch["source"], seen[1]
+    pasted = (mixed == source.images).all(1)
+    assert 0 < pasted.float().mean() < 1
+    assert source.masks is not None
+    assert torch.equal(pseudo.labels[pasted], source.masks[pasted])
+    assert (pseudo.weights[pasted] == 1).all()
+    assert torch.equal(mixed[:, :, ~pasted[0]][0], batch["target"].images[:, :, ~pasted[0]][0])
+
+
+def test_class_mix_takes_half_of_the_classes_and_never_ignored_pixels() -> None:
+    masks = torch.tensor([[[0, 1, 2], [3, IGNORE_INDEX, 0]]])
+    torch.manual_seed(0)
+    for _ in range(5):
+        pasted = class_mix(masks)
+        assert len(masks[pasted].unique()) == 2
+        assert not pasted[masks == IGNORE_INDEX].any()
+    assert not class_mix(torch.full((1, 2, 2), IGNORE_INDEX)).any()
+
+
+def test_hidden_patches_are_whole_squares_of_the_fill() -> None:
+    images = torch.rand(2, 3, 40, 56) + 1
+    hidden = (hide_patches(images, (0.0, 0.0, 0.0), patch=16, ratio=0.5) == 0).all(1)
+    for top in range(0, 40, 16):
+        for left in range(0, 56, 16):
+            square = hidden[:, top : top + 16, left : left + 16].flatten(1)
+            assert torch.equal(square.all(1), square.any(1))
+    assert torch.equal(hide_patches(images, (0.0,) * 3, patch=16, ratio=0.0), images)
+    assert (hide_patches(images, (0.5,) * 3, patch=16, ratio=1.0) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("off", "losses"),
+    [
+        ({"adversarial": None, "self_training": None}, {"seg"}),
+        ({"self_training": None}, {"seg", "adv_source", "adv_target", "disc_source", "disc_target"}),
+        ({"adversarial": None}, {"seg", "pseudo"}),
+        ({"neck": None}, {"seg", "pseudo", "adv_source", "adv_target", "disc_source", "disc_target"}),
+    ],
+)
+def test_each_ablation_is_one_switch(off: dict[str, None], losses: set[str]) -> None:
+    method = make_method(**off)
+    assert set(method(make_batch(), 0).losses) == losses
+    assert set(method.param_groups()) == set(method.recipe.optimizers)
+    assert [spec.name for spec in method.streams] == (["source"] if losses == {"seg"} else ["source", "target"])
+
+
+def test_decoders_learn_faster_only_if_asked() -> None:
+    scales = [group.lr_scale for group in make_method(decoder_lr_scale=10.0).param_groups()["main"]]
+    assert scales[-1] == 10.0
+    assert set(scales[:-1]) == {1.0}
+    assert {group.lr_scale for group in make_method().param_groups()["main"]} == {1.0}
+
+
+def test_published_weight_decay_exempts_as_many_norm_tensors_as_the_authors_code() -> None:
+    config = BackboneConfig(name="mit_b5", weights="random")
+    with torch.device("meta"):
+        backbone = create_backbone(config, rgb_task(), load_weights=False)
+    _, exempt = split_norms((backbone,), "published")
+    assert len(exempt) == 314
+    assert len(split_norms((backbone,), "none")[1]) == 322
+    assert split_norms((backbone,), "all")[1] == []
+
+
+def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
+    for number in (1, 3):  # the northern images of the training split
+        (rgb_dataset / "masks" / f"{number:02d}.png").write_bytes(b"not an image")
+    data = {
+        "path": rgb_dataset,
+        "cache": False,
+        "augment": {"crop_size": 64},
+        "streams": {"source": {"domain": "south"}, "target": {"domain": "north"}},
+    }
+    method = make_method(data=data)
+    recipe = make_recipe(data=data, trainer={"batch_size": 2, "workers": 0})
+    batches = training_batches(recipe, method.streams, rgb_task(), device="cpu", start_step=0)
+    for _ in range(3):
+        batch = next(batches)
+        assert batch["target"].masks is None
+        assert all(loss.isfinite() for loss in method(batch, 0).losses.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_students_side_by_side_give_the_same_gradients() -> None:
+    alone = make_method().cuda()
+    beside = copy.deepcopy(alone)
+    beside.segmenter.side_by_side = True
+    batch = {
+        name: replace(
+            samples,
+            images=samples.images.cuda(),
+            valid=samples.valid.cuda(),
+            masks=None if samples.masks is None else samples.masks.cuda(),
+        )
+        for name, samples in make_batch().items()
+    }
+    for method in (alone, beside):
+        torch.stack(list(method(batch, 0).losses.values())).sum().backward()
+    torch.cuda.synchronize()
+    for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
