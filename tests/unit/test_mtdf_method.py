@@ -45,7 +45,19 @@ def train_one_step(method: MTDFMethod, step: int = 0) -> None:
         ({"teachers": [TEACHERS[1] | {"grid": "student", "standardize": True}]}, {"seg", "pseudo", "distill"}),
         ({"student": PYRAMID}, {"seg", "pseudo", "distill"}),
     ],
-    ids=str,
+    ids=[
+        "published",
+        "one-teacher",
+        "fixmatch",
+        "no-fusion",
+        "supervised",
+        "distillation-only",
+        "two-strong-views",
+        "complementary-dropout",
+        "shared-pass",
+        "standardized",
+        "pyramid-student",
+    ],
 )
 def test_every_ablation_has_its_losses_and_a_gradient_for_every_trainable_parameter(
     changes: dict[str, Any], losses: set[str]
