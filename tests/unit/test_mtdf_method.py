@@ -1,15 +1,20 @@
 """RS-MTDF's training step, its ablations and each option that departs from the publication."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rsseg.checkpoint import ModelHeader, write_model
+from rsseg.errors import WeightsError
+from rsseg.inference.device import ready_to_predict
 from rsseg.layers.resize import resize
 from rsseg.methods.mtdf.method import (
     MTDFMethod,
     PseudoLabels,
+    build_method,
     complementary_masks,
     cutmix,
     ema_ratio,
@@ -122,7 +127,56 @@ def test_prediction_with_folded_layers_equals_the_training_form(student: dict[st
     teachers = [TEACHERS[0], TEACHERS[1] | {"student_pass": student_pass}]
     network = method_of(student=student, teachers=teachers).student.eval()
     images = batch_of()["labeled"].images
+    expected = network.forward_translated(images).logits
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    parameters = sum(p.numel() for p in network.parameters())
+    network.fold()
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in network.parameters()) < parameters
+
+
+def test_copy_for_prediction_is_folded_and_the_original_is_not() -> None:
+    network = method_of().student.eval()
+    images = batch_of()["labeled"].images
+    copy_, _ = ready_to_predict(network, torch.device("cpu"), torch.float32)
+    assert not any("predict" in name for name, _ in copy_.named_parameters() if name.startswith("translators"))
+    with torch.inference_mode():
+        torch.testing.assert_close(copy_(images), network.forward_translated(images).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_without_a_share_in_the_fusion_costs_nothing_at_prediction() -> None:
+    calls: list[int] = []
+    network = method_of(teachers=[TEACHERS[0], TEACHERS[1] | {"fusion_weight": 0.0}]).student.eval()
+    network.backbone.register_forward_hook(lambda *_: calls.append(1))
+    images = batch_of()["labeled"].images
     torch.testing.assert_close(network(images), network.forward_translated(images).logits, rtol=1e-4, atol=1e-5)
+    network.fold()
+    network(images)
+    assert len(calls) == 1 + 2 + 1
+    assert list(network.translators) == ["vit"]
+
+
+def test_supervised_baseline_can_ship_its_average() -> None:
+    method = method_of(FIXMATCH, unlabeled=False, ship="average")
+    train_one_step(method)
+    assert method.average is not None
+    assert method.deployable() is method.average.module
+    assert set(method(batch_of(), 1).losses) == {"seg"}
+
+
+def test_student_can_start_from_the_model_of_another_run(tmp_path: Path) -> None:
+    first = method_of().student
+    file = tmp_path / "model.safetensors"
+    header = ModelHeader(recipe_of().model_dump(mode="json"), TASK, backbones={}, training={}, made_with={})
+    write_model(file, first.state_dict(), header)
+    shared = [TEACHERS[0], TEACHERS[1] | {"student_pass": "shared"}]
+    torch.manual_seed(9)
+    second = build_method(recipe_of(teachers=shared, start_from=str(tmp_path)), TASK)
+    assert second.average is not None
+    for network in (second.student, second.average.module):
+        assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(WeightsError, match="does not fit the network"):
+        method_of(start_from=str(file), translator_width=13)
 
 
 def test_any_size_can_be_predicted() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
+from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.ema import Ema
@@ -120,7 +121,7 @@ class Teacher(nn.Module):
 
 
 class MTDFMethod(Method):
-    """The student with what trains it: its average, which labels, and its teachers."""
+    """The student with what trains it: its average, which gives the pseudo-labels, and its teachers."""
 
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
         """Join the parts.
@@ -134,7 +135,8 @@ class MTDFMethod(Method):
         self.student = student
         self.teachers = nn.ModuleDict(teachers)
         self.settings = settings
-        self.average = Ema(student, settings.ema_decay) if settings.unlabeled else None
+        averaged = settings.unlabeled or settings.ship == "average"
+        self.average = Ema(student, settings.ema_decay) if averaged else None
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
         self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
@@ -149,7 +151,7 @@ class MTDFMethod(Method):
         weak: PseudoLabels | None = None
         views: list[Tensor] = []
         pseudo: list[PseudoLabels] = []
-        if self.average is not None:
+        if s.unlabeled:
             u = batch["unlabeled"]
             weak = self._pseudo_labels(u)
             views, pseudo = _strong_views(u, weak)
@@ -193,7 +195,7 @@ class MTDFMethod(Method):
 
     @torch.no_grad()
     def _pseudo_labels(self, u: Samples) -> PseudoLabels:
-        assert self.average is not None  # for the type checker: the caller asked
+        assert self.average is not None  # for the type checker: there is one wherever pseudo-labels are used
         return PseudoLabels.of(self.average.module(u.images), u.valid)
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
@@ -294,10 +296,13 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
         DataError: a teacher wants a band that the task does not have.
         WeightsError: weights are missing, foreign or may not be fetched.
     """
-    student = create_backbone(recipe.student, task)
+    backbone = create_backbone(recipe.student, task)
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
     channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
-    return assemble_method(recipe, assemble_segmenter(recipe, task, student, channels), teachers)
+    student = assemble_segmenter(recipe, task, backbone, channels)
+    if recipe.start_from is not None:
+        load_tensors(student, find_model(recipe.start_from))
+    return assemble_method(recipe, student, teachers)
 
 
 def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mapping[str, Backbone]) -> MTDFMethod:
