@@ -11,7 +11,7 @@ from rsseg.methods.mtdf.network import build_segmenter
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import ClassInfo, Task
-from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TEACHERS, VIT, recipe_of
+from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TEACHERS, VIT, batch_of, recipe_of
 
 MULTISPECTRAL = Task(
     name="many",
@@ -67,7 +67,8 @@ def test_students_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     ("changes", "message"),
     [
         ({"data": {"path": "x", "augment": {"crop_size": 36}}}, r"crop_size: 36 pixels .* Take 32 or 40"),
-        ({"teachers": [TEACHERS[1] | {"input_size": 50}]}, r"input_size of 'cnn': 50 pixels"),
+        ({"teachers": [TEACHERS[1] | {"input_size": 50}]}, r"input_size of 'cnn': 50 pixels .* vit_mini_patch8"),
+        ({"teachers": [TEACHERS[0] | {"input_size": 50}]}, r"input_size of 'vit': 50 pixels"),
         (
             {
                 "data": {
@@ -83,6 +84,13 @@ def test_students_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_method(recipe_of(**changes), TASK)
+
+
+def test_convolutional_teacher_takes_the_crop_of_a_patch_that_it_does_not_divide() -> None:
+    data = {"path": "x", "augment": {"crop_size": 40}}
+    recipe = recipe_of(data=data, teachers=[{"name": "cnn", "backbone": PYRAMID, "input_size": 40}])
+    losses = build_method(recipe, TASK).train()(batch_of(), 0).losses
+    assert losses["distill"].isfinite()
 
 
 def test_pretrained_teacher_wants_three_bands() -> None:

@@ -340,7 +340,10 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
 
 
 def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, Backbone]) -> None:
-    """Every image that a network sees must be a whole number of its patches."""
+    """Every image that a network sees must be a whole number of its patches.
+
+    A convolutional teacher takes any size: its map is compared on one grid whatever its size.
+    """
     crops = crop_sizes(recipe)
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
@@ -348,7 +351,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
-        _check_side(key, config.input_size or crop, teachers[config.name])
+        if teachers[config.name].info.patch_size is not None:
+            _check_side(key, config.input_size or crop, teachers[config.name])
         if config.input_size is not None:
             _check_side(key, config.input_size, student)
 
