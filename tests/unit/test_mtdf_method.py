@@ -219,6 +219,26 @@ def test_teacher_sees_its_bands_in_its_size_with_the_statistics_that_the_recipe_
     torch.testing.assert_close(seen[0], resize(expected, (64, 64), align_corners=True), rtol=0, atol=1e-4)
 
 
+def test_batch_norm_keeps_the_statistics_of_labeled_full_images_alone() -> None:
+    student = {"name": "resnet_mini", "weights": "random"}
+    crops = batch_of()["labeled"]
+
+    def statistics(method: MTDFMethod) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in method.student.named_buffers() if "running" in name}
+
+    method = method_of(student=student)
+    alone = copy.deepcopy(method)
+    total(method)
+    alone.train().student.backbone(crops.images)
+    assert len(statistics(alone)) > 10
+    for name, recorded in statistics(alone).items():
+        torch.testing.assert_close(statistics(method)[name], recorded)
+    supervised = method_of(FIXMATCH, student=student, unlabeled=False)
+    before = {name: t.clone() for name, t in statistics(supervised).items()}
+    total(supervised)
+    assert any(not torch.equal(t, before[name]) for name, t in statistics(supervised).items())
+
+
 def test_cutmix_takes_the_box_from_the_mirrored_sample_at_once() -> None:
     x = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
     mix = torch.zeros(3, 2, 2, dtype=torch.bool)

@@ -13,12 +13,13 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
+from rsseg.layers.batch_norm import has_batch_norm, unrecorded_statistics
 from rsseg.layers.ema import Ema
 from rsseg.layers.frozen import Frozen
 from rsseg.layers.losses import cross_entropy
 from rsseg.layers.resize import resize
 from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.network import MTDFSegmenter, assemble_segmenter, crop_sizes, teacher_task
+from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.task import Task
 
@@ -156,7 +157,7 @@ class MTDFMethod(Method):
             weak = self._pseudo_labels(u)
             views, pseudo = _strong_views(u, weak)
         images = torch.cat([x.images, *views])
-        output = self.student.forward_translated(images, self._channel_mask(len(x.images), views))
+        output = self._student_output(images, len(x.images), self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
         losses = {"seg": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
@@ -197,6 +198,21 @@ class MTDFMethod(Method):
     def _pseudo_labels(self, u: Samples) -> PseudoLabels:
         assert self.average is not None  # for the type checker: there is one wherever pseudo-labels are used
         return PseudoLabels.of(self.average.module(u.images), u.valid)
+
+    def _student_output(self, images: Tensor, labeled: int, channel_mask: Tensor | None) -> StudentOutput:
+        """The student on labeled crops and strong views together.
+
+        A student with batch norm sees them one after the other, and keeps the statistics of the labeled crops alone:
+        strong views look like nothing that it will have to predict.
+        """
+        if labeled == len(images) or not has_batch_norm(self.student):
+            return self.student.forward_translated(images, channel_mask)
+        masks = (None, None) if channel_mask is None else (channel_mask[:labeled], channel_mask[labeled:])
+        weak = self.student.forward_translated(images[:labeled], masks[0])
+        with unrecorded_statistics(self.student):
+            strong = self.student.forward_translated(images[labeled:], masks[1])
+        translated = {name: torch.cat([weak.translated[name], strong.translated[name]]) for name in weak.translated}
+        return StudentOutput(torch.cat([weak.logits, strong.logits]), translated)
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
         """Factors (B, D) for the channels of all maps: the two strong views see different halves."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
+from rsseg.layers.batch_norm import unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
 from rsseg.layers.resize import resize
 from rsseg.methods.base import Segmenter, TileHint
@@ -196,7 +197,9 @@ class MTDFSegmenter(Segmenter):
                 features[name] = resize(last, (grid, grid), align_corners=True)
             else:
                 if size not in passes:
-                    passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
+                    # At prediction batch norms of both passes share the statistics: those of the full images.
+                    with unrecorded_statistics(self.backbone):
+                        passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
                 features[name] = passes[size]
         return features
 
