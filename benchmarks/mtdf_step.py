@@ -61,7 +61,6 @@ class Published:
         teachers = {name: copy.deepcopy(t.frozen.module) for name, t in self.method.teachers.items()}
         self.whole = nn.ModuleDict({"student": copy.deepcopy(self.method.student), "teachers": nn.ModuleDict(teachers)})
         self.average = copy.deepcopy(self.whole).requires_grad_(False)
-        student = self.whole["student"]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for n, p in self.whole.named_parameters() if "backbone" in n], "lr": 1e-5},
@@ -69,7 +68,6 @@ class Published:
             ],
             weight_decay=0.01,
         )
-        assert isinstance(student, nn.Module)
 
     def forward(self, whole: nn.ModuleDict, images: Tensor, *, distill: bool) -> tuple[Tensor, Tensor]:
         student, size = whole["student"], self.recipe.teachers[1].input_size

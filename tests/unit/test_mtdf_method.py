@@ -11,15 +11,8 @@ from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import WeightsError
 from rsseg.inference.device import ready_to_predict
 from rsseg.layers.resize import resize
-from rsseg.methods.mtdf.method import (
-    MTDFMethod,
-    PseudoLabels,
-    build_method,
-    complementary_masks,
-    cutmix,
-    ema_ratio,
-    pseudo_label_loss,
-)
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
 from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TAUGHT, TEACHERS, VIT, batch_of, method_of, recipe_of
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, cast
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
@@ -15,12 +14,12 @@ from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.batch_norm import has_batch_norm, unrecorded_statistics
 from rsseg.layers.ema import Ema
-from rsseg.layers.frozen import Frozen
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.base import Method, ParamGroup, StepOutput
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
+from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import Task
 
 
@@ -39,86 +38,6 @@ class Settings:
     ema_decay: float = 0.996
     ship: Literal["student", "average"] = "student"
     head_lr_scale: float = 40.0
-
-
-@dataclass(frozen=True)
-class PseudoLabels:
-    """Labels that the averaged student gives the weak view.
-
-    labels      int64 (B, H, W), the likeliest class
-    confidence  float (B, H, W), its probability
-    valid       bool (B, H, W), False on padding and nodata
-    """
-
-    labels: Tensor
-    confidence: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, valid: Tensor) -> Self:
-        """From float (B, K, H, W) logits; no softmax map is built."""
-        logits = logits.float()
-        largest, labels = logits.max(dim=1)
-        return cls(labels, torch.exp(largest - logits.logsumexp(dim=1)), valid)
-
-    def mixed(self, mix: Tensor) -> "PseudoLabels":
-        """The labels of the cut-mixed view; see `cutmix`."""
-        return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
-
-    def confident_ratio(self, threshold: float) -> Tensor:
-        """Share of the valid pixels whose confidence reaches `threshold`; 0 without valid pixels."""
-        return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
-
-
-class Teacher(nn.Module):
-    """A frozen backbone with the way in which it sees images and is compared."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        input_size: int | None = None,
-        bands: Sequence[int] | None = None,
-        student_normalized: bool = False,
-        grid: Literal["teacher", "student"] = "teacher",
-        standardize: bool = False,
-        loss_weight: float = 1.0,
-    ) -> None:
-        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
-        super().__init__()
-        self.frozen = Frozen(backbone)
-        self.input_size = input_size
-        self.bands = None if bands is None else list(bands)
-        self.student_normalized = student_normalized
-        self.grid = grid
-        self.standardize = standardize
-        self.loss_weight = loss_weight
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, student: Backbone) -> Tensor:
-        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
-        backbone = cast(Backbone, self.frozen.module)
-        if self.student_normalized:
-            images = student.normalize(images)
-        if self.bands is not None:
-            images = images[:, self.bands]
-        if self.input_size is not None:
-            images = resize(images, (self.input_size, self.input_size), align_corners=True)
-        maps = backbone.taps_of_normalized(images) if self.student_normalized else backbone(images)
-        target = maps[-1].float()
-        if self.standardize:
-            target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-        return target
-
-    def loss(self, translated: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the predicted map (B, D, h, w) and the teacher's, on the grid that was chosen."""
-        with torch.autocast(translated.device.type, enabled=False):
-            translated = translated.float()
-            if self.grid == "teacher":
-                translated = resize(translated, target.shape[-2:], align_corners=True)
-            else:
-                target = resize(target, translated.shape[-2:], align_corners=True)
-            return F.mse_loss(translated, target)
 
 
 class MTDFMethod(Method):
@@ -234,60 +153,6 @@ class MTDFMethod(Method):
 def ema_ratio(step: int, largest: float) -> float:
     """What the average keeps of itself after optimizer step `step` (from 0, over all restarts)."""
     return min(1.0 - 1.0 / (step + 1), largest)
-
-
-def cutmix(x: Tensor, mix: Tensor) -> Tensor:
-    """Take the pixels in each sample's box from its partner, sample B - 1 - i.
-
-    Args:
-        x: (B, H, W) or (B, C, H, W), any dtype.
-        mix: bool (B, H, W), True inside the box.
-    """
-    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
-
-
-def pseudo_label_loss(
-    logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
-) -> Tensor:
-    """Cross-entropy summed over the confident, valid pixels.
-
-    Args:
-        logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
-        pseudo: labels, confidence and valid area.
-        threshold: confidence that a pixel needs to count.
-        divisor: divide by the number of `valid` pixels (the authors' code) or of the `confident` ones.
-
-    Returns:
-        Scalar; exactly 0 where no pixel counts.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        confident = pseudo.valid & (pseudo.confidence >= threshold)
-        per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
-        count = (confident if divisor == "confident" else pseudo.valid).sum()
-        return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
-
-
-def complementary_masks(
-    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Tensor:
-    """Channel factors for two views of the same samples: what one view keeps, doubled, the other drops.
-
-    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
-
-    Args:
-        pairs: samples per view.
-        channels: of the maps.
-        device: of the result.
-        generator: source of the draws; None: torch's own, which the trainer seeds for every step.
-
-    Returns:
-        float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
-
-    Source: UniMatch V2 (arXiv 2410.10777).
-    """
-    first = 2.0 * torch.randint(0, 2, (pairs, channels), generator=generator).float()
-    first[torch.randperm(pairs, generator=generator)[: pairs // 2]] = 1.0
-    return torch.cat([first, 2.0 - first]).to(device)
 
 
 def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
