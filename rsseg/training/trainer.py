@@ -205,8 +205,15 @@ class Trainer:
         evaluation = self.around.evaluate(self.shipped.eval())
         self.parts.method.train()
         monitor = self.config.monitor
-        score = None if monitor == "last" else getattr(evaluation.scores, monitor)
-        improved = monitor == "last" or counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
+        match monitor:
+            case "last":
+                score, improved = None, True
+            case "entropy":
+                score = evaluation.entropy
+                improved = counters.best_score is None or (score is not None and score < counters.best_score)
+            case _:
+                score = getattr(evaluation.scores, monitor)
+                improved = counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
         counters.since_best = 0 if improved else counters.since_best + 1
         if improved:
             counters.best_score, counters.best_step = score, counters.step
@@ -220,6 +227,7 @@ class Trainer:
                 images=evaluation.images,
                 seconds=evaluation.seconds,
                 score=score,
+                entropy=evaluation.entropy,
                 best=counters.best_score,
                 improved=improved,
             )
