@@ -102,17 +102,26 @@ def test_manifest_says_whose_labels_chose_the_weights(
     assert RunFolder(result.run).manifest().selection == selection
 
 
+LATE = {"warmup_steps": 2, "warmup_start": 0.0, "warmup_style": "mmcv"}
+EXPLODING = {"disc_source": {"name": "adam", "lr": 1e30, "schedule": LATE}}
+
+
 def test_exploding_discriminator_ends_the_run_and_leaves_the_last_good_checkpoint(
     rgb_dataset: Path, tmp_path: Path
 ) -> None:
-    late = {"warmup_steps": 2, "warmup_start": 0.0, "warmup_style": "mmcv"}
-    optimizers = {"disc_source": {"name": "adam", "lr": 1e30, "schedule": late}}
-    recipe = recipe_for(rgb_dataset, optimizers=optimizers)
+    recipe = recipe_for(rgb_dataset, optimizers=EXPLODING)
     with pytest.raises(RecipeError, match=r"training diverged: .* not finite by step 2\..*last\.safetensors"):
         train(recipe, output=tmp_path, progress=Silent())
     (path,) = tmp_path.glob("*_dasegnet_*")
     assert all(tensor.isfinite().all() for tensor in load_file(RunFolder(path).last).values())
     assert RunFolder(path).manifest().state == "failed"
+
+
+def test_adversarial_losses_that_are_not_finite_are_named(rgb_dataset: Path, tmp_path: Path) -> None:
+    rarely = {"log_every": 3, "eval_every": 3, "checkpoint_every": 3}
+    recipe = recipe_for(rgb_dataset, optimizers=EXPLODING, trainer=rarely)
+    with pytest.raises(RecipeError, match=r"diverged: the loss\w* .*disc_source.* not finite by step 3.*No checkpoint"):
+        train(recipe, output=tmp_path, progress=Silent())
 
 
 def with_other_classes(data: Path) -> None:
