@@ -1,7 +1,6 @@
 """A picture of a prediction: the scene, its classes and a legend, side by side."""
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import rasterio
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rasterio.enums import ColorInterp, Resampling
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError, MachineError
 from rsseg.task import Task
@@ -65,15 +64,13 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
 def _read(path: Path | str, *, nearest: bool = False) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Three bands or one at reduced size, float32 (bands, h, w), and where they have data."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
-                factor = min(1.0, SIDE / max(file.width, file.height))
-                size = max(1, round(file.height * factor)), max(1, round(file.width * factor))
-                bands = _shown_bands(list(file.colorinterp))
-                resampling = Resampling.nearest if nearest else Resampling.average
-                pixels = file.read(bands, out_shape=(len(bands), *size), resampling=resampling, out_dtype=np.float32)
-                return pixels, file.dataset_mask(out_shape=size) > 0
+        with rasterio.open(path) as file:
+            factor = min(1.0, SIDE / max(file.width, file.height))
+            size = max(1, round(file.height * factor)), max(1, round(file.width * factor))
+            bands = _shown_bands(list(file.colorinterp))
+            resampling = Resampling.nearest if nearest else Resampling.average
+            pixels = file.read(bands, out_shape=(len(bands), *size), resampling=resampling, out_dtype=np.float32)
+            return pixels, file.dataset_mask(out_shape=size) > 0
     except RasterioError as error:
         raise DataError(f"{path}: cannot be drawn: {error}.") from None
 
