@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +151,7 @@ def split_panels(plan: TilePlan, most: int, *, shared: bool) -> tuple[Panel, ...
     per_panel = max(1, 1 + (most - tile) // max(tile - plan.overlap, 1))
     panels = -(-columns // per_panel)
     bounds = [columns * i // panels for i in range(panels + 1)]
-    return tuple(_panel(plan, first, end, shared=shared) for first, end in zip(bounds, bounds[1:], strict=False))
+    return tuple(_panel(plan, first, end, shared=shared) for first, end in pairwise(bounds))
 
 
 def _panel(plan: TilePlan, first: int, end: int, *, shared: bool) -> Panel:
