@@ -1,7 +1,7 @@
 """From a class raster to polygons, band by band, without cutting polygons where bands meet.
 
-Coordinates are corners of pixels: column to the right, row downwards. A polygon is what hangs together over the sides of
-its pixels. Memory holds one band and the polygons that reach its lower edge.
+Coordinates are corners of pixels: column to the right, row downwards. A polygon is what hangs together over the sides
+of its pixels. Memory holds one band and the polygons that reach its lower edge.
 """
 
 from collections.abc import Callable, Iterator

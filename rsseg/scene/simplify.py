@@ -1,7 +1,8 @@
 """Fewer vertices for polygons that cover an area, with their common borders kept common.
 
 A border between two points where three or more areas meet is one line, however many polygons use it. Each such line is
-simplified by itself, always in the same direction, so that both sides come to the same result (Douglas and Peucker 1973).
+simplified by itself, always in the same direction, so that both sides come to the same result. The rule for a line is
+that of Douglas and Peucker (1973).
 """
 
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def without_straight(ring: list[Vertex], corners: set[Vertex]) -> list[Vertex]:
 
 
 def simplified(ring: list[Vertex], corners: set[Vertex], tolerance: float) -> list[Vertex] | None:
-    """The ring with fewer vertices, none of them farther than `tolerance` pixels from the new line; None if it vanishes."""
+    """The ring with fewer vertices, those left out at most `tolerance` pixels off the new one; None if it vanishes."""
     inner = ring[:-1]
     fixed = [i for i, vertex in enumerate(inner) if vertex in corners]
     if len(fixed) < 2:

@@ -230,7 +230,7 @@ def _systems(crs: CRS | None, located: bool) -> tuple[int, list[tuple[str, int, 
 
 def _write_geoparquet(path: Path, features: Iterator[_Feature], crs: CRS | None) -> int:
     arrow, parquet = _arrow()
-    column = {"encoding": "WKB", "geometry_types": ["Polygon"], "orientation": "counterclockwise"}
+    column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"], "orientation": "counterclockwise"}
     column["crs"] = None if crs is None else crs.to_dict(projjson=True)
     about = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
     schema = arrow.schema(
