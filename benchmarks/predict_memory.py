@@ -3,7 +3,7 @@
     python benchmarks/predict_memory.py [--sides 2500 5000 10000] [--stub] [--blend crop] [--tile N] [--limit-mb 500]
 
 Each scene is predicted in a process of its own. With `--stub` the network does nothing, so that scenes may be large.
-Exits with 1 if a scene needs more than the limit, or the largest more than the first and 40 MB and 200 bytes per column.
+Exits with 1 if a scene needs more than the limit, or the last one more than the first, 40 MB and 200 bytes per column.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/predict_seams.py [--side 2700] [--steps 150] [--threads 2]
 
-A convolutional student is trained on a synthetic scene first (about a minute): the borders of classes of a network that was
-never trained lie anywhere, and would say nothing. Needs about 4 GB for the forward of the whole image.
+A convolutional student is trained on a synthetic scene first (about a minute): the borders of classes of a network that
+was never trained lie anywhere, and would say nothing. Needs about 4 GB for the forward of the whole image.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/predict_slide.py [--sides 5000 10000] [--tile 512] [--overlap 128] [--threads 2] [--rounds 5]
 
-The usual way: the whole image in memory as float32, a window after the other, the logits of each padded to the whole image
-and added to a canvas of all classes, at last a division and an argmax. Its cost per window is the same all along, so only
-`--windows` of them are run and the rest is computed; reading, canvases, division, argmax and writing are run in full.
+The usual way: the whole image in memory as float32, a window after the other, the logits of each padded to the whole
+image and added to a canvas of all classes, at last a division and an argmax. Its cost per window is the same all along:
+`--windows` of them are run and the rest is computed. Reading, canvases, division, argmax and writing are run in full.
 Seconds are whole processes, imports included; "loop" leaves out the imports. Needs 75 bytes of memory per pixel.
 """
 

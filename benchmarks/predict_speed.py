@@ -1,10 +1,10 @@
 """Rate of predicting a scene against that of the bare network on tiles in memory, and how it grows with the scene.
 
-    python benchmarks/predict_speed.py [--side 5000] [--large 10000] [--tile N] [--dtype auto] [--threads 2] [--rounds 5]
+    python benchmarks/predict_speed.py [--side 5000] [--large 10000] [--tile N] [--threads 2] [--rounds 5]
 
 All run in one process in turn, with equal weights, tiles, dtype and threads; the network alone is measured before and
-after each round. Rates count the pixels that the network computes, overlaps included: 1.0 would be a pipeline that costs
-nothing. "Steady" is the plain GeoTIFF, whose work is that of the pipeline; a COG adds its overviews at the end.
+after each round. Rates count the pixels that the network computes, overlaps included: 1.0 would be a pipeline that
+costs nothing. "Steady" is the plain GeoTIFF, whose work is that of the pipeline; a COG adds its overviews at the end.
 """
 
 import argparse

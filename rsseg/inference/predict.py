@@ -69,7 +69,7 @@ def predict_image(
     pixels = torch.as_tensor(image, dtype=torch.float32)
     if valid is not None:
         fill = torch.tensor(segmenter.fill)[:, None, None]
-        pixels = torch.where(torch.from_numpy(valid), pixels, fill)
+        pixels = torch.where(torch.tensor(valid), pixels, fill)
     views = views_of(config)
     if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
         plan, scored = _tiles_of(segmenter, pixels, config, device)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # what a failed transformation raises; it has no public name
 from rasterio.crs import CRS
 from rasterio.errors import RasterioError
 from rasterio.transform import GCPTransformer, RPCTransformer
@@ -84,9 +85,10 @@ def reproject(points: Points, source: CRS, target: CRS, what: str) -> Points:
         return points
     try:
         x, y = warp_points(source, target, points[:, 0], points[:, 1])
-    except (RasterioError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().rstrip(".")
-        raise DataError(f"{what}: its coordinates cannot be brought to another system: {reason}.") from None
+    except (RasterioError, CPLE_BaseError):
+        raise DataError(
+            f"{what}: coordinates in {source.to_string()} cannot be brought to {target.to_string()}."
+        ) from None
     moved = np.stack([x, y], axis=1)
     if not np.isfinite(moved).all():
         raise DataError(f"{what}: some of its coordinates do not exist in {target.to_string()}.")
