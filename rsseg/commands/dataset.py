@@ -1,7 +1,7 @@
 """`rsseg dataset`: known datasets, and making any folder one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -14,7 +14,9 @@ app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="Folder made by `rsseg dataset prepare`.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads.")]
+Stretch = Literal["none", "minmax"]
 OWN = "Only for `folder`"
+KNOWN = "Not for `folder`"
 
 
 @app.command("list")
@@ -44,6 +46,19 @@ def prepare(
     scale: Annotated[
         str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values that become 0 and 1.")
     ] = "auto",
+    split: Annotated[
+        str | None, typer.Option("--split", help=f"{KNOWN}: split rule, see `dataset list --json`.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help=f"{KNOWN}: which labels.")] = None,
+    ignore_class: Annotated[
+        list[str] | None, typer.Option("--ignore-class", help="Class whose pixels are ignored.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Mask value or colour without a class: 77, '#0a0b0c'.")
+    ] = None,
+    stretch: Annotated[
+        Stretch, typer.Option("--stretch", help="minmax: stretch each band of each image to 8 bits.")
+    ] = "none",
     classes: Annotated[Path | None, typer.Option("--classes", help=f"{OWN}: class file (YAML).")] = None,
     images: Annotated[
         str | None, typer.Option("--images", help=f"{OWN}: pattern such as '{{split}}/images/*.jpg'.")
@@ -73,7 +88,7 @@ def prepare(
 
     from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
-    from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_pairs, parse_scale
+    from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_ignored, parse_pairs, parse_scale
     from rsseg.data.prepare.run import prepare as prepare_dataset
 
     own = {
@@ -90,7 +105,7 @@ def prepare(
     try:
         folder = None
         if classes is not None or images is not None or any(own.values()):
-            folder = FolderOptions.model_validate({"classes": classes, "images": images, "seed": seed, **own})
+            folder = FolderOptions.model_validate({"classes": classes, "images": images, **own})
         options = PrepareOptions(
             out=out,
             src=src,
@@ -102,6 +117,12 @@ def prepare(
             jobs=jobs,
             bands=tuple(bands.split(",")) if bands else None,
             scale=parse_scale(scale),
+            split=split,
+            labels=labels,
+            seed=seed,
+            ignore_classes=tuple(ignore_class or ()),
+            ignore=parse_ignored(ignore or []),
+            stretch=stretch,
             folder=folder,
         )
     except ValidationError as error:
