@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.data.measure import Moments, count_classes, in_order, measure_image
+from rsseg.data.opening import open_image
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -177,11 +178,8 @@ def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pix
         with _open(index, item) as raster:
             info = raster.info
             size = info.height, info.width
-            if (info.count, info.dtype) != (len(index.task.bands), index.task.dtype):
-                raise DataError(
-                    f"{raster.name}: {info.count} bands of {info.dtype}, the dataset has {len(index.task.bands)} of "
-                    f"{index.task.dtype}."
-                )
+            if info.dtype != index.task.dtype:
+                raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
                 measure_image(raster, samples=0)
     except DataError as error:
@@ -200,7 +198,8 @@ def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pix
 
 
 def _open(index: SegmentationIndex, item: IndexItem) -> Raster:
-    return Raster(index.image_files(item), nodata=index.nodata, zero_collar=index.ignore_zero_collar)
+    collar = index.ignore_zero_collar
+    return open_image(index.image_files(item), index.task.bands, nodata=index.nodata, zero_collar=collar)
 
 
 def _shared(index: SegmentationIndex) -> tuple[Problem, ...]:

@@ -34,10 +34,10 @@ DEEPGLOBE = DatasetCard(
         Variant(layout, RGB, labels)
         for labels in ("land", "with-unknown")
         for layout in (
-            Layout("{split}/*_sat.jpg", "{split}/*_mask.png", unlabeled=("unlabeled",), split_as=_FOLDERS),
             Layout("images/*_sat.jpg", "masks/*_mask.png", one_split="train"),
             Layout("images/*.jpg", "masks/*.png", one_split="train"),
             Layout("images/*.png", "masks/*.png", one_split="train"),
+            Layout("{split}/*_sat.jpg", "{split}/*_mask.png", unlabeled=("unlabeled",), split_as=_FOLDERS),
             Layout("*_sat.jpg", "*_mask.png", one_split="train"),
         )
     ),

@@ -143,7 +143,8 @@ def _bring(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) -
     mask = item.mask
     if mask is not None and how.converts_masks:
         require_free_disk(stage, files[mask].stat().st_size)
-        mask = f"masks/{PurePosixPath(mask).with_suffix('.tif')}"
+        # named after the image: images may share a mask, and two threads must not write one file
+        mask = f"masks/{PurePosixPath(_names(item)[0]).with_suffix('.tif')}"
         _convert_mask(item, files, stage / mask, how)
     elif mask is not None:
         _link(files[mask], stage / mask)
