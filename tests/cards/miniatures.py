@@ -47,9 +47,8 @@ def values_of(card: str) -> list[int]:
 def scene(seed: str, choices: int, size: tuple[int, int] = SIZE) -> NDArray[np.int64]:
     """Blocks of class numbers; the same for the same name."""
     rng = np.random.default_rng([ord(letter) for letter in seed])
-    return (
-        rng.integers(0, choices, (size[0] // 8 + 1, size[1] // 8 + 1)).repeat(8, 0).repeat(8, 1)[: size[0], : size[1]]
-    )
+    blocks = rng.integers(0, choices, (size[0] // 8 + 1, size[1] // 8 + 1))
+    return blocks.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]]
 
 
 def pixels(classes: NDArray[np.int64], bands: int = 3, dtype: str = "uint8") -> NDArray[Any]:
@@ -336,9 +335,8 @@ def _all() -> Iterable[Miniature]:
     yield one("potsdam", "nested", lambda root: zipped(potsdam_zips(root), root / "Potsdam.zip", "Potsdam"), tile=16)
     yield one("potsdam", "folders", potsdam, bands=("nir", "red", "green"), split="isprs-val")
     yield one("potsdam", "four-bands", potsdam, bands=("red", "green", "blue", "nir"))
-    yield one(
-        "potsdam", "from-four", lambda root: potsdam(root, kinds=("RGBIR",)), bands=("nir", "red", "green"), tile=16
-    )
+    irrg = ("nir", "red", "green")
+    yield one("potsdam", "from-four", lambda root: potsdam(root, kinds=("RGBIR",)), bands=irrg, tile=16)
     yield one("potsdam", "beside", lambda root: potsdam(root, kinds=("RGB",), beside=True))
     yield one("potsdam", "no-boundary", potsdam_zips, labels="no-boundary", tile=16, ignore_classes=("clutter",))
     yield one("potsdam", "rs-dwl", potsdam, split="rs-dwl", tile=16)
