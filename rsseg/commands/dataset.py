@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from rsseg.commands.console import print_json, print_note, print_result, print_table
-from rsseg.errors import CheckFailed, UsageError
+from rsseg.errors import DataError, UsageError
 
 app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 
@@ -146,11 +146,11 @@ def prepare(
 @app.command()
 def verify(
     path: Folder,
-    pixels: Annotated[bool, typer.Option("--pixels", help="Also decode every image.")] = False,
+    pixels: Annotated[bool, typer.Option(help="Also decode every image: finds files that end early.")] = True,
     jobs: Jobs = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Read every mask and image header once; exit 8 and list what is wrong."""
+    """Read every mask and image once; list what is wrong and exit 4."""
     from rsseg.commands.progress import stage_bar
     from rsseg.data.verify import verify as verify_dataset
 
@@ -164,7 +164,7 @@ def verify(
         if report.problems:
             print_table(("file", "split", "problem"), [(p.file, p.split, p.reason) for p in report.problems])
     if not report.ok:
-        raise CheckFailed(f"{path}: {len(report.problems)} problem(s).")
+        raise DataError(f"{path}: {len(report.problems)} problem(s).")
     print_note(f"{path}: {report.images} images and {report.masks} masks, nothing wrong.")
 
 

@@ -246,6 +246,9 @@ def test_an_interrupted_run_goes_on_where_it_was_and_the_old_result_stays(
             prepare("folder", asked, interrupt)
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["out", "out.partial"]
     assert len(SegmentationIndex.load(whole).items) == 4 * 12
+    half = tmp_path / "new/out.partial" / SegmentationIndex.load(whole).items[-1].image
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"II*\0half a file")
     written: list[Path] = []
     write = transfer.write_tile
     monkeypatch.setattr(transfer, "write_tile", lambda path, *rest: (written.append(path), write(path, *rest)))

@@ -83,17 +83,20 @@ def write_tile(
     if look.crs is not None or look.transform != Affine.identity():
         corner = rasterio.windows.Window(window.col, window.row, window.width, window.height)
         profile |= {"crs": look.crs, "transform": rasterio.windows.transform(corner, look.transform)}
+    # half a file of an interrupted call: GDAL would try to open it
+    path.unlink(missing_ok=True)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile) as file:
-        file.write(pixels)
+        # tags before pixels: otherwise the file's directory is written twice
         if look.colormap:
             file.write_colormap(1, dict(look.colormap))
-            return
-        # otherwise GDAL takes a fourth band for alpha
-        file.colorinterp = _colors(look.names)
+        else:
+            # otherwise GDAL takes a fourth band for alpha
+            file.colorinterp = _colors(look.names)
         for band, name in enumerate(look.names, start=1):
             file.set_band_description(band, name)
         if look.scales and (set(look.scales) != {1.0} or set(look.offsets) != {0.0}):
             file.scales, file.offsets = look.scales, look.offsets
+        file.write(pixels)
         if valid is not None and look.masked:
             file.write_mask(valid)
 
