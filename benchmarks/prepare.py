@@ -8,7 +8,6 @@ colour, a PNG per tile and label. Each run is a process of its own with two thre
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,12 @@ import numpy as np
 import rasterio
 from PIL import Image
 
+from rsseg.data.index import LabelMap
+from rsseg.data.labels import LabelTable
+from rsseg.data.measure import count_classes
+from rsseg.data.prepare.options import PrepareOptions
+from rsseg.data.prepare.run import prepare
+
 COLORS = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
 PARTS = ("2_10", "2_13")
 """One scene to measure, and a small one so that the split rule has a test image."""
@@ -31,9 +36,7 @@ def make_source(folder: Path, side: int) -> Path:
     rng = np.random.default_rng(1)
     for name, size in zip(PARTS, (side, 64), strict=True):
         coarse = rng.random((6, size // 50 + 2, size // 50 + 2), np.float32)
-        classes = np.stack([cv2.resize(layer, (size, size), interpolation=cv2.INTER_CUBIC) for layer in coarse]).argmax(
-            0
-        )
+        classes = np.stack([cv2.resize(layer, (size, size)) for layer in coarse]).argmax(0)
         tones = np.array(COLORS, np.float32)[classes] * 0.4 + 60
         image = (tones + rng.normal(0, 8, tones.shape).astype(np.float32)).clip(1, 255).astype(np.uint8)
         label = np.array(COLORS, np.uint8)[classes]
@@ -61,35 +64,27 @@ def loop(source: Path, out: Path, tile: int) -> None:
                 image = values.reshape(image.shape[:2]).astype(np.uint8)
             (out / suffix).mkdir(parents=True, exist_ok=True)
             height, width = image.shape[:2]
-            for row in range(0, max(height - tile, 0) + 1, tile):
-                for col in range(0, max(width - tile, 0) + 1, tile):
+            for row in [*range(0, height - tile, tile), max(height - tile, 0)]:
+                for col in [*range(0, width - tile, tile), max(width - tile, 0)]:
                     part = Image.fromarray(image[row : row + tile, col : col + tile])
                     part.save(out / suffix / f"{path.stem}_{col}_{row}.png")
 
 
 def ours(source: Path, out: Path, tile: int, jobs: int) -> None:
-    from rsseg.data.prepare.options import PrepareOptions
-    from rsseg.data.prepare.run import prepare
-
     options = PrepareOptions(src=source, out=out, tile=tile, jobs=jobs)
     prepare("potsdam", options, lambda *_: None)
 
 
 def read_labels(source: Path, out: Path) -> float:
     """Megapixels per second of `verify`'s label pass over uncompressed 8-bit labels, one thread."""
-    from rsseg.data.index import LabelMap
-    from rsseg.data.labels import LabelTable
-    from rsseg.data.measure import count_classes
-
     with rasterio.open(source / "5_Labels_all" / f"top_potsdam_{PARTS[0]}_label.tif") as file:
         labels = (file.read(1) // 64).astype(np.uint8)
     out.mkdir()
     paths = [out / f"{number}.tif" for number in range(4)]
     for path in paths:
-        with rasterio.open(
-            path, "w", driver="GTiff", height=len(labels), width=len(labels), count=1, dtype="uint8"
-        ) as f:
-            f.write(labels, 1)
+        profile = {"driver": "GTiff", "height": len(labels), "width": len(labels), "count": 1, "dtype": "uint8"}
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(labels, 1)
     table = LabelTable(LabelMap(values={i: i for i in range(4)}), 4)
     started = time.perf_counter()
     for path in paths:
@@ -107,14 +102,18 @@ def measured(arguments: list[str]) -> dict[str, float]:
 def run_one(kind: str, source: Path, out: Path, tile: int) -> None:
     started = time.perf_counter()
     found = {}
-    if kind == "loop":
+    if kind == "make":
+        make_source(source, tile)
+    elif kind == "loop":
         loop(source, out, tile)
     elif kind == "labels":
         found["rate"] = read_labels(source, out)
     else:
         ours(source, out, tile, int(kind))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage: that begins with the peak of the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
     print(json.dumps({"seconds": seconds, "mb": peak, **found}))
 
 
@@ -136,16 +135,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        source = make_source(root / "source", options.side)
+        source = root / "source"
+        measured(["make", str(source), "", str(options.side)])
         results: dict[str, list[dict[str, float]]] = {}
         for number in range(options.rounds):
             for kind in ("loop", "1", "2", "labels"):
                 out = root / f"{kind}-{number}"
                 results.setdefault(kind, []).append(measured([kind, str(source), str(out), str(options.tile)]))
         seconds = {kind: statistics.median(r["seconds"] for r in runs) for kind, runs in results.items()}
-        print(
-            f"{options.side} x {options.side} RGB with labels into {options.tile}-pixel tiles, median of {options.rounds}:"
-        )
+        side = options.side
+        print(f"{side} x {side} RGB with labels into {options.tile}-pixel tiles, median of {options.rounds}:")
         for kind, title in (("loop", "Pillow and NumPy loop"), ("1", "rsseg, --jobs 1"), ("2", "rsseg, --jobs 2")):
             peak = max(r["mb"] for r in results[kind])
             print(f"  {title:22} {seconds[kind]:6.2f} s  {seconds['loop'] / seconds[kind]:5.2f}x  peak {peak:5.0f} MB")

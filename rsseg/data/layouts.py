@@ -251,8 +251,10 @@ def find_prefix(files: Sequence[str], layouts: Sequence[Layout], where: str) -> 
         fitting = [pattern.prefixes(files) for pattern in layout.patterns()]
         if prefixes := set.intersection(*fitting):
             return layout, min(prefixes, key=lambda prefix: (prefix.count("/"), prefix))
-    wanted = " or ".join(dict.fromkeys(repr(text) for one in layouts for text in (one.images, one.masks) if text))
-    raise DataError(f"{where}: nothing here looks like {wanted}{_examples(files)}.")
+    # of the layout that comes closest, what is missing
+    nearest = max(layouts, key=lambda layout: sum(bool(pattern.prefixes(files)) for pattern in layout.patterns()))
+    missing = [pattern.text for pattern in nearest.patterns() if not pattern.prefixes(files)] or [nearest.images]
+    raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(files)}.")
 
 
 def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:

@@ -105,7 +105,8 @@ def draw(
     result: dict[str, str] = {}
     start = 0
     for number, (split, share) in enumerate(shares.items(), start=1):
-        end = len(order) if number == len(shares) else start + whole(share * len(order))
+        # a millionth against 0.7 * 22500 = 15749.999999999998
+        end = len(order) if number == len(shares) else start + whole(share * len(order) + 1e-6)
         if end <= start:
             raise DataError(
                 f"split {split!r} would get none of {len(order)} scenes. Give more images, or choose another --split."
@@ -126,7 +127,6 @@ def labeled_lists(items: Sequence[IndexItem], shares: Sequence[float], seed: int
         order = sorted(item.image for item in train if (item.domain or "") == domain)
         random.Random(f"{seed} {domain}").shuffle(order)
         for share in shares:
-            # a millionth against 0.1 * 30 = 3.0000000000000004 and its opposite
             lists[share] += order[: int(share * len(order) + 1e-6)]
     return lists
 
