@@ -67,6 +67,15 @@ def test_the_published_grid_drops_the_rest_and_the_default_keeps_it(tmp_path: Pa
     assert tiles[1] == {(row, col) for row in (0, 16) for col in (0, 16, 32)}
 
 
+def test_images_smaller_than_a_tile_are_dropped_where_remainders_are(tmp_path: Path) -> None:
+    source = city_osm(tmp_path / "src")
+    for kind, image in (("image", pixels), ("labels", lambda classes: mask_of("city-osm", classes))):
+        write_png(source / f"paris/paris1_{kind}.png", image(scene("paris1", 3, (8, 30))))
+    index = made("city-osm", source, tmp_path / "out", split="st-dasegnet", tile=16)
+    assert "paris1" not in {item.scene for item in index.items}
+    assert len(index.items) == 9 * 2 * 3
+
+
 def test_padding_is_clutter_where_it_was_published_so(tmp_path: Path) -> None:
     source = potsdam(tmp_path / "src", kinds=("RGB",), size=(40, 40))
     index = made("potsdam", source, tmp_path / "out", split="rs-dwl", tile=32)

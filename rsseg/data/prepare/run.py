@@ -130,6 +130,9 @@ def _generate(
     from rsseg.data.prepare.demo import write_demo
 
     require_free_disk(stage, 60_000_000)
+    # what an interrupted call left: generating takes seconds, so it begins anew
+    for left in (path for path in stage.iterdir() if path.is_dir()):
+        shutil.rmtree(left)
     return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
 
 

@@ -124,6 +124,9 @@ def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_P
     with _open(item, files, how) as raster:
         info = raster.info
     windows = grid.windows(info.height, info.width)
+    if not windows:
+        # smaller than a tile, by a rule that drops remainders
+        return []
     if how.stretch or not all(name.lower().endswith((".tif", ".tiff")) for name in _names(item)):
         return [_Part(item, tuple(windows))]
     rows = sorted({window.row for window in windows})
