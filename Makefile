@@ -43,6 +43,7 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/confusion_matrix.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/ktda_step.py
 	$(BIN)/python benchmarks/predict_memory.py
 	$(BIN)/python benchmarks/predict_speed.py

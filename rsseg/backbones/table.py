@@ -148,6 +148,14 @@ ENTRIES: tuple[ZooEntry, ...] = (
     _pyramid("tiny_vit_21m_224.dist_in22k", 33.2),
     _pyramid("tiny_vit_21m_512.dist_in22k_ft_in1k", 21.3),
     ZooEntry(
+        "resnet_mini",  # for demos that learn from scratch in a few hundred steps
+        "resnet18",
+        "pyramid",
+        0.7,
+        license=NO_WEIGHTS,
+        arguments={"layers": (1, 1, 1, 1), "channels": (32, 64, 96, 128), "stem_type": "deep", "stem_width": 16},
+    ),
+    ZooEntry(
         "convnext_mini",  # for tests and demos that learn from scratch
         "convnext_tiny",
         "pyramid",
@@ -155,7 +163,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         norm_taps="all",
         license=NO_WEIGHTS,
         final_norm="head.norm",
-        arguments={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
+        arguments={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "ls_init_value": None},
     ),
     _vit("vit_small_patch14_dinov2.lvd142m", 22.1, 14, BLOCKS_12),
     _vit("vit_base_patch14_dinov2.lvd142m", 86.6, 14, BLOCKS_12),

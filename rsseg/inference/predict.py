@@ -66,10 +66,7 @@ def predict_image(
     Returns:
         uint8 (H, W) class indices. Where the image has no data they mean nothing.
     """
-    pixels = torch.as_tensor(image, dtype=torch.float32)
-    if valid is not None:
-        fill = torch.tensor(segmenter.fill)[:, None, None]
-        pixels = torch.where(torch.tensor(valid), pixels, fill)
+    pixels = _filled(segmenter, image, valid)
     views = views_of(config)
     if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
         plan, scored = _tiles_of(segmenter, pixels, config, device)
@@ -77,8 +74,33 @@ def predict_image(
         return np.concatenate([strip.classes for strip in strips])
     if len(views) == 1:
         return decide(_view_scores(segmenter, pixels, views[0], config, device))
+    return decide(_mean_probabilities(segmenter, pixels, config, device))
+
+
+def predict_probabilities(
+    segmenter: Segmenter,
+    image: NDArray[np.float32] | Tensor,
+    valid: NDArray[np.bool_] | None,
+    config: EvalConfig,
+    *,
+    device: torch.device | str,
+) -> Tensor:
+    """Like `predict_image`, but float32 (H, W, K) probabilities, the mean over test-time views."""
+    return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device)
+
+
+def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:
+    """The pixels that the network sees."""
+    pixels = torch.as_tensor(image, dtype=torch.float32)
+    if valid is None:
+        return pixels
+    return torch.where(torch.tensor(valid), pixels, torch.tensor(segmenter.fill)[:, None, None])
+
+
+def _mean_probabilities(segmenter: Segmenter, pixels: Tensor, config: EvalConfig, device: torch.device | str) -> Tensor:
+    views = views_of(config)
     total: Any = sum(_view_scores(segmenter, pixels, view, config, device).softmax(-1) for view in views)
-    return decide(total)
+    return total / len(views)  # type: ignore[no-any-return]
 
 
 def predict_tiles(

@@ -1,0 +1,152 @@
+"""Prepare, train, resume, evaluate and predict through the command line, with what users get wrong on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import yaml
+from safetensors import safe_open
+
+from rsseg.cli import run
+from tests.conftest import write_png, write_tif
+from tests.training.recipes import tiny_values
+
+CLASSES = """
+name: tiny
+bands: [red, green, blue]
+classes:
+  - {name: field, value: 0, color: "#ff0000"}
+  - {name: road, value: 1, color: "#00ff00"}
+  - {name: water, value: 2, color: "#0000ff"}
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, rgb_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder with `mine.yaml`, a tiny recipe for `rgb_dataset`; commands run in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(tiny_values(rgb_dataset)))
+    return tmp_path
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(1).integers(1, 255, (3, 70, 90), np.uint8)
+    pixels[:, :10] = 0
+    return write_tif(tmp_path / "scene one.tif", pixels, nodata=0)
+
+
+def values_of(model: Path) -> dict[str, bytes]:
+    with safe_open(model, framework="np") as file:
+        return {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def test_from_images_to_a_class_raster(
+    workplace: Path, rgb_dataset: Path, scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("classes.yaml").write_text(CLASSES)
+    folder = ["--images", "images/*.png", "--masks", "masks/*.png", "--split-ratio", "train=0.6,val=0.2,test=0.2"]
+    prepare = ["dataset", "prepare", "folder", "--src", str(rgb_dataset), "--classes", "classes.yaml"]
+    assert run([*prepare, *folder, "--out", "data/own"]) == 0
+    assert run(["dataset", "verify", "data/own"]) == 0
+    assert run(["train", "--method", "ktda", "--recipe", "mine.yaml", "--data", "data/own", "--steps", "2"]) == 0
+    assert "rsseg eval" in capsys.readouterr().out
+
+    assert run(["eval", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scores"]["miou"] >= 0
+    assert "runs" in captured.err
+    assert run(["eval", "--split", "train"]) == 0
+    assert "served the training" in capsys.readouterr().err
+    assert run(["eval", "--fail-under", "miou=0.999"]) == 8
+
+    assert run(["predict", str(scene)]) == 0
+    assert "runs" in capsys.readouterr().err
+    with rasterio.open("scene one_rsseg.tif") as product, rasterio.open(scene) as source:
+        assert (product.crs, product.transform, product.shape) == (source.crs, source.transform, source.shape)
+        assert (product.read(1)[:10] == product.nodata).all()
+        assert set(np.unique(product.read(1)[10:])) <= {0, 1, 2}
+        assert product.colormap(1)[0][:3] == (255, 0, 0)
+    assert run(["predict", str(scene)]) == 2, "an existing file needs --overwrite"
+
+
+def test_killed_training_resumes_to_the_same_weights(workplace: Path) -> None:
+    steps = ["--steps", "30", "--set", "trainer.eval_every=100"]
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", *steps, "--name", "killed"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    while not list(Path("runs").glob("*killed*/checkpoints/last.state/state.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (folder,) = Path("runs").glob("*killed*")
+    assert run(["eval"]) == 5, "a run that never finished is not chosen by itself"
+    assert run(["train", "--resume", str(folder)]) == 0
+    assert run(["train", "--recipe", "mine.yaml", *steps, "--name", "unbroken"]) == 0
+    (unbroken,) = Path("runs").glob("*unbroken*")
+    assert values_of(folder / "model.safetensors") == values_of(unbroken / "model.safetensors")
+
+
+def test_interrupted_training_says_how_to_go_on(workplace: Path) -> None:
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", "--steps", "10000"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    while not list(Path("runs").glob("*/checkpoints/last.state/state.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "--recipe", "missing.yaml"], 3, "rsseg recipe ls"),
+        (["train", "--recipe", "mine.yaml", "--method", "mtdf"], 3, "--method"),
+        (["train", "--recipe", "mine.yaml", "--set", "trainer.stepz=3"], 3, "'steps'"),
+        (["train", "--recipe", "mine.yaml", "--set", "trainer.steps=many"], 3, "trainer.steps"),
+        (["train", "--recipe", "mine.yaml", "--data", "elsewhere"], 4, "elsewhere"),
+        (["--offline", "train", "--recipe", "mine.yaml", "--set", "student.weights=pretrained"], 5, "weights"),
+        (["train", "--resume", "runs/nothing"], 2, "nothing"),
+        (["eval"], 5, "train"),
+        (["eval", "--model", "mine.yaml"], 5, "mine.yaml"),
+        (["predict", "scene.tif"], 5, "train"),
+        (["dataset", "prepare", "folder"], 2, "--src"),
+        (["dataset", "verify", "elsewhere"], 4, "elsewhere"),
+    ],
+)
+def test_mistake_is_one_sentence_with_its_exit_code(
+    workplace: Path, arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("file", ["images/00.png", "masks/00.png"])
+def test_broken_file_stops_training_and_is_named(
+    workplace: Path, rgb_dataset: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rgb_dataset / file).write_bytes((rgb_dataset / file).read_bytes()[:100])
+    assert run(["train", "--recipe", "mine.yaml"]) == 4
+    assert file in capsys.readouterr().err
+
+
+def test_mask_with_an_undeclared_value_stops_training_and_is_named(
+    workplace: Path, rgb_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_png(rgb_dataset / "masks/00.png", np.full((40, 64), 9, np.uint8))
+    assert run(["train", "--recipe", "mine.yaml"]) == 4
+    assert "masks/00.png: 1 undeclared mask value(s): 9 (" in capsys.readouterr().err
