@@ -71,7 +71,9 @@ def keep_heap() -> None:
     if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
         return
     library = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+    # One heap for all threads: else reader and writer each keep one of their own, with what they once needed.
+    library.mallopt(arena_max, 1)
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, 2**31 - 1)
     library.mallopt(top_pad, 64 << 20)
