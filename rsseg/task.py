@@ -77,7 +77,10 @@ def task_with_bands(task: Task, bands: Sequence[str]) -> Task:
     """The task restricted to `bands`, in that order; raises `DataError` for a band it does not have."""
     missing = [band for band in bands if band not in task.bands]
     if missing:
-        raise DataError(f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}.")
+        raise DataError(
+            f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}. Name the ones to take "
+            "with `bands` (of the recipe's data, or of the stream or split)."
+        )
     chosen = [task.bands.index(band) for band in bands]
     picked = {
         field: tuple(values[i] for i in chosen)

@@ -12,11 +12,15 @@ from rsseg.task import Task, task_with_bands
 
 
 class Source(NamedTuple):
-    """Selected images, what reads them, and their own task (scaling can differ between datasets)."""
+    """Selected images, what reads them, and their own task (scaling and band names can differ between datasets).
+
+    zoom: what brings the images to the model's ground sampling distance if the recipe wants that, else 1.
+    """
 
     items: tuple[IndexItem, ...]
     reader: SampleReader
     task: Task
+    zoom: float = 1.0
 
 
 def open_source(recipe: BaseRecipe, select: SelectConfig, split: str, task: Task, *, masks: bool) -> Source:
@@ -30,7 +34,8 @@ def open_source(recipe: BaseRecipe, select: SelectConfig, split: str, task: Task
         masks: every selected image must have one.
 
     Raises:
-        DataError: no dataset, nothing selected, classes that do not match, missing bands or masks.
+        DataError: no dataset, nothing selected, classes that do not match, missing bands or masks, no ground
+            sampling distance where it is needed.
     """
     path = select.path or recipe.data.path
     index = SegmentationIndex.load(path)
@@ -53,4 +58,16 @@ def open_source(recipe: BaseRecipe, select: SelectConfig, split: str, task: Task
             f"{path}: {len(unlabeled)} of the {len(items)} selected images have no mask, the first is {unlabeled[0]}. "
             "Choose another split or list, or prepare the dataset with masks."
         )
-    return Source(items, SampleReader(index, bands, cache=recipe.data.cache), own)
+    reader = SampleReader(index, bands, cache=recipe.data.cache)
+    return Source(items, reader, own, _zoom(task, own) if recipe.data.match_gsd else 1.0)
+
+
+def _zoom(task: Task, own: Task) -> float:
+    """Size of an image at the model's ground sampling distance over its own size."""
+    for what in (task, own):
+        if what.gsd_m is None:
+            raise DataError(
+                f"data.match_gsd: {what.name} does not say its ground sampling distance. Prepare it again with gsd_m "
+                "in its class file, or leave match_gsd out."
+            )
+    return float(own.gsd_m) / float(task.gsd_m)  # type: ignore[arg-type]

@@ -58,6 +58,7 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
         placed = parameter.detach().to(device, memory_format=layout)
         memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
     ready = copy.deepcopy(segmenter, memo).eval()
+    ready.fold()
     return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
 
 
