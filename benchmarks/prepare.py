@@ -100,7 +100,7 @@ def measured(arguments: list[str]) -> dict[str, float]:
 
 
 def run_one(kind: str, source: Path, out: Path, tile: int) -> None:
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     found = {}
     if kind == "make":
         make_source(source, tile)
@@ -114,7 +114,7 @@ def run_one(kind: str, source: Path, out: Path, tile: int) -> None:
     # not getrusage: that begins with the peak of the process that started this one
     status = Path("/proc/self/status").read_text(encoding="ascii")
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-    print(json.dumps({"seconds": seconds, "mb": peak, **found}))
+    print(json.dumps({"seconds": seconds, "cpu": time.process_time() - busy, "mb": peak, **found}))
 
 
 def same_files(first: Path, second: Path) -> bool:
@@ -146,8 +146,9 @@ def main() -> None:
         side = options.side
         print(f"{side} x {side} RGB with labels into {options.tile}-pixel tiles, median of {options.rounds}:")
         for kind, title in (("loop", "Pillow and NumPy loop"), ("1", "rsseg, --jobs 1"), ("2", "rsseg, --jobs 2")):
-            peak = max(r["mb"] for r in results[kind])
-            print(f"  {title:22} {seconds[kind]:6.2f} s  {seconds['loop'] / seconds[kind]:5.2f}x  peak {peak:5.0f} MB")
+            peak, cpu = max(r["mb"] for r in results[kind]), statistics.median(r["cpu"] for r in results[kind])
+            ratio = seconds["loop"] / seconds[kind]
+            print(f"  {title:22} {seconds[kind]:6.2f} s  {ratio:5.2f}x  processor {cpu:6.2f} s  peak {peak:5.0f} MB")
         print(f"  same bytes for --jobs 1 and 2: {same_files(root / '1-0', root / '2-0')}")
         rates = [r["rate"] for r in results["labels"]]
         print(f"  verify, uncompressed uint8 labels, one thread: {statistics.median(rates):.0f} Mpx/s")
