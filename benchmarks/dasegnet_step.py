@@ -48,7 +48,7 @@ def make_method(student: str, teacher: str) -> DASegNetMethod:
             "name": "bench",
             "data": {"path": "unused", "augment": {"crop_size": SIDE}},
             "backbone": {"name": student, "weights": "random"},
-            "decoder": {"channels": 64, "dropout": 0.0},
+            "decoder": {"channels": 256, "dropout": 0.0},
             "adversarial": {"convs": 1},
             "self_training": {"confidence": 0.2, "teacher": {"kind": teacher}},
             "optimizers": {

@@ -113,8 +113,10 @@ class TrainerConfig(Strict):
     """Newest checkpoints kept beside the best; above 1, `step-*.safetensors` are kept and the newest is also `last`."""
     patience: Count | None = None
     """Evaluations without a better score before the run ends."""
-    monitor: Literal["miou", "mf1", "oa", "last"] = "miou"
-    """Score on the validation split that chooses `best`; `last` ships the final weights."""
+    monitor: Literal["miou", "mf1", "oa", "entropy", "last"] = "miou"
+    """Score on the validation split that chooses `best`; `last` ships the final weights. `entropy` needs no labels and
+    opens none: the mean entropy of the predicted probabilities, 0 (sure) to 1, of which the lowest is best. It says how
+    sure a network is, not how right."""
     max_hours: Positive | None = None
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
@@ -171,11 +173,33 @@ class StrongConfig(Strict):
     cutmix_aspect: tuple[Positive, Positive] = (0.3, 1 / 0.3)
 
 
+class MergeConfig(Strict):
+    """Classes made of a dataset's classes, by name. Each of these must be named once, in `into` or in `ignore`."""
+
+    into: Annotated[Mapping[str, Annotated[tuple[str, ...], Field(min_length=1)]], Field(min_length=1)]
+    """Class of the task, in order -> classes of the dataset that become it."""
+    ignore: tuple[str, ...] = ()
+    """Classes of the dataset whose pixels are ignored."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        names = [*(name for several in self.into.values() for name in several), *self.ignore]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is named twice")
+        return self
+
+
 class SelectConfig(Strict):
     """Which prepared images feed a stream or a split; conditions add up."""
 
     path: Path | None = None
     """Another prepared dataset than `data.path`."""
+    bands: tuple[str, ...] | None = None
+    """Bands of these images in network order, where they have other names than the task's: near infrared, red and green
+    for a network of red, green and blue. None takes those of the same names."""
+    classes: MergeConfig | None = None
+    """How that dataset's classes become the task's; None expects the same names, in any order."""
     split: str | None = None
     domain: str | None = None
     items: Path | None = None
@@ -197,12 +221,17 @@ class DataConfig(Strict):
     """Folder made by `rsseg dataset prepare`, relative to the working folder."""
     bands: tuple[str, ...] | None = None
     """Bands by name, in network order; None takes all."""
+    classes: MergeConfig | None = None
+    """Merges classes of the dataset `path`; None takes them as they are."""
     augment: AugmentConfig = AugmentConfig()
     strong: StrongConfig = StrongConfig()
     streams: Mapping[str, SelectConfig] = {}
     """Per training stream of the method; the method's defaults apply to what is not said."""
     val: SelectConfig = SelectConfig(split="val")
     test: SelectConfig = SelectConfig(split="test")
+    match_gsd: bool = False
+    """Scale images of other datasets to the ground sampling distance of `data.path`, as both declare it, before
+    anything else: in training and where they are scored."""
     cache: bool = True
     """Convert each image once to an uncompressed file beside the index that is memory-mapped afterwards."""
 
@@ -250,6 +279,15 @@ class BaseRecipe(Strict):
         unknown |= set(self.data.streams) - set(self.stream_names())
         if unknown:
             raise ValueError(f"unknown stream {sorted(unknown)[0]!r}; this method has {sorted(self.stream_names())}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        augments = [self.data.augment, *(s.augment for s in self.data.streams.values() if s.augment is not None)]
+        squeezed = any(augment.fit == "squeeze" for augment in augments)
+        if self.data.match_gsd and (squeezed or self.eval.mode == "resized"):
+            what = "fit: squeeze" if squeezed else "eval.mode: resized"
+            raise ValueError(f"data.match_gsd: has no effect on images that {what} resizes; leave one of them out")
         return self
 
     def stream_names(self) -> tuple[str, ...]:

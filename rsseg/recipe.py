@@ -49,7 +49,7 @@ def find_recipe(name: str) -> Path:
             return candidate
         if candidate.name == str(candidate) and candidate.name in packaged:
             return packaged[candidate.name]
-    near = difflib.get_close_matches(Path(name).name, packaged, n=1)
+    near = difflib.get_close_matches(Path(name).stem, [Path(file).stem for file in packaged], n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise RecipeError(f"{name}: no such recipe file. {hint}`rsseg recipe ls` lists the packaged recipes.")
 

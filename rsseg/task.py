@@ -73,26 +73,14 @@ class Task(BaseModel):
         return tuple(c.name for c in self.classes)
 
 
-def check_same_classes(expected: Task, actual: Task, *, what: str) -> None:
-    """Raise `DataError` unless both tasks name the same classes in the same order.
-
-    Args:
-        expected: the task of the model or the first domain.
-        actual: the task that must agree with it.
-        what: names the second one in the message, such as "the target dataset data/urban".
-    """
-    if expected.class_names != actual.class_names:
-        raise DataError(
-            f"{what} has the classes {list(actual.class_names)}, expected {list(expected.class_names)}. "
-            "Prepare it again with the same class table (names and order)."
-        )
-
-
 def task_with_bands(task: Task, bands: Sequence[str]) -> Task:
     """The task restricted to `bands`, in that order; raises `DataError` for a band it does not have."""
     missing = [band for band in bands if band not in task.bands]
     if missing:
-        raise DataError(f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}.")
+        raise DataError(
+            f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}. Name the ones to take "
+            "with `bands` (of the recipe's data, or of the stream or split)."
+        )
     chosen = [task.bands.index(band) for band in bands]
     picked = {
         field: tuple(values[i] for i in chosen)

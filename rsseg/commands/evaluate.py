@@ -44,7 +44,9 @@ def evaluate(
     else:
         print_scores(scores)
     if result.seen is not None:
-        print_note(f"These {result.images} images served the {result.seen} of this model: the scores are no test of it.")
+        print_note(
+            f"These {result.images} images served the {result.seen} of this model: the scores are no test of it."
+        )
     if result.unpredicted:
         print_note(f"{result.unpredicted} labeled pixels have no prediction; the scores leave them out.")
     if bound is not None:

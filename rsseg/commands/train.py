@@ -82,7 +82,7 @@ def train(
     if as_json:
         print_json(result)
         return
-    if result.scores is not None:
+    if result.scores is not None and result.scores.pixels:
         print_scores(result.scores)
     print_result(result.text())
 

@@ -24,6 +24,7 @@ from rsseg.data.transforms import (
     pad_origin,
     transform_image,
     transform_mask,
+    zoomed,
 )
 from rsseg.errors import DataError
 from rsseg.raster import Window
@@ -66,6 +67,7 @@ class StreamPlan:
     masks         False: masks are never opened
     strong_views  number of them
     rare_classes  temperature; None draws all images alike
+    zoom          factor on the size of all images, before the augmentation
     """
 
     name: str
@@ -78,6 +80,7 @@ class StreamPlan:
     strong: StrongConfig
     space: ColorSpace
     rare_classes: float | None = None
+    zoom: float = 1.0
 
 
 class StreamReader:
@@ -117,7 +120,7 @@ class StreamReader:
         """Draw a crop, and again while one class fills too much of it; with the labels of its window."""
         plan, augment = self.plan, self.plan.augment
         size = self._reader.size(item)
-        scaled = draw_scaled_size(rng, size, augment)
+        scaled = draw_scaled_size(rng, zoomed(size, plan.zoom), augment)
         limit = augment.crop_max_class_ratio
         mask, cut = None, None
         for _ in range(1 + _CROP_TRIES):

@@ -32,9 +32,12 @@ class EvalSample:
 class EvalSamples:
     """The images of a split that fall to one rank; iterating reads them one by one."""
 
-    def __init__(self, items: tuple[IndexItem, ...], reader: SampleReader, task: Task, *, masks: bool) -> None:
-        """`task` gives the scaling; `masks` whether they are read."""
+    def __init__(
+        self, items: tuple[IndexItem, ...], reader: SampleReader, task: Task, *, masks: bool, zoom: float = 1.0
+    ) -> None:
+        """`task` gives the scaling, `masks` says whether they are read, `zoom` is for who predicts: see `Source`."""
         self._items, self._reader, self._masks = items, reader, masks
+        self.zoom = zoom
         self._scale = np.array(task.scale, np.float32)[:, None, None]
         self._offset = np.array(task.offset, np.float32)[:, None, None]
 
@@ -76,4 +79,4 @@ def evaluation_samples(
         DataError: nothing selected, other classes or bands, a missing mask; while iterating, unreadable files.
     """
     source = open_source(recipe, select, split, task, masks=masks)
-    return EvalSamples(source.items[rank::world_size], source.reader, source.task, masks=masks)
+    return EvalSamples(source.items[rank::world_size], source.reader, source.task, masks=masks, zoom=source.zoom)

@@ -170,6 +170,7 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[Stre
         augment=augment,
         strong=recipe.data.strong,
         space=ColorSpace.of(own.bands, own.scale, own.offset),
+        zoom=source.zoom,
     )
     return StreamReader(plan, source.reader), own
 

@@ -49,6 +49,11 @@ class Geometry:
     cut: Cut | None = None
 
 
+def zoomed(size: Size, factor: float) -> Size:
+    """A size times a factor; at least one pixel each way."""
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
 def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig) -> Size:
     """Size of the whole image after the random scaling; at least one pixel each way."""
     if config.fit == "squeeze":

@@ -80,6 +80,7 @@ def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str
         device=plan.device_name,
         seed=recipe.seed,
         monitor=recipe.trainer.monitor,
+        selection=plan.selection,
         plan=plan.model_dump(mode="json"),
         used=plan.used,
         frozen=frozen,

@@ -1,5 +1,6 @@
 """Scoring: a network over a split, or class rasters against true ones; one confusion matrix either way."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, SelectConfig
@@ -17,7 +19,7 @@ from rsseg.data.sources import open_source
 from rsseg.errors import DataError
 from rsseg.inference.device import resolve_device
 from rsseg.inference.load import load_segmenter
-from rsseg.inference.predict import predict_image
+from rsseg.inference.predict import predict_image, predict_probabilities
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix, Scores, scores
 from rsseg.raster import Raster, Window
@@ -44,6 +46,9 @@ class Evaluation(BaseModel):
     seconds: float
     seen: str | None = None
     """`training` or `selection` if these very images served it when the model was made: the scores are no test."""
+    entropy: float | None = None
+    """Mean normalized entropy of the probabilities, 0..1, if that was asked for; then no label was read, and `counts`
+    and `scores` are empty."""
     unpredicted: int = 0
     """Labeled pixels where a class raster has no data; they do not count."""
 
@@ -61,8 +66,11 @@ def evaluate(
     split: str,
     device: torch.device | str,
     progress: Advance | None = None,
+    labels: bool = True,
 ) -> Evaluation:
     """Score a network on a split; the ranks of a process group share the images, and all get the result.
+
+    Images of another ground sampling distance are scaled for the network if the recipe says so.
 
     Args:
         segmenter: on `device`, in eval mode.
@@ -71,21 +79,28 @@ def evaluate(
         split: taken where `select` names none.
         device: where the network runs.
         progress: told after every image of this process.
+        labels: False opens no mask and measures the entropy instead.
 
     Raises:
         DataError: nothing selected, a missing mask, unreadable files, an ignored class that does not exist.
     """
     started = time.monotonic()
     ranks, task = current_ranks(), segmenter.task
-    samples = evaluation_samples(recipe, select, split, task, rank=ranks.rank, world_size=ranks.world_size)
-    confusion = ConfusionMatrix(task.num_classes)
+    samples = evaluation_samples(
+        recipe, select, split, task, rank=ranks.rank, world_size=ranks.world_size, masks=labels
+    )
+    config = recipe.eval.model_copy(update={"scales": tuple(scale * samples.zoom for scale in recipe.eval.scales)})
+    confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     for done, sample in enumerate(samples, start=1):
-        prediction = predict_image(segmenter, sample.image, sample.valid, recipe.eval, device=device)
         if sample.mask is None:
-            raise ValueError(f"{sample.name}: came without a mask")
-        confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
+            probabilities = predict_probabilities(segmenter, sample.image, sample.valid, config, device=device)
+            entropy += _entropy(probabilities[torch.from_numpy(sample.valid)])
+        else:
+            prediction = predict_image(segmenter, sample.image, sample.valid, config, device=device)
+            confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, len(samples))
+    total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([len(samples)])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()
     matrix = np.array(counts, np.int64).reshape(task.num_classes + 1, task.num_classes)
@@ -94,7 +109,15 @@ def evaluate(
         scores=scores(matrix, task.class_names, ignore=recipe.eval.ignore_classes),
         images=images,
         seconds=time.monotonic() - started,
+        entropy=None if labels else total_entropy / max(pixels, 1),
     )
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Sum of the normalized entropies of (n, K) probabilities, and n; float64 (2,)."""
+    scale = max(math.log(probabilities.shape[-1]), 1e-12)
+    total = torch.special.entr(probabilities).sum(dtype=torch.float64) / scale
+    return torch.stack([total, torch.tensor(len(probabilities), dtype=torch.float64)])
 
 
 def evaluate_model(

@@ -31,7 +31,8 @@ def check_files(recipe: Recipe, task: Task) -> dict[str, WeightsFile]:
 def validation_of(recipe: Recipe, task: Task) -> SplitPlan | None:
     """The images that choose the best weights; None if there are none and the recipe ships the last weights anyway."""
     try:
-        return split_plan(recipe, recipe.data.val, "val", task, masks=True, batch_size=recipe.eval.batch_size)
+        labels = recipe.trainer.monitor != "entropy"
+        return split_plan(recipe, recipe.data.val, "val", task, masks=labels, batch_size=recipe.eval.batch_size)
     except DataError as error:
         if recipe.trainer.monitor == "last":
             return None
@@ -51,6 +52,29 @@ def split_plan(
         digest=SegmentationIndex.load(path).digest(source.items),
         batch_size=batch_size,
     )
+
+
+def selection_of(recipe: Recipe, method: Method, validation: SplitPlan | None) -> str:
+    """What chooses the weights that ship, in words: which score, on whose labels.
+
+    If the labels of a domain that trains without them choose the weights, the run must say so.
+    """
+    monitor = recipe.trainer.monitor
+    if validation is None or monitor == "last":
+        return "the last weights ship; no score chooses them"
+    if monitor == "entropy":
+        return f"lowest entropy on {validation.images} images, without labels"
+    chosen = _domain(recipe, recipe.data.val)
+    sharing = [
+        spec for spec in method.streams if _domain(recipe, recipe.data.streams.get(spec.name, SelectConfig())) == chosen
+    ]
+    unlabeled = bool(sharing) and not any(spec.masks for spec in sharing)
+    whose = f" of the domain of stream {sharing[0].name!r}, which trains without labels" if unlabeled else ""
+    return f"best {monitor} on labels of {validation.images} images{whose}"
+
+
+def _domain(recipe: Recipe, select: SelectConfig) -> tuple[str, str | None]:
+    return str(select.path or recipe.data.path), select.domain
 
 
 def absent_classes(recipe: Recipe, method: Method, task: Task) -> list[str]:
@@ -88,6 +112,7 @@ def make_plan(
         role: f"{backbone.name}, {weights[role].source if role in weights else 'random weights'}"
         for role, backbone in backbone_configs(recipe)
     }
+    validation = validation_of(recipe, task)
     return TrainPlan(
         method=recipe.method,
         name=recipe.name,
@@ -101,7 +126,8 @@ def make_plan(
         steps=config.steps,
         grad_accum_steps=config.grad_accum_steps,
         streams=streams,
-        validation=validation_of(recipe, task),
+        validation=validation,
+        selection=selection_of(recipe, method, validation),
         classes=task.class_names,
         bands=task.bands,
         backbones=backbones,

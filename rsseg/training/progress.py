@@ -126,7 +126,9 @@ def step_line(report: StepReport) -> str:
 
 def evaluation_line(report: EvaluationReport) -> str:
     """One line of scores."""
-    named = (("mIoU", report.scores.miou), ("mF1", report.scores.mf1), ("OA", report.scores.oa))
+    named = [("mIoU", report.scores.miou), ("mF1", report.scores.mf1), ("OA", report.scores.oa)]
+    if report.entropy is not None:
+        named = [("entropy", report.entropy)]
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
     star = "  (best)" if report.improved else ""
     return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{star}"

@@ -58,6 +58,8 @@ class Recorder:
         row |= {name: getattr(result, name) for name in ("miou", "mf1", "oa", "macc", "mprecision", "kappa")}
         row |= dict(result.variants)
         row |= {f"iou_{c.name}": c.iou for c in result.classes} | {f"f1_{c.name}": c.f1 for c in result.classes}
+        if report.entropy is not None:
+            row["entropy"] = report.entropy
         row |= {"pixels": result.pixels, "absent": result.absent, "images": report.images}
         row |= {"seconds": round(report.seconds, 3), "improved": int(report.improved)}
         append_row(self._folder / "metrics.csv", row)

@@ -44,6 +44,8 @@ class TrainPlan(_Data):
     streams: Mapping[str, SplitPlan]
     validation: SplitPlan | None
     """None: the run is not evaluated and ships its last weights."""
+    selection: str
+    """What chooses the weights that ship, in words."""
     classes: tuple[str, ...]
     bands: tuple[str, ...]
     backbones: Mapping[str, str]
@@ -80,9 +82,8 @@ class TrainPlan(_Data):
                 f"{taken / stream.images:.1f} passes"
             )
         validation = self.validation
-        lines.append(
-            f"  validation: {validation.images} images ({validation.split})" if validation else "  validation: none"
-        )
+        images = f"{validation.images} images ({validation.split})" if validation else "none"
+        lines.append(f"  validation: {images}; {self.selection}")
         processes = f" x {self.processes} processes" if self.processes > 1 else ""
         lines.append(f"  {self.device_name} ({self.device}){processes}, autocast {self.amp}, seed {self.seed}")
         accumulated = f" of {self.grad_accum_steps} micro-steps" if self.grad_accum_steps > 1 else ""
@@ -122,6 +123,8 @@ class EvaluationReport(_Data):
     seconds: float
     score: float | None
     """The monitored one."""
+    entropy: float | None = None
+    """Measured instead of scores where no labels are read."""
     best: float | None
     """The best so far, this one included."""
     improved: bool

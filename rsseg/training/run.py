@@ -204,7 +204,14 @@ def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Ca
 def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
     if built.plan.validation is None:
         return None
-    return partial(evaluate, recipe=recipe, select=recipe.data.val, split="val", device=built.hardware.device)
+    return partial(
+        evaluate,
+        recipe=recipe,
+        select=recipe.data.val,
+        split="val",
+        device=built.hardware.device,
+        labels=recipe.trainer.monitor != "entropy",
+    )
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:

@@ -43,6 +43,8 @@ class Manifest(BaseModel):
     steps: int = 0
     """Optimizer steps done at the last save."""
     monitor: str
+    selection: str = ""
+    """What chooses the weights that ship, in words: a score on labels of which domain, or one without labels."""
     best_score: float | None = None
     best_step: int | None = None
     plan: dict[str, Any]
@@ -156,6 +158,7 @@ class RunFolder:
             "steps": manifest.steps,
             f"best {manifest.monitor}": manifest.best_score,
             "best step": manifest.best_step,
+            "selection": manifest.selection,
             "seed": manifest.seed,
             "device": manifest.device,
             "commit": manifest.commit,

@@ -188,11 +188,12 @@ class Trainer:
         self.samples, self.speed_step, self.speed_clock = 0, self.counters.step, time.monotonic()
 
     def _check_finite(self, losses: Mapping[str, float]) -> None:
-        bad = next((name for name, value in losses.items() if not math.isfinite(value)), None)
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
         weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
-        if bad is None and bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
+        if not bad and bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
             return
-        what = "the weights are" if bad is None else f"the loss {bad!r} is"
+        several = "es" if len(bad) > 1 else ""
+        what = f"the loss{several} {', '.join(bad)} {'are' if several else 'is'}" if bad else "the weights are"
         raise RecipeError(
             f"training diverged: {what} not finite by step {self.counters.step}. Lower optimizers.*.lr, set "
             f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.around.checkpoints.last_good()}"
@@ -205,8 +206,15 @@ class Trainer:
         evaluation = self.around.evaluate(self.shipped.eval())
         self.parts.method.train()
         monitor = self.config.monitor
-        score = None if monitor == "last" else getattr(evaluation.scores, monitor)
-        improved = monitor == "last" or counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
+        match monitor:
+            case "last":
+                score, improved = None, True
+            case "entropy":
+                score = evaluation.entropy
+                improved = counters.best_score is None or (score is not None and score < counters.best_score)
+            case _:
+                score = getattr(evaluation.scores, monitor)
+                improved = counters.best_step is None or (score or 0.0) > (counters.best_score or 0.0)
         counters.since_best = 0 if improved else counters.since_best + 1
         if improved:
             counters.best_score, counters.best_step = score, counters.step
@@ -220,6 +228,7 @@ class Trainer:
                 images=evaluation.images,
                 seconds=evaluation.seconds,
                 score=score,
+                entropy=evaluation.entropy,
                 best=counters.best_score,
                 improved=improved,
             )

@@ -1,7 +1,10 @@
-"""One rank of the two-process test: trains the toy method and writes the weights. Arguments: folder, accumulation."""
+"""One rank of the two-process tests: trains a small method, writes weights and losses. Arguments: folder, accumulation,
+name of the case."""
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,28 +12,84 @@ from safetensors.torch import save_file
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg.checkpoint import ModelHeader
-from rsseg.methods.base import Segmenter
+from rsseg.config import BaseRecipe
+from rsseg.data.streams import Batch, Samples
+from rsseg.methods.base import Method, Segmenter
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.distributed import process_group
 from rsseg.training.hardware import Hardware
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Silent
+from rsseg.training.results import StepReport
 from rsseg.training.runs import RunFolder
 from rsseg.training.signals import StopSignals
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Surroundings, Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
+from tests.unit.dasegnet_models import SIDE, make_method
+
+Made = tuple[BaseRecipe, Method, Callable[[int, int, int], Iterator[Batch]]]
+"""Recipe, method, and (start step, rank, number of ranks) -> batches."""
+
+
+def toy(trainer: dict[str, Any]) -> Made:
+    recipe = toy_recipe(**trainer)
+    return recipe, ToyMethod().double(), lambda step, rank, ranks: toy_batches(recipe, step, rank, ranks)
+
+
+def dasegnet(trainer: dict[str, Any]) -> Made:
+    """Students with layer norms, decoders with batch norm. Plain SGD: Adam would enlarge the rounding of gradients that
+    are zero but for it, such as those of a bias before a norm."""
+    sgd = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
+    method = make_method(
+        trainer={"steps": 3, "batch_size": 2, **trainer},
+        optimizers=dict.fromkeys(("main", "disc_source", "disc_target"), sgd),
+        adversarial={"convs": 1, "base_channels": 4, "weight": 0.5},
+        self_training={"confidence": 0.36, "class_weights": [1.01, 1.51, 2.01], "rare_confidence": 0.35},
+    )
+    accumulate = method.recipe.trainer.grad_accum_steps
+
+    def batches(start: int, rank: int, ranks: int) -> Iterator[Batch]:
+        micro = start * accumulate
+        while True:
+            yield domains(micro * ranks + rank)
+            micro += 1
+
+    return method.recipe, method, batches
+
+
+def domains(number: int) -> Batch:
+    """Two source and two target images; the same ones whichever rank takes the batch of this number."""
+    generator = torch.Generator().manual_seed(number)
+    source, target = (torch.rand(2, 3, SIDE, SIDE, generator=generator) for _ in range(2))
+    valid = torch.ones(2, SIDE, SIDE, dtype=torch.bool)
+    masks = (source.mean(1) * 6).long().clamp(0, 2)
+    return {"source": Samples(source, valid, masks), "target": Samples(target**2, valid)}
+
+
+CASES: Mapping[str, Callable[[dict[str, Any]], Made]] = MappingProxyType({"toy": toy, "dasegnet": dasegnet})
+
+
+class Losses(Silent):
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {}
+
+    def on_step(self, report: StepReport) -> None:
+        for name, value in report.losses.items():
+            self.seen.setdefault(name, []).append(value)
 
 
 def header(segmenter: Segmenter, training: dict[str, Any]) -> ModelHeader:
     return ModelHeader(recipe={}, task=segmenter.task, backbones={}, training=training, made_with={})
 
 
-def main(folder: Path, accumulate: int) -> None:
+def main(folder: Path, accumulate: int, case: str) -> None:
     torch.set_num_threads(1)
-    recipe = toy_recipe(grad_accum_steps=accumulate, eval_every=100, checkpoint_every=100, log_every=2)
+    recipe, method, batches = CASES[case](
+        {"grad_accum_steps": accumulate, "eval_every": 100, "checkpoint_every": 100, "log_every": 1}
+    )
+    losses = Losses()
     with process_group("cpu") as ranks, StopSignals() as signals:
-        method = ToyMethod().double()
         parts = Parts(method, None, build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=False))
         identity = Identity(recipe={}, frozen={}, splits={}, processes=ranks.world_size)
         trainer = Trainer(
@@ -38,18 +97,19 @@ def main(folder: Path, accumulate: int) -> None:
             recipe,
             Hardware(torch.device("cpu")),
             Surroundings(
-                batches_from=lambda step: toy_batches(recipe, step, ranks.rank, ranks.world_size),
+                batches_from=lambda step: batches(step, ranks.rank, ranks.world_size),
                 evaluate=None,
                 checkpoints=Checkpoints(RunFolder(folder), recipe.trainer, identity, header, used={}, writes=False),
-                progress=Silent(),
+                progress=losses,
                 signals=signals,
             ),
             Counters(),
         )
         assert trainer.fit() == "all steps"
         if ranks.is_main:
-            save_file(method.state_dict(), folder / f"{ranks.world_size}.safetensors")
+            logged = {f"loss.{name}": torch.tensor(values) for name, values in losses.seen.items()}
+            save_file(method.state_dict() | logged, folder / f"{ranks.world_size}.safetensors")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rsseg.backbones.mit_keys import mit_to_timm
 from rsseg.backbones.zoo import create_backbone
+from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError
 from rsseg.inference.load import load_segmenter
-from rsseg.methods.dasegnet.importer import import_checkpoint, rename_tensors
+from rsseg.methods.dasegnet.importer import import_checkpoint, rename_tensors, unread_neck_levels
 from rsseg.methods.dasegnet.network import build_segmenter
 from tests.conftest import rgb_task
 from tests.unit.dasegnet_models import make_recipe
@@ -195,6 +197,63 @@ def test_authors_checkpoint_becomes_a_model_file_with_the_same_logits(tmp_path: 
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(loaded(images), segmenter(images))
+
+
+def to_authors_deeplab(name: str, tensor: Tensor) -> State:
+    """Our tensor under the authors' name, for a ResNetV1c with DeepLabV3+ decoders."""
+    rules = [
+        (r"^backbone_(s|t)\w+\.body\.network\.", r"backbone_\1."),
+        (r"^(backbone_.\.)conv1\.", r"\1stem."),
+        (r"^(backbone_.\.)bn1\.", r"\1stem.7."),
+        (r"^decoder_(s|t)\w+\.", r"decode_head_\1."),
+        (r"\.classifier\.conv\.", ".conv_seg."),
+        (r"\.pool\.", ".image_pool.1."),
+        (r"\.branches\.0\.", ".aspp_modules.0."),
+        (r"\.branches\.", ".aspp_modules."),
+        (r"\.refine\.", ".sep_bottleneck."),
+        (r"\.low\.", ".c1_bottleneck."),
+        (r"(aspp_modules\.[1-3]|sep_bottleneck\.\d)\.depthwise\.", r"\1.depthwise_conv.conv."),
+        (r"(aspp_modules\.[1-3]|sep_bottleneck\.\d)\.bn\.", r"\1.depthwise_conv.bn."),
+        (r"(aspp_modules\.[1-3]|sep_bottleneck\.\d)\.pointwise\.", r"\1.pointwise_conv."),
+    ]
+    return to_authors(name, tensor) if name.startswith("neck") else renamed({name: tensor}, rules)
+
+
+def test_authors_resnet_checkpoint_fills_the_network_and_unread_neck_levels_are_left_out() -> None:
+    resnet = {"name": "resnet50_v1c_d8", "weights": "random"}
+    recipe = make_recipe(backbone=resnet, decoder={"kind": "deeplabv3plus", "channels": 8})
+    with torch.device("meta"):
+        wanted = build_segmenter(recipe, rgb_task()).state_dict()
+    authors = {k: v for name, tensor in wanted.items() for k, v in to_authors_deeplab(name, tensor).items()}
+    assert "decode_head_t.aspp_modules.3.depthwise_conv.bn.weight" in authors
+    assert "backbone_s.stem.7.running_var" in authors
+    unread = "dsk_neck.dsk_neck2.fc.weight"  # DeepLabV3+ reads the first level and the last
+    found = rename_tensors(authors | {unread: torch.zeros(1)}).segmenter
+    assert {name: tensor.shape for name, tensor in found.items() if name in wanted} == {
+        name: tensor.shape for name, tensor in wanted.items()
+    }
+    assert (
+        unread_neck_levels(found, wanted) == found.keys() - wanted.keys() == {"neck.levels.1.distinct.squeeze.weight"}
+    )
+
+
+def test_command_imports_a_checkpoint_that_info_and_eval_understand(
+    rgb_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(backbone=MIT, data={"path": str(rgb_dataset), "augment": {"crop_size": 64}})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    authors = authors_checkpoint(build_segmenter(recipe, rgb_task()).state_dict())
+    torch.save({"state_dict": authors, "optimizer": {"backbone_s": {}}}, tmp_path / "authors.pth")
+    command = ["weights", "import", str(tmp_path / "authors.pth"), "--method", "dasegnet", "--data", str(rgb_dataset)]
+    command += ["--recipe", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "model.safetensors")]
+    assert run(command) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model.safetensors")
+    assert run(command) == 2  # it exists
+    assert run(["eval", "--model", str(tmp_path / "model.safetensors"), "--json"]) == 0
+    (tmp_path / "authors.pth").write_bytes(b"not a checkpoint")
+    capsys.readouterr()
+    assert run([*command, "--overwrite"]) == 5
+    assert "not a readable checkpoint" in " ".join(capsys.readouterr().err.split())
 
 
 def test_checkpoint_with_other_classes_is_refused(tmp_path: Path) -> None:

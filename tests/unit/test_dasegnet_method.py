@@ -3,9 +3,11 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
@@ -230,6 +232,51 @@ def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
         batch = next(batches)
         assert batch["target"].masks is None
         assert all(loss.isfinite() for loss in method(batch, 0).losses.values())
+
+
+def test_rare_classes_are_drawn_more_often_only_in_the_source() -> None:
+    assert [spec.rare_classes for spec in make_method(rare_class_sampling=0.01).streams] == [0.01, None]
+    assert [spec.rare_classes for spec in make_method().streams] == [None, None]
+
+
+def test_students_look_at_plain_target_images_only_if_a_loss_or_the_teacher_needs_it() -> None:
+    seen: list[int] = []
+    for kind, forwards in (("whole", 2), ("decoder_only_t", 2)):
+        method = make_method(adversarial=None, self_training={"class_mix": True, "teacher": {"kind": kind}})
+        seen.clear()
+        hook = method.segmenter.backbone_source.register_forward_hook(
+            lambda _m, inputs, _o: seen.append(len(inputs[0]))
+        )
+        losses = method(make_batch(), 0).losses
+        hook.remove()
+        assert set(losses) == {"seg", "pseudo"}
+        assert len(seen) == forwards
+        assert seen[0] == (2 if kind == "whole" else 4)
+
+
+class _Types(TorchFunctionMode):
+    """Notes the type of what certain functions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("softmax", "bmm", "cross_entropy", "binary_cross_entropy_with_logits"):
+            self.seen.setdefault(func.__name__, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_energies_softmax_and_losses_stay_in_single_precision_under_autocast() -> None:
+    method = make_method(backbone=BATCH_NORM)
+    with _Types() as types, torch.autocast("cpu", torch.bfloat16):
+        losses = method(make_batch(), 0).losses
+        mixed = method.segmenter.backbone_source(make_batch()["source"].images)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert types.seen["softmax"] == {torch.float32}
+    assert types.seen["cross_entropy"] == types.seen["binary_cross_entropy_with_logits"] == {torch.float32}
+    assert torch.float32 in types.seen["bmm"]
+    assert mixed[-1].dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from rsseg.layers.aspp import SeparableASPPHead
 from rsseg.methods.dasegnet.build import check_class_weights, check_crops
 from rsseg.methods.dasegnet.discriminator import PatchDiscriminator, smallest_map
 from rsseg.methods.dasegnet.losses import weighted_cross_entropy
-from rsseg.methods.dasegnet.neck import DisentangledNeck
+from rsseg.methods.dasegnet.neck import DisentangledNeck, UniversalExtraction
 from rsseg.methods.dasegnet.pseudo_labels import class_weight_table, pseudo_labels
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
 from rsseg.recipe import RecipeSource as Source
@@ -36,6 +36,24 @@ def test_weights_follow_the_confident_share_and_the_class() -> None:
     assert result.labels.tolist() == [[[0, 0, 0, 1]]]
     assert float(result.ratio) == 0.5
     torch.testing.assert_close(result.weights, 0.5 * torch.tensor([[[1.01, 1.01, 0.5, 2.01]]]))
+
+
+@pytest.mark.parametrize(("rule", "weight"), [("in_place", 0.5), ("table", 0.0)])
+def test_class_of_weight_zero_is_taken_for_unsure_only_as_published(rule: str, weight: float) -> None:
+    values = {"confidence": 0.9, "rare_confidence": 0.7, "class_weights": [0.0, 2.0], "class_weight_rule": rule}
+    config = SelfTrainingConfig.model_validate(values)
+    assert pseudo_labels(logits_of(0.95, 0.95), (1, 2), None, config).weights.tolist() == [[[weight, weight]]]
+
+
+def test_mean_energies_do_not_depend_on_the_size_of_the_map() -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(2, 1, 16, 6, 6)
+    for energies, same in (("sum", False), ("mean", True)):
+        dum = UniversalExtraction(16, energies=energies)  # type: ignore[arg-type]
+        for conv in (dum.common, dum.reduce_source, dum.reduce_target):
+            conv.weight.data[..., [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0.0  # each pixel by itself
+        small, large = dum(*maps), dum(*(torch.cat([m, m], -1) for m in maps))
+        assert torch.allclose(small[0], large[0][..., :6], atol=1e-5) == same
 
 
 def test_without_a_confident_pixel_nothing_is_learned() -> None:
@@ -180,7 +198,7 @@ def test_classes_that_do_not_match_between_domains_are_listed(rgb_dataset: Any, 
     index.model_copy(update={"task": task}).save(color_mask_dataset)
     data = {"path": rgb_dataset, "augment": {"crop_size": 64}, "streams": {"target": {"path": color_mask_dataset}}}
     method = make_method(data=data)
-    with pytest.raises(DataError, match=r"meadow.*expected.*field"):
+    with pytest.raises(DataError, match=r"expected field.*lacks field.*also has meadow"):
         training_batches(method.recipe, method.streams, rgb_task(), device="cpu", start_step=0)
 
 

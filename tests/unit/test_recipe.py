@@ -108,7 +108,7 @@ def test_recipe_is_found_in_the_working_folder_before_the_packaged_one(
 
 
 def test_unknown_recipe_suggests_the_nearest_packaged_one() -> None:
-    with pytest.raises(RecipeError, match=r"Did you mean grass\.yaml\?"):
+    with pytest.raises(RecipeError, match=r"Did you mean grass\?"):
         find_recipe("gras.yaml")
 
 

@@ -41,7 +41,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Passes:
-    """Everything that one step computes before its losses; `target` is None in a source-only run."""
+    """Everything that one step computes before its losses; `target` is None where no loss and no teacher needs it."""
 
     source: Styles
     logits: Logits
@@ -95,31 +95,13 @@ class DASegNetMethod(Method):
     def passes(self, batch: Batch) -> Passes:
         """Students on both domains, then the teacher, then the students on whatever else they learn from."""
         source, target = batch["source"], batch.get("target")
-        if target is None:
-            (view,) = self.segmenter.styles(source.images)
-            return Passes(view, self._decode(view))
-        view, target_view = self.segmenter.styles(source.images, target.images)
-        logits = self._decode(view)
-        config = self.recipe.self_training
-        if config is None or self.teacher is None:
-            return Passes(view, logits, target_view)
-        lessons = []
-        # the students' own pass comes first: a teacher that uses their decoders moves their running statistics too
-        same = self._decode(target_view) if config.learns_from_teachers_image else None
-        with torch.no_grad():
-            teacher_logits = self.teacher(self.segmenter, target.images, target_view)
-        pseudo = pseudo_labels(teacher_logits, target.images.shape[-2:], target.valid, config)
-        if same is not None:
-            lessons.append(Lesson("pseudo", config.weight, same, pseudo))
+        if target is None or not self.recipe.students_see_target:
+            (view,), target_view = self.segmenter.styles(source.images), None
         else:
-            images, mixed = _harder(source, target, pseudo, config)
-            lessons.append(Lesson("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed))
-        if config.masked is not None:
-            masked = config.masked
-            images = hide_patches(target.images, self.segmenter.fill, patch=masked.patch, ratio=masked.ratio)
-            logits_masked = self._decode(*self.segmenter.styles(images))
-            lessons.append(Lesson("masked", config.weight * masked.weight, logits_masked, pseudo))
-        return Passes(view, logits, target_view, tuple(lessons))
+            view, target_view = self.segmenter.styles(source.images, target.images)
+        logits = self._decode(view)
+        lessons = () if target is None else self._lessons(source, target, target_view)
+        return Passes(view, logits, target_view, lessons)
 
     def losses_of(self, passes: Passes, batch: Batch) -> StepOutput:
         """Weighted losses, which the trainer adds up. Logged are each decoder's cross-entropies before their weights,
@@ -177,6 +159,27 @@ class DASegNetMethod(Method):
         """Move the teacher."""
         if self.teacher is not None:
             self.teacher.update(self.segmenter, step)
+
+    def _lessons(self, source: Samples, target: Samples, view: Styles | None) -> tuple[Lesson, ...]:
+        """What the students are to learn from target images; `view` is what they make of them as they are."""
+        config = self.recipe.self_training
+        if config is None or self.teacher is None:
+            return ()
+        # the students' own pass comes first: a teacher that uses their decoders moves their running statistics too
+        same = self._decode(view) if view is not None and config.learns_from_teachers_image else None
+        logits = self.teacher(self.segmenter, target.images, view)
+        pseudo = pseudo_labels(logits, target.images.shape[-2:], target.valid, config)
+        if same is not None:
+            lessons = [Lesson("pseudo", config.weight, same, pseudo)]
+        else:
+            images, mixed = _harder(source, target, pseudo, config)
+            lessons = [Lesson("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed)]
+        if config.masked is not None:
+            masked = config.masked
+            images = hide_patches(target.images, self.segmenter.fill, patch=masked.patch, ratio=masked.ratio)
+            seen = self._decode(*self.segmenter.styles(images))
+            lessons.append(Lesson("masked", config.weight * masked.weight, seen, pseudo))
+        return tuple(lessons)
 
     def _decode(self, view: Styles) -> Logits:
         return Logits(

@@ -37,11 +37,14 @@ class UniversalExtraction(nn.Module):
     """DUM: per style, a mixture of channels chosen by how little they agree with what both styles have in common.
 
     Source: the attention of ST-DASegNet's `DS2Neck`. The paper draws a softmax, the code computes a soft minimum; this
-    is the code's. Energies are sums over positions, so that the attention sharpens as the map grows.
+    is the code's. Energies are sums over positions, so that the attention sharpens as the map grows, or means.
     """
 
-    def __init__(self, channels: int, *, reduction: int = 8, min_width: int = 8) -> None:
+    def __init__(
+        self, channels: int, *, reduction: int = 8, min_width: int = 8, energies: Literal["sum", "mean"] = "sum"
+    ) -> None:
         super().__init__()
+        self.energies = energies
         self.out_channels = max(channels // reduction, min_width)
         self.common = _conv(channels, channels)
         self.reduce_source = _conv(channels, self.out_channels)
@@ -54,7 +57,8 @@ class UniversalExtraction(nn.Module):
         rows = (source.flatten(2), target.flatten(2))
         # energies reach the hundreds, and the soft minimum is nearly a step: half precision would pick other channels
         with torch.autocast(source.device.type, enabled=False):
-            source_energy, target_energy = (torch.bmm(row.float(), common.float()) for row in rows)
+            scale = 1.0 if self.energies == "sum" else 1.0 / common.shape[1]
+            source_energy, target_energy = (scale * torch.bmm(row.float(), common.float()) for row in rows)
             attention = (torch.softmax(-source_energy, dim=-1) + torch.softmax(-target_energy, dim=-1)) / 2
         mixed_source, mixed_target = (
             torch.bmm(attention.to(row.dtype), row).reshape(row.shape[0], -1, *size) for row in rows
@@ -65,10 +69,20 @@ class UniversalExtraction(nn.Module):
 class DisentangledLevel(nn.Module):
     """DSM, and beside it DUM where wanted; the DSM's channels come first."""
 
-    def __init__(self, channels: int, *, universal: bool, reduction: int = 8, min_width: int = 8) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        universal: bool,
+        reduction: int = 8,
+        min_width: int = 8,
+        energies: Literal["sum", "mean"] = "sum",
+    ) -> None:
         super().__init__()
         self.distinct = DistinctPurification(channels, reduction=reduction, min_width=min_width)
-        self.universal = UniversalExtraction(channels, reduction=reduction, min_width=min_width) if universal else None
+        self.universal: UniversalExtraction | None = None
+        if universal:
+            self.universal = UniversalExtraction(channels, reduction=reduction, min_width=min_width, energies=energies)
         self.out_channels = channels + (self.universal.out_channels if self.universal is not None else 0)
 
     def forward(self, source: Tensor, target: Tensor) -> Pair:
@@ -90,6 +104,7 @@ class DisentangledNeck(nn.Module):
         kind: Literal["ds2", "dsk"] = "ds2",
         reduction: int = 8,
         min_width: int = 8,
+        energies: Literal["sum", "mean"] = "sum",
         used: Sequence[int] | None = None,
     ) -> None:
         """Make the levels.
@@ -99,13 +114,18 @@ class DisentangledNeck(nn.Module):
             kind: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
             reduction: channels over reduced channels.
             min_width: least number of reduced channels.
+            energies: of the DUM, see there.
             used: levels that a decoder reads; None for all. A module that nobody reads would never get a gradient.
         """
         super().__init__()
         last = len(in_channels) - 1
         made = {
             str(i): DisentangledLevel(
-                channels, universal=kind == "ds2" and i == last, reduction=reduction, min_width=min_width
+                channels,
+                universal=kind == "ds2" and i == last,
+                reduction=reduction,
+                min_width=min_width,
+                energies=energies,
             )
             for i, channels in enumerate(in_channels)
             if used is None or i in used

@@ -142,16 +142,19 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
             kind=config.kind,
             reduction=config.reduction,
             min_width=config.min_width,
+            energies=config.energies,
             used=None if recipe.decoder.kind == "segformer" else (0, len(channels) - 1),
         )
     refined = channels if neck is None else neck.out_channels
+    # the DUM's attention depends on the size of its map: without another word, tiles are as large as crops
+    side = recipe.eval.tile or recipe.data.augment.crop_size
     decoders = tuple(build_decoder(recipe.decoder, refined, task.num_classes) for _ in range(2))
     return DASegNet(
         task,
         backbones,
         (decoders[0], decoders[1]),
         neck=neck,
-        tile=TileHint(size=recipe.eval.tile or 512, overlap=128, flexible=False),
+        tile=TileHint(size=side, overlap=side // 4, flexible=False),
         batching=recipe.batching == "auto",
         side_by_side=recipe.side_by_side,
     )

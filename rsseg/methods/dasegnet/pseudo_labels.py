@@ -41,12 +41,13 @@ def pseudo_labels(
     ratio = (confident & valid).sum() / valid.sum().clamp(min=1)
     weights = ratio.expand_as(probability)
     if config.rare_confidence is not None and config.class_weights is not None:
-        by_class = class_weight_table(
-            config.class_weights, logits.shape[1], in_place=config.class_weight_rule == "in_place"
-        )
+        in_place = config.class_weight_rule == "in_place"
+        by_class = class_weight_table(config.class_weights, logits.shape[1], in_place=in_place)
         weighted = ratio * torch.tensor(by_class, device=logits.device)[labels]
-        weighted = torch.where(probability >= config.rare_confidence, weighted, 0.0)
-        weights = torch.where(weighted == 0, ratio * config.unsure_weight, weighted)
+        sure = probability >= config.rare_confidence
+        if in_place:
+            sure &= weighted != 0  # published: every weight that is 0 by then is taken for that of an unsure pixel
+        weights = torch.where(sure, weighted, ratio * config.unsure_weight)
     return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 

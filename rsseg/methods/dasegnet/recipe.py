@@ -34,6 +34,9 @@ class NeckConfig(Strict):
     """Channels over reduced channels."""
     min_width: Count = 8
     """Least number of reduced channels."""
+    energies: Literal["sum", "mean"] = "sum"
+    """How the DUM compares channels. Published: the sum over positions, whose soft minimum sharpens as the map
+    grows, so that a network sees tiles of another size differently than its crops. `mean` does not depend on it."""
 
 
 class AdversarialConfig(Strict):
@@ -102,7 +105,8 @@ class SelfTrainingConfig(Strict):
     unsure_weight: Annotated[float, Field(ge=0)] = 0.5
     class_weight_rule: Literal["in_place", "table"] = "in_place"
     """Published: weights replace class indices in one map, class by class, so that a weight which equals a later index
-    is replaced again; hence 1.01 for 1. `table` looks weights up."""
+    is replaced again; hence 1.01 for 1. And a class with the weight 0 gets `unsure_weight`. `table` looks weights up,
+    0 included."""
     missing_class_weights: Literal["error", "class_index"] = "error"
     """`class_index`: classes without an entry are weighted by their own index (published, four-class tasks)."""
     teacher: TeacherConfig = TeacherConfig()
@@ -161,6 +165,14 @@ class DASegNetRecipe(BaseRecipe):
     def uses_target(self) -> bool:
         """Whether target images are needed in training."""
         return self.adversarial is not None or self.self_training is not None
+
+    @property
+    def students_see_target(self) -> bool:
+        """Whether the students must look at the target images as they are, not only at harder versions."""
+        config = self.self_training
+        return self.adversarial is not None or (
+            config is not None and (config.learns_from_teachers_image or config.teacher.kind != "whole")
+        )
 
     @model_validator(mode="before")
     @classmethod

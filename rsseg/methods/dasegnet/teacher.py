@@ -42,9 +42,16 @@ class Teacher(nn.Module):
             self.averages[part or "segmenter"] = average
 
     @torch.no_grad()
-    def forward(self, student: DASegNet, images: Tensor, view: Styles) -> Tensor:
-        """Logits (B, K, h, w) of target images (B, C, H, W), given what the student made of the same images."""
+    def forward(self, student: DASegNet, images: Tensor, view: Styles | None) -> Tensor:
+        """Logits (B, K, h, w) of target images (B, C, H, W), given what the student made of the same images.
+
+        Only the kind `whole` does without the student's view; others raise `ValueError`.
+        """
         match self.config.kind:
+            case "whole":
+                return self.averaged("segmenter")(images)  # type: ignore[no-any-return]
+            case kind if view is None:
+                raise ValueError(f"a teacher of kind {kind!r} needs what the student made of the images")
             case "decoder_only_t":
                 source = self.averaged("decoder_source")(view.refined_source)
                 target = self.averaged("decoder_target")(view.refined_target)
@@ -55,8 +62,6 @@ class Teacher(nn.Module):
                 maps = student.backbone_source(images) if again else view.source
                 refined = student.refine(maps, self.averaged("backbone_target")(images))
                 return (student.decoder_source(refined[0]) + self.averaged("decoder_target")(refined[1])) / 2  # type: ignore[no-any-return]
-            case "whole":
-                return self.averaged("segmenter")(images)  # type: ignore[no-any-return]
 
     def update(self, student: DASegNet, step: int) -> None:
         """Move every average towards the student, after optimizer step `step` (from 0).
