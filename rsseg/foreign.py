@@ -35,7 +35,7 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
         raise WeightsError(f"{path}: not a readable checkpoint: {reason}. Give the authors' .pth file.") from None
     state = content.get(entry, content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: holds no state dict. Give the authors' .pth file of a whole model.")
+        raise WeightsError(f"{path}: holds no state dict {entry!r}. Give the authors' .pth file of a whole model.")
     return dict(state)
 
 

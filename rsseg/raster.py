@@ -345,7 +345,7 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
     if info.count == len(wanted):
         return info.numbers
     raise DataError(
-        f"the image has {info.count} bands ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
+        f"the image has {info.count} band(s) ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
         f"Say which is which with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
     )
 

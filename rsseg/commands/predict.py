@@ -117,7 +117,7 @@ def predict(
         outcomes = _run(segmenter, targets, options, extras, skip_existing=skip_existing)
     if as_json:
         print_json([o.result for o in outcomes if o.result] if len(found) == 1 else outcomes)
-    failures = [f"{o.scene}: {o.error}" for o in outcomes if o.status == "failed"]
+    failures = [str(o.error) for o in outcomes if o.status == "failed"]
     if failures:
         raise PartialFailure(f"{len(failures)} of {len(outcomes)} scenes failed:\n" + "\n".join(failures))
     if not as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rsseg.errors import MachineError
+from rsseg.errors import DataError, MachineError
 from rsseg.inference.blend import Wanted
 from rsseg.inference.cost import Cost, measure_tile
 from rsseg.inference.device import keep_heap, ready_to_predict, resolve_device, resolve_precision
@@ -125,7 +125,10 @@ def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: Scene
     keep_heap()
     task = segmenter.task
     with open_scene(scene, options, None) as raster:
-        bands = match_bands(raster.info, task.bands, options.bands)
+        try:
+            bands = match_bands(raster.info, task.bands, options.bands)
+        except DataError as error:
+            raise DataError(f"{scene}: {error}") from None
     with open_scene(scene, options, bands) as raster:
         info, files = raster.info, raster.files
     products = _products(segmenter, output, options)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rsseg.checkpoint import load_tensors, read_header
 from rsseg.errors import WeightsError
-from rsseg.methods.ktda.importer import import_checkpoint, read_state_dict, rename_tensors
+from rsseg.foreign import read_state_dict
+from rsseg.methods.ktda.importer import import_checkpoint, rename_tensors
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
 from tests.unit.ktda_models import PLAIN, TASK, recipe_of

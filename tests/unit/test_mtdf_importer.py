@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rsseg.checkpoint import load_tensors, read_header
 from rsseg.errors import WeightsError
-from rsseg.methods.mtdf.importer import import_checkpoint, read_state_dict, rename_tensors
+from rsseg.foreign import read_state_dict
+from rsseg.methods.mtdf.importer import import_checkpoint, rename_tensors
 from rsseg.methods.mtdf.network import build_segmenter
 from tests.unit.mtdf_models import TASK, TEACHERS, recipe_of
 
@@ -64,7 +65,7 @@ def test_student_or_average_becomes_a_model_file(tmp_path: Path, ship: str, seed
 def test_foreign_and_incomplete_files_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     state = checkpoint()
-    with pytest.raises(WeightsError, match="no state dict named 'model'"):
+    with pytest.raises(WeightsError, match="no state dict 'model'"):
         read_state_dict(save(tmp_path / "a.pth", weights=state), "model")
     with pytest.raises(WeightsError, match=r"'backbone_s\.x' is not a tensor of RS-MTDF"):
         rename_tensors({"backbone_s.x": torch.zeros(1)})

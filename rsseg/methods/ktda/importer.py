@@ -1,20 +1,18 @@
 """The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import rsseg
 from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.checkpoint import ModelHeader, load_into, write_model
 from rsseg.errors import WeightsError
+from rsseg.foreign import read_state_dict
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.task import Task
@@ -80,28 +78,6 @@ def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: P
     return header
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file, under the authors' names.
-
-    Training logs and settings that lie beside them are objects of other libraries; inert stand-ins take their place, so
-    that nothing of the file is run.
-
-    Raises:
-        WeightsError: the file is missing or holds no state dict.
-    """
-    try:
-        foreign: list[Any] = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
-        with safe_globals(foreign):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path}: not a readable checkpoint: {reason}. Give the authors' .pth file.") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: holds no state dict. Give the authors' .pth file of a whole model.")
-    return dict(state)
-
-
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
     """Sort an authors' state dict into our parts, under our names; nothing is dropped.
 
@@ -121,19 +97,6 @@ def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
         else:
             renamed.segmenter[_rename(name, _SEGMENTER_RULES)] = tensor
     return renamed
-
-
-class _Inert:
-    """Stands in for any foreign class or function of a checkpoint: takes everything, does nothing."""
-
-    def __new__(cls, *_arguments: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *_arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, _state: Any) -> None:
-        pass
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,19 +1,17 @@
 """The authors' checkpoints (`best.pth`, `latest.pth`) as models of ours."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import rsseg
 from rsseg.checkpoint import ModelHeader, load_into, write_model
 from rsseg.errors import WeightsError
+from rsseg.foreign import read_state_dict
 from rsseg.methods.mtdf.network import build_segmenter
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.task import Task
@@ -59,7 +57,9 @@ def import_checkpoint(source: Path, recipe: MTDFRecipe, task: Task, *, output: P
         WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
     """
     entry = "model" if recipe.ship == "student" else "model_ema"
-    tensors = rename_tensors(read_state_dict(source, entry))
+    state = read_state_dict(source, entry)
+    # their distributed wrapper adds the prefix
+    tensors = rename_tensors({name.removeprefix("module."): tensor for name, tensor in state.items()})
     classes = tensors.get("head.predict.2.weight")
     if classes is not None and classes.shape[0] != task.num_classes:
         raise WeightsError(
@@ -76,28 +76,6 @@ def import_checkpoint(source: Path, recipe: MTDFRecipe, task: Task, *, output: P
     )
     write_model(output, segmenter.state_dict(), header)
     return header
-
-
-def read_state_dict(path: Path, entry: str) -> dict[str, Tensor]:
-    """One state dict of a .pth file, under the authors' names without the `module.` of their distributed wrapper.
-
-    Scores that lie beside it may be objects of other libraries; inert stand-ins take their place, so that nothing of
-    the file is run.
-
-    Raises:
-        WeightsError: the file is missing, unreadable or has no such entry.
-    """
-    try:
-        foreign: list[Any] = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
-        with safe_globals(foreign):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path}: not a readable checkpoint: {reason}. Give the authors' .pth file.") from None
-    state = content.get(entry) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: holds no state dict named {entry!r}. Give the authors' best.pth or latest.pth.")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,16 +98,3 @@ def _rename(name: str) -> str:
                     renamed = renamed.replace(theirs, ours)
             return renamed
     raise WeightsError(f"{name!r} is not a tensor of RS-MTDF's networks. Give a checkpoint of the authors' code.")
-
-
-class _Inert:
-    """Stands in for any foreign class or function of a checkpoint: takes everything, does nothing."""
-
-    def __new__(cls, *_arguments: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *_arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, _state: Any) -> None:
-        pass
