@@ -6,7 +6,7 @@ RSSEG := $(BIN)/rsseg
 DEMO ?= demo-output
 CUT_NOISE := --quiet --disable-pip-version-check --root-user-action=ignore
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-predict clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsseg needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -43,9 +43,18 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/confusion_matrix.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/ktda_step.py
 	$(BIN)/python benchmarks/predict_memory.py
 	$(BIN)/python benchmarks/predict_speed.py
+
+# Scenes: rate against the bare network and the usual slide inference, memory, seams. About 20 minutes, 9 GB of memory.
+bench-predict: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/predict_speed.py
+	$(BIN)/python benchmarks/predict_slide.py
+	$(BIN)/python benchmarks/predict_memory.py
+	$(BIN)/python benchmarks/predict_memory.py --stub --sides 5000 20000
+	$(BIN)/python benchmarks/predict_seams.py
 
 clean:
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,10 @@
-"""Rate of predicting a scene against that of the bare network on tiles in memory.
+"""Rate of predicting a scene against that of the bare network on tiles in memory, and how it grows with the scene.
 
-    python benchmarks/predict_speed.py [--side 4000] [--tile N] [--dtype auto] [--threads 2] [--rounds 3]
+    python benchmarks/predict_speed.py [--side 5000] [--large 10000] [--tile N] [--threads 2] [--rounds 5]
 
-Both run in one process in turn, with equal weights, tiles, dtype and threads. The rate counts the pixels that the
-network computes, overlaps included. 1.0 would be a pipeline that costs nothing; the median over the rounds counts.
+All run in one process in turn, with equal weights, tiles, dtype and threads; the network alone is measured before and
+after each round. Rates count the pixels that the network computes, overlaps included: 1.0 would be a pipeline that
+costs nothing. "Steady" is the plain GeoTIFF, whose work is that of the pipeline; a COG adds its overviews at the end.
 """
 
 import argparse
@@ -21,11 +22,15 @@ ROOT = Path(__file__).parents[1]
 def forward_rate(segmenter: torch.nn.Module, batch: torch.Tensor, dtype: torch.dtype, seconds: float) -> float:
     """Megapixels per second of forwards alone."""
     pixels, start = 0, time.perf_counter()
-    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         while time.perf_counter() - start < seconds:
             segmenter(batch)
             pixels += batch.shape[0] * batch.shape[2] * batch.shape[3]
     return pixels / 1e6 / (time.perf_counter() - start)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} [{min(values):.3f}-{max(values):.3f}]"
 
 
 def main() -> None:
@@ -35,12 +40,13 @@ def main() -> None:
     from rsseg.scene.predict import plan_scene, predict_scene
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=4000)
+    parser.add_argument("--side", type=int, default=5000)
+    parser.add_argument("--large", type=int, default=10000, help="0 leaves it out")
     parser.add_argument("--tile", type=int)
     parser.add_argument("--blend", default="crop")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
@@ -50,26 +56,35 @@ def main() -> None:
     choices = {"tile": arguments.tile, "blend": arguments.blend, "dtype": arguments.dtype, "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         scene, output = write_scene(Path(folder) / "scene.tif", arguments.side), Path(folder) / "out.tif"
+        runs = [(scene, "gtiff"), (scene, "cog")]
+        if arguments.large:
+            runs.append((write_scene(Path(folder) / "large.tif", arguments.large), "cog"))
         plan = plan_scene(segmenter, scene, output, SceneOptions(**choices))
         batch = torch.rand(plan.batch_size, 3, plan.tile, plan.tile).contiguous(memory_format=torch.channels_last)
         forward_rate(network, batch, dtype, 2)
         print(plan.text())
-        print("round | network alone (Mpx/s) | scene (Mpx/s) | ratio | with COG (Mpx/s) | ratio")
-        ratios = []
+        print("round | network alone (Mpx/s) | steady (Mpx/s) | ratio | with COG | ratio | s/Mpx | s/Mpx large | ratio")
+        steady, whole, growth = [], [], []
         for number in range(arguments.rounds):
-            before = forward_rate(network, batch, dtype, 4)
-            rates = []
-            for file_format in ("gtiff", "cog"):
+            before = forward_rate(network, batch, dtype, 3)
+            rates, costs = [], []
+            for file, file_format in runs:
                 options = SceneOptions(**choices, format=file_format, overwrite=True)
-                result = predict_scene(segmenter, scene, output, options)
+                result = predict_scene(segmenter, file, output, options)
                 rates.append(result.megapixels_per_second * plan.redundancy)
-            alone = (before + forward_rate(network, batch, dtype, 4)) / 2
-            ratios.append(rates[0] / alone)
+                costs.append(1 / result.megapixels_per_second)
+            alone = (before + forward_rate(network, batch, dtype, 3)) / 2
+            steady.append(rates[0] / alone)
+            whole.append(rates[1] / alone)
+            growth.append(costs[-1] / costs[1])
             print(
-                f"{number + 1} | {alone:.2f} | {rates[0]:.2f} | {rates[0] / alone:.3f} "
-                f"| {rates[1]:.2f} | {rates[1] / alone:.3f}"
+                f"{number + 1} | {alone:.2f} | {rates[0]:.2f} | {steady[-1]:.3f} | {rates[1]:.2f} | {whole[-1]:.3f} "
+                f"| {costs[1]:.3f} | {costs[-1]:.3f} | {growth[-1]:.3f}",
+                flush=True,
             )
-    print(f"median ratio {statistics.median(ratios):.3f} [{min(ratios):.3f}-{max(ratios):.3f}]")
+    print(f"steady rate over the network alone: median {spread(steady)}")
+    print(f"with COG and overviews: median {spread(whole)}")
+    print(f"seconds per megapixel, large over small: median {spread(growth)}")
 
 
 if __name__ == "__main__":

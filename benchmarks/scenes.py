@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+import torch
 from rasterio.transform import from_origin
+from torch import Tensor
 
-from rsseg.methods.base import Segmenter
+from rsseg.methods.base import Segmenter, TileHint
 from rsseg.task import ClassInfo, Task
 
 RECIPE = """
@@ -23,18 +25,32 @@ def make_segmenter(classes: int = 6) -> Segmenter:
     from rsseg.methods.registry import segmenter_for
     from rsseg.recipe import RecipeSource, parse_recipe
 
-    task = Task(
+    return segmenter_for(parse_recipe(RecipeSource("bench", RECIPE)), make_task(classes))
+
+
+def make_task(classes: int = 6) -> Task:
+    """RGB in 8 bits."""
+    return Task(
         name="bench",
         classes=tuple(ClassInfo(name=f"class {i}", value=i, color=(40 * i % 256, 90, 20)) for i in range(classes)),
         bands=("red", "green", "blue"),
         scale=(1 / 255,) * 3,
         offset=(0.0,) * 3,
     )
-    return segmenter_for(parse_recipe(RecipeSource("bench", RECIPE)), task)
 
 
-def write_scene(path: Path, side: int) -> Path:
-    """A deflate-compressed RGB scene with texture, written in rows of blocks."""
+class StubSegmenter(Segmenter):
+    """Takes no time and no memory to speak of: what is left is the pipeline."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, input_multiple=32, fill=[0.0] * 3, tile=TileHint(1024, 128, flexible=True))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, torch.arange(self.task.num_classes) % 3]
+
+
+def write_scene(path: Path, side: int, *, texture: int = 16) -> Path:
+    """A deflate-compressed RGB scene with texture (0: none, written faster), written in rows of blocks."""
     rng = np.random.default_rng(0)
     profile = {
         "driver": "GTiff",
@@ -56,6 +72,7 @@ def write_scene(path: Path, side: int) -> Path:
             height = min(512, side - top)
             coarse = rng.integers(40, 200, (3, -(-height // 32), -(-side // 32)), np.uint8)
             rows = coarse.repeat(32, 1).repeat(32, 2)[:, :height, :side]
-            rows = rows + rng.integers(0, 16, rows.shape, np.uint8)
+            if texture:
+                rows = rows + rng.integers(0, texture, rows.shape, np.uint8)
             dataset.write(rows, window=((top, top + height), (0, side)))
     return path

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rsseg import __version__
-from rsseg.commands import backbone, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
+from rsseg.commands import backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
 from rsseg.commands.console import print_error
 from rsseg.errors import RssegError
 
@@ -35,6 +35,7 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(runs.app, name="runs")
 app.add_typer(backbone.app, name="backbone")
 app.add_typer(weights.app, name="weights")
+app.add_typer(cog.app, name="cog")
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 

@@ -173,11 +173,33 @@ class StrongConfig(Strict):
     cutmix_aspect: tuple[Positive, Positive] = (0.3, 1 / 0.3)
 
 
+class MergeConfig(Strict):
+    """Classes made of a dataset's classes, by name. Each of these must be named once, in `into` or in `ignore`."""
+
+    into: Annotated[Mapping[str, Annotated[tuple[str, ...], Field(min_length=1)]], Field(min_length=1)]
+    """Class of the task, in order -> classes of the dataset that become it."""
+    ignore: tuple[str, ...] = ()
+    """Classes of the dataset whose pixels are ignored."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        names = [*(name for several in self.into.values() for name in several), *self.ignore]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is named twice")
+        return self
+
+
 class SelectConfig(Strict):
     """Which prepared images feed a stream or a split; conditions add up."""
 
     path: Path | None = None
     """Another prepared dataset than `data.path`."""
+    bands: tuple[str, ...] | None = None
+    """Bands of these images in network order, where they have other names than the task's: near infrared, red and green
+    for a network of red, green and blue. None takes those of the same names."""
+    classes: MergeConfig | None = None
+    """How that dataset's classes become the task's; None expects the same names, in any order."""
     split: str | None = None
     domain: str | None = None
     items: Path | None = None
@@ -188,9 +210,6 @@ class SelectConfig(Strict):
     """Like `fraction`, as a number."""
     complement: bool = False
     """The images that `fraction`, `count` or `items` leave out."""
-    bands: tuple[str, ...] | None = None
-    """Bands of these images in network order, where they have other names than the network's: near infrared, red and
-    green for a network of red, green and blue. None takes them by name."""
     augment: AugmentConfig | None = None
     """Another augmentation than `data.augment`."""
 
@@ -202,6 +221,8 @@ class DataConfig(Strict):
     """Folder made by `rsseg dataset prepare`, relative to the working folder."""
     bands: tuple[str, ...] | None = None
     """Bands by name, in network order; None takes all."""
+    classes: MergeConfig | None = None
+    """Merges classes of the dataset `path`; None takes them as they are."""
     augment: AugmentConfig = AugmentConfig()
     strong: StrongConfig = StrongConfig()
     streams: Mapping[str, SelectConfig] = {}

@@ -25,6 +25,9 @@ from rasterio.transform import Affine
 
 from rsseg.errors import DataError
 
+# Images without coordinates are normal here. Once for the process: a filter around a call leaks between threads.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
 _CACHE_BYTES = (32 << 20, 512 << 20)
 """Least and most that GDAL may cache."""
 _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
@@ -103,6 +106,7 @@ class Raster:
         nodata: float | None = None,
         zero_collar: bool = False,
         threads: int = 1,
+        columns: int | None = None,
     ) -> None:
         """Open for reading.
 
@@ -113,6 +117,7 @@ class Raster:
             nodata: value without data in every band, instead of what the files declare; NaN declares NaN.
             zero_collar: pixels that are 0 in every band have no data.
             threads: threads that GDAL may decompress with.
+            columns: widest window that will be read; for it, GDAL keeps two rows of blocks. None: the whole width.
 
         Raises:
             DataError: a file is missing or unreadable, sizes differ, or a band does not exist.
@@ -131,7 +136,8 @@ class Raster:
             raise
         self._nodata = self._nodata_values(nodata)
         rows, cols = self.info.block_shape
-        row_of_blocks = rows * math.ceil(self.info.width / cols) * cols * self.info.count
+        blocks = min(math.ceil((columns or self.info.width) / cols) + 1, math.ceil(self.info.width / cols))
+        row_of_blocks = rows * blocks * cols * self.info.count
         needed = 2 * row_of_blocks * np.dtype(self.info.stored_dtype).itemsize
         self._options["GDAL_CACHEMAX"] = min(max(needed, _CACHE_BYTES[0]), _CACHE_BYTES[1])
 
@@ -146,6 +152,11 @@ class Raster:
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that the image consists of, side files and the sources of a VRT included."""
+        return tuple(sorted({file for part in self._parts for file in part.dataset.files}))
 
     def read(self, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Pixels and where they have data.
@@ -212,8 +223,7 @@ class Raster:
         if any(value is not None and math.isnan(value) for value in self._nodata):
             valid &= finite.all(axis=0)
             return
-        wrong = ~finite & valid
-        if wrong.any():
+        if (wrong := ~finite & valid).any():
             band, row, col = (int(i) for i in np.argwhere(wrong)[0])
             raise DataError(
                 f"{self.name}: the pixel at row {window.row + row}, column {window.col + col} of band "
@@ -223,13 +233,11 @@ class Raster:
 
     def _choose(self, datasets: Sequence[Any], bands: Sequence[int] | None) -> list[_Part]:
         """Distribute the wanted bands over the files; a file without wanted bands still counts for validity."""
-        sizes = {dataset.shape for dataset in datasets}
-        if len(sizes) > 1:
+        if len(sizes := {dataset.shape for dataset in datasets}) > 1:
             raise DataError(f"{self.name}: the files of one image differ in size: {sorted(sizes)} (rows, columns).")
         located = [(number, band) for number, dataset in enumerate(datasets) for band in dataset.indexes]
         alphas = {place for place in located if _is_alpha(datasets[place[0]], place[1])}
-        wrong = [band for band in bands or () if not 1 <= band <= len(located)]
-        if wrong:
+        if wrong := [band for band in bands or () if not 1 <= band <= len(located)]:
             raise DataError(f"{self.name}: there is no band {wrong[0]}; the image has {len(located)}.")
         chosen = range(1, len(located) + 1) if bands is None else bands
         wanted = [located[band - 1] for band in chosen if bands or located[band - 1] not in alphas]
@@ -352,10 +360,8 @@ def _band_number(name: str, names: Sequence[str], info: RasterInfo) -> int:
 
 
 def _open(file: Path | str, options: dict[str, Any]) -> Any:
-    """A rasterio dataset; images without coordinates are normal here, so its warning about them is dropped."""
     try:
-        with rasterio.Env(**options), warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.Env(**options):
             return rasterio.open(os.fspath(file))
     except RasterioError as error:
         if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
@@ -384,8 +390,7 @@ def _equals(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
     if value is None:
         return same
     if math.isnan(value):
-        np.isnan(band, out=same)
-        return same
+        return np.asarray(np.isnan(band))
     if band.dtype.kind in "ui":
         limits = np.iinfo(band.dtype)
         if not float(value).is_integer() or not limits.min <= value <= limits.max:

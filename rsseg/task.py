@@ -73,21 +73,6 @@ class Task(BaseModel):
         return tuple(c.name for c in self.classes)
 
 
-def check_same_classes(expected: Task, actual: Task, *, what: str) -> None:
-    """Raise `DataError` unless both tasks name the same classes in the same order.
-
-    Args:
-        expected: the task of the model or the first domain.
-        actual: the task that must agree with it.
-        what: names the second one in the message, such as "the target dataset data/urban".
-    """
-    if expected.class_names != actual.class_names:
-        raise DataError(
-            f"{what} has the classes {list(actual.class_names)}, expected {list(expected.class_names)}. "
-            "Prepare it again with the same class table (names and order)."
-        )
-
-
 def task_with_bands(task: Task, bands: Sequence[str]) -> Task:
     """The task restricted to `bands`, in that order; raises `DataError` for a band it does not have."""
     missing = [band for band in bands if band not in task.bands]

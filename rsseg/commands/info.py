@@ -1,18 +1,26 @@
-"""`rsseg info`: what a model file is."""
+"""`rsseg info`: what a model file or a scene is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rsseg.commands.console import print_json, print_table
+from rsseg.commands.console import print_json, print_note, print_table
 
 
 def info(
-    model: Annotated[Path, typer.Argument(help="Model file, or a run folder.")],
+    name: Annotated[str, typer.Argument(metavar="MODEL|SCENE", help="Model file, run folder, or raster.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model segments, from which bands, and how it was trained. Reads the header only."""
+    """Show what a model segments and how it was made, or what a scene holds. Reads the header only."""
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".safetensors":
+        _show_model(path, as_json=as_json)
+    else:
+        _show_scene(name, as_json=as_json)
+
+
+def _show_model(model: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from rsseg.checkpoint import find_model, read_header
@@ -34,3 +42,37 @@ def info(
     print_table(("", ""), facts)
     rows = [(c.value, c.name, "#{:02x}{:02x}{:02x}".format(*c.color)) for c in task.classes]
     print_table(("value", "class", "colour"), rows)
+
+
+def _show_scene(name: str, *, as_json: bool) -> None:
+    from rsseg.raster import Raster
+
+    with Raster(name) as raster:
+        scene = raster.info
+    placed = bool(not scene.transform.is_identity or scene.gcps or scene.rpcs)
+    bands = list(zip(scene.numbers, scene.band_names, scene.colors, scene.scales, scene.offsets, strict=True))
+    facts: dict[str, Any] = {
+        "width": scene.width,
+        "height": scene.height,
+        "pixel type": scene.stored_dtype,
+        "coordinate system": None if scene.crs is None else scene.crs.to_string(),
+        "transform": None if scene.transform.is_identity else list(scene.transform)[:6],
+        "ground control points": len(scene.gcps),
+        "ground control points in": None if scene.gcps_crs is None else scene.gcps_crs.to_string(),
+        "rational polynomial": scene.rpcs is not None,
+        "pixel is": scene.area_or_point,
+        "nodata": None if scene.nodata is None else str(scene.nodata),
+        "alpha band": scene.has_alpha,
+        "mask band": scene.has_mask,
+        "stored block": list(scene.block_shape),
+    }
+    if as_json:
+        keys = ("number", "name", "colour", "scale", "offset")
+        print_json(facts | {"bands": [dict(zip(keys, band, strict=True)) for band in bands]})
+        return
+    print_table(("", ""), [(key, str(value)) for key, value in facts.items() if value not in (None, False, 0)])
+    print_table(
+        ("band", "name", "colour", "scale", "offset"), [(b[0], b[1], b[2], str(b[3]), str(b[4])) for b in bands]
+    )
+    if not placed:
+        print_note("This raster has no coordinates; a product made from it has none either.")

@@ -39,6 +39,10 @@ class IndexItem(BaseModel):
     mask: str | None = None
     split: str
     domain: str | None = None
+    scene: str | None = None
+    """What it was cut from, or is part of: images of one scene belong into one split. None: a scene of its own."""
+    origin: tuple[int, int] | None = None
+    """Row and column in that scene, if it was cut from it."""
     classes: tuple[int, ...] | None = None
     """Pixels per class index in the mask, counted when the dataset was prepared; None if there is no mask."""
 
@@ -55,6 +59,10 @@ class SegmentationIndex(BaseModel):
     """Treat pixels that are 0 in every band as having no data."""
     nodata: float | None = None
     """Value that means no data in every band, where the files do not declare one."""
+    split_rule: str = ""
+    """Name of the rule that divided the images."""
+    mixes_scenes: bool = False
+    """The rule divides the tiles of a scene among splits, as it was published."""
     items: tuple[IndexItem, ...]
     root: Path = Field(default=Path(), exclude=True)
     """Folder of the index; set by `load`."""

@@ -1,8 +1,9 @@
 """Stored mask values or colours -> class indices."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +17,14 @@ Palette = Mapping[int, tuple[int, int, int, int]]
 class LabelTable:
     """Translates masks; a value that is not declared is an error."""
 
-    def __init__(self, label_map: LabelMap, num_classes: int) -> None:
-        """Check the map; raises `DataError` if it is empty, has both tables, or names a class that does not exist."""
+    def __init__(self, label_map: LabelMap, num_classes: int, *, unknown: int | None = None) -> None:
+        """Check the map; raises `DataError` if it is empty, has both tables, or names a class that does not exist.
+
+        Args:
+            label_map: values or colours -> class indices.
+            num_classes: K; indices are below it, or 255.
+            unknown: class index of what is not declared; None makes it an error.
+        """
         if bool(label_map.values) == bool(label_map.colors):
             raise DataError("the label map needs either values or colors. Prepare the dataset again.")
         by_key = dict(label_map.values) or {_color_key(color): index for color, index in label_map.colors}
@@ -25,10 +32,18 @@ class LabelTable:
         if wrong:
             raise DataError(f"the label map leads to class {wrong[0]}, but the task has {num_classes} classes.")
         self._colors = bool(label_map.colors)
+        self._unknown = unknown
         self._keys = np.array(sorted(by_key), np.int64)
         self._indices = np.array([by_key[key] for key in sorted(by_key)], np.uint8)
+        fits = (self._keys >= 0) & (self._keys <= 255)
+        self._table = np.full(256, IGNORE_INDEX if unknown is None else unknown, np.uint8)
+        self._table[self._keys[fits]] = self._indices[fits]
+        self._declared = np.full(256, unknown is not None)
+        self._declared[self._keys[fits]] = True
 
-    def indices(self, stored: NDArray[Any], palette: Palette | None, *, name: str) -> NDArray[np.uint8]:
+    def indices(
+        self, stored: NDArray[Any], palette: Palette | None, *, name: str, origin: tuple[int, int] = (0, 0)
+    ) -> NDArray[np.uint8]:
         """Class index, or 255 to ignore, of each pixel.
 
         Args:
@@ -36,38 +51,51 @@ class LabelTable:
                 colours.
             palette: colours of a palette image, used if the map lists colours.
             name: file, for the message.
+            origin: row and column of the first pixel, for the message.
 
         Returns:
             uint8 `(h, w)`.
 
         Raises:
-            DataError: undeclared values (named with their pixel counts), or a wrong number of bands.
+            DataError: undeclared values (named with count and first position), or a wrong number of bands.
         """
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
-            return self._by_table(keys, name)
+            if not self._declared[_histogram(keys) > 0].all():
+                self._complain(keys, ~self._declared[keys], name, origin)
+            indices: NDArray[np.uint8] = cv2.LUT(keys, self._table) if keys.size else self._table[keys]
+            return indices
         position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         unknown = self._keys[position] != keys
-        if unknown.any():
-            self._complain(keys[unknown], name)
-        return self._indices[position]
+        found = self._indices[position]
+        if not unknown.any():
+            return found
+        if self._unknown is None:
+            self._complain(keys, unknown, name, origin)
+        return np.where(unknown, np.uint8(self._unknown or 0), found)
 
-    def _by_table(self, keys: NDArray[Any], name: str) -> NDArray[np.uint8]:
-        table, declared = np.zeros(256, np.uint8), np.zeros(256, np.bool_)
-        fits = (self._keys >= 0) & (self._keys <= 255)
-        table[self._keys[fits]], declared[self._keys[fits]] = self._indices[fits], True
-        unknown = ~declared[keys]
-        if unknown.any():
-            self._complain(keys[unknown], name)
-        indices: NDArray[np.uint8] = table[keys]
-        return indices
+    def counts(
+        self, stored: NDArray[Any], palette: Palette | None, *, name: str, origin: tuple[int, int] = (0, 0)
+    ) -> NDArray[np.int64]:
+        """Pixels per class index, int64 `(256,)`; arguments and errors as for `indices`."""
+        if len(stored) == 1 and not self._colors and stored.dtype == np.uint8:
+            # one pass over the pixels instead of three
+            found = _histogram(stored[0])
+            if self._declared[found > 0].all():
+                return np.bincount(self._table, weights=found, minlength=256).astype(np.int64)
+        indices = self.indices(stored, palette, name=name, origin=origin)
+        return _histogram(indices)
 
     def _pixel_keys(self, stored: NDArray[Any], palette: Palette | None, name: str) -> NDArray[Any]:
         """What is looked up: the value, or the colour as one number."""
         keys: NDArray[Any] = stored[0]
         if not self._colors:
             if (stored[1:] != keys).any():
-                raise DataError(f"{name}: the mask has {len(stored)} different bands, expected one of class values.")
+                raise DataError(
+                    f"{name}: the mask has {len(stored)} different bands, expected one of class values. If it shows "
+                    "classes as colours, list these in the class file (`labels: colors`); a palette image that was "
+                    "saved as red, green and blue has lost its values."
+                )
         elif len(stored) == 1 and palette is not None:
             colors = np.zeros(max(256, *palette) + 1, np.int64)
             colors[list(palette)] = [_color_key(color[:3]) for color in palette.values()]
@@ -79,13 +107,18 @@ class LabelTable:
             raise DataError(f"{name}: the mask has {len(stored)} bands, expected red, green and blue.")
         return keys
 
-    def _complain(self, keys: NDArray[Any], name: str) -> None:
-        values, counts = np.unique(keys, return_counts=True)
+    def _complain(self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]) -> NoReturn:
+        values, counts = np.unique(keys[unknown], return_counts=True)
+        row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))
         declared = ", ".join(self._text(key) for key in self._keys[:20])
+        colors = ", ".join(f'"#{int(v):06x}"' for v in values[:5])
+        line = f"ignore_colors: [{colors}]" if self._colors else f"ignore: [{', '.join(map(self._text, values[:5]))}]"
+        option = " ".join(f"--ignore '#{int(v):06x}'" if self._colors else f"--ignore {v:g}" for v in values[:5])
         raise DataError(
-            f"{name}: {len(values)} undeclared mask value(s): {shown}; declared are {declared}. "
-            "Add them to the class file, as a class or under `ignore`, and prepare the dataset again."
+            f"{name}: {len(values)} undeclared mask value(s): {shown}, first at row {origin[0] + row}, column "
+            f"{origin[1] + col}; declared are {declared}. Add a class to the class file, or ignore them: `{line}` in "
+            f"the class file, or {option}; then prepare the dataset again."
         )
 
     def _text(self, key: Any) -> str:
@@ -96,3 +129,12 @@ class LabelTable:
 
 def _color_key(color: tuple[int, int, int]) -> int:
     return (color[0] << 16) | (color[1] << 8) | color[2]
+
+
+def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Pixels per value, int64 `(256,)`."""
+    if values.size == 0 or values.size >= 1 << 24:
+        # OpenCV counts in float32, which is exact below 2**24
+        return np.bincount(values.ravel(), minlength=256)
+    counts = cv2.calcHist([np.ascontiguousarray(values)], [0], None, [256], [0, 256])
+    return np.asarray(counts, np.float32).ravel().astype(np.int64)

@@ -3,7 +3,8 @@
 A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` stand for one part of a file or folder
 name, and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An
 image and a mask belong together if the placeholders that both patterns have, and what their wildcards match, agree;
-`{stem}` may be written for the `*` of the file name. Several patterns joined by `|` are the bands of one image.
+`{stem}` may be written for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not
+compared; `{id}` is compared only between the bands of an image. Several patterns joined by `|` are these bands.
 """
 
 import random
@@ -17,7 +18,11 @@ from rsseg.data.index import IndexItem
 from rsseg.errors import DataError, UsageError
 
 _TOKEN = re.compile(r"\{(\w+)\}|\*\*/|\*|\?|[^*?{]+|.")
-_PLACEHOLDERS = ("split", "domain", "group", "stem")
+_PLACEHOLDERS = ("split", "domain", "group", "stem", "part", "id")
+_FREE = {"any": "(?:[^/]+/)*", "text": "[^/]*"}
+"""Placeholders that match without being compared."""
+_DEPTH = 4
+"""Folders that archives may wrap around a dataset."""
 
 Key = tuple[tuple[str, str], ...]
 """Placeholder values of a path, sorted by placeholder; `stem` is all that the wildcards matched."""
@@ -36,9 +41,11 @@ class PathPattern:
 
     def _part(self, match: re.Match[str], named: set[str]) -> str:
         token, name = match.group(0), match.group(1)
+        if name in _FREE:
+            return _FREE[name]
         if name is not None:
             if name not in _PLACEHOLDERS:
-                known = ", ".join(f"{{{p}}}" for p in _PLACEHOLDERS)
+                known = ", ".join(f"{{{p}}}" for p in (*_PLACEHOLDERS, *_FREE))
                 raise UsageError(f"pattern {self.text!r}: unknown placeholder {{{name}}}; known are {known}.")
             if name in named:
                 return f"(?P={name})"
@@ -46,6 +53,16 @@ class PathPattern:
             return f"(?P<{name}>[^/]+)"
         wildcards = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)", "?": "([^/])"}
         return wildcards.get(token) or re.escape(token)
+
+    def prefixes(self, paths: Iterable[str]) -> set[str]:
+        """Folders that some path matches from: "" or paths that end with "/"."""
+        found = set()
+        for path in paths:
+            parts = path.split("/")
+            for i in range(min(len(parts), _DEPTH + 1)):
+                if self._regex.fullmatch("/".join(parts[i:])):
+                    found.add("".join(f"{part}/" for part in parts[:i]))
+        return found
 
     def match(self, path: str) -> dict[str, str] | None:
         """Placeholder values of a relative path with `/`, or None."""
@@ -83,40 +100,68 @@ class Layout:
     split_ratio: Mapping[str, float] = field(default_factory=dict)
     """Split -> share of the images (or of the groups), drawn with `seed`."""
     seed: int = 0
+    domain_as: Mapping[str, str] = field(default_factory=dict)
+    """What `{domain}` matched -> name; the rest keep theirs."""
+    one_split: str | None = None
+    """Split of all images, for a rule that divides them later."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files that are neither image nor mask."""
+    beside: tuple[str, ...] = ()
+    """Patterns of further files to take out of archives."""
+
+    def patterns(self) -> tuple[PathPattern, ...]:
+        """Of all bands and the masks."""
+        return tuple(PathPattern(text) for text in (*self.images.split("|"), *([self.masks] if self.masks else [])))
 
     def items(self, root: Path) -> tuple[IndexItem, ...]:
-        """The images below `root`, sorted by path, with masks and splits.
+        """The images below `root`; see `items_of`."""
+        return self.items_of(tuple(list_files(root)))
+
+    def items_of(self, files: Sequence[str]) -> tuple[IndexItem, ...]:
+        """The images among files, sorted by path, with masks and splits.
+
+        Args:
+            files: paths relative to the dataset's folder, with `/`.
 
         Raises:
             DataError: nothing matches, an image has no mask or two, a mask has no image, a list names an unknown image.
             UsageError: the patterns and options do not fit together.
         """
-        located = self._pair(tuple(_files(root)))
+        located = self._pair(files)
         return self._check_masks(tuple(self._with_splits(located)), located)
 
     def _pair(self, files: Sequence[str]) -> tuple[Located, ...]:
         patterns = [PathPattern(text) for text in self.images.split("|")]
+        excluded = [PathPattern(text) for text in self.exclude]
+        files = [file for file in files if not any(pattern.match(file) for pattern in excluded)]
         bands = [_by_key(pattern, files) for pattern in patterns]
         if not bands[0]:
             raise DataError(f"no image matches {patterns[0].text!r} among {len(files)} files{_examples(files)}.")
         masks = PathPattern(self.masks) if self.masks else None
         common = patterns[0].placeholders & masks.placeholders if masks else frozenset()
-        mask_of = _by_key(masks, files, only=common) if masks else {}
+        others = set(files).difference(*(band.values() for band in bands))
+        mask_of = _by_key(masks, sorted(others), only=common) if masks else {}
+        alone = dict(mask_of)
         located = []
         for key, first in sorted(bands[0].items(), key=lambda entry: entry[1]):
             missing = [pattern.text for pattern, band in zip(patterns, bands, strict=True) if key not in band]
             if missing:
                 raise DataError(f"{first}: no file of this image matches {missing[0]!r}, so a band is missing.")
-            mask = mask_of.pop(_restricted(key, common), None) if masks else None
+            # several images may share a mask: dates of one place
+            mask = mask_of.get(_restricted(key, common))
+            alone.pop(_restricted(key, common), None)
             located.append(Located(tuple(band[key] for band in bands), mask, dict(key)))
-        if mask_of and not self.split_lists:
+        if alone and not self.split_lists:
             raise DataError(
-                f"{len(mask_of)} mask(s) have no image, the first is {min(mask_of.values())}. "
+                f"{len(alone)} mask(s) have no image, the first is {min(alone.values())}. "
                 "Add the images, or make the mask pattern narrower."
             )
         return tuple(located)
 
     def _with_splits(self, located: Sequence[Located]) -> Iterator[IndexItem]:
+        if self.one_split is not None:
+            yield from (_item(one, self.one_split, self.domain_as) for one in located)
+            return
         has_placeholder = "split" in located[0].values
         if has_placeholder + bool(self.split_lists) + bool(self.split_ratio) == 0:
             raise UsageError(
@@ -133,7 +178,7 @@ class Layout:
         for one in located:
             folder = one.values.get("split", "")
             target = drawn[_group(one)] if self.split_ratio else self.split_as.get(folder, folder)
-            yield _item(one, target)
+            yield _item(one, target, self.domain_as)
 
     def _listed(self, located: Sequence[Located]) -> Iterator[IndexItem]:
         names: dict[str, list[Located]] = {}
@@ -154,7 +199,7 @@ class Layout:
                         f"{image} is listed in {taken[image]} and in {target}; splits must not share images."
                     )
                 taken[image] = target
-                yield _item(found[0], target)
+                yield _item(found[0], target, self.domain_as)
 
     def _drawn(self, located: Sequence[Located]) -> dict[str, str]:
         """Split of each group: shares by count, rounded so that none is lost, order drawn with the seed."""
@@ -190,25 +235,40 @@ class Layout:
 
 
 def find_root(folder: Path, layout: Layout) -> Path:
-    """`folder`, or the folder below it (at most three levels) that the layout fits; archives often wrap their content.
+    """`folder`, or the folder below it that the layout fits; archives often wrap their content.
 
     Raises `DataError` if there is none.
     """
-    pattern = PathPattern(layout.images.split("|")[0])
-    candidates = [folder, *(folder / part for part in _folders(folder, 3))]
-    for candidate in candidates:
-        if any(pattern.match(file) for file in _files(candidate)):
-            return candidate
-    raise DataError(f"{folder}: nothing here looks like {layout.images!r}{_examples(list(_files(folder)))}.")
+    return folder / find_prefix(tuple(list_files(folder)), [layout], str(folder))[1]
 
 
-def _item(one: Located, target: str) -> IndexItem:
+def find_prefix(files: Sequence[str], layouts: Sequence[Layout], where: str) -> tuple[Layout, str]:
+    """The first layout that fits, and the folder that it fits from: "" or a path that ends with "/".
+
+    Raises `DataError` naming `where` if none does.
+    """
+    for layout in layouts:
+        fitting = [pattern.prefixes(files) for pattern in layout.patterns()]
+        if prefixes := set.intersection(*fitting):
+            return layout, min(prefixes, key=lambda prefix: (prefix.count("/"), prefix))
+    # of the layout that comes closest, what is missing
+    nearest = max(layouts, key=lambda layout: sum(bool(pattern.prefixes(files)) for pattern in layout.patterns()))
+    missing = [pattern.text for pattern in nearest.patterns() if not pattern.prefixes(files)] or [nearest.images]
+    raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(files)}.")
+
+
+def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:
     split, _, domain = target.partition(":")
     for path in one.images:
         if "|" in path:
             raise DataError(f"{path}: a file name must not contain '|'. Rename it.")
+    found = one.values.get("domain")
     return IndexItem(
-        image="|".join(one.images), mask=one.mask, split=split, domain=domain or one.values.get("domain") or None
+        image="|".join(one.images),
+        mask=one.mask,
+        split=split,
+        domain=domain or domain_as.get(found or "", found) or None,
+        scene=one.values.get("group"),
     )
 
 
@@ -226,7 +286,7 @@ def _by_key(pattern: PathPattern, files: Iterable[str], only: frozenset[str] | N
         key: Key = tuple(sorted(values.items()))
         key = key if only is None else _restricted(key, only)
         if key in found:
-            raise DataError(f"{found[key]} and {file} cannot be told apart by the pattern {pattern.text!r}.")
+            raise DataError(f"{found[key]} and {file} cannot be told apart by the pattern {pattern.text!r}. Keep one.")
         found[key] = file
     return found
 
@@ -235,16 +295,12 @@ def _restricted(key: Key, names: frozenset[str]) -> Key:
     return tuple((name, value) for name, value in key if name in names or name == "stem")
 
 
-def _files(root: Path) -> Iterator[str]:
+def list_files(root: Path) -> Iterator[str]:
+    """Files below a folder, as sorted relative paths with `/`; hidden ones and those in hidden folders are left out."""
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             yield relative.as_posix()
-
-
-def _folders(root: Path, depth: int) -> Iterator[str]:
-    found = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_dir())
-    yield from sorted((path.as_posix() for path in found if len(path.parts) <= depth), key=lambda p: p.count("/"))
 
 
 def _examples(files: Sequence[str]) -> str:

@@ -118,8 +118,8 @@ def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[
                 f"{size[0]} x {size[1]}. They must agree."
             )
         for window in strips(info):
-            indices = labels.indices(raster.read_raw(window), info.colormap, name=str(mask))
-            counts += np.bincount(indices.ravel(), minlength=len(counts))
+            stored = raster.read_raw(window)
+            counts += labels.counts(stored, info.colormap, name=str(mask), origin=(window.row, window.col))
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
 
 

@@ -67,7 +67,11 @@ def _share(pool: Sequence[IndexItem], select: SelectConfig, seed: int, *, where:
         raise DataError(f"{where}: both fraction and count are given. Keep one of them.")
     if select.fraction is None and select.count is None:
         return list(pool)
-    count = select.count or max(1, round((select.fraction or 1) * len(pool)))
+    count = select.count or round((select.fraction or 1) * len(pool))
+    if not count:
+        raise DataError(
+            f"{where}: a fraction of {select.fraction} of {len(pool)} images selects none. Raise it, or set count: 1."
+        )
     if count > len(pool):
         raise DataError(f"{where}: {count} images are wanted, but there are {len(pool)}.")
     order = np.random.default_rng([seed, len(pool)]).permutation(len(pool)).tolist()

@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 from rsseg.config import BaseRecipe, SelectConfig
+from rsseg.data.classes import match_classes, merge_classes
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.select import select_items
 from rsseg.errors import DataError
-from rsseg.task import Task, check_same_classes, task_with_bands
+from rsseg.task import Task, task_with_bands
 
 
 class Source(NamedTuple):
@@ -29,20 +30,25 @@ def open_source(recipe: BaseRecipe, select: SelectConfig, split: str, task: Task
         recipe: for data path, cache and seed.
         select: which images of which dataset.
         split: taken where `select` names none.
-        task: the model's; classes must agree, bands must exist.
+        task: the model's; classes are matched by name, after merges that the recipe asks for; bands must exist.
         masks: every selected image must have one.
 
     Raises:
-        DataError: no dataset, nothing selected, other classes, missing bands or masks, no ground sampling distance
-            where it is needed.
+        DataError: no dataset, nothing selected, classes that do not match, missing bands or masks, no ground
+            sampling distance where it is needed.
     """
     path = select.path or recipe.data.path
     index = SegmentationIndex.load(path)
-    check_same_classes(task, index.task, what=f"the dataset {path}")
+    merge = select.classes or (recipe.data.classes if path == recipe.data.path else None)
+    # a dataset that already has the merged classes can take another's place
+    if merge is not None and set(index.task.class_names) != set(task.class_names):
+        index = merge_classes(index, merge)
+    index = match_classes(index, task.classes, what=f"the dataset {path}")
     bands = select.bands or task.bands
     if len(bands) != len(task.bands):
         raise DataError(
-            f"{path}: bands {list(bands)} are named, but the network takes {len(task.bands)}: {list(task.bands)}."
+            f"{path}: {len(bands)} bands are chosen ({', '.join(bands)}), but the task has {len(task.bands)}: "
+            f"{', '.join(task.bands)}. Name one for each in `bands`."
         )
     own = task_with_bands(index.task, bands)
     items = select_items(index, select, split=split, seed=recipe.seed)

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
+from rsseg.data.leaks import Problem, find_leaks
 from rsseg.data.measure import Moments, count_classes, in_order, measure_image
+from rsseg.data.opening import open_image
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -20,15 +22,6 @@ Progress = Callable[[str, int, int], None]
 
 class _Result(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class Problem(_Result):
-    """One defect."""
-
-    file: str
-    """Relative to the dataset's folder."""
-    split: str
-    reason: str
 
 
 class SplitCount(_Result):
@@ -107,12 +100,12 @@ class _Checked(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def verify(path: Path, *, pixels: bool = False, jobs: int = 1, progress: Progress | None = None) -> VerifyReport:
-    """Read every mask and every image's header once.
+def verify(path: Path, *, pixels: bool = True, jobs: int = 1, progress: Progress | None = None) -> VerifyReport:
+    """Read every mask and every image once, and look for images and scenes that splits share.
 
     Args:
         path: prepared folder.
-        pixels: also decode every image, which finds files that end early.
+        pixels: decode every image, which finds files that end early; False opens them only.
         jobs: threads.
         progress: told how far the work is.
 
@@ -133,7 +126,7 @@ def verify(path: Path, *, pixels: bool = False, jobs: int = 1, progress: Progres
         images=len(index.items),
         masks=sum(item.mask is not None for item in index.items),
         splits=tuple(_split_count(index, key, [checked[i].counts for i in where]) for key, where in groups.items()),
-        problems=tuple(problem for one in checked for problem in one.problems) + _shared(index),
+        problems=tuple(problem for one in checked for problem in one.problems) + find_leaks(index),
     )
 
 
@@ -177,11 +170,8 @@ def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pix
         with _open(index, item) as raster:
             info = raster.info
             size = info.height, info.width
-            if (info.count, info.dtype) != (len(index.task.bands), index.task.dtype):
-                raise DataError(
-                    f"{raster.name}: {info.count} bands of {info.dtype}, the dataset has {len(index.task.bands)} of "
-                    f"{index.task.dtype}."
-                )
+            if info.dtype != index.task.dtype:
+                raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
                 measure_image(raster, samples=0)
     except DataError as error:
@@ -200,19 +190,8 @@ def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pix
 
 
 def _open(index: SegmentationIndex, item: IndexItem) -> Raster:
-    return Raster(index.image_files(item), nodata=index.nodata, zero_collar=index.ignore_zero_collar)
-
-
-def _shared(index: SegmentationIndex) -> tuple[Problem, ...]:
-    """Images that two splits use."""
-    seen: dict[str, str] = {}
-    problems = []
-    for item in index.items:
-        other = seen.setdefault(item.image, item.split)
-        if other != item.split:
-            reason = f"the image is in {other} and in {item.split}; splits must not share images."
-            problems.append(Problem(file=item.image, split=item.split, reason=reason))
-    return tuple(problems)
+    collar = index.ignore_zero_collar
+    return open_image(index.image_files(item), index.task.bands, nodata=index.nodata, zero_collar=collar)
 
 
 def _groups(index: SegmentationIndex) -> dict[tuple[str, str | None], list[int]]:

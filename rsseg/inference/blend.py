@@ -38,18 +38,68 @@ class Tile:
         return self.valid is not None and not self.valid.any()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be known of each pixel beside its class."""
+
+    confidence: bool = False
+    probabilities: Literal["none", "uint8", "float16"] = "none"
+
+
+CLASSES_ONLY = Wanted()
+FULL = 254
+"""Stored value of probability 1 in uint8; 255 is left for nodata."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What is decided about an area.
+
+    classes: uint8 (h, w) class indices
+    confidence: uint8 (h, w), probability of the class times `FULL`; None if not wanted
+    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not wanted
+    """
+
+    classes: NDArray[np.uint8]
+    confidence: NDArray[np.uint8] | None = None
+    probabilities: NDArray[Any] | None = None
+
+    @classmethod
+    def empty(cls, height: int, width: int, num_classes: int, wanted: Wanted) -> "Decision":
+        """All zeros."""
+        kind = wanted.probabilities
+        return cls(
+            np.zeros((height, width), np.uint8),
+            np.zeros((height, width), np.uint8) if wanted.confidence else None,
+            np.zeros((height, width, num_classes), kind) if kind != "none" else None,
+        )
+
+    def put(self, area: tuple[slice, slice], part: "Decision") -> None:
+        """Fill an area."""
+        self.classes[area] = part.classes
+        if self.confidence is not None and part.confidence is not None:
+            self.confidence[area] = part.confidence
+        if self.probabilities is not None:
+            self.probabilities[area] = part.probabilities
+
+
 @dataclass(frozen=True, eq=False)
 class Strip:
     """Finished rows of an image.
 
     top: first row
-    classes: uint8 (h, W) class indices
+    decision: of h rows
     valid: bool (h, W), as in the tiles
     """
 
     top: int
-    classes: NDArray[np.uint8]
+    decision: Decision
     valid: NDArray[np.bool_]
+
+    @property
+    def classes(self) -> NDArray[np.uint8]:
+        """uint8 (h, W) class indices."""
+        return self.decision.classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +129,34 @@ def decide(scores: Tensor) -> NDArray[np.uint8]:
     return scores.argmax(-1).to(torch.uint8).cpu().numpy()
 
 
-def blend_classes(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[Strip]:
-    """Merge tiles, given row by row, into classes.
+def judge(scores: Tensor, wanted: Wanted) -> Decision:
+    """What is decided by scores (h, w, K)."""
+    if wanted == CLASSES_ONLY:
+        return Decision(decide(scores))
+    shares = scores.float().softmax(-1)
+    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if wanted.confidence else None
+    match wanted.probabilities:
+        case "none":
+            return Decision(decide(scores), confidence)
+        case "float16":
+            return Decision(decide(scores), confidence, shares.half().cpu().numpy())
+        case "uint8":
+            return Decision(decide(scores), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy())
 
-    With `crop` only uint8 classes leave a tile, so memory does not depend on the number of classes; the others hold
-    tile x width x classes float32 scores.
+
+def blend_classes(
+    tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int, wanted: Wanted = CLASSES_ONLY
+) -> Iterator[Strip]:
+    """Merge tiles, given row by row, into classes; the first tile may be that of any row.
+
+    With `crop` only what is wanted leaves a tile, so memory does not depend on the number of classes where that is the
+    class alone; the others hold tile x width x classes float32 scores.
     """
     if blend == "crop":
-        yield from _crop_classes(tiles, plan)
+        yield from _crop_classes(tiles, plan, num_classes, wanted)
         return
     for strip in blend_scores(tiles, plan, blend, num_classes):
-        yield Strip(strip.top, decide(strip.scores), strip.valid)
+        yield Strip(strip.top, judge(strip.scores, wanted), strip.valid)
 
 
 def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[ScoreStrip]:
@@ -97,7 +164,7 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
 
     Pixels that only empty tiles cover have scores 0.
     """
-    height, width = plan.rows.tile, plan.cols.length
+    height, width = plan.rows.tile, plan.cols.covered
     row_weights, col_weights = _weights(plan.rows, blend), _weights(plan.cols, blend)
     # The weight of a pixel is a product over the axes, and so is its sum over the tiles: no canvas of weights.
     row_totals, col_totals = _totals(plan.rows, row_weights), _totals(plan.cols, col_weights)
@@ -112,30 +179,28 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
             canvas[:, area] += scores.permute(1, 2, 0).float().cpu() * weights
         if tile.col == last:
             final = plan.rows.final(tile.row)
-            total = row_totals[final.area, None, None] * col_totals[:, None]
-            yield ScoreStrip(final.start, canvas[: final.length] / total, valid[: final.length].copy())
+            total = row_totals[final.area, None, None] * col_totals[: plan.cols.length, None]
+            inside = slice(final.length), slice(plan.cols.length)
+            yield ScoreStrip(final.start, canvas[inside] / total, valid[inside].copy())
             kept = height - final.length
             canvas[:kept] = canvas[final.length :].clone()
             canvas[kept:] = 0
             valid[:kept] = valid[final.length :].copy()
 
 
-def _crop_classes(tiles: Iterable[Scored], plan: TilePlan) -> Iterator[Strip]:
-    last = len(plan.cols.origins) - 1
+def _crop_classes(tiles: Iterable[Scored], plan: TilePlan, num_classes: int, wanted: Wanted) -> Iterator[Strip]:
+    last, width = len(plan.cols.origins) - 1, plan.cols.length
     for tile, scores in tiles:
         rows, cols = plan.rows.kept[tile.row], plan.cols.kept[tile.col]
         if tile.col == 0:
-            strip = _empty_strip(rows.start, rows.length, plan.cols.length)
+            decision = Decision.empty(rows.length, width, num_classes, wanted)
+            strip = Strip(rows.start, decision, np.zeros((rows.length, width), np.bool_))
         inside = rows.within(plan.rows.origins[tile.row]), cols.within(plan.cols.origins[tile.col])
         if scores is not None:
-            strip.classes[:, cols.area] = decide(scores.permute(1, 2, 0)[inside])
+            decision.put((slice(None), cols.area), judge(scores.permute(1, 2, 0)[inside], wanted))
         strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[inside]
         if tile.col == last:
             yield strip
-
-
-def _empty_strip(top: int, height: int, width: int) -> Strip:
-    return Strip(top, np.zeros((height, width), np.uint8), np.zeros((height, width), np.bool_))
 
 
 def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:
@@ -155,8 +220,8 @@ def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:
 
 
 def _totals(axis: AxisPlan, weights: list[Tensor]) -> Tensor:
-    """float32 (length,): sum of the tiles' weights at each pixel."""
-    totals: Any = torch.zeros(axis.length)
+    """float32 (covered,): sum of the tiles' weights at each pixel."""
+    totals: Any = torch.zeros(axis.covered)
     for origin, weight in zip(axis.origins, weights, strict=True):
         totals[origin : origin + axis.tile] += weight
     return totals  # type: ignore[no-any-return]

@@ -58,6 +58,7 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
         placed = parameter.detach().to(device, memory_format=layout)
         memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
     ready = copy.deepcopy(segmenter, memo).eval()
+    ready.fold()
     return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
 
 
@@ -70,7 +71,9 @@ def keep_heap() -> None:
     if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
         return
     library = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+    # One heap for all threads: else reader and writer each keep one of their own, with what they once needed.
+    library.mallopt(arena_max, 1)
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, 2**31 - 1)
     library.mallopt(top_pad, 64 << 20)

@@ -1,8 +1,9 @@
 """The one predictor: validation, evaluation and scenes run the same tiles through the same code."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsseg.config import EvalConfig
-from rsseg.inference.blend import Scored, Tile, blend_classes, blend_scores, decide
-from rsseg.inference.tiling import TilePlan, plan_tiles
-from rsseg.inference.tta import View, interpolate, scaled_size, views_of
-from rsseg.methods.base import Segmenter, TileHint
+from rsseg.inference.blend import Blend, Scored, Tile, blend_classes, blend_scores, decide
+from rsseg.inference.tiling import TilePlan, mirror, plan_tiles
+from rsseg.inference.tta import Pose, View, interpolate, poses_of, scaled_size, views_of
+from rsseg.methods.base import Segmenter
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,27 @@ class Tiling:
     """How an image is cut for a network, in pixels.
 
     least: smaller tiles are extended by reflection to this side, the one that a network of fixed size was trained at.
+    multiple: grid that tiles should lie on, see `plan_tiles`.
     """
 
     tile: int
     overlap: int
     least: int
+    multiple: int
 
 
-def choose_tiling(hint: TileHint, tile: int | None, overlap: int | None) -> Tiling:
-    """The user's tile and overlap, or where None what suits the network."""
+def choose_tiling(segmenter: Segmenter, tile: int | None, overlap: int | None, blend: Blend) -> Tiling:
+    """The user's tile and overlap, or where None what suits the network.
+
+    Tiles of a convolutional network lie on its grid, so that it computes in each what it would in the whole image. For
+    `mean` they lie where the usual sliding window puts them.
+    """
+    hint = segmenter.tile
     tile = tile or hint.size
     if overlap is None:
         overlap = min(hint.overlap, tile // 2)
-    return Tiling(tile, overlap, 1 if hint.flexible else min(tile, hint.size))
+    least = 1 if hint.flexible else min(tile, hint.size)
+    return Tiling(tile, overlap, least, segmenter.input_multiple if hint.flexible and blend != "mean" else 1)
 
 
 def predict_image(
@@ -85,7 +94,7 @@ def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: ND
     pixels = torch.as_tensor(image, dtype=torch.float32)
     if valid is None:
         return pixels
-    return torch.where(torch.from_numpy(valid), pixels, torch.tensor(segmenter.fill)[:, None, None])
+    return torch.where(torch.tensor(valid), pixels, torch.tensor(segmenter.fill)[:, None, None])
 
 
 def _mean_probabilities(segmenter: Segmenter, pixels: Tensor, config: EvalConfig, device: torch.device | str) -> Tensor:
@@ -102,8 +111,11 @@ def predict_tiles(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     least: int = 1,
+    poses: tuple[Pose, ...] = poses_of("none"),
 ) -> Iterator[Scored]:
     """Scores of tiles of one shape, in their order; an empty tile is passed on without a forward.
+
+    A batch holds tiles of one row only, so that the scores of a row do not depend on where the work began.
 
     Args:
         segmenter: on `device`, in eval mode.
@@ -112,14 +124,19 @@ def predict_tiles(
         device: where the network runs and the scores stay.
         dtype: autocast to it, unless it is float32.
         least: see `Tiling`.
+        poses: ways to lay each tile before the network; the probabilities are averaged.
     """
-    forward = _Forward(segmenter, torch.device(device), dtype, least)
-    iterator = iter(tiles)
-    while batch := list(islice(iterator, batch_size)):
-        full = [tile for tile in batch if not tile.is_empty]
-        scores = iter(forward(torch.stack([t.image for t in full]))) if full else iter(())
-        for tile in batch:
-            yield tile, None if tile.is_empty else next(scores)
+    forward = _Forward(segmenter, torch.device(device), dtype, least, poses)
+    # A GPU works by itself: it gets the next batch before the host waits for the scores of the last one.
+    late = 1 if forward.device.type == "cuda" else 0
+    waiting: deque[list[Scored]] = deque()
+    for _, row in groupby(tiles, key=lambda tile: tile.row):
+        while batch := list(islice(row, batch_size)):
+            waiting.append(forward.tiles(batch))
+            if len(waiting) > late:
+                yield from waiting.popleft()
+    for scored in waiting:
+        yield from scored
 
 
 @dataclass(frozen=True)
@@ -130,30 +147,50 @@ class _Forward:
     device: torch.device
     dtype: torch.dtype = torch.float32
     least: int = 1
+    poses: tuple[Pose, ...] = poses_of("none")
+
+    def tiles(self, batch: list[Tile]) -> list[Scored]:
+        """One forward for the tiles that are not empty."""
+        full = [tile.image for tile in batch if not tile.is_empty]
+        scores = iter(self(full[0][None] if len(full) == 1 else torch.stack(full))) if full else iter(())
+        return [(tile, None if tile.is_empty else next(scores)) for tile in batch]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            # From pinned memory the copy runs beside the work on the last batch.
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        if len(self.poses) == 1:
+            return self._scores(images)
+        posed = (pose.undo(self._scores(pose.apply(images)).float().softmax(1)) for pose in self.poses)
+        total: Any = sum(posed)
+        # The logarithm of a probability is a score that gives this probability.
+        scores: Tensor = (total / len(self.poses)).clamp_min(1e-30).log()
+        return scores.contiguous(memory_format=torch.channels_last)
+
+    def _scores(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if min(height, width) < self.least:
-            rows, cols = _mirror(height, max(height, self.least)), _mirror(width, max(width, self.least))
-            images = images[..., rows, :][..., cols]
+        images = _extended(images, max(height, self.least), max(width, self.least))
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.segmenter.predict_logits(images)[..., :height, :width]
 
 
-def _mirror(length: int, target: int) -> Tensor:
-    """Indices 0, 1, .. length - 1, length - 2, .. that extend an axis to `target` by repeated reflection."""
-    period = max(2 * (length - 1), 1)
-    index = torch.arange(target) % period
-    return torch.minimum(index, period - index)
+def _extended(images: Tensor, height: int, width: int) -> Tensor:
+    """Reflected at the right and the bottom to this size."""
+    if images.shape[-2:] == (height, width):
+        return images
+    rows, cols = (torch.from_numpy(mirror(*pair)) for pair in zip(images.shape[-2:], (height, width), strict=True))
+    return images[..., rows, :][..., cols]
 
 
 def _tiles_of(
     segmenter: Segmenter, image: Tensor, config: EvalConfig, device: torch.device | str
 ) -> tuple[TilePlan, Iterator[Scored]]:
-    tiling = choose_tiling(segmenter.tile, config.tile, config.overlap)
-    plan = plan_tiles(image.shape[1], image.shape[2], tile=tiling.tile, overlap=tiling.overlap)
+    tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
+    height, width = image.shape[1:]
+    plan = plan_tiles(height, width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+    image = _extended(image, plan.rows.covered, plan.cols.covered)
     tiles = (
         Tile(row, col, image[:, top : top + plan.rows.tile, left : left + plan.cols.tile])
         for row, top in enumerate(plan.rows.origins)
@@ -170,7 +207,7 @@ def _view_scores(
     size = (image.shape[1], image.shape[2])
     seen = image.flip(-1) if view.flip else image
     if config.mode == "resized":
-        side = choose_tiling(segmenter.tile, config.tile, 0).tile
+        side = choose_tiling(segmenter, config.tile, 0, config.blend).tile
         inner, corners = scaled_size((side, side), view.scale, config.resize_multiple), False
     else:
         inner, corners = scaled_size(size, view.scale, config.resize_multiple), config.resize_multiple is not None

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rsseg.errors import UsageError
 
@@ -14,6 +18,13 @@ def tile_origins(length: int, tile: int, stride: int) -> list[int]:
     if length <= tile:
         return [0]
     return [*range(0, length - tile, stride), length - tile]
+
+
+def mirror(length: int, target: int) -> NDArray[np.intp]:
+    """Indices 0, 1, .. length - 1, length - 2, .. that extend an axis to `target` by repeated reflection."""
+    period = max(2 * (length - 1), 1)
+    index = np.arange(target) % period
+    return np.minimum(index, period - index)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ class AxisPlan:
     tile: int
     origins: tuple[int, ...]
 
+    @property
+    def covered(self) -> int:
+        """End of the last tile, which may lie beyond the axis: there the image is reflected."""
+        return self.origins[-1] + self.tile
+
     @cached_property
     def kept(self) -> tuple[Span, ...]:
         """Per tile, the pixels for which its border is farther than that of any other tile; they partition the axis."""
@@ -81,16 +97,76 @@ class TilePlan:
         return self.count * self.rows.tile * self.cols.tile / (self.rows.length * self.cols.length)
 
 
-def plan_tiles(height: int, width: int, *, tile: int, overlap: int) -> TilePlan:
+def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: int = 1) -> TilePlan:
     """Cover an image with square tiles; along an axis shorter than `tile` they have its length.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        tile: side in pixels.
+        overlap: pixels that neighbours share.
+        multiple: a network that halves its input sees the image on a grid of this width. Where tile and stride are
+            multiples of it, the last tile lies on the grid too and may overhang the image; else it is moved in.
 
     Raises:
         UsageError: the overlap is not smaller than the tile.
     """
     if not 0 <= overlap < tile:
         raise UsageError(f"an overlap of {overlap} pixels does not fit tiles of {tile}; choose 0 to {tile - 1}.")
-    rows, cols = (
-        AxisPlan(length, min(length, tile), tuple(tile_origins(length, tile, tile - overlap)))
-        for length in (height, width)
-    )
+    step = 1 if tile % multiple or overlap % multiple else multiple
+    rows, cols = (_plan_axis(length, tile, tile - overlap, step) for length in (height, width))
     return TilePlan(rows, cols, overlap)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A range of columns that is computed from top to bottom before the next one; bounds the memory of wide images.
+
+    plan: its tiles, in columns counted from `left`
+    left: first column of the image that the tiles cover
+    kept: the columns of the image that the panel decides, counted from its left edge; those of all panels partition it
+    """
+
+    plan: TilePlan
+    left: int
+    kept: Span
+
+    @property
+    def target(self) -> int:
+        """First column of the image that the panel decides."""
+        return self.left + self.kept.start
+
+
+def split_panels(plan: TilePlan, most: int, *, shared: bool) -> tuple[Panel, ...]:
+    """Cut the columns of tiles into panels of about equal width.
+
+    Args:
+        plan: of the whole image.
+        most: widest panel in pixels; at least one column of tiles is taken.
+        shared: a pixel needs every tile that covers it, as if tiles are averaged; else only the tile that keeps it.
+            Then tiles at the edge of two panels are computed for both.
+    """
+    cols, tile = plan.cols, plan.cols.tile
+    columns = len(cols.origins)
+    per_panel = max(1, 1 + (most - tile) // max(tile - plan.overlap, 1))
+    panels = -(-columns // per_panel)
+    bounds = [columns * i // panels for i in range(panels + 1)]
+    return tuple(_panel(plan, first, end, shared=shared) for first, end in pairwise(bounds))
+
+
+def _panel(plan: TilePlan, first: int, end: int, *, shared: bool) -> Panel:
+    cols = plan.cols
+    kept = Span(cols.kept[first].start, cols.kept[end - 1].stop)
+    used = cols.origins[first:end]
+    if shared:
+        used = tuple(o for o in cols.origins if o < kept.stop and o + cols.tile > kept.start)
+    left = used[0]
+    axis = AxisPlan(min(used[-1] + cols.tile, cols.length) - left, cols.tile, tuple(o - left for o in used))
+    return Panel(TilePlan(plan.rows, axis, plan.overlap), left, Span(kept.start - left, kept.stop - left))
+
+
+def _plan_axis(length: int, tile: int, stride: int, step: int) -> AxisPlan:
+    origins = tile_origins(length, tile, stride)
+    # Upwards: the last pixels must be covered.
+    last = -(-origins[-1] // step) * step
+    return AxisPlan(length, min(length, tile), (*origins[:-1], last))

@@ -1,7 +1,8 @@
 """Views of an image whose predictions are averaged, and the sizes that networks see."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,32 @@ class View(NamedTuple):
 
     scale: float
     flip: bool
+
+
+TestTimeViews = Literal["none", "flip", "d4"]
+"""`flip` adds the mirror image, `d4` all eight turns and mirrorings of a square."""
+
+
+class Pose(NamedTuple):
+    """One way to lay a tile before the network: mirrored left to right or not, then turned by quarters."""
+
+    mirrored: bool
+    quarters: int
+
+    def apply(self, images: Tensor) -> Tensor:
+        """(..., h, w), laid this way."""
+        return torch.rot90(images.flip(-1) if self.mirrored else images, self.quarters, (-2, -1))
+
+    def undo(self, scores: Tensor) -> Tensor:
+        """(..., h, w), laid back."""
+        turned = torch.rot90(scores, -self.quarters, (-2, -1))
+        return turned.flip(-1) if self.mirrored else turned
+
+
+def poses_of(views: TestTimeViews) -> tuple[Pose, ...]:
+    """The first one is the tile as it is."""
+    mirrorings = (False,) if views == "none" else (False, True)
+    return tuple(Pose(m, q) for q in (range(4) if views == "d4" else range(1)) for m in mirrorings)
 
 
 def views_of(config: EvalConfig) -> tuple[View, ...]:

@@ -67,6 +67,12 @@ class Segmenter(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units, H and W multiples of `input_multiple` -> float logits (B, K, H, W)."""
 
+    def fold(self) -> None:
+        """Multiply out layers that only training keeps apart; called once on a copy that only predicts.
+
+        Does nothing by default.
+        """
+
     def predict_logits(self, images: Tensor) -> Tensor:
         """Like `forward` for any H, W >= 1: extends right and bottom by reflection (edge if too small), crops back."""
         height, width = images.shape[-2:]

@@ -33,6 +33,18 @@ class SceneOptions(BaseModel):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the device computes with it, and float32 elsewhere."""
+    tta: Literal["none", "flip", "d4"] = "none"
+    """Average each tile with its mirror image, or over the eight turns and mirrorings of a square."""
+    aoi: Path | None = None
+    """GeoJSON or GeoPackage of polygons in any coordinate system; outside of them there is no data."""
+    confidence: bool = False
+    """Also write the probability of the class to `STEM_confidence.tif`."""
+    probabilities: Literal["none", "uint8", "float16"] = "none"
+    """Also write the probability of each class to `STEM_probabilities.tif`."""
+    max_memory: Annotated[int, Field(ge=1)] | None = None
+    """Bytes beyond what the libraries take; batch, buffers and at last tiles are made smaller to fit."""
+    resume: bool = False
+    """Keep finished rows in `.NAME.resume` beside the output until it is complete, and go on from there."""
     format: Literal["cog", "gtiff"] = "cog"
     """Cloud-optimized GeoTIFF with overviews, or a plain tiled GeoTIFF."""
     overwrite: bool = False
@@ -74,6 +86,10 @@ class SceneResult(BaseModel):
     """Of the scene, without what overlaps."""
     device: str
     dtype: str
+    resumed: float
+    """Part of the rows that an earlier run had finished, 0..1."""
+    extra_outputs: tuple[Path, ...]
+    """Confidence and probabilities, as asked for."""
     warnings: tuple[str, ...]
 
 
@@ -97,8 +113,15 @@ class ScenePlan(BaseModel):
     batch_size: int
     device: str
     dtype: str
-    buffer_bytes: int
-    """Memory for rows of the scene; the network's own comes on top. Does not depend on the height of the scene."""
+    views: int
+    """Forwards per tile."""
+    panels: int
+    """Ranges of columns that are computed one after the other, so that wide scenes need no more memory."""
+    memory_bytes: int
+    """What the prediction takes beyond the libraries, an estimate: weights, a forward, and rows of the scene. Does not
+    depend on the size of the scene."""
+    seconds: float
+    """A guess from one small tile."""
     warnings: tuple[str, ...]
 
     def text(self) -> str:
@@ -108,8 +131,18 @@ class ScenePlan(BaseModel):
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
             f"  {self.tiles} tiles of {self.tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
-            f"merged by {self.blend}, {self.batch_size} at once, {self.dtype} on {self.device}, "
-            f"{self.buffer_bytes / 2**20:.0f} MB of row buffers",
+            f"merged by {self.blend}, {self.batch_size} at once"
+            + (f", {self.views} views of each" if self.views > 1 else "")
+            + (f", in {self.panels} panels" if self.panels > 1 else ""),
+            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB beside the libraries, "
+            f"about {duration(self.seconds)}",
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,76 +1,43 @@
-"""The pipeline of a scene: reader thread -> tiles -> network -> blend -> writer thread, in bounded memory."""
+"""The pipeline of a scene: reader thread -> tiles -> network -> merge -> writer thread, in bounded memory."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rsseg.inference.blend import Scored, Strip, Tile, blend_classes
-from rsseg.inference.device import keep_heap, ready_to_predict, resolve_device, resolve_precision
-from rsseg.inference.predict import Tiling, choose_tiling, predict_tiles
-from rsseg.inference.tiling import TilePlan, plan_tiles
+from rsseg.inference.predict import predict_tiles
+from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
-from rsseg.raster import Raster, RasterInfo, match_bands
+from rsseg.raster import Raster
+from rsseg.scene.aoi import Region, read_region
+from rsseg.scene.grid import Grid
+from rsseg.scene.identity import TAG, identify, identify_files, identify_model
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
+from rsseg.scene.plan import Setup, settle
+from rsseg.scene.products import NODATA
 from rsseg.scene.source import read_tiles
-from rsseg.scene.writer import NODATA, SceneWriter, check_output
+from rsseg.scene.striplog import LoggedStrip, StripLog
+from rsseg.scene.writer import SceneWriter
 from rsseg.task import Task
 
-_AHEAD = 2
-"""Tiles that the reader may be ahead of the network, and strips that the network may be ahead of the writer."""
-_BATCH_PIXELS = 1024 * 1024
-"""Pixels of a batch where the user does not say how many tiles: more gain nothing on a CPU, and take memory."""
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """Everything that is settled before the first pixel is read."""
-
-    info: RasterInfo
-    """Of the bands that are used."""
-    bands: tuple[int, ...]
-    tiling: Tiling
-    plan: TilePlan
-    batch_size: int
-    device: torch.device
-    dtype: torch.dtype
-    warnings: tuple[str, ...]
+_TILES_AHEAD = 2
+"""Tiles that the reader may be ahead of the network."""
+_STRIPS_BEHIND = 1
+"""Strips that the writer may be behind the network."""
 
 
 def plan_scene(
     segmenter: Segmenter, scene: Path | str, output: Path | str, options: SceneOptions | None = None
 ) -> ScenePlan:
     """What `predict_scene` would do; reads no pixel and writes nothing. Raises what it would raise for bad input."""
-    options = options or SceneOptions()
-    setup = _settle(segmenter, scene, Path(output), options)
-    rows, width = setup.plan.rows.tile, setup.info.width
-    pixel_bytes = setup.info.count * np.dtype(setup.info.dtype).itemsize + 1
-    canvas = 0 if options.blend == "crop" else 4 * segmenter.task.num_classes
-    return ScenePlan(
-        scene=str(scene),
-        output=Path(output),
-        height=setup.info.height,
-        width=width,
-        bands=tuple(zip(segmenter.task.bands, setup.info.band_names, strict=True)),
-        tile=setup.tiling.tile,
-        overlap=setup.tiling.overlap,
-        tiles=setup.plan.count,
-        redundancy=setup.plan.redundancy,
-        blend=options.blend,
-        batch_size=setup.batch_size,
-        device=str(setup.device),
-        dtype=str(setup.dtype).removeprefix("torch."),
-        buffer_bytes=rows * width * (pixel_bytes + canvas + _AHEAD),
-        warnings=setup.warnings,
-    )
+    return settle(segmenter, scene, Path(output), options or SceneOptions()).describe()
 
 
 def predict_scene(
@@ -96,113 +63,185 @@ def predict_scene(
     Raises:
         UsageError: the output exists already or cannot be written there; overlap and tile do not fit.
         DataError: the scene is missing, damaged, or lacks bands.
-        MachineError: the disk is full, or the device is not there.
+        MachineError: the disk is full, memory does not suffice, or the device is not there.
     """
-    keep_heap()
-    output, options = Path(output), options or SceneOptions()
-    setup = _settle(segmenter, scene, output, options)
-    network, dtype = ready_to_predict(segmenter, setup.device, setup.dtype)
+    return run(settle(segmenter, scene, Path(output), options or SceneOptions()), progress=progress)
+
+
+def run(setup: Setup, *, model: str | None = None, progress: Progress | None = None) -> SceneResult:
+    """Do what is settled; `model` is the hash of the network if it is known."""
     start = time.perf_counter()
-    values = _pixel_values(segmenter.task)
-    counts = np.zeros(256, np.int64)
-    with (
-        _open(scene, options, setup.bands) as raster,
-        # Closed before the raster is: the reader's thread must not read on.
-        closing(_ahead(read_tiles(raster, setup.plan, network))) as tiles,
-        SceneWriter(output, setup.info, segmenter.task, cloud_optimized=options.format == "cog") as writer,
-    ):
+    info, task, options = setup.info, setup.network.task, setup.options
+    with ExitStack() as stack:
+        raster = stack.enter_context(setup.open())
+        region = None if options.aoi is None else read_region(options.aoi, info)
+        identity = identity_of(setup, raster, model)
+        log = None
+        if options.resume:
+            log = stack.enter_context(StripLog(log_path(setup.output), identity))
+        # Entered in reverse: the class raster, which stands for all of them, is the last to appear.
+        writers = [
+            stack.enter_context(
+                SceneWriter(name, info, product, cloud_optimized=options.format == "cog", tags={TAG: identity})
+            )
+            for name, product in setup.products
+        ]
+        sink = _Sink(setup, writers)
+        done = sink.replay(log) if log is not None else [0] * len(setup.panels)
+        report = _tile_counter(progress, setup, done)
+        for index, panel in enumerate(setup.panels):
+            strips = _compute(setup, raster, region, panel, done[index], report)
 
-        def write(strip: Strip) -> None:
-            rows = np.where(strip.valid, values[strip.classes], np.uint8(NODATA))
-            np.add(counts, np.bincount(rows.ravel(), minlength=256), out=counts)
-            writer.write(rows)
+            def write(numbered: tuple[int, Strip], index: int = index, panel: Panel = panel) -> None:
+                strip = sink.finished(index, panel, *numbered)
+                if log is not None:
+                    log.append(strip)
+                sink.write(strip)
 
-        scored = predict_tiles(
-            network,
-            tiles,
-            batch_size=setup.batch_size,
-            device=setup.device,
-            dtype=dtype,
-            least=setup.tiling.least,
-        )
-        counted = _counted(scored, setup.plan.count, progress)
-        strips = blend_classes(counted, setup.plan, options.blend, segmenter.task.num_classes)
-        _in_background(write, strips)
+            _in_background(write, strips)
+    if options.resume:
+        log_path(setup.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - start
-    pixels = setup.info.height * setup.info.width
+    pixels, rows = info.height * info.width, len(setup.plan.rows.origins) * len(setup.panels)
     return SceneResult(
-        output=output,
-        height=setup.info.height,
-        width=setup.info.width,
-        valid_share=1 - int(counts[NODATA]) / pixels,
-        areas=_areas(counts, segmenter.task, setup.info),
-        tiles=setup.plan.count,
+        output=setup.output,
+        height=info.height,
+        width=info.width,
+        valid_share=1 - int(sink.counts[NODATA]) / pixels,
+        areas=_areas(sink.counts, task, Grid(info)),
+        tiles=setup.tiles,
         seconds=seconds,
         megapixels_per_second=pixels / 1e6 / seconds,
         device=str(setup.device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(setup.dtype).removeprefix("torch."),
+        resumed=sum(done) / rows,
+        extra_outputs=tuple(name for name, _ in setup.products[1:]),
         warnings=setup.warnings,
     )
 
 
-def _settle(segmenter: Segmenter, scene: Path | str, output: Path, options: SceneOptions) -> _Setup:
-    task = segmenter.task
-    with _open(scene, options, None) as raster:
-        bands = match_bands(raster.info, task.bands, options.bands)
-    with _open(scene, options, bands) as raster:
-        info = raster.info
-    check_output(output, str(scene), overwrite=options.overwrite)
-    device = resolve_device(options.device)
-    tiling = choose_tiling(segmenter.tile, options.tile, options.overlap)
-    warnings = []
-    if info.dtype != task.dtype:
-        warnings.append(
-            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled as those were"
+def identity_of(setup: Setup, raster: Raster, model: str | None = None) -> str:
+    """Hash of all that the outputs are made from."""
+    area = identify_files([setup.options.aoi]) if setup.options.aoi is not None else ""
+    model = model or identify_model(setup.network)
+    return identify(identify_files(raster.files), model, area, settings=setup.settings())
+
+
+def log_path(output: Path) -> Path:
+    """Where finished rows wait for the rest."""
+    return output.with_name(f".{output.name}.resume")
+
+
+class _Sink:
+    """Takes finished strips: counts their classes and hands them to the writers."""
+
+    def __init__(self, setup: Setup, writers: list[SceneWriter]) -> None:
+        self._setup, self._writers = setup, writers
+        self._values = _pixel_values(setup.network.task)
+        self.counts = np.zeros(256, np.int64)
+
+    def finished(self, index: int, panel: Panel, row: int, strip: Strip) -> LoggedStrip:
+        """The strip as pixels of each product, cut to what the panel keeps."""
+        kept, decision = panel.kept.area, strip.decision
+        valid = strip.valid[:, kept]
+        arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
+        if decision.confidence is not None:
+            arrays.append(np.where(valid, decision.confidence[:, kept], np.uint8(NODATA))[None])
+        if decision.probabilities is not None:
+            shares = decision.probabilities[:, kept].transpose(2, 0, 1)
+            arrays.append(np.where(valid, shares, shares.dtype.type(self._setup.products[-1][1].nodata)))
+        return LoggedStrip(index, row, arrays)
+
+    def write(self, strip: LoggedStrip) -> None:
+        np.add(self.counts, np.bincount(strip.arrays[0].ravel(), minlength=256), out=self.counts)
+        left = self._setup.panels[strip.panel].target
+        for writer, (_, product), array in zip(self._writers, self._setup.products, strip.arrays, strict=True):
+            writer.write(array.astype(product.dtype, copy=False), left)
+
+    def replay(self, log: StripLog) -> list[int]:
+        """Write what is in the log; returns how many rows of tiles of each panel that were."""
+        done = [0] * len(self._setup.panels)
+        for strip in log.strips():
+            self.write(strip)
+            done[strip.panel] = strip.row + 1
+        return done
+
+
+def _compute(
+    setup: Setup,
+    raster: Raster,
+    region: Region | None,
+    panel: Panel,
+    done: int,
+    report: Callable[[], None],
+) -> Generator[tuple[int, Strip]]:
+    """The strips of a panel from row `done` of tiles on, numbered."""
+    rows = panel.plan.rows
+    if done == len(rows.origins):
+        return
+    first = done
+    if setup.options.blend != "crop":
+        # Tiles above still weigh in the rows that they share.
+        first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[done] or i == done)
+    span = Span(first, len(rows.origins))
+    # Closed before the raster is: the reader's thread must not read on.
+    with closing(_ahead(read_tiles(raster, panel, setup.network, rows=span, region=region))) as tiles:
+        scored = predict_tiles(
+            setup.network,
+            tiles,
+            batch_size=setup.batch_size,
+            device=setup.device,
+            dtype=setup.dtype,
+            least=setup.tiling.least,
+            poses=setup.poses,
         )
-    return _Setup(
-        info=info,
-        bands=bands,
-        tiling=tiling,
-        plan=plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap),
-        batch_size=options.batch_size or max(1, _BATCH_PIXELS // tiling.tile**2),
-        device=device,
-        dtype=resolve_precision(options.dtype, device),
-        warnings=tuple(warnings),
-    )
-
-
-def _open(scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None) -> Raster:
-    return Raster(scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar)
+        counted = _counted(scored, report)
+        classes = setup.network.task.num_classes
+        strips = blend_classes(counted, panel.plan, setup.options.blend, classes, setup.wanted)
+        yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= done)
 
 
 def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
-    """The items, made in a thread of their own, at most `_AHEAD` early."""
+    """The items, made in a thread of their own, at most `_TILES_AHEAD` early."""
     iterator = iter(items)
     end = object()
     with ThreadPoolExecutor(1, "rsseg-reader") as thread:
-        coming: deque[Future[Any]] = deque(thread.submit(next, iterator, end) for _ in range(_AHEAD))
+        coming: deque[Future[Any]] = deque(thread.submit(next, iterator, end) for _ in range(_TILES_AHEAD))
         while (item := coming.popleft().result()) is not end:
             coming.append(thread.submit(next, iterator, end))
             yield item
 
 
-def _in_background(write: Callable[[Strip], None], strips: Iterable[Strip]) -> None:
-    """Write the strips in a thread of its own, at most `_AHEAD` late."""
-    with ThreadPoolExecutor(1, "rsseg-writer") as thread:
+def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator[tuple[int, Strip]]) -> None:
+    """Write the strips in a thread of its own, at most `_STRIPS_BEHIND` late."""
+    with ThreadPoolExecutor(1, "rsseg-writer") as thread, closing(strips):
         written: deque[Future[None]] = deque()
         for strip in strips:
-            if len(written) == _AHEAD:
+            if len(written) == _STRIPS_BEHIND:
                 written.popleft().result()
             written.append(thread.submit(write, strip))
         for pending in written:
             pending.result()
 
 
-def _counted(scored: Iterable[Scored], total: int, progress: Progress | None) -> Iterator[Scored]:
-    for done, item in enumerate(scored, start=1):
+def _counted(scored: Iterable[Scored], report: Callable[[], None]) -> Iterator[Scored]:
+    for item in scored:
         yield item
-        if progress is not None:
-            progress(done, total)
+        report()
+
+
+def _tile_counter(progress: Progress | None, setup: Setup, done: list[int]) -> Callable[[], None]:
+    if progress is None:
+        return lambda: None
+    per_row = [len(panel.plan.cols.origins) for panel in setup.panels]
+    finished = sum(rows * tiles for rows, tiles in zip(done, per_row, strict=True))
+
+    def report() -> None:
+        nonlocal finished
+        finished = min(finished + 1, setup.tiles)
+        progress(finished, setup.tiles)
+
+    return report
 
 
 def _pixel_values(task: Task) -> NDArray[np.uint8]:
@@ -210,12 +249,9 @@ def _pixel_values(task: Task) -> NDArray[np.uint8]:
     return np.array([c.value for c in task.classes], np.uint8)
 
 
-def _areas(counts: NDArray[np.int64], task: Task, info: RasterInfo) -> tuple[ClassArea, ...]:
-    """Per class; the determinant of the transform is the area of a pixel, also a turned or oblong one."""
+def _areas(counts: NDArray[np.int64], task: Task, grid: Grid) -> tuple[ClassArea, ...]:
     total = max(int(counts[:NODATA].sum()), 1)
-    pixel_area = None
-    if info.crs is not None and info.crs.is_projected:
-        pixel_area = abs(info.transform.determinant) * info.crs.linear_units_factor[1] ** 2
+    pixel_area = grid.pixel_area
     return tuple(
         ClassArea(
             name=c.name,

@@ -8,61 +8,86 @@ import torch
 from numpy.typing import NDArray
 
 from rsseg.inference.blend import Tile
-from rsseg.inference.tiling import TilePlan
+from rsseg.inference.tiling import Panel, Span, mirror
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, Window
+from rsseg.scene.aoi import Region
 
 _LEAST_ROWS = 128
 """Least rows of one read; bounds the calls, as the read bounds the memory beside the band."""
 
 
-def read_tiles(raster: Raster, plan: TilePlan, segmenter: Segmenter) -> Iterator[Tile]:
-    """Tiles of a raster, row by row, in scaled units and filled where there is no data.
+def read_tiles(
+    raster: Raster, panel: Panel, segmenter: Segmenter, *, rows: Span, region: Region | None = None
+) -> Iterator[Tile]:
+    """Tiles of a panel, row by row, in scaled units and filled where there is no data.
 
     Args:
         raster: opened with the task's bands in the task's order.
-        plan: of the raster's size.
+        panel: of the raster.
         segmenter: gives scale, offset and fill.
+        rows: rows of tiles that are wanted.
+        region: outside of it nothing is read, and there is no data.
     """
-    task = segmenter.task
+    task, tile = segmenter.task, panel.plan.cols.tile
     scale, offset = np.array(task.scale, np.float32), np.array(task.offset, np.float32)
     fill = np.array(segmenter.fill, np.float32)
-    for row, (pixels, valid) in enumerate(_bands(raster, plan)):
-        for col, left in enumerate(plan.cols.origins):
-            area = slice(left, left + plan.cols.tile)
-            good = valid[:, area].copy()
+    for row, pixels, valid in _bands(raster, panel, rows, region):
+        for col, left in enumerate(panel.plan.cols.origins):
+            area = slice(left, left + tile)
+            good, raw = valid[:, area].copy(), pixels[:, :, area]
             if not good.any():
                 yield Tile(row, col, torch.empty(0), good)
                 continue
             # Channels last from here on: the layout that the network wants.
-            image = np.multiply(pixels[:, :, area].transpose(1, 2, 0), scale, dtype=np.float32, order="C")
+            image = np.multiply(raw.transpose(1, 2, 0), scale, dtype=np.float32, order="C")
             image += offset
             image[~good] = fill
             yield Tile(row, col, torch.from_numpy(image).permute(2, 0, 1), good)
 
 
-def _bands(raster: Raster, plan: TilePlan) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
-    """Per row of tiles, its pixels (C, tile, W) and where they have data; both are overwritten by the next one."""
-    info, tile = raster.info, plan.rows.tile
-    pixels = np.empty((info.count, tile, info.width), info.dtype)
-    valid = np.empty((tile, info.width), np.bool_)
-    done = 0
-    for top in plan.rows.origins:
-        kept = done - top
+def _bands(
+    raster: Raster, panel: Panel, rows: Span, region: Region | None
+) -> Iterator[tuple[int, NDArray[Any], NDArray[np.bool_]]]:
+    """Per row of tiles its number, pixels (C, tile, covered) and where they have data; the next one overwrites them."""
+    info, axis, width = raster.info, panel.plan.rows, panel.plan.cols.length
+    tile, covered = axis.tile, max(panel.plan.cols.covered, width)
+    pixels = np.empty((info.count, tile, covered), info.dtype)
+    valid = np.empty((tile, covered), np.bool_)
+    done = axis.origins[rows.start]
+    for row in range(rows.start, rows.stop):
+        top = axis.origins[row]
+        kept, end = done - top, min(top + tile, info.height)
         pixels[:, :kept] = pixels[:, tile - kept :]
         valid[:kept] = valid[tile - kept :]
-        for window in _windows(raster, done, top + tile):
-            rows = slice(window.row - top, window.row - top + window.height)
-            pixels[:, rows], valid[rows] = raster.read(window)
-        done = top + tile
-        yield pixels, valid
+        for window in _windows(raster, Span(done, end), Span(panel.left, panel.left + width)):
+            area = slice(window.row - top, window.row - top + window.height)
+            pixels[:, area, :width], valid[area, :width] = _read(raster, window, region)
+        if covered > width:
+            beyond = mirror(width, covered)[width:]
+            pixels[:, :, width:], valid[:, width:] = pixels[:, :, beyond], valid[:, beyond]
+        if end - top < tile:
+            beyond = mirror(end - top, tile)[end - top :]
+            pixels[:, end - top :], valid[end - top :] = pixels[:, beyond], valid[beyond]
+        done = end
+        yield row, pixels, valid
 
 
-def _windows(raster: Raster, start: int, stop: int) -> Iterator[Window]:
-    """Rows [start, stop) in reads that end where the file's blocks end, so that GDAL's cache need not hold more."""
-    block = raster.info.block_shape[0]
+def _read(raster: Raster, window: Window, region: Region | None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    if region is None:
+        return raster.read(window)
+    inside = region.mask(window)
+    if not inside.any():
+        return np.zeros((raster.info.count, window.height, window.width), raster.info.dtype), inside
+    pixels, valid = raster.read(window)
+    return pixels, valid & inside
+
+
+def _windows(raster: Raster, rows: Span, cols: Span) -> Iterator[Window]:
+    """The rows in reads that end where the file's blocks end, so that GDAL's cache need not hold more."""
+    block, start = raster.info.block_shape[0], rows.start
     step = block * -(-_LEAST_ROWS // block)
-    while start < stop:
-        end = min((start // step + 1) * step, stop)
-        yield Window(start, 0, end - start, raster.info.width)
+    while start < rows.stop:
+        end = min((start // step + 1) * step, rows.stop)
+        yield Window(start, cols.start, end - start, cols.length)
         start = end

@@ -13,8 +13,8 @@ from rsseg.config import BackboneConfig
 from rsseg.layers.dpt import DPTHead
 from rsseg.layers.losses import cross_entropy
 from rsseg.layers.resize import resize
+from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
-from rsseg.methods.mtdf.method import complementary_masks
 from rsseg.methods.mtdf.network import MTDFSegmenter
 from tests.golden.harness import Case, Handler
 from tests.golden.mtdf_parts import (

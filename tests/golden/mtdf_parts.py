@@ -13,8 +13,8 @@ from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.dpt import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
-from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator
+from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import ClassInfo, Task
 
 CLIP_INPUT = 224

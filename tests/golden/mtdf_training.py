@@ -11,8 +11,9 @@ from rsseg.config import OptimizerConfig, ScheduleConfig
 from rsseg.data.streams import Samples
 from rsseg.layers.ema import Ema
 from rsseg.layers.losses import cross_entropy
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.importer import rename_tensors
-from rsseg.methods.mtdf.method import MTDFMethod, PseudoLabels, Settings, cutmix, ema_ratio, pseudo_label_loss
+from rsseg.methods.mtdf.method import MTDFMethod, Settings, ema_ratio
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.optimizers import build_optimizers

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsseg.data.measure import Moments, _moments
-from rsseg.data.prepare.place import tile_windows
+from rsseg.data.prepare.tiles import Grid
 
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90), tile=st.integers(1, 40), data=st.data())
@@ -13,7 +13,7 @@ from rsseg.data.prepare.place import tile_windows
 def test_tiles_cover_every_pixel_and_stay_inside(height: int, width: int, tile: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, tile))
     seen = np.zeros((height, width), np.int64)
-    for window in tile_windows(height, width, tile, stride):
+    for window in Grid(tile, stride).windows(height, width):
         part = seen[window.row : window.row + window.height, window.col : window.col + window.width]
         assert part.shape == (min(tile, height), min(tile, width))
         part += 1

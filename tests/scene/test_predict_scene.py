@@ -18,13 +18,10 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from rio_cogeo import cog_validate
 
-from rsseg.config import EvalConfig
 from rsseg.errors import DataError, MachineError, UsageError
-from rsseg.inference.predict import predict_image
-from rsseg.methods.base import Segmenter
-from rsseg.scene.options import SceneOptions
 from rsseg.scene.predict import plan_scene, predict_scene
 from tests.conftest import write_png, write_tif
+from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
 from tests.toys import ConvSegmenter, make_task
 
 FILES = {
@@ -41,34 +38,6 @@ FILES = {
     "sentinel2_spain_water_label_int16.tif": 1,
     "zurich_rgb_uint8_jpeg_ycbcr_tiled_epsg2056.tif": 3,
 }
-EXACT = {"tile": 64, "overlap": 8, "dtype": "float32", "device": "cpu"}
-
-
-def options(**changes: Any) -> SceneOptions:
-    return SceneOptions.model_validate({**EXACT, **changes})
-
-
-def random_pixels(height: int, width: int, bands: int = 3) -> np.ndarray:
-    return np.random.default_rng(2).integers(1, 256, (bands, height, width)).astype(np.uint8)
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def read_classes(path: Path) -> np.ndarray:
-    with rasterio.open(path) as dataset:
-        return dataset.read(1)
-
-
-def expected_values(segmenter: Segmenter, pixels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """What the predictor of images gives, as pixel values."""
-    task = segmenter.task
-    scale, offset = (np.array(v, np.float32)[:, None, None] for v in (task.scale, task.offset))
-    config = EvalConfig(tile=EXACT["tile"], overlap=EXACT["overlap"])
-    classes = predict_image(segmenter, pixels.astype(np.float32) * scale + offset, valid, config, device="cpu")
-    values = np.array([c.value for c in task.classes], np.uint8)[classes]
-    return values if valid is None else np.where(valid, values, np.uint8(255))
 
 
 def assert_same_grid(first: Path | str, second: Path) -> None:
@@ -343,7 +312,8 @@ import resource, signal, sys
 from pathlib import Path
 from rsseg.errors import MachineError
 from rsseg.scene.predict import predict_scene
-from tests.scene.test_predict_scene import ConvSegmenter, make_task, options
+from tests.scene.helpers import options
+from tests.toys import ConvSegmenter, make_task
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder, file_format = Path(sys.argv[1]), sys.argv[2]
@@ -435,6 +405,8 @@ def test_real_scene_keeps_its_grid_and_is_a_valid_cog(tmp_path: Path, shared_dat
     with rasterio.open(output) as dataset:
         classes = dataset.read(1)
         assert dataset.nodata == 255
+        assert dataset.colormap(1)[11] == (*segmenter.task.classes[1].color, 255)
+        assert dataset.colormap(1)[255][3] == 0
     assert set(np.unique(classes)) <= {1, 11, 21, 255}
     assert result.valid_share == pytest.approx((classes != 255).mean())
     with rasterio.open(scene) as dataset:

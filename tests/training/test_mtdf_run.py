@@ -1,8 +1,11 @@
 """Whole runs of RS-MTDF: resume, files that must stay closed, what ships, and what is said before the first step."""
 
 import copy
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,25 @@ def test_missing_teacher_weights_are_reported_before_any_image_is_read(rgb_datas
     teacher = {"name": "dino", "backbone": {"name": "vit_base_patch14_dinov2", "weights": "absent.safetensors"}}
     with pytest.raises(WeightsError, match=r"absent\.safetensors"):
         plan(recipe_for(rgb_dataset, teachers=[teacher]))
+
+
+def test_two_processes_end_as_one_that_accumulates(rgb_dataset: Path, tmp_path: Path) -> None:
+    """One sample per micro-step, so that CutMix has the same partner either way."""
+    recipe = recipe_for(
+        rgb_dataset,
+        optimizers={"main": {"name": "sgd", "lr": 0.05}},
+        trainer=VALUES["trainer"] | {"batch_size": 1, "monitor": "last"},
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    models = {}
+    for name, options in (("one", ["--grad-accum-steps", "2"]), ("two", ["--gpus", "2"])):
+        command = [sys.executable, "-m", "rsseg", "train", "--recipe", str(file), "--output", str(tmp_path / name)]
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (run,) = (tmp_path / name).glob("*_mtdf_*")
+        models[name] = load_file(run / "model.safetensors")
+    assert models["one"].keys() == models["two"].keys()
+    for name, tensor in models["one"].items():
+        torch.testing.assert_close(tensor, models["two"][name], rtol=1e-4, atol=1e-6)

@@ -198,7 +198,7 @@ def test_classes_that_do_not_match_between_domains_are_listed(rgb_dataset: Any, 
     index.model_copy(update={"task": task}).save(color_mask_dataset)
     data = {"path": rgb_dataset, "augment": {"crop_size": 64}, "streams": {"target": {"path": color_mask_dataset}}}
     method = make_method(data=data)
-    with pytest.raises(DataError, match=r"meadow.*expected.*field"):
+    with pytest.raises(DataError, match=r"expected field.*lacks field.*also has meadow"):
         training_batches(method.recipe, method.streams, rgb_task(), device="cpu", start_step=0)
 
 

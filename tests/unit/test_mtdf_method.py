@@ -1,20 +1,18 @@
 """RS-MTDF's training step, its ablations and each option that departs from the publication."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rsseg.checkpoint import ModelHeader, write_model
+from rsseg.errors import WeightsError
+from rsseg.inference.device import ready_to_predict
 from rsseg.layers.resize import resize
-from rsseg.methods.mtdf.method import (
-    MTDFMethod,
-    PseudoLabels,
-    complementary_masks,
-    cutmix,
-    ema_ratio,
-    pseudo_label_loss,
-)
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
 from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TAUGHT, TEACHERS, VIT, batch_of, method_of, recipe_of
 
@@ -122,7 +120,56 @@ def test_prediction_with_folded_layers_equals_the_training_form(student: dict[st
     teachers = [TEACHERS[0], TEACHERS[1] | {"student_pass": student_pass}]
     network = method_of(student=student, teachers=teachers).student.eval()
     images = batch_of()["labeled"].images
+    expected = network.forward_translated(images).logits
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    parameters = sum(p.numel() for p in network.parameters())
+    network.fold()
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in network.parameters()) < parameters
+
+
+def test_copy_for_prediction_is_folded_and_the_original_is_not() -> None:
+    network = method_of().student.eval()
+    images = batch_of()["labeled"].images
+    copy_, _ = ready_to_predict(network, torch.device("cpu"), torch.float32)
+    assert not any("predict" in name for name, _ in copy_.named_parameters() if name.startswith("translators"))
+    with torch.inference_mode():
+        torch.testing.assert_close(copy_(images), network.forward_translated(images).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_without_a_share_in_the_fusion_costs_nothing_at_prediction() -> None:
+    calls: list[int] = []
+    network = method_of(teachers=[TEACHERS[0], TEACHERS[1] | {"fusion_weight": 0.0}]).student.eval()
+    network.backbone.register_forward_hook(lambda *_: calls.append(1))
+    images = batch_of()["labeled"].images
     torch.testing.assert_close(network(images), network.forward_translated(images).logits, rtol=1e-4, atol=1e-5)
+    network.fold()
+    network(images)
+    assert len(calls) == 1 + 2 + 1
+    assert list(network.translators) == ["vit"]
+
+
+def test_supervised_baseline_can_ship_its_average() -> None:
+    method = method_of(FIXMATCH, unlabeled=False, ship="average")
+    train_one_step(method)
+    assert method.average is not None
+    assert method.deployable() is method.average.module
+    assert set(method(batch_of(), 1).losses) == {"seg"}
+
+
+def test_student_can_start_from_the_model_of_another_run(tmp_path: Path) -> None:
+    first = method_of().student
+    file = tmp_path / "model.safetensors"
+    header = ModelHeader(recipe_of().model_dump(mode="json"), TASK, backbones={}, training={}, made_with={})
+    write_model(file, first.state_dict(), header)
+    shared = [TEACHERS[0], TEACHERS[1] | {"student_pass": "shared"}]
+    torch.manual_seed(9)
+    second = build_method(recipe_of(teachers=shared, start_from=str(tmp_path)), TASK)
+    assert second.average is not None
+    for network in (second.student, second.average.module):
+        assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(WeightsError, match="does not fit the network"):
+        method_of(start_from=str(file), translator_width=13)
 
 
 def test_any_size_can_be_predicted() -> None:
@@ -163,6 +210,26 @@ def test_teacher_sees_its_bands_in_its_size_with_the_statistics_that_the_recipe_
     expected = (blue - statistics.mean[band]) / statistics.std[band]  # type: ignore[index, union-attr]
     assert seen[0].shape == (4, 1, 64, 64)
     torch.testing.assert_close(seen[0], resize(expected, (64, 64), align_corners=True), rtol=0, atol=1e-4)
+
+
+def test_batch_norm_keeps_the_statistics_of_labeled_full_images_alone() -> None:
+    student = {"name": "resnet_mini", "weights": "random"}
+    crops = batch_of()["labeled"]
+
+    def statistics(method: MTDFMethod) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in method.student.named_buffers() if "running" in name}
+
+    method = method_of(student=student)
+    alone = copy.deepcopy(method)
+    total(method)
+    alone.train().student.backbone(crops.images)
+    assert len(statistics(alone)) > 10
+    for name, recorded in statistics(alone).items():
+        torch.testing.assert_close(statistics(method)[name], recorded)
+    supervised = method_of(FIXMATCH, student=student, unlabeled=False)
+    before = {name: t.clone() for name, t in statistics(supervised).items()}
+    total(supervised)
+    assert any(not torch.equal(t, before[name]) for name, t in statistics(supervised).items())
 
 
 def test_cutmix_takes_the_box_from_the_mirrored_sample_at_once() -> None:

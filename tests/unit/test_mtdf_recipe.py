@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from rsseg.errors import DataError, RecipeError
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.network import build_segmenter
+from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import ClassInfo, Task
-from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TEACHERS, VIT, recipe_of
+from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TEACHERS, VIT, batch_of, recipe_of
 
 MULTISPECTRAL = Task(
     name="many",
@@ -26,14 +27,28 @@ MULTISPECTRAL = Task(
     [
         ({"teachers": [TEACHERS[0], TEACHERS[0]]}, "share a name"),
         ({"complementary_dropout": True}, "set strong_views to 2"),
-        ({"unlabeled": False, "ship": "average"}, "exists only as pseudo-labeller"),
+        ({"only_teachers": ["vti"]}, "names 'vti'; the recipe's teachers are"),
         ({"optimizers": {"head": {}}}, "one optimizer, called main"),
-        ({"unlabeled": False, "data": {"path": "x", "streams": {"unlabeled": {}}}}, "unknown stream"),
+        ({"data": {"path": "x", "streams": {"unlabelled": {}}}}, "unknown stream"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_with_the_recipe(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         recipe_of(**changes)
+
+
+@pytest.mark.parametrize("kept", [[], ["cnn"], ["vit"], ["vit", "cnn"]])
+def test_ablations_keep_only_the_named_teachers(kept: list[str]) -> None:
+    recipe = recipe_of(only_teachers=kept)
+    assert [teacher.name for teacher in recipe.teachers] == kept
+    assert MTDFRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_supervised_baseline_is_one_switch_and_reads_no_unlabeled_stream() -> None:
+    streams = {"labeled": {"count": 2}, "unlabeled": {"count": 2, "augment": {"crop_size": 999}}}
+    data = {"path": "x", "augment": {"crop_size": 32}, "streams": streams}
+    method = build_method(recipe_of(data=data, unlabeled=False, only_teachers=[]), TASK)
+    assert [spec.name for spec in method.streams] == ["labeled"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +67,8 @@ def test_students_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     ("changes", "message"),
     [
         ({"data": {"path": "x", "augment": {"crop_size": 36}}}, r"crop_size: 36 pixels .* Take 32 or 40"),
-        ({"teachers": [TEACHERS[1] | {"input_size": 50}]}, r"input_size of 'cnn': 50 pixels"),
+        ({"teachers": [TEACHERS[1] | {"input_size": 50}]}, r"input_size of 'cnn': 50 pixels .* vit_mini_patch8"),
+        ({"teachers": [TEACHERS[0] | {"input_size": 50}]}, r"input_size of 'vit': 50 pixels"),
         (
             {
                 "data": {
@@ -68,6 +84,13 @@ def test_students_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_method(recipe_of(**changes), TASK)
+
+
+def test_convolutional_teacher_takes_the_crop_of_a_patch_that_it_does_not_divide() -> None:
+    data = {"path": "x", "augment": {"crop_size": 40}}
+    recipe = recipe_of(data=data, teachers=[{"name": "cnn", "backbone": PYRAMID, "input_size": 40}])
+    losses = build_method(recipe, TASK).train()(batch_of(), 0).losses
+    assert losses["distill"].isfinite()
 
 
 def test_pretrained_teacher_wants_three_bands() -> None:

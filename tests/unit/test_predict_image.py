@@ -6,7 +6,7 @@ from numpy.testing import assert_array_equal
 from rsseg.config import EvalConfig
 from rsseg.inference.predict import Tiling, choose_tiling, predict_image
 from rsseg.methods.base import TileHint
-from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, make_task
+from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, StridedSegmenter, make_task
 
 ATTENTION = TileHint(size=32, overlap=8, flexible=False)
 
@@ -109,8 +109,19 @@ def test_scales_are_predicted_and_brought_back_to_the_image() -> None:
 
 
 def test_network_chooses_its_tiling_unless_told_otherwise() -> None:
-    attention, conv = TileHint(518, 148, flexible=False), TileHint(1024, 128, flexible=True)
-    assert choose_tiling(attention, None, None) == Tiling(518, 148, 518)
-    assert choose_tiling(attention, 256, None) == Tiling(256, 128, 256)
-    assert choose_tiling(attention, 1000, 0) == Tiling(1000, 0, 518)
-    assert choose_tiling(conv, None, None) == Tiling(1024, 128, 1)
+    task = make_task()
+    attention = ConvSegmenter(task, multiple=14, tile=TileHint(518, 148, flexible=False))
+    conv = ConvSegmenter(task, multiple=32, tile=TileHint(1024, 128, flexible=True))
+    assert choose_tiling(attention, None, None, "crop") == Tiling(518, 148, 518, 1)
+    assert choose_tiling(attention, 256, None, "crop") == Tiling(256, 128, 256, 1)
+    assert choose_tiling(attention, 1000, 0, "crop") == Tiling(1000, 0, 518, 1)
+    assert choose_tiling(conv, None, None, "crop") == Tiling(1024, 128, 1, 32)
+    assert choose_tiling(conv, None, None, "mean").multiple == 1
+
+
+@pytest.mark.parametrize("size", [(33, 100), (97, 64), (70, 131)])
+def test_network_with_a_stride_sees_in_tiles_what_it_sees_in_the_whole_image(size: tuple[int, int]) -> None:
+    network, image = StridedSegmenter(make_task()), random_image(*size)
+    whole = predict_image(network, image, None, EvalConfig(tile=160), device="cpu")
+    tiled = predict_image(network, image, None, EvalConfig(tile=32, overlap=16), device="cpu")
+    assert_array_equal(tiled, whole)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.crs import CRS
 
 from rsseg.data.cards import CARDS
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare import run
+from rsseg.data.prepare import run, transfer
 from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_pairs, parse_scale
 from rsseg.data.prepare.run import prepare
 from rsseg.errors import DataError, MachineError, UsageError
@@ -170,7 +171,11 @@ def test_tiles_cover_the_image_and_keep_grid_nodata_and_classes(tmp_path: Path) 
         assert tile.transform == whole.window_transform(((8, 40), (18, 50)))
     assert tiles[3].mask is not None
     with Image.open(source / "train/masks/0.png") as mask, rasterio.open(out / tiles[3].mask) as tile:
-        np.testing.assert_array_equal(tile.read(1), np.array(mask)[8:, 18:])
+        indices = np.array([255, 0, 1], np.uint8)[np.array(mask)[8:, 18:]]
+        np.testing.assert_array_equal(tile.read(1), indices)
+        assert tile.crs == CRS.from_epsg(32631)
+    assert index.label_map.values == {0: 0, 1: 1, 255: 255}
+    assert (tiles[3].scene, tiles[3].origin) == ("train/images/0.tif", (8, 18))
 
 
 def test_tiles_without_data_are_left_out(tmp_path: Path) -> None:
@@ -223,31 +228,47 @@ def test_overwrite_does_not_delete_a_folder_of_other_things(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug")])
-def test_an_interrupted_run_leaves_nothing_and_the_old_result_as_it_was(tmp_path: Path, error: BaseException) -> None:
-    source = own_source(tmp_path / "src")
-    options = own_options(source, tmp_path / "made/out")
-    prepare("folder", options, quiet)
+def test_an_interrupted_run_goes_on_where_it_was_and_the_old_result_stays(
+    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = own_source(tmp_path / "src", size=(40, 50))
+    options = own_options(source, tmp_path / "made/out", tile=16)
+    whole = prepare("folder", options, quiet)
 
     def interrupt(what: str, done: int, total: int) -> None:
-        if what == "check images and masks":
+        if what == "cut tiles" and done == 3:
             raise error
 
-    with pytest.raises(type(error)):
-        prepare("folder", options.model_copy(update={"out": tmp_path / "new/out"}), interrupt)
-    with pytest.raises(type(error)):
-        prepare("folder", options.model_copy(update={"overwrite": True}), interrupt)
-    assert list((tmp_path / "new").iterdir()) == []
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
-    assert len(SegmentationIndex.load(tmp_path / "made/out").items) == 4
+    again = options.model_copy(update={"overwrite": True, "jobs": 1})
+    other = options.model_copy(update={"out": tmp_path / "new/out", "jobs": 1})
+    for asked in (again, other):
+        with pytest.raises(type(error)):
+            prepare("folder", asked, interrupt)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["out", "out.partial"]
+    assert len(SegmentationIndex.load(whole).items) == 4 * 12
+    half = tmp_path / "new/out.partial" / SegmentationIndex.load(whole).items[-1].image
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"II*\0half a file")
+    written: list[Path] = []
+    write = transfer.write_tile
+    monkeypatch.setattr(transfer, "write_tile", lambda path, *rest: (written.append(path), write(path, *rest)))
+    resumed = prepare("folder", other, quiet)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert 0 < len(written) <= 2 * (48 - 3 * 4)
+    assert contents(resumed) == contents(whole)
 
 
-def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_leftovers_of_another_request_are_cleared(tmp_path: Path) -> None:
     source = own_source(tmp_path / "src")
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial/half.tif").touch()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/half.tif").touch()
     out = prepare("folder", own_options(source, tmp_path / "out"), quiet)
     assert not (out / "half.tif").exists()
-    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_an_undeclared_value_names_value_count_file_and_remedy(tmp_path: Path) -> None:

@@ -47,6 +47,22 @@ def test_share_is_seeded_and_has_a_complement(rgb_dataset: Path) -> None:
     assert len(picks) > 3
 
 
+def test_share_shows_every_class_and_larger_shares_hold_the_smaller_ones(rgb_dataset: Path) -> None:
+    one = SegmentationIndex.load(rgb_dataset)
+    items = tuple(
+        IndexItem(image=f"{i}.png", mask=f"m{i}.png", split="train", classes=(9, int(i % 50 == 7), int(i % 30 == 3)))
+        for i in range(200)
+    )
+    index = one.model_copy(update={"items": items})
+    for seed in range(5):
+        shares = [select_items(index, SelectConfig(fraction=f), split="train", seed=seed) for f in (0.01, 0.05, 0.1)]
+        assert [len(share) for share in shares] == [2, 10, 20]
+        for share in shares:
+            assert all(any(item.classes and item.classes[k] for item in share) for k in range(3))
+        assert set(names(shares[0])) < set(names(shares[1])) < set(names(shares[2]))
+        assert names(shares[1]) == names(select_items(index, SelectConfig(count=10), split="train", seed=seed))
+
+
 def test_empty_selections_say_why(rgb_dataset: Path) -> None:
     index = SegmentationIndex.load(rgb_dataset)
     for select, split, message in (
@@ -55,6 +71,7 @@ def test_empty_selections_say_why(rgb_dataset: Path) -> None:
         (SelectConfig(complement=True), "train", "complement leaves no image"),
         (SelectConfig(count=9), "train", "9 images are wanted, but there are 5"),
         (SelectConfig(count=1, fraction=0.5), "train", "both fraction and count"),
+        (SelectConfig(fraction=0.05), "train", "fraction of 0.05 of 5 images selects none.*count: 1"),
     ):
         with pytest.raises(DataError, match=message):
             select_items(index, select, split=split, seed=0)

@@ -1,5 +1,6 @@
 """Checks and statistics of prepared datasets."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 import rasterio
 from PIL import Image
 
+from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.prepare.run import prepare
 from rsseg.data.verify import statistics, verify
 from rsseg.errors import DataError
-from tests.conftest import write_png
+from tests.conftest import write_png, write_tif
 from tests.unit.test_prepare import own_options, own_source, quiet
 
 
@@ -79,3 +81,49 @@ def test_statistics_give_bands_shares_and_areas(prepared: Path) -> None:
 def test_a_folder_without_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="rsseg dataset prepare"):
         verify(tmp_path)
+
+
+def test_the_command_finds_five_planted_defects_and_gives_them_as_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = own_source(tmp_path / "src", size=(32, 48))
+    out = prepare("folder", own_options(source, tmp_path / "out", tile=16), quiet)
+    assert run(["dataset", "verify", str(out), "--json"]) == 0
+    masks = sorted((out / "masks/train").rglob("*.tif"))
+    write_tif(masks[0], np.full((1, 16, 16), 77, np.uint8))
+    write_tif(masks[1], np.zeros((1, 16, 15), np.uint8))
+    masks[2].unlink()
+    image = sorted((out / "images/train").rglob("*.tif"))[3]
+    image.write_bytes(image.read_bytes()[:-200])  # the tags come first, the pixels last
+    index = SegmentationIndex.load(out)
+    items = list(index.items)
+    items[4] = items[4].model_copy(update={"split": "val"})
+    index.model_copy(update={"items": tuple(items)}).save(out)
+    capsys.readouterr()
+
+    assert run(["dataset", "verify", str(out), "--json"]) == 4
+    answer = capsys.readouterr()
+    problems = {problem["file"]: problem["reason"] for problem in json.loads(answer.out)["problems"]}
+    names = [path.relative_to(out).as_posix() for path in (*masks[:3], image)]
+    assert set(names) < set(problems)
+    assert len(problems) == 5
+    assert "77 (256 pixels), first at row 0, column 0" in problems[names[0]]
+    assert "16 x 15" in problems[names[1]]
+    assert "no such file" in problems[names[2]]
+    assert "damaged" in problems[names[3]]
+    (leak,) = set(problems) - set(names)
+    assert "the scene train/images/0.tif is in train" in problems[leak]
+    assert "5 problem(s)" in answer.err
+    assert run(["dataset", "verify", str(out)]) == 4
+    assert "masks/train/images/0_00000_00000.tif" in capsys.readouterr().out
+
+
+def test_a_copy_of_an_image_in_another_split_is_a_leak(prepared: Path) -> None:
+    copy = prepared / "val/images/copy.tif"
+    copy.write_bytes((prepared / "train/images/1.tif").read_bytes())
+    index = SegmentationIndex.load(prepared)
+    leak = index.items[1].model_copy(update={"split": "val", "image": "val/images/copy.tif"})
+    index.model_copy(update={"items": (*index.items, leak)}).save(prepared)
+    (problem,) = verify(prepared).problems
+    assert (problem.file, problem.split) == ("val/images/copy.tif", "val")
+    assert "the same as train/images/1.tif in train" in problem.reason

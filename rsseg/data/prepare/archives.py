@@ -15,6 +15,8 @@ from rsseg.data.prepare.stage import require_free_disk
 from rsseg.errors import DataError
 
 _BLOCK = 1 << 20
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written."""
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 
 
@@ -34,39 +36,60 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(
-    archive: Path, folder: Path, progress: Callable[[int, int], None], limits: UnpackLimits | None = None
+    archive: Path,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    limits: UnpackLimits | None = None,
+    place: Callable[[str], str | None] | None = None,
 ) -> None:
     """Unpack regular files into `folder`, which must exist. Links, devices and paths that leave it are refused.
+
+    Files appear complete, by renaming, so that an interrupted call can be repeated: what is there is not written again.
 
     Args:
         archive: zip, tar, tar.gz, tar.bz2 or tar.xz.
         folder: where to; nothing outside it is written.
         progress: told files done and their number (0 while it is not known).
         limits: None takes the defaults.
+        place: entry -> its path below `folder`, None to leave it out; None takes all as they are named.
 
     Raises:
         DataError: a dangerous, encrypted, damaged or suspiciously large archive.
         MachineError: the disk is too small.
     """
-    room = _Room(archive, limits or UnpackLimits())
+    room = _Room(archive, folder, limits or UnpackLimits(), place or str)
     with _readable(archive):
         if zipfile.is_zipfile(archive):
-            _unpack_zip(archive, folder, room, progress)
+            _unpack_zip(archive, room, progress)
         elif tarfile.is_tarfile(archive):
-            _unpack_tar(archive, folder, room, progress)
+            _unpack_tar(archive, room, progress)
         else:
             raise DataError(f"{archive}: neither a zip nor a tar archive. Unpack it and pass the folder as --src.")
 
 
 class _Room:
-    """Counts what comes out of an archive."""
+    """Where files of an archive go, and how much comes out of it."""
 
-    def __init__(self, archive: Path, limits: UnpackLimits) -> None:
+    def __init__(self, archive: Path, folder: Path, limits: UnpackLimits, place: Callable[[str], str | None]) -> None:
         self.archive = archive
+        self.folder = folder
+        self._place = place
+        self._taken: set[Path] = set()
         self._limits = limits
         self._most_bytes = max(limits.ratio * archive.stat().st_size, float(limits.ratio_free_bytes))
         self._bytes = 0
         self._files = 0
+
+    def target(self, name: str) -> Path | None:
+        """Where an entry goes; None if it is left out."""
+        placed = self._place(_inside(self.archive, name).as_posix())
+        if placed is None:
+            return None
+        target = self.folder / _inside(self.archive, placed)
+        if target in self._taken:
+            raise DataError(f"{self.archive}: two entries are named {target.name!r}, refused.")
+        self._taken.add(target)
+        return target
 
     def take_file(self) -> None:
         self._files += 1
@@ -90,38 +113,44 @@ def _readable(archive: Path) -> Iterator[None]:
         raise DataError(f"{archive}: the archive is damaged or ends early ({error}). Get it again.") from None
 
 
-def _unpack_zip(archive: Path, folder: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
+def _unpack_zip(archive: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
     with zipfile.ZipFile(archive) as file:
         entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        wanted = []
         # looked through before the first byte is written
         for entry in entries:
             room.take_file()
             mode = entry.external_attr >> 16
             if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 raise DataError(f"{archive}: {entry.filename!r} is a link or a device, refused.")
+            target = room.target(entry.filename)
+            if target is None:
+                continue
             if entry.flag_bits & 1:
                 raise DataError(f"{archive}: {entry.filename!r} is encrypted. Unpack it and pass the folder as --src.")
-            _inside(archive, entry.filename)
-        require_free_disk(folder, sum(entry.file_size for entry in entries))
-        for done, entry in enumerate(entries, start=1):
+            wanted.append((entry, target))
+        require_free_disk(room.folder, sum(entry.file_size for entry, target in wanted if not target.exists()))
+        for done, (entry, target) in enumerate(wanted, start=1):
             with file.open(entry) as content:
-                _write(content, folder / _inside(archive, entry.filename), room)
-            progress(done, len(entries))
+                _write(content, target, entry.file_size, room)
+            progress(done, len(wanted))
 
 
-def _unpack_tar(archive: Path, folder: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
+def _unpack_tar(archive: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
     with tarfile.open(archive, "r:*") as file:
         for done, member in enumerate(file, start=1):
-            target = _inside(archive, member.name)
+            target = room.target(member.name) if not member.isdir() else None
             if member.isdir():
+                _inside(archive, member.name)
                 continue
             if not member.isreg():
                 raise DataError(f"{archive}: {member.name!r} is a link or a device, refused.")
             room.take_file()
-            require_free_disk(folder, member.size)
             content = file.extractfile(member)
-            if content is not None:
-                _write(content, folder / target, room)
+            if target is None or content is None:
+                continue
+            require_free_disk(room.folder, member.size)
+            _write(content, target, member.size, room)
             progress(done, 0)
 
 
@@ -134,12 +163,13 @@ def _inside(archive: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _write(content: IO[bytes], target: Path, room: _Room) -> None:
+def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
+    if target.is_file() and target.stat().st_size == size:
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with target.open("xb") as file:
-            while block := content.read(_BLOCK):
-                room.take_bytes(len(block))
-                file.write(block)
-    except FileExistsError:
-        raise DataError(f"{room.archive}: two entries are named {target.name!r}, refused.") from None
+    partial = target.with_name(f"{target.name}{PARTIAL}")
+    with partial.open("wb") as file:
+        while block := content.read(_BLOCK):
+            room.take_bytes(len(block))
+            file.write(block)
+    partial.replace(target)

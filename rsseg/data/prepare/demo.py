@@ -119,7 +119,7 @@ def _write_tile(folder: Path, part: Part, number: int, size: int) -> IndexItem:
 
 def _write_scene(folder: Path, shape: tuple[int, int]) -> None:
     place, valid = demo_scene(shape=shape)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     gsd = CARD.gsd_m
     grid = {
         "driver": "GTiff", "height": shape[0], "width": shape[1], "dtype": "uint8", "crs": "EPSG:32632",

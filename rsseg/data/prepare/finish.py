@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.data.measure import Moments, count_classes, in_order, measure_image
+from rsseg.data.opening import open_image
 from rsseg.errors import DataError
-from rsseg.raster import Raster
 from rsseg.task import ClassInfo, Task
 
 TRAIN = "train"
@@ -94,11 +94,10 @@ def finish_index(
 
 def _read(folder: Path, item: IndexItem, subject: Subject, labels: LabelTable, samples: int) -> _Facts:
     files = [folder / part for part in item.image.split("|")]
-    with Raster(files, nodata=subject.nodata, zero_collar=subject.ignore_zero_collar) as raster:
+    nodata, collar = subject.nodata, subject.ignore_zero_collar
+    with open_image(files, subject.bands, nodata=nodata, zero_collar=collar) as raster:
         info = raster.info
         bands = subject.bands or _distinct(info.band_names)
-        if len(bands) != info.count:
-            raise DataError(f"{raster.name}: the image has {info.count} bands, expected are {', '.join(bands)}.")
         moments = measure_image(raster, samples=samples)
     counts = None
     if item.mask is not None:

@@ -1,13 +1,14 @@
 """What `rsseg dataset prepare` can be told."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rsseg.errors import UsageError
+from rsseg.task import Color
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -31,8 +32,6 @@ class FolderOptions(BaseModel):
     """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
     split_ratio: Mapping[str, float] = {}
     """Split -> share of the images."""
-    seed: int = 0
-    """Of the drawn splits."""
 
 
 class PrepareOptions(BaseModel):
@@ -57,7 +56,20 @@ class PrepareOptions(BaseModel):
     jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
     """Threads; by default as many as processors. The result does not depend on it."""
     bands: tuple[str, ...] | None = None
-    """Names of the bands in file order, instead of what the card, the class file or the images say."""
+    """For `folder`: names of the bands in file order, instead of what the class file or the images say. For a dataset
+    that rsseg knows: which of its bands, in which order."""
+    split: str | None = None
+    """Name of one of the card's split rules; None takes the first."""
+    labels: str | None = None
+    """Name of one of the card's label choices; None takes the first."""
+    seed: int = 0
+    """Of splits that are drawn."""
+    ignore_classes: tuple[str, ...] = ()
+    """Classes whose pixels are ignored."""
+    ignore: tuple[int | Color, ...] = ()
+    """Further mask values or colours without a class."""
+    stretch: Literal["none", "minmax"] = "none"
+    """`minmax`: each band of each image is stretched from its least and greatest value to 8 bits."""
     scale: Literal["auto"] | tuple[float, float] = "auto"
     """Stored values that become 0 and 1: 0 and 255 for uint8, else percentiles 1 and 99 of the training images per
     band, or a fixed pair for all bands."""
@@ -66,8 +78,10 @@ class PrepareOptions(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.stride is not None and (self.tile is None or self.stride > self.tile):
-            raise ValueError("stride needs tile, and must not be larger than it: pixels would be lost")
+        if self.stride is not None and self.tile is None:
+            raise ValueError("stride needs tile")
+        if self.stride is not None and self.tile is not None and self.stride > self.tile:
+            raise ValueError("stride must not be larger than tile: pixels would be lost")
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self
@@ -97,3 +111,20 @@ def parse_pairs(option: str, texts: tuple[str, ...] | list[str]) -> dict[str, st
             raise UsageError(f"{option}: {key.strip()!r} is given twice.")
         pairs[key.strip()] = value.strip()
     return pairs
+
+
+def parse_ignored(texts: Sequence[str]) -> tuple[int | Color, ...]:
+    """`["77", "#0a0b0c", "10,11,12"]` -> `(77, (10, 11, 12), (10, 11, 12))`; raises `UsageError`."""
+    parsed: list[int | Color] = []
+    for text in texts:
+        try:
+            numbers = tuple(bytes.fromhex(text[1:]) if text.startswith("#") else map(int, text.split(",")))
+        except ValueError:
+            numbers = ()
+        if len(numbers) == 1:
+            parsed.append(numbers[0])
+        elif len(numbers) == 3 and all(0 <= number <= 255 for number in numbers):
+            parsed.append((numbers[0], numbers[1], numbers[2]))
+        else:
+            raise UsageError(f"--ignore {text}: expected a value such as 77, or a colour such as #0a0b0c or 10,11,12.")
+    return tuple(parsed)

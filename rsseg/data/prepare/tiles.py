@@ -1,6 +1,43 @@
-"""Grids and file names of published tilings."""
+"""Grids and file names of tiles."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rsseg.raster import Window
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How images are cut into squares of `tile` pixels, `stride` apart."""
+
+    tile: int
+    stride: int
+    step: int | None = None
+    """Distance between tiles if another than `stride`, which then only decides how many there are (as published for
+    Potsdam)."""
+    edge: Literal["move", "drop", "pad"] = "move"
+    """What becomes of a remainder: the last tile is moved in, the remainder is dropped, or the tile is padded."""
+
+    def windows(self, height: int, width: int) -> list[Window]:
+        """Windows row by row; with `pad` they may reach beyond the image, with `move` a small image stays whole."""
+        rows, cols = self._origins(height), self._origins(width)
+        if self.edge == "move":
+            return [Window(row, col, min(self.tile, height), min(self.tile, width)) for row in rows for col in cols]
+        return [Window(row, col, self.tile, self.tile) for row in rows for col in cols]
+
+    def resized(self, tile: int | None, stride: int | None) -> "Grid":
+        """The same kind of grid with another tile or stride; a stride that is not given keeps its share of the tile."""
+        tile = tile or self.tile
+        step = None if self.step is None else max(self.step * tile // self.tile, 1)
+        return Grid(tile, stride or max(self.stride * tile // self.tile, 1), step, self.edge)
+
+    def _origins(self, length: int) -> list[int]:
+        if self.edge == "drop":
+            return whole_tile_origins(length, self.tile, self.stride, step=self.step)
+        if self.edge == "pad":
+            return list(range(0, max(length - self.tile + self.stride, 1), self.stride))
+        return [0] if length <= self.tile else [*range(0, length - self.tile, self.stride), length - self.tile]
 
 
 def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None = None) -> list[int]:
@@ -20,7 +57,7 @@ def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None 
 
 
 def tile_name(scene: str, box: Sequence[int]) -> str:
-    """File name of a tile: `<scene>_<left>_<top>_<right>_<bottom>.png`."""
+    """File name of a published tile: `<scene>_<left>_<top>_<right>_<bottom>.png`."""
     return f"{scene}_{'_'.join(str(edge) for edge in box)}.png"
 
 

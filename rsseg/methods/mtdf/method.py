@@ -2,23 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, cast
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
+from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
+from rsseg.layers.batch_norm import has_batch_norm, unrecorded_statistics
 from rsseg.layers.ema import Ema
-from rsseg.layers.frozen import Frozen
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.network import MTDFSegmenter, assemble_segmenter, crop_sizes, teacher_task
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
+from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import Task
 
 
@@ -39,88 +40,8 @@ class Settings:
     head_lr_scale: float = 40.0
 
 
-@dataclass(frozen=True)
-class PseudoLabels:
-    """Labels that the averaged student gives the weak view.
-
-    labels      int64 (B, H, W), the likeliest class
-    confidence  float (B, H, W), its probability
-    valid       bool (B, H, W), False on padding and nodata
-    """
-
-    labels: Tensor
-    confidence: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, valid: Tensor) -> Self:
-        """From float (B, K, H, W) logits; no softmax map is built."""
-        logits = logits.float()
-        largest, labels = logits.max(dim=1)
-        return cls(labels, torch.exp(largest - logits.logsumexp(dim=1)), valid)
-
-    def mixed(self, mix: Tensor) -> "PseudoLabels":
-        """The labels of the cut-mixed view; see `cutmix`."""
-        return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
-
-    def confident_ratio(self, threshold: float) -> Tensor:
-        """Share of the valid pixels whose confidence reaches `threshold`; 0 without valid pixels."""
-        return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
-
-
-class Teacher(nn.Module):
-    """A frozen backbone with the way in which it sees images and is compared."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        input_size: int | None = None,
-        bands: Sequence[int] | None = None,
-        student_normalized: bool = False,
-        grid: Literal["teacher", "student"] = "teacher",
-        standardize: bool = False,
-        loss_weight: float = 1.0,
-    ) -> None:
-        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
-        super().__init__()
-        self.frozen = Frozen(backbone)
-        self.input_size = input_size
-        self.bands = None if bands is None else list(bands)
-        self.student_normalized = student_normalized
-        self.grid = grid
-        self.standardize = standardize
-        self.loss_weight = loss_weight
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, student: Backbone) -> Tensor:
-        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
-        backbone = cast(Backbone, self.frozen.module)
-        if self.student_normalized:
-            images = student.normalize(images)
-        if self.bands is not None:
-            images = images[:, self.bands]
-        if self.input_size is not None:
-            images = resize(images, (self.input_size, self.input_size), align_corners=True)
-        maps = backbone.taps_of_normalized(images) if self.student_normalized else backbone(images)
-        target = maps[-1].float()
-        if self.standardize:
-            target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-        return target
-
-    def loss(self, translated: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the predicted map (B, D, h, w) and the teacher's, on the grid that was chosen."""
-        with torch.autocast(translated.device.type, enabled=False):
-            translated = translated.float()
-            if self.grid == "teacher":
-                translated = resize(translated, target.shape[-2:], align_corners=True)
-            else:
-                target = resize(target, translated.shape[-2:], align_corners=True)
-            return F.mse_loss(translated, target)
-
-
 class MTDFMethod(Method):
-    """The student with what trains it: its average, which labels, and its teachers."""
+    """The student with what trains it: its average, which gives the pseudo-labels, and its teachers."""
 
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
         """Join the parts.
@@ -134,7 +55,8 @@ class MTDFMethod(Method):
         self.student = student
         self.teachers = nn.ModuleDict(teachers)
         self.settings = settings
-        self.average = Ema(student, settings.ema_decay) if settings.unlabeled else None
+        averaged = settings.unlabeled or settings.ship == "average"
+        self.average = Ema(student, settings.ema_decay) if averaged else None
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
         self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
@@ -149,12 +71,12 @@ class MTDFMethod(Method):
         weak: PseudoLabels | None = None
         views: list[Tensor] = []
         pseudo: list[PseudoLabels] = []
-        if self.average is not None:
+        if s.unlabeled:
             u = batch["unlabeled"]
             weak = self._pseudo_labels(u)
             views, pseudo = _strong_views(u, weak)
         images = torch.cat([x.images, *views])
-        output = self.student.forward_translated(images, self._channel_mask(len(x.images), views))
+        output = self._student_output(images, len(x.images), self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
         losses = {"seg": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
@@ -193,8 +115,23 @@ class MTDFMethod(Method):
 
     @torch.no_grad()
     def _pseudo_labels(self, u: Samples) -> PseudoLabels:
-        assert self.average is not None  # for the type checker: the caller asked
+        assert self.average is not None  # for the type checker: there is one wherever pseudo-labels are used
         return PseudoLabels.of(self.average.module(u.images), u.valid)
+
+    def _student_output(self, images: Tensor, labeled: int, channel_mask: Tensor | None) -> StudentOutput:
+        """The student on labeled crops and strong views together.
+
+        A student with batch norm sees them one after the other, and keeps the statistics of the labeled crops alone:
+        strong views look like nothing that it will have to predict.
+        """
+        if labeled == len(images) or not has_batch_norm(self.student):
+            return self.student.forward_translated(images, channel_mask)
+        masks = (None, None) if channel_mask is None else (channel_mask[:labeled], channel_mask[labeled:])
+        weak = self.student.forward_translated(images[:labeled], masks[0])
+        with unrecorded_statistics(self.student):
+            strong = self.student.forward_translated(images[labeled:], masks[1])
+        translated = {name: torch.cat([weak.translated[name], strong.translated[name]]) for name in weak.translated}
+        return StudentOutput(torch.cat([weak.logits, strong.logits]), translated)
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
         """Factors (B, D) for the channels of all maps: the two strong views see different halves."""
@@ -216,60 +153,6 @@ class MTDFMethod(Method):
 def ema_ratio(step: int, largest: float) -> float:
     """What the average keeps of itself after optimizer step `step` (from 0, over all restarts)."""
     return min(1.0 - 1.0 / (step + 1), largest)
-
-
-def cutmix(x: Tensor, mix: Tensor) -> Tensor:
-    """Take the pixels in each sample's box from its partner, sample B - 1 - i.
-
-    Args:
-        x: (B, H, W) or (B, C, H, W), any dtype.
-        mix: bool (B, H, W), True inside the box.
-    """
-    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
-
-
-def pseudo_label_loss(
-    logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
-) -> Tensor:
-    """Cross-entropy summed over the confident, valid pixels.
-
-    Args:
-        logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
-        pseudo: labels, confidence and valid area.
-        threshold: confidence that a pixel needs to count.
-        divisor: divide by the number of `valid` pixels (the authors' code) or of the `confident` ones.
-
-    Returns:
-        Scalar; exactly 0 where no pixel counts.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        confident = pseudo.valid & (pseudo.confidence >= threshold)
-        per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
-        count = (confident if divisor == "confident" else pseudo.valid).sum()
-        return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
-
-
-def complementary_masks(
-    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Tensor:
-    """Channel factors for two views of the same samples: what one view keeps, doubled, the other drops.
-
-    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
-
-    Args:
-        pairs: samples per view.
-        channels: of the maps.
-        device: of the result.
-        generator: source of the draws; None: torch's own, which the trainer seeds for every step.
-
-    Returns:
-        float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
-
-    Source: UniMatch V2 (arXiv 2410.10777).
-    """
-    first = 2.0 * torch.randint(0, 2, (pairs, channels), generator=generator).float()
-    first[torch.randperm(pairs, generator=generator)[: pairs // 2]] = 1.0
-    return torch.cat([first, 2.0 - first]).to(device)
 
 
 def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
@@ -294,10 +177,13 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
         DataError: a teacher wants a band that the task does not have.
         WeightsError: weights are missing, foreign or may not be fetched.
     """
-    student = create_backbone(recipe.student, task)
+    backbone = create_backbone(recipe.student, task)
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
     channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
-    return assemble_method(recipe, assemble_segmenter(recipe, task, student, channels), teachers)
+    student = assemble_segmenter(recipe, task, backbone, channels)
+    if recipe.start_from is not None:
+        load_tensors(student, find_model(recipe.start_from))
+    return assemble_method(recipe, student, teachers)
 
 
 def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mapping[str, Backbone]) -> MTDFMethod:
@@ -335,7 +221,10 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
 
 
 def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, Backbone]) -> None:
-    """Every image that a network sees must be a whole number of its patches."""
+    """Every image that a network sees must be a whole number of its patches.
+
+    A convolutional teacher takes any size: its map is compared on one grid whatever its size.
+    """
     crops = crop_sizes(recipe)
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
@@ -343,7 +232,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
-        _check_side(key, config.input_size or crop, teachers[config.name])
+        if teachers[config.name].info.patch_size is not None:
+            _check_side(key, config.input_size or crop, teachers[config.name])
         if config.input_size is not None:
             _check_side(key, config.input_size, student)
 

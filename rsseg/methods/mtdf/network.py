@@ -1,6 +1,6 @@
 """The student of RS-MTDF, which is all that ships: backbone, feature translators, fusion and DPT head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
+from rsseg.layers.batch_norm import unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
 from rsseg.layers.resize import resize
 from rsseg.methods.base import Segmenter, TileHint
@@ -73,11 +74,36 @@ class Translator(nn.Module):
 
     def forward_back(self, features: Tensor) -> Tensor:
         """`back(forward(features))` with the two layers that have no ReLU between them multiplied out."""
-        assert self.project is not None
-        weight = self.project.weight @ self.predict.weight
-        bias = self.project.weight @ self.predict.bias + self.project.bias
+        weight, bias = self._multiplied_out()
         hidden = F.relu(_pointwise(self.expand, features))
         return F.linear(hidden.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+    def folded(self, share: float) -> "FoldedTranslator":
+        """`forward_back` times `share` as a module of its own."""
+        weight, bias = self._multiplied_out()
+        return FoldedTranslator(self, weight * share, bias * share)
+
+    def _multiplied_out(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, hidden) and bias (C) of `project` after `predict`."""
+        assert self.project is not None  # for the type checker: the owner built it
+        return self.project.weight @ self.predict.weight, self.project.weight @ self.predict.bias + self.project.bias
+
+
+class FoldedTranslator(nn.Module):
+    """What is left of a translator where nothing but its share in the fusion is wanted."""
+
+    def __init__(self, translator: Translator, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.input_size = translator.input_size
+        self.shared = translator.shared
+        self.expand = translator.expand
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward_back(self, features: Tensor) -> Tensor:
+        """float (B, C, h, w) of the student -> its share in the fused map, float (B, C, h, w)."""
+        hidden = F.relu(_pointwise(self.expand, features))
+        return F.linear(hidden.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 class MTDFSegmenter(Segmenter):
@@ -122,9 +148,19 @@ class MTDFSegmenter(Segmenter):
         maps = self.backbone(images)
         if not self.fusion_weights:
             return self._decode(maps, images)
-        features = self._translator_inputs(images, maps[-1])
+        features = self._translator_inputs(images, maps[-1], self.fusion_weights)
         back = {name: self._translator(name).forward_back(features[name]) for name in self.fusion_weights}
         return self._decode(self._fuse(maps, back), images)
+
+    def fold(self) -> None:
+        """Multiply out translators and projections, and leave out what the fusion does not use; see `Segmenter.fold`.
+
+        `forward` stays as it was up to rounding; `forward_translated` cannot be called any more.
+        """
+        self.translators = nn.ModuleDict(
+            {name: self._translator(name).folded(weight) for name, weight in self.fusion_weights.items()}
+        )
+        self.fusion_weights = dict.fromkeys(self.fusion_weights, 1.0)
 
     def forward_translated(self, images: Tensor, channel_mask: Tensor | None = None) -> StudentOutput:
         """Like `forward`, but also returns the predicted teacher maps.
@@ -134,7 +170,7 @@ class MTDFSegmenter(Segmenter):
             channel_mask: float (B, channels), factors of the channels of all maps that reach the head.
         """
         maps = self.backbone(images)
-        features = self._translator_inputs(images, maps[-1])
+        features = self._translator_inputs(images, maps[-1], self.translators)
         translated = {name: self._translator(name)(features[name]) for name in self.translators}
         if self.fusion_weights:
             maps = self._fuse(
@@ -147,11 +183,11 @@ class MTDFSegmenter(Segmenter):
     def _translator(self, name: str) -> Translator:
         return self.translators[name]  # type: ignore[return-value]
 
-    def _translator_inputs(self, images: Tensor, last: Tensor) -> dict[str, Tensor]:
-        """Per teacher the student's features (B, C, h, w); one further pass per input size that needs one."""
+    def _translator_inputs(self, images: Tensor, last: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Per named teacher the student's features (B, C, h, w); one further pass per input size that needs one."""
         passes: dict[int, Tensor] = {}
         features = {}
-        for name in self.translators:
+        for name in names:
             translator = self._translator(name)
             size = translator.input_size
             if size is None:
@@ -161,7 +197,9 @@ class MTDFSegmenter(Segmenter):
                 features[name] = resize(last, (grid, grid), align_corners=True)
             else:
                 if size not in passes:
-                    passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
+                    # At prediction batch norms of both passes share the statistics: those of the full images.
+                    with unrecorded_statistics(self.backbone):
+                        passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
                 features[name] = passes[size]
         return features
 
@@ -265,6 +303,7 @@ def teacher_task(config: TeacherConfig, task: Task) -> Task:
 
 
 def crop_sizes(recipe: MTDFRecipe) -> dict[str, int]:
-    """Side in pixels of the training crops, by stream."""
-    augments = {name: recipe.data.streams[name].augment for name in recipe.data.streams}
-    return {name: (augments.get(name) or recipe.data.augment).crop_size for name in recipe.stream_names()}
+    """Side in pixels of the training crops, by stream that is read."""
+    read = recipe.stream_names() if recipe.unlabeled else ("labeled",)
+    own = {name: recipe.data.streams[name].augment for name in read if name in recipe.data.streams}
+    return {name: (own.get(name) or recipe.data.augment).crop_size for name in read}

@@ -1,5 +1,6 @@
 """Recipe of RS-MTDF (arXiv 2506.08772): semi-supervised training with several frozen teachers."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -54,6 +55,11 @@ class MTDFRecipe(BaseRecipe):
     """Channels of the DPT head's fusion path (small; base 128, large 256)."""
     teachers: tuple[TeacherConfig, ...] = ()
     """Any number; none is FixMatch alone."""
+    only_teachers: tuple[str, ...] | None = None
+    """Names of the teachers to keep, for ablations; None keeps all of them, [] none."""
+    start_from: Path | None = None
+    """Model file or run folder of the same network, such as an imported one, whose weights the student starts from.
+    `student_pass` may differ from the model's."""
     translator_width: Count = 1024
     """Hidden width of each feature translator."""
     fusion: bool = True
@@ -61,7 +67,7 @@ class MTDFRecipe(BaseRecipe):
     student_weight: Weight = 0.8
     """Share of the student's own last map in the mix."""
     unlabeled: bool = True
-    """Train on pseudo-labels of unlabeled images; False is the supervised baseline."""
+    """Train on pseudo-labels of unlabeled images; False leaves their stream unread (the supervised baseline)."""
     confidence: Probability = 0.95
     """Softmax maximum that a pseudo-label needs to count."""
     pseudo_divisor: Literal["valid", "confident"] = "valid"
@@ -75,7 +81,7 @@ class MTDFRecipe(BaseRecipe):
     ema_decay: Probability = 0.996
     """Largest share that the pseudo-labeller keeps of itself; update k keeps min(1 - 1/(k + 1), this)."""
     ship: Literal["student", "average"] = "student"
-    """Which weights are evaluated and shipped: the student's (published) or the pseudo-labeller's."""
+    """Which weights are evaluated and shipped: the student's (published) or their average, the pseudo-labeller."""
     labeled_weight: Weight | None = None
     """Weight of the supervised loss; None here and below: 1 / number of losses in use (published)."""
     pseudo_weight: Weight | None = None
@@ -84,6 +90,21 @@ class MTDFRecipe(BaseRecipe):
     """Weight of the teachers' mean loss."""
     head_lr_scale: Positive = 40.0
     """Learning rate of everything but the student's backbone, as a multiple of the optimizer's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_teachers(cls, values: Any) -> Any:
+        """Drop the teachers that `only_teachers` leaves out, so that nobody asks for their weights."""
+        if not isinstance(values, dict) or not isinstance(values.get("only_teachers"), list | tuple):
+            return values
+        wanted, teachers = values["only_teachers"], values.get("teachers")
+        if not isinstance(teachers, list | tuple) or not all(isinstance(teacher, dict) for teacher in teachers):
+            return values
+        names = [teacher.get("name") for teacher in teachers]
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise ValueError(f"only_teachers names {unknown[0]!r}; the recipe's teachers are {names}")
+        return values | {"teachers": [teacher for teacher in teachers if teacher.get("name") in wanted]}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -94,12 +115,10 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(
                 "complementary_dropout drops half of the channels in each of two views: set strong_views to 2"
             )
-        if not self.unlabeled and self.ship == "average":
-            raise ValueError("the average exists only as pseudo-labeller: set ship to student, or unlabeled to true")
         if set(self.optimizers) != {"main"}:
             raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
         return self
 
     def stream_names(self) -> tuple[str, ...]:
-        """Labeled images, and unlabeled ones unless the recipe is the supervised baseline."""
-        return ("labeled", "unlabeled") if self.unlabeled else ("labeled",)
+        """Labeled images and unlabeled ones; the supervised baseline reads only the first."""
+        return ("labeled", "unlabeled")

@@ -1,0 +1,91 @@
+"""Shows one sample of a prepared dataset: the image, its mask in class colours, and a legend."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from rsseg.data.dataset import SampleReader
+from rsseg.data.index import IndexItem, SegmentationIndex
+from rsseg.errors import DataError
+from rsseg.task import IGNORE_INDEX
+
+_MARGIN = 12
+_ROW = 28
+_IGNORED = (200, 200, 200)
+_RGB = ("red", "green", "blue")
+
+
+def find_sample(index: SegmentationIndex, which: str | None) -> IndexItem:
+    """The first labeled image, or the image of a name, a part of a name, or a number; raises `DataError`."""
+    if which is None:
+        return next((item for item in index.items if item.mask is not None), index.items[0])
+    if which.isdecimal() and int(which) < len(index.items):
+        return index.items[int(which)]
+    found = [item for item in index.items if which == item.image] or [i for i in index.items if which in i.image]
+    if not found:
+        raise DataError(f"{index.root}: no image is named {which!r}; there are {index.items[0].image} and others.")
+    return found[0]
+
+
+def sample_colors(index: SegmentationIndex, item: IndexItem, side: int) -> tuple[NDArray[np.uint8], ...]:
+    """Image and, if there is one, mask as red, green, blue, uint8 `(h, w, 3)` each, at most `side` pixels long.
+
+    The image is stretched per band between percentiles 2 and 98; without red, green and blue its first bands are taken.
+    """
+    bands = index.task.bands
+    shown = _RGB if set(_RGB) <= set(bands) else (bands[:3] if len(bands) > 2 else bands[:1])
+    reader = SampleReader(index, shown, cache=False)
+    pixels, valid = reader.image(item)
+    image = np.broadcast_to(_stretched(pixels, valid), (3, *valid.shape)).transpose(1, 2, 0)
+    step = max(-(-max(valid.shape) // side), 1)
+    pictures = [np.ascontiguousarray(image[::step, ::step])]
+    if item.mask is not None:
+        palette = np.full((IGNORE_INDEX + 1, 3), _IGNORED, np.uint8)
+        for number, info in enumerate(index.task.classes):
+            palette[number] = info.color
+        pictures.append(palette[reader.mask(item)[::step, ::step]])
+    return tuple(pictures)
+
+
+def draw_sample(index: SegmentationIndex, item: IndexItem, side: int = 700) -> Image.Image:
+    """The sheet: image, mask, legend with the mask's shares."""
+    pictures = [Image.fromarray(colors) for colors in sample_colors(index, item, side)]
+    # small samples grow, so that their pixels can be seen
+    factor = max(side // max(pictures[0].size), 1)
+    pictures = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in pictures]
+    font = ImageFont.load_default(size=16)
+    lines = legend(index, item)
+    width = 50 + max(int(font.getlength(text)) for _, text in lines)
+    height = max(pictures[0].height, _ROW * (len(lines) + 1))
+    sheet = Image.new(
+        "RGB", (sum(p.width + _MARGIN for p in pictures) + width + _MARGIN, height + 2 * _MARGIN), "white"
+    )
+    left = _MARGIN
+    for picture in pictures:
+        sheet.paste(picture, (left, _MARGIN))
+        left += picture.width + _MARGIN
+    draw = ImageDraw.Draw(sheet)
+    for row, (color, text) in enumerate(lines):
+        top = _MARGIN + _ROW * row
+        draw.rectangle((left, top, left + 22, top + 18), fill=color, outline="black")
+        draw.text((left + 32, top), text, fill="black", font=font)
+    return sheet
+
+
+def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[int, int, int], str]]:
+    """Colour and text of each class, with its share of the labeled pixels where these were counted."""
+    total = sum(item.classes or ())
+    shares = [f"  {count / total:.1%}" if total else "" for count in item.classes or (0,) * index.task.num_classes]
+    classes = [(info.color, f"{info.name}{share}") for info, share in zip(index.task.classes, shares, strict=True)]
+    return [*classes, (_IGNORED, "ignored")]
+
+
+def _stretched(pixels: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    values = pixels.astype(np.float32)
+    if valid.any():
+        low, high = np.percentile(values[:, valid], (2, 98), axis=1)[..., None, None]
+        values = (values - low) / np.maximum(high - low, 1e-6)
+    shown = (values.clip(0, 1) * 255).astype(np.uint8)
+    return np.where(valid, shown, np.uint8(255))

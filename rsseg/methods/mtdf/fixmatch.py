@@ -1,0 +1,91 @@
+"""Pseudo-labels, CutMix and complementary dropout: what RS-MTDF takes from FixMatch and UniMatch V2."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Labels that the averaged student gives the weak view.
+
+    labels      int64 (B, H, W), the likeliest class
+    confidence  float (B, H, W), its probability
+    valid       bool (B, H, W), False on padding and nodata
+    """
+
+    labels: Tensor
+    confidence: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, valid: Tensor) -> Self:
+        """From float (B, K, H, W) logits; no softmax map is built."""
+        logits = logits.float()
+        largest, labels = logits.max(dim=1)
+        return cls(labels, torch.exp(largest - logits.logsumexp(dim=1)), valid)
+
+    def mixed(self, mix: Tensor) -> "PseudoLabels":
+        """The labels of the cut-mixed view; see `cutmix`."""
+        return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
+
+    def confident_ratio(self, threshold: float) -> Tensor:
+        """Share of the valid pixels whose confidence reaches `threshold`; 0 without valid pixels."""
+        return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
+
+
+def cutmix(x: Tensor, mix: Tensor) -> Tensor:
+    """Take the pixels in each sample's box from its partner, sample B - 1 - i.
+
+    Args:
+        x: (B, H, W) or (B, C, H, W), any dtype.
+        mix: bool (B, H, W), True inside the box.
+    """
+    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
+
+
+def pseudo_label_loss(
+    logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
+) -> Tensor:
+    """Cross-entropy summed over the confident, valid pixels.
+
+    Args:
+        logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
+        pseudo: labels, confidence and valid area.
+        threshold: confidence that a pixel needs to count.
+        divisor: divide by the number of `valid` pixels (the authors' code) or of the `confident` ones.
+
+    Returns:
+        Scalar; exactly 0 where no pixel counts.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        confident = pseudo.valid & (pseudo.confidence >= threshold)
+        per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
+        count = (confident if divisor == "confident" else pseudo.valid).sum()
+        return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
+
+
+def complementary_masks(
+    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> Tensor:
+    """Channel factors for two views of the same samples: what one view keeps, doubled, the other drops.
+
+    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
+
+    Args:
+        pairs: samples per view.
+        channels: of the maps.
+        device: of the result.
+        generator: source of the draws; None: torch's own, which the trainer seeds for every step.
+
+    Returns:
+        float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
+
+    Source: UniMatch V2 (arXiv 2410.10777).
+    """
+    first = 2.0 * torch.randint(0, 2, (pairs, channels), generator=generator).float()
+    first[torch.randperm(pairs, generator=generator)[: pairs // 2]] = 1.0
+    return torch.cat([first, 2.0 - first]).to(device)

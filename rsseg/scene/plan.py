@@ -1,0 +1,255 @@
+"""What is settled before the first pixel is read: bands, tiles, panels, memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rsseg.errors import MachineError
+from rsseg.inference.blend import Wanted
+from rsseg.inference.cost import Cost, measure_tile
+from rsseg.inference.device import keep_heap, ready_to_predict, resolve_device, resolve_precision
+from rsseg.inference.predict import Tiling, choose_tiling
+from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
+from rsseg.inference.tta import Pose, poses_of
+from rsseg.methods.base import Segmenter
+from rsseg.raster import Raster, RasterInfo, match_bands
+from rsseg.scene.options import SceneOptions, ScenePlan
+from rsseg.scene.products import Product, class_product, confidence_product, probability_product
+from rsseg.scene.writer import check_output
+
+_BATCH_PIXELS = 1024 * 1024
+"""Pixels of a batch on a CPU: more gain nothing there, and take memory."""
+_GPU_BATCH = 16
+_GPU_SHARE = 0.7
+"""Most tiles at once on a GPU, and the part of its free memory that they may take."""
+_BUFFER_BYTES = 48 << 20
+"""What rows of the scene may take, input and output together; wider scenes are computed in panels."""
+_BASE_BYTES = 96 << 20
+"""What does not depend on anything: caches of GDAL, kernels, threads."""
+_LEAST_TILE = 128
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A prediction, ready to run.
+
+    network: on the device, in eval mode
+    panels: of `plan`
+    products: final name and content of each output, the class raster first
+    """
+
+    scene: str
+    options: SceneOptions
+    info: RasterInfo
+    bands: tuple[int, ...]
+    network: Segmenter
+    device: torch.device
+    dtype: torch.dtype
+    tiling: Tiling
+    plan: TilePlan
+    panels: tuple[Panel, ...]
+    batch_size: int
+    poses: tuple[Pose, ...]
+    products: tuple[tuple[Path, Product], ...]
+    memory_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def output(self) -> Path:
+        """The class raster."""
+        return self.products[0][0]
+
+    @property
+    def wanted(self) -> Wanted:
+        """What each tile must give."""
+        return Wanted(self.options.confidence, self.options.probabilities)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, those counted twice that two panels need."""
+        return sum(panel.plan.count for panel in self.panels)
+
+    def open(self) -> Raster:
+        """The scene with the bands that are used."""
+        return open_scene(self.scene, self.options, self.bands, max(p.plan.cols.length for p in self.panels))
+
+    def settings(self) -> dict[str, object]:
+        """Whatever can change a pixel of the output, beside the scene and the network."""
+        names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
+        return self.options.model_dump(mode="json", include=names) | {
+            "bands": self.bands,
+            "tile": self.tiling.tile,
+            "overlap": self.tiling.overlap,
+            "batch_size": self.batch_size,
+            "panels": len(self.panels),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
+    def describe(self) -> ScenePlan:
+        """For the user."""
+        return ScenePlan(
+            scene=self.scene,
+            output=self.output,
+            height=self.info.height,
+            width=self.info.width,
+            bands=tuple(zip(self.network.task.bands, self.info.band_names, strict=True)),
+            tile=self.tiling.tile,
+            overlap=self.tiling.overlap,
+            tiles=self.tiles,
+            redundancy=self.plan.redundancy * self.tiles / self.plan.count,
+            blend=self.options.blend,
+            batch_size=self.batch_size,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            views=len(self.poses),
+            panels=len(self.panels),
+            memory_bytes=self.memory_bytes,
+            seconds=self.seconds,
+            warnings=self.warnings,
+        )
+
+
+def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: SceneOptions) -> Setup:
+    """Open the scene, check the output, and choose what the user left open.
+
+    Raises:
+        UsageError: the output exists already or cannot be written there; overlap and tile do not fit.
+        DataError: the scene is missing, damaged, or lacks bands.
+        MachineError: the device is not there, or the memory that is allowed does not suffice.
+    """
+    keep_heap()
+    task = segmenter.task
+    with open_scene(scene, options, None) as raster:
+        bands = match_bands(raster.info, task.bands, options.bands)
+    with open_scene(scene, options, bands) as raster:
+        info, files = raster.info, raster.files
+    products = _products(segmenter, output, options)
+    for name, _ in products:
+        check_output(name, files, overwrite=options.overwrite)
+    device = resolve_device(options.device)
+    network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
+    fit = _fit(network, info, products, options, device, dtype)
+    warnings = []
+    if info.dtype != task.dtype:
+        warnings.append(
+            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled as those were"
+        )
+    poses = poses_of(options.tta)
+    return Setup(
+        scene=str(scene),
+        options=options,
+        info=info,
+        bands=bands,
+        network=network,
+        device=device,
+        dtype=dtype,
+        tiling=fit.tiling,
+        plan=fit.plan,
+        panels=fit.panels,
+        batch_size=fit.batch_size,
+        poses=poses,
+        products=products,
+        memory_bytes=fit.memory_bytes,
+        seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
+        warnings=tuple(warnings),
+    )
+
+
+def open_scene(
+    scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None, columns: int | None = None
+) -> Raster:
+    """The scene as the options say; `columns` is the widest window that will be read."""
+    return Raster(scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar, columns=columns)
+
+
+def _products(segmenter: Segmenter, output: Path, options: SceneOptions) -> tuple[tuple[Path, Product], ...]:
+    products = [(output, class_product(segmenter.task))]
+    if options.confidence:
+        products.append((output.with_name(f"{output.stem}_confidence.tif"), confidence_product()))
+    if options.probabilities != "none":
+        name = output.with_name(f"{output.stem}_probabilities.tif")
+        products.append((name, probability_product(segmenter.task, options.probabilities)))
+    return tuple(products)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Tiles, batch and panels, and what they take."""
+
+    tiling: Tiling
+    plan: TilePlan
+    panels: tuple[Panel, ...]
+    batch_size: int
+    cost: Cost
+    memory_bytes: int
+
+
+def _fit(
+    network: Segmenter,
+    info: RasterInfo,
+    products: tuple[tuple[Path, Product], ...],
+    options: SceneOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Fit:
+    """The usual choice, or with `max_memory` the largest that fits: first one tile at once, then smaller tiles."""
+    tile, batch = options.tile, options.batch_size
+    while True:
+        tiling = choose_tiling(network, tile, options.overlap, options.blend)
+        plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+        side = max(plan.rows.tile, plan.cols.tile)
+        cost = measure_tile(network, side, device, dtype)
+        size = batch or _batch_size(side, cost, device)
+        # A row is cut into equal batches: full ones with a small rest would compute no faster.
+        columns = len(plan.cols.origins)
+        size = -(-columns // -(-columns // size))
+        per_column = _bytes_per_column(plan, info, products, network, options)
+        allowed = _BUFFER_BYTES if options.max_memory is None else min(_BUFFER_BYTES, options.max_memory // 8)
+        panels = split_panels(plan, max(allowed // per_column, 1), shared=options.blend != "crop")
+        buffers = per_column * max(panel.plan.cols.length for panel in panels)
+        on_host = _weights(network) + cost.peak_bytes * size if device.type == "cpu" else 0
+        # In float32: those of the batch and those that wait for it.
+        tiles = 4 * (size + 2) * info.count * plan.rows.tile * plan.cols.tile
+        fit = _Fit(tiling, plan, panels, size, cost, _BASE_BYTES + on_host + buffers + tiles)
+        if options.max_memory is None or fit.memory_bytes <= options.max_memory:
+            return fit
+        if size > 1 and options.batch_size is None:
+            batch = 1
+        elif network.tile.flexible and options.tile is None and side // 2 >= _LEAST_TILE:
+            tile = max(side // 2 // network.input_multiple, 1) * network.input_multiple
+        else:
+            raise MachineError(
+                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {tiling.tile}; "
+                f"{options.max_memory / 2**20:.0f} MB are allowed. Raise --max-memory or give a smaller --tile."
+            )
+
+
+def _batch_size(side: int, cost: Cost, device: torch.device) -> int:
+    if device.type == "cpu":
+        return max(1, _BATCH_PIXELS // side**2)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(_GPU_BATCH, int(free * _GPU_SHARE) // max(cost.peak_bytes, 1)))
+
+
+def _bytes_per_column(
+    plan: TilePlan,
+    info: RasterInfo,
+    products: Iterable[tuple[Path, Product]],
+    network: Segmenter,
+    options: SceneOptions,
+) -> int:
+    """Of everything that holds rows of a panel: a row of tiles, two finished strips, a row of blocks per output."""
+    written = sum(product.pixel_bytes for _, product in products)
+    read = plan.rows.tile * (info.count * np.dtype(info.dtype).itemsize + 1)
+    finished = 2 * plan.rows.tile * (written + 1) + 2 * 512 * written
+    canvas = 0 if options.blend == "crop" else 2 * 4 * plan.rows.tile * network.task.num_classes
+    return read + finished + canvas
+
+
+def _weights(network: Segmenter) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())

@@ -1,0 +1,97 @@
+"""Every dataset, in every layout: prepare, verify, one training step, one prediction."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+
+from rsseg.data.card import DatasetCard
+from rsseg.data.cards import CARDS
+from rsseg.data.index import SegmentationIndex
+from rsseg.data.prepare.options import PrepareOptions
+from rsseg.data.prepare.run import prepare
+from rsseg.data.verify import verify
+from rsseg.inference.load import load_segmenter
+from rsseg.recipe import recipe_from_dict
+from rsseg.scene.options import SceneOptions
+from rsseg.scene.predict import predict_scene
+from rsseg.training.progress import Silent
+from rsseg.training.run import train
+from tests.cards.miniatures import MINIATURES, Miniature
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def prepared(miniature: Miniature, folder: Path) -> Path:
+    source = miniature.make(folder / "source")
+    options = PrepareOptions(src=source, out=folder / "out", jobs=2, **miniature.options)
+    return prepare(miniature.card, options, quiet)
+
+
+@pytest.mark.parametrize("miniature", MINIATURES, ids=str)
+def test_the_publishers_layout_prepares_verifies_trains_and_predicts(miniature: Miniature, tmp_path: Path) -> None:
+    out = prepared(miniature, tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(out.rglob(".*"))
+    report = verify(out, pixels=True)
+    assert report.problems == ()
+    index = SegmentationIndex.load(out)
+    card = CARDS[miniature.card]
+    rule = card.choose_rule(miniature.options.get("split"))
+    assert set(rule.splits) <= set(index.splits())
+    assert index.split_rule == rule.name
+    labels = card.choose_labels(miniature.options.get("labels"))
+    ignored = miniature.options.get("ignore_classes", ())
+    assert index.task.class_names == tuple(info.name for info in labels.classes if info.name not in ignored)
+    assert index.task.bands == miniature.options.get("bands", index.task.bands)
+    assert {item.mask is None for item in index.items if item.split == "train"} == {False}
+    model = train_one_step(out, tmp_path / "runs")
+    image = next(item for item in index.items if item.split == "train")
+    scene = index.image_files(image)
+    predicted = tmp_path / "predicted.tif"
+    if len(scene) == 1:
+        # GDAL takes the fourth band of the publisher's files for alpha
+        bands = ("1", "2", "3", "4") if miniature.variant == "four-bands" else None
+        options = SceneOptions(device="cpu", format="gtiff", zero_collar=index.ignore_zero_collar, bands=bands)
+        predict_scene(load_segmenter(model), scene[0], predicted, options)
+        with rasterio.open(predicted) as file, rasterio.open(scene[0]) as original:
+            assert file.shape == original.shape
+            assert set(np.unique(file.read(1))) <= {*(info.value for info in index.task.classes), 255}
+
+
+def train_one_step(data: Path, runs: Path) -> Path:
+    index = SegmentationIndex.load(data)
+    val = next(split for split in ("val", "test", "train") if any(i.split == split and i.mask for i in index.items))
+    values = {
+        "method": "ktda",
+        "name": "one-step",
+        "data": {
+            "path": str(data),
+            "augment": {"crop_size": 32},
+            "val": {"split": val, "count": 1},
+            "test": {"split": val, "count": 1},
+        },
+        "student": {"name": "convnext_mini", "weights": "random"},
+        "decoder": {"type": "segformer", "channels": 8},
+        "trainer": {"steps": 1, "batch_size": 2, "workers": 0, "eval_every": 1, "log_every": 1, "device": "cpu"},
+        "eval": {"tile": 32, "overlap": 0},
+    }
+    result = train(recipe_from_dict(values, "one-step"), output=runs, progress=Silent())
+    return result.model
+
+
+def test_every_layout_of_every_card_has_a_miniature() -> None:
+    assert {miniature.card for miniature in MINIATURES} == set(CARDS) - {"demo", "folder"}
+
+
+@pytest.mark.parametrize("card", [card for card in CARDS.values() if card.name != "folder"], ids=lambda card: card.name)
+def test_a_card_is_complete(card: DatasetCard) -> None:
+    summary = card.summary()
+    assert all(summary[key] for key in ("title", "classes", "bands", "splits", "size", "license"))
+    assert card.citation or card.name == "demo"
+    for labels in card.labels:
+        used = {*labels.label_map.values.values(), *(index for _, index in labels.label_map.colors)}
+        assert used - {255} == set(range(len(labels.classes)))

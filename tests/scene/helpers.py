@@ -1,0 +1,41 @@
+"""What the tests of scenes share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+
+from rsseg.config import EvalConfig
+from rsseg.inference.predict import predict_image
+from rsseg.methods.base import Segmenter
+from rsseg.scene.options import SceneOptions
+
+EXACT = {"tile": 64, "overlap": 8, "dtype": "float32", "device": "cpu"}
+
+
+def options(**changes: Any) -> SceneOptions:
+    return SceneOptions.model_validate({**EXACT, **changes})
+
+
+def random_pixels(height: int, width: int, bands: int = 3) -> np.ndarray:
+    return np.random.default_rng(2).integers(1, 256, (bands, height, width)).astype(np.uint8)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_classes(path: Path) -> np.ndarray:
+    with rasterio.open(path) as dataset:
+        return dataset.read(1)
+
+
+def expected_values(segmenter: Segmenter, pixels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """What the predictor of images gives, as pixel values."""
+    task = segmenter.task
+    scale, offset = (np.array(v, np.float32)[:, None, None] for v in (task.scale, task.offset))
+    config = EvalConfig(tile=EXACT["tile"], overlap=EXACT["overlap"])
+    classes = predict_image(segmenter, pixels.astype(np.float32) * scale + offset, valid, config, device="cpu")
+    values = np.array([c.value for c in task.classes], np.uint8)[classes]
+    return values if valid is None else np.where(valid, values, np.uint8(255))
