@@ -10,12 +10,12 @@ are taken within a round. Peak memory is that of a process of its own per formul
 
 import argparse
 import copy
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -197,10 +197,16 @@ def peak_mb(student: str, teacher: str, formulation: str) -> float:
 def print_peak(student: str, teacher: str, formulation: str) -> None:
     method, batch = make_method(student, teacher), make_batch()
     runner = Published(method, batch) if formulation == "published" else Ours(method, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak_mb()
     for number in range(3):
         runner.step(number)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(own_peak_mb() - before)
+
+
+def own_peak_mb() -> float:
+    """Peak memory of this process since it was started; `getrusage` would begin with that of the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def compare(student: str, teacher: str, rounds: int) -> bool:
