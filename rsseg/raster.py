@@ -280,8 +280,8 @@ class Raster:
             stored_dtype=stored.name,
             numbers=self._numbers,
             band_names=tuple(
-                description or (f"band_{i}" if color in _UNNAMED else color.name)
-                for i, (description, color) in enumerate(zip(descriptions, colors, strict=True), start=1)
+                description or (f"band_{number}" if color in _UNNAMED else color.name)
+                for number, description, color in zip(self._numbers, descriptions, colors, strict=True)
             ),
             colors=tuple(color.name for color in colors),
             crs=first.crs,

@@ -158,10 +158,17 @@ def test_bands_are_found_by_choice_name_colour_or_order(tmp_path: Path) -> None:
     assert match_bands(colored, ("blue", "red")) == (3, 1)
     assert match_bands(unnamed, ("x", "y", "z")) == (1, 2, 3)
     assert match_bands(unnamed, ("red", "green", "blue", "nir"), ("1", "2", "3", "4")) == (1, 2, 3, 4)
-    with pytest.raises(DataError, match=r"3 bands .*--bands 1,2,3,4"):
+    with pytest.raises(DataError, match=r"3 band\(s\) .*--bands 1,2,3,4"):
         match_bands(unnamed, ("red", "green", "blue", "nir"))
     with pytest.raises(DataError, match="no band 'swir'"):
         match_bands(named, ("red",), ("swir",))
+
+
+def test_unnamed_bands_keep_their_number_in_the_file_when_some_are_chosen(tmp_path: Path) -> None:
+    with Raster(
+        write_tif(tmp_path / "a.tif", np.zeros((6, 2, 2), np.uint8), photometric="minisblack"), bands=(3, 2)
+    ) as r:
+        assert r.info.band_names == ("band_3", "band_2")
 
 
 SCENES = {
