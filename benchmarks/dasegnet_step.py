@@ -248,10 +248,9 @@ def compare(student: str, teacher: str, rounds: int) -> bool:
     enlarged, part = largest_difference(methods["published"], methods["ours"])
     difference, where = difference_under_sgd(student, teacher)
     met = difference <= LARGEST_DIFFERENCE
-    print(f"{teacher}: after {STEPS} steps parameters differ relatively by")
-    print(
-        f"  {difference:.1e} ({where}) under SGD, goal 1e-5; {enlarged:.1e} ({part}) under AdamW, which enlarges rounding"
-    )
+    print(f"{teacher}: relative difference of the parameters after {STEPS} steps")
+    print(f"  under SGD {difference:.1e} ({where}), goal 1e-5")
+    print(f"  under AdamW, which enlarges rounding, {enlarged:.1e} ({part})")
     for name, goal in (("ours", GOAL), ("bf16", GOAL_BF16)):
         pairs = list(zip(times["published"], times[name], strict=False))[1 : rounds + 1]  # the first step warms up
         ratios = sorted(a / b for a, b in pairs)
