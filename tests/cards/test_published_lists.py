@@ -96,6 +96,24 @@ def test_vaihingen_is_divided_by_area_as_published() -> None:
     assert Counter(item.scene for item in tiles) == {"area1": 54, "area38": 104}
 
 
+def test_vaihingen_has_the_counts_of_st_dasegnet() -> None:
+    # height and width of the areas that ISPRS ships
+    sizes = dict.fromkeys((4, 5, 6, 7, 8, 10), (2557, 1887)) | dict.fromkeys((21, 22, 23, 24), (2546, 1903))
+    sizes |= {1: (2569, 1919), 2: (2767, 2428), 3: (3007, 2006), 11: (2566, 1893), 12: (2575, 1922), 13: (2558, 2818)}
+    sizes |= dict.fromkeys((14, 15, 16), (2565, 1919)) | {17: (1281, 2336), 20: (2315, 1866), 26: (1783, 2995)}
+    sizes |= {
+        27: (3313, 1917),
+        28: (2567, 1917),
+        29: (2563, 1917),
+        30: (2563, 1934),
+        31: (2555, 1980),
+        32: (2555, 1980),
+    }
+    sizes |= {33: (2555, 1581), 34: (2555, 1388), 35: (1884, 2805), 37: (1995, 1996), 38: (2550, 3816)}
+    items = tiles_of("vaihingen", "st-dasegnet", {f"area{number}": size for number, size in sizes.items()})
+    assert counts("vaihingen", "st-dasegnet", items) == {"train": 1296, "val": 440}
+
+
 @pytest.mark.parametrize("card", ["deepglobe", "gid5", "city-osm", "l8biome"])
 def test_default_rules_keep_scenes_whole_and_depend_on_the_seed_alone(card: str) -> None:
     rule = CARDS[card].rules[0]
