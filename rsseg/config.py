@@ -3,6 +3,7 @@
 A field's docstring gives meaning, unit and default's origin; `rsseg recipe schema` exports them.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -290,6 +291,6 @@ class BaseRecipe(Strict):
             raise ValueError(f"data.match_gsd: has no effect on images that {what} resizes; leave one of them out")
         return self
 
+    @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
         """Names of the training streams that this recipe's method asks for."""
-        raise NotImplementedError

@@ -1,5 +1,7 @@
 """Every dataset, in every layout: prepare, verify, one training step, one prediction."""
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +52,27 @@ def test_the_publishers_layout_prepares_verifies_trains_and_predicts(miniature: 
     assert {item.mask is None for item in index.items if item.split == "train"} == {False}
     model = train_one_step(out, tmp_path / "runs")
     image = next(item for item in index.items if item.split == "train")
-    scene = index.image_files(image)
+    scene = one_file(index.image_files(image), tmp_path)
     predicted = tmp_path / "predicted.tif"
-    if len(scene) == 1:
-        # GDAL takes the fourth band of the publisher's files for alpha
-        bands = ("1", "2", "3", "4") if miniature.variant == "four-bands" else None
-        options = SceneOptions(device="cpu", format="gtiff", zero_collar=index.ignore_zero_collar, bands=bands)
-        predict_scene(load_segmenter(model), scene[0], predicted, options)
-        with rasterio.open(predicted) as file, rasterio.open(scene[0]) as original:
-            assert file.shape == original.shape
-            assert set(np.unique(file.read(1))) <= {*(info.value for info in index.task.classes), 255}
+    # GDAL takes the fourth band of the publisher's files for alpha
+    bands = ("1", "2", "3", "4") if miniature.variant == "four-bands" else None
+    options = SceneOptions(device="cpu", format="gtiff", zero_collar=index.ignore_zero_collar, bands=bands)
+    predict_scene(load_segmenter(model), scene, predicted, options)
+    with rasterio.open(predicted) as file, rasterio.open(scene) as original:
+        assert file.shape == original.shape
+        assert set(np.unique(file.read(1))) <= {*(info.value for info in index.task.classes), 255}
+
+
+def one_file(files: Sequence[Path], folder: Path) -> Path:
+    """The image itself, or, where each band is a file, the stack that a user would make of them."""
+    if len(files) == 1:
+        return files[0]
+    with ExitStack() as stack:
+        bands = [stack.enter_context(rasterio.open(file)) for file in files]
+        profile = bands[0].profile | {"driver": "GTiff", "count": len(bands)}
+        with rasterio.open(folder / "stack.tif", "w", **profile) as stacked:
+            stacked.write(np.concatenate([band.read() for band in bands]))
+    return folder / "stack.tif"
 
 
 def train_one_step(data: Path, runs: Path) -> Path:

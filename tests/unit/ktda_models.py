@@ -7,15 +7,9 @@ import torch
 from rsseg.data.streams import Batch, Samples
 from rsseg.methods.ktda.method import KTDAMethod, build_method
 from rsseg.methods.ktda.recipe import KTDARecipe
-from rsseg.task import ClassInfo, Task
+from tests.conftest import rgb_task
 
-TASK = Task(
-    name="tiny",
-    classes=tuple(ClassInfo(name=f"class {i}", value=i, color=(i, i, i)) for i in range(3)),
-    bands=("red", "green", "blue"),
-    scale=(1 / 255,) * 3,
-    offset=(0.0,) * 3,
-)
+TASK = rgb_task()
 
 PLAIN = {
     "method": "ktda",

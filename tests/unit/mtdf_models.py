@@ -7,20 +7,15 @@ import torch
 from rsseg.data.streams import Batch, Samples
 from rsseg.methods.mtdf.method import MTDFMethod, build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe
-from rsseg.task import IGNORE_INDEX, ClassInfo, Task
+from rsseg.task import IGNORE_INDEX
+from tests.conftest import rgb_task
 
 CROP = 32
 
 VIT = {"name": "vit_mini_patch8", "weights": "random"}
 PYRAMID = {"name": "convnext_mini", "weights": "random"}
 
-TASK = Task(
-    name="tiny",
-    classes=tuple(ClassInfo(name=f"class {i}", value=i, color=(i, i, i)) for i in range(3)),
-    bands=("red", "green", "blue"),
-    scale=(1 / 255,) * 3,
-    offset=(0.0,) * 3,
-)
+TASK = rgb_task()
 
 FIXMATCH = {
     "method": "mtdf",
