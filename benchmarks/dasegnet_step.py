@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.device import keep_heap
+from rsseg.layers.losses import cross_entropy
 from rsseg.layers.resize import resize
 from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax
 from rsseg.methods.dasegnet.build import build_method
-from rsseg.methods.dasegnet.losses import weighted_cross_entropy
 from rsseg.methods.dasegnet.method import DASegNetMethod
 from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
@@ -130,9 +130,9 @@ class Published:
                 teacher.averaged("decoder_source")(refined_t2s) + teacher.averaged("decoder_target")(refined_t2t)
             ) / 2
         pseudo = pseudo_labels(labels.detach(), target.images.shape[-2:], target.valid, config)
-        loss = sum(weighted_cross_entropy(out, source.masks) for out in (out_s2s, out_s2t))
+        loss = sum(cross_entropy(out, source.masks, divisor="all") for out in (out_s2s, out_s2t))
         for out in (out_t2s, out_t2t):
-            loss = loss + config.weight * weighted_cross_entropy(out, pseudo.labels, pixel_weights=pseudo.weights)
+            loss = loss + config.weight * cross_entropy(out, pseudo.labels, pixel_weights=pseudo.weights, divisor="all")
         pairs = ((s2s[-1], t2s[-1]), (t2t[-1], s2t[-1]))
         for disc, (real, fake) in zip(self.discs, pairs, strict=True):
             self.gan(disc, real, real=True)  # published: computed, and not used

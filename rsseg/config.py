@@ -236,6 +236,11 @@ class DataConfig(Strict):
     cache: bool = True
     """Convert each image once to an uncompressed file beside the index that is memory-mapped afterwards."""
 
+    def augment_of(self, stream: str) -> AugmentConfig:
+        """Augmentation of a training stream: its own, or that of all."""
+        select = self.streams.get(stream)
+        return self.augment if select is None or select.augment is None else select.augment
+
 
 class EvalConfig(Strict):
     """How a split is scored, and how scenes are tiled by default."""

@@ -105,6 +105,7 @@ class SegmentationIndex(BaseModel):
         """Names of the splits, in order of appearance."""
         return tuple(dict.fromkeys(item.split for item in self.items))
 
-    def digest(self, items: Iterable[IndexItem]) -> str:
-        """SHA-256 over the image names of a split, for the manifest."""
-        return hashlib.sha256("\n".join(item.image for item in items).encode()).hexdigest()
+
+def digest_of(items: Iterable[IndexItem]) -> str:
+    """SHA-256 over the image names of a split, for the manifest."""
+    return hashlib.sha256("\n".join(item.image for item in items).encode()).hexdigest()

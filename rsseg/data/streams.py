@@ -153,7 +153,7 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[Stre
     select = recipe.data.streams.get(spec.name, SelectConfig())
     source = open_source(recipe, select, spec.split, task, masks=spec.masks)
     own = source.task
-    augment = select.augment or recipe.data.augment
+    augment = recipe.data.augment_of(spec.name)
     if augment.photometric == "mmseg" and (own.dtype != "uint8" or len(own.bands) != 3):
         raise RecipeError(
             f"stream {spec.name!r}: photometric 'mmseg' needs 8-bit red, green, blue images; these have "

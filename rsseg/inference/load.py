@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from rsseg.checkpoint import load_tensors, read_header
+from rsseg.checkpoint import find_model, load_tensors, read_header
 from rsseg.errors import RecipeError, WeightsError
 from rsseg.inference.device import resolve_device
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import recipe_from_dict
-
-MODEL_NAME = "model.safetensors"
 
 
 def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
@@ -24,15 +22,7 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
         MachineError: the device is not there.
     """
     target = resolve_device(device)
-    file = Path(path)
-    if file.is_dir():
-        file = file / MODEL_NAME
-        if not file.is_file():
-            raise WeightsError(
-                f"{path}: there is no {MODEL_NAME} in this folder. Give the folder of a finished run, or a model file."
-            )
-    if not file.is_file():
-        raise WeightsError(f"{file}: there is no such model. `rsseg runs ls` lists the runs.")
+    file = find_model(Path(path))
     header = read_header(file)
     try:
         segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)

@@ -43,7 +43,6 @@ class SeparableASPPHead(nn.Module):
         dilations: Sequence[int] = (1, 12, 24, 36),
         low_channels: int = 48,
         dropout: float = 0.1,
-        align_corners: bool = False,
     ) -> None:
         """Make the branches.
 
@@ -54,11 +53,9 @@ class SeparableASPPHead(nn.Module):
             dilations: one branch each; 1 makes it a 1x1 convolution.
             low_channels: width of the first level after its projection.
             dropout: of the classifier, whole channels.
-            align_corners: of the resizes.
         """
         super().__init__()
         first, last = in_channels[0], in_channels[-1]
-        self.align_corners = align_corners
         self.pool = ConvBNReLU(last, channels, kernel=1)
         self.branches = nn.ModuleList(
             ConvBNReLU(last, channels, kernel=1) if dilation == 1 else SeparableConv(last, channels, dilation=dilation)
@@ -72,7 +69,7 @@ class SeparableASPPHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """One (B, in_channels[i], H_i, W_i) per level -> logits (B, K, H_0, W_0)."""
         first, last = maps[0], maps[-1]
-        pooled = resize(self.pool(F.adaptive_avg_pool2d(last, 1)), last.shape[-2:], align_corners=self.align_corners)
+        pooled = resize(self.pool(F.adaptive_avg_pool2d(last, 1)), last.shape[-2:])
         pyramid = self.bottleneck(torch.cat([pooled, *(branch(last) for branch in self.branches)], dim=1))
-        pyramid = resize(pyramid, first.shape[-2:], align_corners=self.align_corners)
+        pyramid = resize(pyramid, first.shape[-2:])
         return self.classifier(self.refine(torch.cat([pyramid, self.low(first)], dim=1)))  # type: ignore[no-any-return]

@@ -11,13 +11,21 @@ from rsseg.task import IGNORE_INDEX
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, divisor: Literal["all", "valid"] = "valid", align_corners: bool = False
+    logits: Tensor,
+    target: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    pixel_weights: Tensor | None = None,
+    divisor: Literal["all", "valid"] = "valid",
+    align_corners: bool = False,
 ) -> Tensor:
-    """Cross-entropy of logits resized to the target.
+    """Cross-entropy of logits resized to the target; weights are not part of the divisor.
 
     Args:
         logits: float (B, K, h, w) of any size; resized bilinearly.
         target: int64 (B, H, W), IGNORE_INDEX where there is no label.
+        class_weights: float (K,).
+        pixel_weights: float (B, H, W).
         divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, labeled or
             not, as the common code bases do unless told otherwise.
         align_corners: of the resize.
@@ -26,7 +34,9 @@ def cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize(logits.float(), target.shape[-2:], align_corners=align_corners)
-        per_pixel = F.cross_entropy(resized, target, ignore_index=IGNORE_INDEX, reduction="none")
+        per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+        if pixel_weights is not None:
+            per_pixel = per_pixel * pixel_weights
         if divisor == "all":
             return per_pixel.mean()
         return per_pixel.sum() / (target != IGNORE_INDEX).sum().clamp(min=1)

@@ -35,8 +35,8 @@ class LoggedStrip(NamedTuple):
 class StripLog:
     """A file of strips; use as a context manager."""
 
-    def __init__(self, path: Path, identity: str, *, fresh: bool = False) -> None:
-        """Open or make it; a log of something else, or any if `fresh`, is begun anew.
+    def __init__(self, path: Path, identity: str) -> None:
+        """Open or make it; a log of something else is begun anew.
 
         Raises:
             MachineError: it cannot be written.
@@ -45,7 +45,7 @@ class StripLog:
         self._head = _MAGIC + identity.encode() + b"\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("r+b" if path.exists() and not fresh else "w+b")
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
             if self._file.read(len(self._head)) != self._head:
                 self._file.seek(0)
                 self._file.truncate()

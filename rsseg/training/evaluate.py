@@ -14,7 +14,7 @@ from torch import Tensor
 from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.evaluation import evaluation_samples
-from rsseg.data.index import SegmentationIndex
+from rsseg.data.index import digest_of
 from rsseg.data.sources import open_source
 from rsseg.errors import DataError
 from rsseg.inference.device import resolve_device
@@ -151,8 +151,7 @@ def evaluate_model(
         select = SelectConfig(split=split)
     result = evaluate(segmenter, recipe, select, split=split, device=target, progress=progress)
     source = open_source(recipe, select, split, segmenter.task, masks=True)
-    digest = SegmentationIndex.load(select.path or recipe.data.path).digest(source.items)
-    return result.model_copy(update={"seen": header.training.get("used", {}).get(digest)})
+    return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})
 
 
 def evaluate_rasters(

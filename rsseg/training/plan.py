@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import SelectConfig
-from rsseg.data.index import SegmentationIndex
+from rsseg.data.index import digest_of
 from rsseg.data.sources import open_source
 from rsseg.errors import DataError
 from rsseg.methods.base import Method
@@ -44,12 +44,11 @@ def split_plan(
 ) -> SplitPlan:
     """What a selection holds; raises `DataError` if nothing, or if masks are missing."""
     source = open_source(recipe, select, split, task, masks=masks)
-    path = select.path or recipe.data.path
     return SplitPlan(
-        path=str(path),
+        path=str(select.path or recipe.data.path),
         split=select.split or split,
         images=len(source.items),
-        digest=SegmentationIndex.load(path).digest(source.items),
+        digest=digest_of(source.items),
         batch_size=batch_size,
     )
 

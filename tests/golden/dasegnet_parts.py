@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.layers.losses import pixel_accuracy
+from rsseg.layers.losses import cross_entropy, pixel_accuracy
 from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax, upsampled
 from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
 from rsseg.methods.dasegnet.importer import (
@@ -16,7 +16,6 @@ from rsseg.methods.dasegnet.importer import (
     rename_neck,
     rename_neck_level,
 )
-from rsseg.methods.dasegnet.losses import weighted_cross_entropy
 from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
 from rsseg.methods.dasegnet.network import build_decoder
 from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
@@ -213,9 +212,9 @@ def check_head(case: Case) -> None:
     labels = case.tensors["label"].squeeze(1).long()
     weights = config["loss_decode"]["class_weight"]
     by_class = None if weights is None else torch.tensor(weights)
-    plain = weighted_cross_entropy(logits, labels, class_weights=by_class)
-    weighted = weighted_cross_entropy(
-        logits, labels, class_weights=by_class, pixel_weights=case.tensors["pixel_weight"]
+    plain = cross_entropy(logits, labels, class_weights=by_class, divisor="all")
+    weighted = cross_entropy(
+        logits, labels, class_weights=by_class, pixel_weights=case.tensors["pixel_weight"], divisor="all"
     )
     case.check(plain, "loss_ce", "loss")
     case.check(weighted, "loss_ce_weighted", "loss")

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import torch
 
 from rsseg.config import EvalConfig
 from rsseg.inference.predict import predict_image
 from rsseg.methods.base import Segmenter
 from rsseg.scene.options import SceneOptions
+from tests.toys import ConvSegmenter, make_task
 
 EXACT = {"tile": 64, "overlap": 8, "dtype": "float32", "device": "cpu"}
 
@@ -39,3 +41,20 @@ def expected_values(segmenter: Segmenter, pixels: np.ndarray, valid: np.ndarray 
     classes = predict_image(segmenter, pixels.astype(np.float32) * scale + offset, valid, config, device="cpu")
     values = np.array([c.value for c in task.classes], np.uint8)[classes]
     return values if valid is None else np.where(valid, values, np.uint8(255))
+
+
+class StoppingSegmenter(ConvSegmenter):
+    """Computes what its parent does, and stops like a user who presses Ctrl-C after `last` tiles of 64 pixels.
+
+    The exception carries the names that lie in `folder` then.
+    """
+
+    def __init__(self, last: int, folder: Path | None = None) -> None:
+        super().__init__(make_task())
+        self.last, self.calls, self.folder = last, 0, folder
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += images.shape[-1] == 64
+        if self.calls > self.last:
+            raise KeyboardInterrupt(*(files_in(self.folder) if self.folder else ()))
+        return super().forward(images)

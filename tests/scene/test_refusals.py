@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from rsseg.errors import DataError, MachineError, UsageError
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels, read_classes
+from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -85,20 +84,11 @@ def test_undeclared_nan_deep_in_the_scene_is_an_error_that_leaves_nothing_behind
     assert read_classes(tmp_path / "out.tif")[250, 60] == 255
 
 
-class FailingSegmenter(ConvSegmenter):
-    """Stops like a user who presses Ctrl-C in the third forward."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + 1
-        if self.calls == 3:
-            raise KeyboardInterrupt
-        return super().forward(images)
-
-
 def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 300))
-    with pytest.raises(KeyboardInterrupt):
-        predict_scene(FailingSegmenter(make_task()), scene, tmp_path / "out.tif", options(batch_size=1))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        predict_scene(StoppingSegmenter(15, tmp_path), scene, tmp_path / "out.tif", options(batch_size=1))
+    assert len(stopped.value.args) > 1, "the output was not begun when the user pressed Ctrl-C"
     assert files_in(tmp_path) == ["scene.tif"]
 
 

@@ -14,22 +14,8 @@ from numpy.testing import assert_array_equal
 from rsseg.scene.predict import log_path, predict_scene
 from rsseg.scene.striplog import LoggedStrip, StripLog
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels
+from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels
 from tests.toys import ConvSegmenter, make_task
-
-
-class StoppingSegmenter(ConvSegmenter):
-    """Computes what its parent does, and stops like a user who presses Ctrl-C in the n-th forward."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__(make_task())
-        self.last, self.calls = last, 0
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.calls += images.shape[-1] == 64
-        if self.calls > self.last:
-            raise KeyboardInterrupt
-        return super().forward(images)
 
 
 @pytest.mark.parametrize("blend", ["crop", "hann"])
@@ -47,8 +33,7 @@ def test_interrupted_scene_goes_on_and_gives_what_an_unbroken_run_gives(
         predict_scene(StoppingSegmenter(25), scene, tmp_path / "out.tif", wanted)
     assert not (tmp_path / "out.tif").exists()
     assert log_path(tmp_path / "out.tif").exists()
-    counting = StoppingSegmenter(10**6)
-    result = predict_scene(counting, scene, tmp_path / "out.tif", wanted)
+    result = predict_scene(StoppingSegmenter(10**6), scene, tmp_path / "out.tif", wanted)
     assert 0.1 < result.resumed < 1
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
     for name in ("_confidence", "_probabilities"):

@@ -55,6 +55,7 @@ def test_source_and_target_as_one_batch_give_the_same_numbers_as_apart() -> None
     for method in (joint, apart):
         torch.stack(list(method(batch, 0).losses.values())).sum().backward()
     for (name, a), b in zip(joint.named_parameters(), apart.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
 

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from rsseg.errors import DataError, RecipeError
 from rsseg.layers.aspp import SeparableASPPHead
+from rsseg.layers.losses import cross_entropy
 from rsseg.methods.dasegnet.build import check_class_weights, check_crops
 from rsseg.methods.dasegnet.discriminator import PatchDiscriminator, smallest_map
-from rsseg.methods.dasegnet.losses import weighted_cross_entropy
 from rsseg.methods.dasegnet.neck import DisentangledNeck, UniversalExtraction
 from rsseg.methods.dasegnet.pseudo_labels import class_weight_table, pseudo_labels
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
@@ -60,7 +60,7 @@ def test_without_a_confident_pixel_nothing_is_learned() -> None:
     config = SelfTrainingConfig(confidence=0.99, class_weights=(1.0, 1.0))
     result = pseudo_labels(logits_of(0.9, 0.2), (1, 2), None, config)
     assert result.weights.eq(0).all()
-    loss = weighted_cross_entropy(logits_of(0.5, 0.5), result.labels, pixel_weights=result.weights)
+    loss = cross_entropy(logits_of(0.5, 0.5), result.labels, pixel_weights=result.weights, divisor="all")
     assert float(loss) == 0.0
 
 
@@ -96,11 +96,11 @@ def test_cross_entropy_divides_by_all_pixels_or_by_labeled_ones() -> None:
     target = torch.tensor([[[0, 1, IGNORE_INDEX, IGNORE_INDEX]]])
     weights = torch.tensor([2.0, 1.0])
     one = torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(weighted_cross_entropy(logits, target, class_weights=weights), 3 * one / 4)
-    valid = weighted_cross_entropy(logits, target, class_weights=weights, divisor="valid")
+    torch.testing.assert_close(cross_entropy(logits, target, class_weights=weights, divisor="all"), 3 * one / 4)
+    valid = cross_entropy(logits, target, class_weights=weights, divisor="valid")
     torch.testing.assert_close(valid, 3 * one / 2)
     ignored = torch.full_like(target, IGNORE_INDEX)
-    assert float(weighted_cross_entropy(logits, ignored, divisor="valid")) == 0.0
+    assert float(cross_entropy(logits, ignored, divisor="valid")) == 0.0
 
 
 @pytest.mark.parametrize(("convs", "side"), [(2, 12), (3, 24)])

@@ -111,7 +111,8 @@ def test_the_average_ships_if_the_recipe_says_so() -> None:
     method = method_of(ship="average")
     assert method.average is not None
     assert method.deployable() is method.average.module
-    assert method_of().deployable() is not None
+    plain = method_of()
+    assert plain.deployable() is plain.student
 
 
 @pytest.mark.parametrize("student", [VIT, PYRAMID], ids=["vit", "pyramid"])

@@ -66,12 +66,6 @@ def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPar
     return DASegNetMethod(recipe, segmenter, discriminators=discriminators, teacher=teacher, streams=streams)
 
 
-def crop_size(recipe: DASegNetRecipe, stream: str) -> int:
-    """Side of a stream's training crops in pixels."""
-    select = recipe.data.streams.get(stream)
-    return ((select and select.augment) or recipe.data.augment).crop_size
-
-
 def check_class_weights(recipe: DASegNetRecipe, task: Task) -> None:
     """Raise `RecipeError` unless every list of class weights has one entry per class."""
     lists = {
@@ -94,7 +88,7 @@ def check_class_weights(recipe: DASegNetRecipe, task: Task) -> None:
 def check_crops(recipe: DASegNetRecipe, *, stride: int, strides: tuple[int, ...]) -> None:
     """Raise `RecipeError` for crops whose last features are too small for discriminators with these strides."""
     for stream in recipe.stream_names():
-        crop = crop_size(recipe, stream)
+        crop = recipe.data.augment_of(stream).crop_size
         side = -(-crop // stride)
         if not accepts_map((side, side), strides):
             raise RecipeError(
@@ -115,7 +109,7 @@ def check_batches(recipe: DASegNetRecipe) -> None:
             "more images per stream. Set batch_size: 2 (and grad_accum_steps lower)."
         )
     mixes = recipe.self_training is not None and recipe.self_training.class_mix
-    sizes = [crop_size(recipe, stream) for stream in recipe.stream_names()]
+    sizes = [recipe.data.augment_of(stream).crop_size for stream in recipe.stream_names()]
     if mixes and sizes[0] != sizes[1]:
         raise RecipeError(
             f"self_training.class_mix: source crops have {sizes[0]} pixels, target crops {sizes[1]}. "

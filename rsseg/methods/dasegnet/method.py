@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsseg.data.streams import Batch, Samples, StreamSpec
+from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
 from rsseg.methods.dasegnet.adversarial import Alignment, adversarial_terms
 from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
-from rsseg.methods.dasegnet.losses import weighted_cross_entropy
 from rsseg.methods.dasegnet.mixing import class_mix, hide_patches
 from rsseg.methods.dasegnet.network import DASegNet, Styles
 from rsseg.methods.dasegnet.pseudo_labels import PseudoLabels, pseudo_labels
@@ -188,9 +188,7 @@ class DASegNetMethod(Method):
 
     def _cross_entropies(self, logits: Logits, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         source, target = (
-            weighted_cross_entropy(
-                maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.ce_divisor
-            )
+            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.ce_divisor)
             for maps, by_class in (
                 (logits.source, self.class_weights_source),
                 (logits.target, self.class_weights_target),

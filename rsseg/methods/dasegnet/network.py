@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.layers.aspp import SeparableASPPHead
+from rsseg.layers.batch_norm import has_batch_norm
 from rsseg.layers.decoders import SegFormerHead
 from rsseg.layers.resize import resize
 from rsseg.methods.base import Segmenter, TileHint
@@ -61,7 +62,7 @@ class DASegNet(Segmenter):
         self.decoder_source, self.decoder_target = decoders
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
-        self.batching = batching and not mixes_samples(backbones[0])
+        self.batching = batching and not has_batch_norm(backbones[0])
         self.side_by_side = side_by_side
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,11 +100,6 @@ class DASegNet(Segmenter):
         for level in target:
             level.record_stream(main)
         return source, target
-
-
-def mixes_samples(module: nn.Module) -> bool:
-    """Whether a sample's output depends on its batch in train mode: whether there is a batch norm."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
@@ -147,7 +143,7 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         )
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map: without another word, tiles are as large as crops
-    side = recipe.eval.tile or recipe.data.augment.crop_size
+    side = recipe.eval.tile or recipe.data.augment_of("source").crop_size
     decoders = tuple(build_decoder(recipe.decoder, refined, task.num_classes) for _ in range(2))
     return DASegNet(
         task,

@@ -6,8 +6,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from rsseg.layers.batch_norm import has_batch_norm
 from rsseg.layers.ema import Ema
-from rsseg.methods.dasegnet.network import DASegNet, Styles, mixes_samples
+from rsseg.methods.dasegnet.network import DASegNet, Styles
 from rsseg.methods.dasegnet.recipe import TeacherConfig
 
 AVERAGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -58,7 +59,7 @@ class Teacher(nn.Module):
                 return (source + target) / 2  # type: ignore[no-any-return]
             case "single_t":
                 # a second pass through batch norm leaves other running statistics, and evaluation uses them
-                again = mixes_samples(student.backbone_source)
+                again = has_batch_norm(student.backbone_source)
                 maps = student.backbone_source(images) if again else view.source
                 refined = student.refine(maps, self.averaged("backbone_target")(images))
                 return (student.decoder_source(refined[0]) + self.averaged("decoder_target")(refined[1])) / 2  # type: ignore[no-any-return]

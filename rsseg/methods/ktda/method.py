@@ -14,7 +14,7 @@ from rsseg.layers.decoders import FCNHead
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
 from rsseg.methods.ktda.distillation import Distillation
-from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, crop_size
+from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter
 from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
 from rsseg.task import Task
 
@@ -64,14 +64,16 @@ class KTDAMethod(Method):
         if masks is None:
             raise ValueError("the stream 'labeled' came without masks")
         student = self.segmenter.run(images)
-        losses = {"seg": self._cross_entropy(student.logits, masks)}
-        logs = {"acc": self._accuracy(student.logits, masks)}
+        logits = self._at_size(student.logits, masks)
+        losses = {"seg": cross_entropy(logits, masks, divisor=self.rules.divisor)}
+        logs = {"acc": pixel_accuracy(logits, masks)}
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
-            logits = head(student.features)
-            losses[f"aux{suffix}"] = head.weight / len(self.aux_heads) * self._cross_entropy(logits, masks)
-            logs[f"aux{suffix}_acc"] = self._accuracy(logits, masks)
+            logits = self._at_size(head(student.features), masks)
+            share = head.weight / len(self.aux_heads)
+            losses[f"aux{suffix}"] = share * cross_entropy(logits, masks, divisor=self.rules.divisor)
+            logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
         if self.distillation:
             aligned = student.aligned if self.rules.student_passes == 1 else self.segmenter.align(images)
             losses["distill"] = self.distillation(images, aligned, step)
@@ -100,12 +102,9 @@ class KTDAMethod(Method):
             case "none":
                 return False
 
-    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
-        align_corners = self.segmenter.decoder.align_corners
-        return cross_entropy(logits, masks, divisor=self.rules.divisor, align_corners=align_corners)
-
-    def _accuracy(self, logits: Tensor, masks: Tensor) -> Tensor:
-        return pixel_accuracy(logits, masks, align_corners=self.segmenter.decoder.align_corners)
+    def _at_size(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """float32 logits on the masks' pixels, for loss and accuracy alike."""
+        return self.segmenter.to_size(logits.float(), masks.shape[-2:])
 
 
 def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
@@ -158,7 +157,7 @@ def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) ->
 
 def _check_grid(recipe: KTDARecipe, teacher: Backbone) -> None:
     """A fixed FAM grid must be the teacher's for the training crops."""
-    crop, patch = crop_size(recipe), teacher.info.patch_size
+    crop, patch = recipe.data.augment_of("labeled").crop_size, teacher.info.patch_size
     if recipe.fam is None or recipe.fam.grid == "auto" or patch is None:
         return
     cells = -(-crop // patch)

@@ -138,13 +138,6 @@ def assemble_segmenter(
     )
 
 
-def crop_size(recipe: KTDARecipe) -> int:
-    """Side of the training crops in pixels."""
-    stream = recipe.data.streams.get("labeled")
-    augment = stream.augment if stream and stream.augment else recipe.data.augment
-    return augment.crop_size
-
-
 def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:
     """Channels per FAM level; checks that they are the teacher's."""
     if teacher is None:
@@ -202,6 +195,6 @@ def _tile_hint(recipe: KTDARecipe) -> TileHint:
     """Convolutional networks take large tiles; a fixed grid or attention was trained for one size."""
     attends = recipe.fmm is not None and recipe.fmm.type == "vit_block"
     if attends or (recipe.fam and recipe.fam.grid != "auto"):
-        crop = crop_size(recipe)
+        crop = recipe.data.augment_of("labeled").crop_size
         return TileHint(size=crop, overlap=crop // 8, flexible=False)
     return _FLEXIBLE_TILE

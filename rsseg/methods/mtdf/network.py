@@ -305,5 +305,4 @@ def teacher_task(config: TeacherConfig, task: Task) -> Task:
 def crop_sizes(recipe: MTDFRecipe) -> dict[str, int]:
     """Side in pixels of the training crops, by stream that is read."""
     read = recipe.stream_names() if recipe.unlabeled else ("labeled",)
-    own = {name: recipe.data.streams[name].augment for name in read if name in recipe.data.streams}
-    return {name: (own.get(name) or recipe.data.augment).crop_size for name in read}
+    return {name: recipe.data.augment_of(name).crop_size for name in read}

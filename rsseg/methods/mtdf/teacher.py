@@ -30,7 +30,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.frozen = Frozen(backbone)
         self.input_size = input_size
-        self.bands = None if bands is None else list(bands)
+        self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
         self.student_normalized = student_normalized
         self.grid = grid
         self.standardize = standardize
@@ -43,7 +43,7 @@ class Teacher(nn.Module):
         if self.student_normalized:
             images = student.normalize(images)
         if self.bands is not None:
-            images = images[:, self.bands]
+            images = images.index_select(1, cast(Tensor, self.bands))
         if self.input_size is not None:
             images = resize(images, (self.input_size, self.input_size), align_corners=True)
         maps = backbone.taps_of_normalized(images) if self.student_normalized else backbone(images)
