@@ -1,9 +1,10 @@
 """ST-DASegNet's training step against the published order of operations: equal parameters, time and memory.
 
-Published: four student forwards, a teacher whose graph is kept, discriminator forwards whose outputs nobody uses, seven
-optimizers, five backward calls. Ours: source and target as one batch, teacher without graph, one backward, three
-optimizers. Both start from the same weights and see the same images in one process; rounds are interleaved and ratios
-are taken within a round. Peak memory is that of a process of its own per formulation.
+Published: four student forwards, decoders that stack all levels at full size before they fuse them, a teacher whose
+graph is kept, discriminator forwards whose outputs nobody uses, seven optimizers, five backward calls. Ours: source and
+target as one batch, levels fused at their own sizes, teacher without graph, one backward, three optimizers. Both start
+from the same weights and see the same images in one process; rounds are interleaved and ratios are taken within a
+round. Peak memory is that of a process of its own per formulation.
 
     python benchmarks/dasegnet_step.py [--student NAME] [--teacher decoder_only_t|single_t] [--rounds N]
 """
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.device import keep_heap
+from rsseg.layers.decoders import SegFormerHead
 from rsseg.layers.losses import cross_entropy
 from rsseg.layers.resize import resize
 from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax
@@ -69,6 +71,13 @@ def make_batch() -> Batch:
         "source": Samples(torch.rand(BATCH, 3, SIDE, SIDE), valid, masks),
         "target": Samples(torch.rand(BATCH, 3, SIDE, SIDE), valid),
     }
+
+
+def stacked(head: SegFormerHead, maps: Sequence[Tensor]) -> Tensor:
+    """The decoder as published: every level resized, all stacked, one convolution."""
+    size = maps[0].shape[-2:]
+    levels = [resize(projection(level), size) for projection, level in zip(head.projections, maps, strict=True)]
+    return head.classifier(head.fusion(torch.cat(levels, dim=1)))
 
 
 class Published:
@@ -119,16 +128,19 @@ class Published:
         s2t, t2t = net.backbone_target(source.images), net.backbone_target(target.images)
         refined_s2s, refined_s2t = net.neck(s2s, s2t)
         refined_t2s, refined_t2t = net.neck(t2s, t2t)
-        out_s2s, out_t2s = net.decoder_source(refined_s2s), net.decoder_source(refined_t2s)
-        out_s2t, out_t2t = net.decoder_target(refined_s2t), net.decoder_target(refined_t2t)
+        out_s2s, out_t2s = stacked(net.decoder_source, refined_s2s), stacked(net.decoder_source, refined_t2s)
+        out_s2t, out_t2t = stacked(net.decoder_target, refined_s2t), stacked(net.decoder_target, refined_t2t)
         teacher = method.teacher
+        averaged = teacher.averaged
         if config.teacher.kind == "single_t":
-            again = net.neck(net.backbone_source(target.images), teacher.averaged("backbone_target")(target.images))
-            labels = (net.decoder_source(again[0]) + teacher.averaged("decoder_target")(again[1])) / 2
+            again = net.neck(net.backbone_source(target.images), averaged("backbone_target")(target.images))
+            taught = stacked(net.decoder_source, again[0]), stacked(averaged("decoder_target"), again[1])
         else:
-            labels = (
-                teacher.averaged("decoder_source")(refined_t2s) + teacher.averaged("decoder_target")(refined_t2t)
-            ) / 2
+            taught = (
+                stacked(averaged("decoder_source"), refined_t2s),
+                stacked(averaged("decoder_target"), refined_t2t),
+            )
+        labels = (taught[0] + taught[1]) / 2
         pseudo = pseudo_labels(labels.detach(), target.images.shape[-2:], target.valid, config)
         loss = sum(cross_entropy(out, source.masks, divisor="all") for out in (out_s2s, out_s2t))
         for out in (out_t2s, out_t2t):

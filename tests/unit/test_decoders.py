@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rsseg.layers.decoders import FCNHead, SegFormerHead, UPerNet
+from rsseg.layers.resize import resize
 
 WIDTHS = (4, 6, 8)
 
@@ -48,3 +49,17 @@ def test_aligned_corners_change_the_resize() -> None:
     plain = decoder(levels())
     decoder.align_corners = True
     assert not torch.allclose(plain, decoder(levels()))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_segformer_head_equals_stacking_the_levels_at_full_size(align_corners: bool) -> None:
+    torch.manual_seed(0)
+    head = SegFormerHead(WIDTHS, 5, channels=8, dropout=0.0, align_corners=align_corners).double()
+    maps = [level.double() for level in levels()]
+    size = maps[0].shape[-2:]
+    projected = [
+        resize(project(level), size, align_corners=align_corners)
+        for project, level in zip(head.projections, maps, strict=True)
+    ]
+    stacked = head.classifier(head.fusion(torch.cat(projected, dim=1)))
+    torch.testing.assert_close(head(maps), stacked, rtol=1e-10, atol=1e-12)
