@@ -3,7 +3,7 @@
 Every merge is a generator that holds one row of tiles, whatever the height of the image.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,13 +23,14 @@ class Tile:
     """One tile of an image.
 
     row, col: place in the `TilePlan`
-    image: float (C, h, w) in scaled units, filled where there is no data
+    load: makes the image, float (C, h, w) in scaled units, filled where there is no data; until it is called a tile
+        takes no more memory than the pixels of the file
     valid: bool (h, w), False where the image has no data; None if all have
     """
 
     row: int
     col: int
-    image: Tensor
+    load: Callable[[], Tensor]
     valid: NDArray[np.bool_] | None = None
 
     @property
@@ -118,6 +119,8 @@ class ScoreStrip:
 
 Scored = tuple[Tile, Tensor | None]
 """A tile and its float scores (K, h, w), None if it is empty."""
+Judged = tuple[Tile, Decision | None]
+"""A tile and what is decided about the part that it keeps, None if it is empty."""
 
 
 def decide(scores: Tensor) -> NDArray[np.uint8]:
@@ -126,7 +129,8 @@ def decide(scores: Tensor) -> NDArray[np.uint8]:
     The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
     times slower.
     """
-    return scores.argmax(-1).to(torch.uint8).cpu().numpy()
+    # Not argmax, which takes twice as long for the same: the first of the largest.
+    return scores.max(-1).indices.to(torch.uint8).cpu().numpy()
 
 
 def judge(scores: Tensor, wanted: Wanted) -> Decision:
@@ -144,17 +148,37 @@ def judge(scores: Tensor, wanted: Wanted) -> Decision:
             return Decision(decide(scores), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy())
 
 
+def crop_judge(plan: TilePlan, wanted: Wanted = CLASSES_ONLY) -> Callable[[Tile, Tensor], Decision]:
+    """Decides the part of a tile that it keeps, given its scores (K, h, w)."""
+
+    def judge_kept(tile: Tile, scores: Tensor) -> Decision:
+        return judge(scores.permute(1, 2, 0)[_kept(plan, tile)], wanted)
+
+    return judge_kept
+
+
+def crop_classes(tiles: Iterable[Judged], plan: TilePlan, num_classes: int, wanted: Wanted) -> Iterator[Strip]:
+    """Put together what is decided; tiles come row by row, the first may be that of any row.
+
+    Memory does not depend on the number of classes where the class alone is wanted.
+    """
+    last, width = len(plan.cols.origins) - 1, plan.cols.length
+    for tile, decided in tiles:
+        rows, cols = plan.rows.kept[tile.row], plan.cols.kept[tile.col]
+        if tile.col == 0:
+            decision = Decision.empty(rows.length, width, num_classes, wanted)
+            strip = Strip(rows.start, decision, np.zeros((rows.length, width), np.bool_))
+        if decided is not None:
+            decision.put((slice(None), cols.area), decided)
+        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[_kept(plan, tile)]
+        if tile.col == last:
+            yield strip
+
+
 def blend_classes(
     tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int, wanted: Wanted = CLASSES_ONLY
 ) -> Iterator[Strip]:
-    """Merge tiles, given row by row, into classes; the first tile may be that of any row.
-
-    With `crop` only what is wanted leaves a tile, so memory does not depend on the number of classes where that is the
-    class alone; the others hold tile x width x classes float32 scores.
-    """
-    if blend == "crop":
-        yield from _crop_classes(tiles, plan, num_classes, wanted)
-        return
+    """Decide what `blend_scores` merges; memory is as there."""
     for strip in blend_scores(tiles, plan, blend, num_classes):
         yield Strip(strip.top, judge(strip.scores, wanted), strip.valid)
 
@@ -188,19 +212,12 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
             valid[:kept] = valid[final.length :].copy()
 
 
-def _crop_classes(tiles: Iterable[Scored], plan: TilePlan, num_classes: int, wanted: Wanted) -> Iterator[Strip]:
-    last, width = len(plan.cols.origins) - 1, plan.cols.length
-    for tile, scores in tiles:
-        rows, cols = plan.rows.kept[tile.row], plan.cols.kept[tile.col]
-        if tile.col == 0:
-            decision = Decision.empty(rows.length, width, num_classes, wanted)
-            strip = Strip(rows.start, decision, np.zeros((rows.length, width), np.bool_))
-        inside = rows.within(plan.rows.origins[tile.row]), cols.within(plan.cols.origins[tile.col])
-        if scores is not None:
-            decision.put((slice(None), cols.area), judge(scores.permute(1, 2, 0)[inside], wanted))
-        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[inside]
-        if tile.col == last:
-            yield strip
+def _kept(plan: TilePlan, tile: Tile) -> tuple[slice, slice]:
+    """Rows and columns within a tile that it keeps with `crop`."""
+    return (
+        plan.rows.kept[tile.row].within(plan.rows.origins[tile.row]),
+        plan.cols.kept[tile.col].within(plan.cols.origins[tile.col]),
+    )
 
 
 def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:

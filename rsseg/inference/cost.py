@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsseg.methods.base import Segmenter
 
-_PROBE = 256
+_PROBE = 512
 """Side of the tile that stands for larger ones of a convolutional network."""
 _OVERHEAD = 1.6
 """Memory of a forward over that of its tensors: gaps of the allocator and scratch space of the kernels (measured)."""

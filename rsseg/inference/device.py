@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import functools
 import os
 import platform
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.errors import MachineError
+from rsseg.inference.simplify import simplify
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -49,7 +51,8 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
     """A copy in eval mode for inference, and the type to compute in; the original is not touched.
 
     A network that cannot compute in `dtype`, which one small image shows, computes in float32. Weights that need no
-    conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU.
+    conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU; a
+    convolutional network is simplified as well, see `simplify`.
     """
     # deepcopy takes what the memo already holds: the weights are not copied twice.
     memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
@@ -59,6 +62,8 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
         memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
     ready = copy.deepcopy(segmenter, memo).eval()
     ready.fold()
+    if ready.tile.flexible:
+        simplify(ready, functools.partial(ready.predict_logits, _small_image(ready, device)))
     return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
 
 
@@ -81,10 +86,16 @@ def keep_heap() -> None:
 
 @torch.inference_mode()
 def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> bool:
-    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
-    image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
     try:
         with torch.autocast(device.type, dtype):
-            return bool(segmenter.predict_logits(image).isfinite().all())
+            return bool(segmenter.predict_logits(_small_image(segmenter, device)).isfinite().all())
     except RuntimeError:  # an operation has no kernel for this type, or does not mix it with float32
         return False
+
+
+def _small_image(segmenter: Segmenter, device: torch.device) -> Tensor:
+    """Noise (1, C, side, side) about the mean, of the smallest side that the network is at home with."""
+    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
+    mean = torch.tensor(segmenter.fill)[:, None, None]
+    noise = torch.randn(len(mean), side, side, generator=torch.Generator().manual_seed(0))
+    return (mean + noise * mean.abs())[None].to(device)

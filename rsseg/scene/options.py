@@ -111,6 +111,8 @@ class ScenePlan(BaseModel):
     """Pixels computed per pixel of the scene."""
     blend: str
     batch_size: int
+    lanes: int
+    """Batches that a CPU computes at once."""
     device: str
     dtype: str
     views: int
@@ -131,7 +133,7 @@ class ScenePlan(BaseModel):
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
             f"  {self.tiles} tiles of {self.tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
-            f"merged by {self.blend}, {self.batch_size} at once"
+            f"merged by {self.blend}, {self.batch_size * self.lanes} at once"
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
             f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB beside the libraries, "

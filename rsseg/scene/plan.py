@@ -11,9 +11,9 @@ from rsseg.errors import DataError, MachineError
 from rsseg.inference.blend import Wanted
 from rsseg.inference.cost import Cost, measure_tile
 from rsseg.inference.device import keep_heap, ready_to_predict, resolve_device, resolve_precision
-from rsseg.inference.predict import Tiling, choose_tiling
+from rsseg.inference.predict import Compute, Tiling, choose_tiling
 from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
-from rsseg.inference.tta import Pose, poses_of
+from rsseg.inference.tta import poses_of
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.options import SceneOptions, ScenePlan
@@ -29,6 +29,8 @@ _BUFFER_BYTES = 48 << 20
 """What rows of the scene may take, input and output together; wider scenes are computed in panels."""
 _BASE_BYTES = 96 << 20
 """What does not depend on anything: caches of GDAL, kernels, threads."""
+_USUAL_BYTES = 500 << 20
+"""Unless more is allowed, no more tiles are computed at once than this holds."""
 _LEAST_TILE = 128
 
 
@@ -46,13 +48,10 @@ class Setup:
     info: RasterInfo
     bands: tuple[int, ...]
     network: Segmenter
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     tiling: Tiling
     plan: TilePlan
     panels: tuple[Panel, ...]
-    batch_size: int
-    poses: tuple[Pose, ...]
     products: tuple[tuple[Path, Product], ...]
     memory_bytes: int
     seconds: float
@@ -84,10 +83,10 @@ class Setup:
             "bands": self.bands,
             "tile": self.tiling.tile,
             "overlap": self.tiling.overlap,
-            "batch_size": self.batch_size,
+            "batch_size": self.compute.batch_size,
             "panels": len(self.panels),
-            "dtype": str(self.dtype),
-            "device": self.device.type,
+            "dtype": str(self.compute.dtype),
+            "device": self.compute.device.type,
         }
 
     def describe(self) -> ScenePlan:
@@ -103,10 +102,11 @@ class Setup:
             tiles=self.tiles,
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,
-            batch_size=self.batch_size,
-            device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
-            views=len(self.poses),
+            batch_size=self.compute.batch_size,
+            lanes=self.compute.lanes,
+            device=str(self.compute.device),
+            dtype=str(self.compute.dtype).removeprefix("torch."),
+            views=len(self.compute.poses),
             panels=len(self.panels),
             memory_bytes=self.memory_bytes,
             seconds=self.seconds,
@@ -149,13 +149,10 @@ def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: Scene
         info=info,
         bands=bands,
         network=network,
-        device=device,
-        dtype=dtype,
+        compute=Compute(device, fit.batch_size, dtype, fit.tiling.least, poses, fit.lanes),
         tiling=fit.tiling,
         plan=fit.plan,
         panels=fit.panels,
-        batch_size=fit.batch_size,
-        poses=poses,
         products=products,
         memory_bytes=fit.memory_bytes,
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
@@ -188,6 +185,7 @@ class _Fit:
     plan: TilePlan
     panels: tuple[Panel, ...]
     batch_size: int
+    lanes: int
     cost: Cost
     memory_bytes: int
 
@@ -200,7 +198,7 @@ def _fit(
     device: torch.device,
     dtype: torch.dtype,
 ) -> _Fit:
-    """The usual choice, or with `max_memory` the largest that fits: first one tile at once, then smaller tiles."""
+    """The usual choice, or with `max_memory` the largest that fits: one lane, one tile, smaller tiles."""
     tile, batch = options.tile, options.batch_size
     while True:
         tiling = choose_tiling(network, tile, options.overlap, options.blend)
@@ -215,10 +213,13 @@ def _fit(
         allowed = _BUFFER_BYTES if options.max_memory is None else min(_BUFFER_BYTES, options.max_memory // 8)
         panels = split_panels(plan, max(allowed // per_column, 1), shared=options.blend != "crop")
         buffers = per_column * max(panel.plan.cols.length for panel in panels)
-        on_host = _weights(network) + cost.peak_bytes * size if device.type == "cpu" else 0
-        # In float32: those of the batch and those that wait for it.
-        tiles = 4 * (size + 2) * info.count * plan.rows.tile * plan.cols.tile
-        fit = _Fit(tiling, plan, panels, size, cost, _BASE_BYTES + on_host + buffers + tiles)
+        lane = size * (cost.peak_bytes + 4 * info.count * plan.rows.tile * plan.cols.tile)
+        fixed, lanes = _BASE_BYTES + buffers, 1
+        if device.type == "cpu":
+            fixed += _weights(network)
+            fitting = ((options.max_memory or _USUAL_BYTES) - fixed) // lane
+            lanes = max(1, min(torch.get_num_threads(), fitting))
+        fit = _Fit(tiling, plan, panels, size, lanes, cost, fixed + lanes * lane)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit
         if size > 1 and options.batch_size is None:

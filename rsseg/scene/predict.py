@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.inference.blend import Scored, Strip, Tile, blend_classes
-from rsseg.inference.predict import predict_tiles
+from rsseg.inference.blend import Strip, Tile
+from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
@@ -112,8 +112,8 @@ def run(setup: Setup, *, model: str | None = None, progress: Progress | None = N
         tiles=setup.tiles,
         seconds=seconds,
         megapixels_per_second=pixels / 1e6 / seconds,
-        device=str(setup.device),
-        dtype=str(setup.dtype).removeprefix("torch."),
+        device=str(setup.compute.device),
+        dtype=str(setup.compute.dtype).removeprefix("torch."),
         resumed=sum(done) / rows,
         extra_outputs=tuple(name for name, _ in setup.products[1:]),
         warnings=setup.warnings,
@@ -186,18 +186,15 @@ def _compute(
     span = Span(first, len(rows.origins))
     # Closed before the raster is: the reader's thread must not read on.
     with closing(_ahead(read_tiles(raster, panel, setup.network, rows=span, region=region))) as tiles:
-        scored = predict_tiles(
+        strips = predict_strips(
             setup.network,
             tiles,
-            batch_size=setup.batch_size,
-            device=setup.device,
-            dtype=setup.dtype,
-            least=setup.tiling.least,
-            poses=setup.poses,
+            panel.plan,
+            setup.options.blend,
+            setup.compute,
+            wanted=setup.wanted,
+            report=report,
         )
-        counted = _counted(scored, report)
-        classes = setup.network.task.num_classes
-        strips = blend_classes(counted, panel.plan, setup.options.blend, classes, setup.wanted)
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= done)
 
 
@@ -222,12 +219,6 @@ def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator
             written.append(thread.submit(write, strip))
         for pending in written:
             pending.result()
-
-
-def _counted(scored: Iterable[Scored], report: Callable[[], None]) -> Iterator[Scored]:
-    for item in scored:
-        yield item
-        report()
 
 
 def _tile_counter(progress: Progress | None, setup: Setup, done: list[int]) -> Callable[[], None]:

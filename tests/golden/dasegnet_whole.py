@@ -1,6 +1,7 @@
 """Golden cases of ST-DASegNet's whole network and of whole training steps."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from rsseg.config import EvalConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.blend import Tile, blend_scores
-from rsseg.inference.predict import predict_image, predict_tiles
+from rsseg.inference.predict import Compute, predict_image, predict_scores
 from rsseg.inference.tiling import plan_tiles
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import StepOutput
@@ -104,14 +105,18 @@ def slide(net: DASegNet, images: Tensor, window: Mapping[str, Any]) -> Tensor:
     maps = []
     for image in images:
         tiles = [
-            Tile(row, col, image[:, top : top + plan.rows.tile, left : left + plan.cols.tile])
+            Tile(row, col, partial(cut, image, top, left, tile))
             for row, top in enumerate(plan.rows.origins)
             for col, left in enumerate(plan.cols.origins)
         ]
-        scored = predict_tiles(net, tiles, batch_size=1, device="cpu")
+        scored = predict_scores(net, tiles, Compute(torch.device("cpu")))
         strips = blend_scores(scored, plan, "mean", net.task.num_classes)
         maps.append(torch.cat([strip.scores for strip in strips]).permute(2, 0, 1))
     return torch.stack(maps)
+
+
+def cut(image: Tensor, top: int, left: int, side: int) -> Tensor:
+    return image[:, top : top + side, left : left + side]
 
 
 def setting(values: Any, keys: set[str]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -6,7 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsseg.inference.blend import Blend, Scored, Tile, blend_classes, blend_scores
+from rsseg.inference.blend import (
+    CLASSES_ONLY,
+    Blend,
+    Scored,
+    Strip,
+    Tile,
+    blend_classes,
+    blend_scores,
+    crop_classes,
+    crop_judge,
+)
 from rsseg.inference.tiling import TilePlan, plan_tiles
 
 BLENDS: tuple[Blend, ...] = ("crop", "hann", "mean")
@@ -25,7 +35,19 @@ def tiles_of(scores: torch.Tensor, plan: TilePlan, valid: np.ndarray | None = No
         for col, left in enumerate(plan.cols.origins):
             area = slice(top, top + plan.rows.tile), slice(left, left + plan.cols.tile)
             part = scores[:, area[0], area[1]]
-            yield Tile(row, col, part, None if valid is None else valid[area]), part
+            yield Tile(row, col, no_image, None if valid is None else valid[area]), part
+
+
+def no_image() -> torch.Tensor:
+    raise AssertionError("the merge looks at scores only")
+
+
+def classes_of(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> list[Strip]:
+    if blend != "crop":
+        return list(blend_classes(tiles, plan, blend, num_classes))
+    judge = crop_judge(plan)
+    judged = ((tile, None if scores is None else judge(tile, scores)) for tile, scores in tiles)
+    return list(crop_classes(judged, plan, num_classes, CLASSES_ONLY))
 
 
 @given(plan=plans, blend=st.sampled_from(BLENDS))
@@ -46,7 +68,7 @@ def test_classes_and_valid_area_come_out_where_they_were(plan: TilePlan, blend: 
     classes = draw.integers(0, 3, (plan.rows.length, plan.cols.length))
     valid = draw.random(classes.shape) < 0.7
     scores = torch.nn.functional.one_hot(torch.from_numpy(classes), 3).permute(2, 0, 1).float()
-    strips = list(blend_classes(tiles_of(scores, plan, valid), plan, blend, 3))
+    strips = classes_of(tiles_of(scores, plan, valid), plan, blend, 3)
     np.testing.assert_array_equal(np.concatenate([s.classes for s in strips]), classes)
     np.testing.assert_array_equal(np.concatenate([s.valid for s in strips]), valid)
     assert [s.top for s in strips] == [0, *np.cumsum([len(s.classes) for s in strips])[:-1]]
@@ -54,7 +76,7 @@ def test_classes_and_valid_area_come_out_where_they_were(plan: TilePlan, blend: 
 
 def test_mean_averages_overlapping_tiles_plainly() -> None:
     plan = plan_tiles(1, 3, tile=2, overlap=1)
-    tiles = [(Tile(0, i, torch.empty(0)), torch.full((1, 1, 2), float(i))) for i in range(2)]
+    tiles = [(Tile(0, i, no_image), torch.full((1, 1, 2), float(i))) for i in range(2)]
     (strip,) = blend_scores(tiles, plan, "mean", 1)
     assert strip.scores.flatten().tolist() == [0, 0.5, 1]
 
@@ -63,10 +85,10 @@ def test_mean_averages_overlapping_tiles_plainly() -> None:
 def test_empty_tiles_leave_the_others_as_they_are(blend: Blend) -> None:
     plan = plan_tiles(8, 16, tile=8, overlap=0)
     tiles: list[Scored] = [
-        (Tile(0, 0, torch.empty(0), np.zeros((8, 8), np.bool_)), None),
-        (Tile(0, 1, torch.empty(0)), torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])),
+        (Tile(0, 0, no_image, np.zeros((8, 8), np.bool_)), None),
+        (Tile(0, 1, no_image), torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])),
     ]
-    (strip,) = blend_classes(tiles, plan, blend, 2)
+    (strip,) = classes_of(tiles, plan, blend, 2)
     assert (strip.classes[:, 8:] == 1).all()
     assert not strip.valid[:, :8].any()
     assert strip.valid[:, 8:].all()

@@ -11,7 +11,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.layers.aspp import SeparableASPPHead
 from rsseg.layers.batch_norm import has_batch_norm
 from rsseg.layers.decoders import SegFormerHead
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.dasegnet.neck import DisentangledNeck
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, DecoderConfig
@@ -69,7 +69,7 @@ class DASegNet(Segmenter):
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
         (view,) = self.styles(images)
         logits = (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2
-        return resize(logits, images.shape[-2:])
+        return resize_logits(logits, images.shape[-2:])
 
     def styles(self, *batches: Tensor) -> list[Styles]:
         """Maps of several image batches, such as source and target.

@@ -11,7 +11,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.layers.decoders import SegFormerHead, UPerNet
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.ktda.parts import (
     BottleneckMlp,
@@ -81,7 +81,7 @@ class KTDASegmenter(Segmenter):
 
     def to_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Logits of any resolution, resized as the decoder resizes."""
-        return resize(logits, size, align_corners=self.decoder.align_corners)
+        return resize_logits(logits, size, align_corners=self.decoder.align_corners)
 
 
 def build_segmenter(recipe: KTDARecipe, task: Task) -> KTDASegmenter:

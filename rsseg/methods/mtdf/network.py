@@ -12,7 +12,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
 from rsseg.layers.batch_norm import unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize, resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task, task_with_bands
@@ -212,7 +212,7 @@ class MTDFSegmenter(Segmenter):
         return (*finer, mixed)
 
     def _decode(self, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        return resize(self.head(maps), images.shape[-2:], align_corners=True)
+        return resize_logits(self.head(maps), images.shape[-2:], align_corners=True)
 
 
 def _pointwise(layer: nn.Module, features: Tensor) -> Tensor:
