@@ -1,5 +1,6 @@
 """`rsseg predict`."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ import typer
 from pydantic import ValidationError
 
 from rsseg.commands.console import print_error, print_json, print_note, print_result, print_table
+from rsseg.commands.launch import silent, start_workers
 from rsseg.errors import Interrupted, PartialFailure, RssegError, UsageError
 
 if TYPE_CHECKING:
     from rsseg.methods.base import Segmenter
     from rsseg.scene.batch import Outcome, Target
     from rsseg.scene.options import SceneOptions
+    from rsseg.scene.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -72,16 +75,20 @@ def predict(
         bool, typer.Option("--resume-scene", help="Keep finished rows; after an interruption, go on from them.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
+    from rsseg.inference.device import own_device
     from rsseg.inference.load import load_segmenter
     from rsseg.scene.batch import choose_targets, find_scenes
     from rsseg.scene.plan import settle
+    from rsseg.scene.share import Share
     from rsseg.scene.vectors import PolygonOptions
     from rsseg.training.runs import choose_model
 
+    share = Share.from_environment(os.environ)
     found = find_scenes(scenes)
     targets = choose_targets(found, output, _part(part))
     options = _options(
@@ -95,7 +102,7 @@ def predict(
         aoi=aoi,
         batch_size=batch_size,
         max_memory=_bytes(max_memory),
-        device=device,
+        device=str(own_device(device, int(os.environ["LOCAL_RANK"]) if share.count > 1 else None)),
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
@@ -107,14 +114,19 @@ def predict(
         print_note(f"No scene belongs to part {part}.")
         return
     file = choose_model(model, runs)
-    print_note(f"Model: {file}")
-    segmenter = load_segmenter(file, device=device)
-    if dry_run:
-        for target in targets:
-            print_result(settle(segmenter, target.scene, target.output, options).describe().text())
+    if gpus > 1 and share.count == 1 and not dry_run:
+        raise typer.Exit(start_workers(gpus))
+    with silent(not share.is_main):
+        print_note(f"Model: {file}")
+        segmenter = load_segmenter(file, device=options.device)
+        if dry_run:
+            for target in targets:
+                print_result(settle(segmenter, target.scene, target.output, options).describe().text())
+            return
+        with _interruptible(resume_scene=resume_scene, several=len(found) > 1):
+            outcomes = _run(segmenter, targets, options, extras, skip_existing=skip_existing, share=share)
+    if not share.is_main:
         return
-    with _interruptible(resume_scene=resume_scene, several=len(found) > 1):
-        outcomes = _run(segmenter, targets, options, extras, skip_existing=skip_existing)
     if as_json:
         print_json([o.result for o in outcomes if o.result] if len(found) == 1 else outcomes)
     failures = [str(o.error) for o in outcomes if o.status == "failed"]
@@ -164,6 +176,7 @@ def _run(
     extras: _Extras,
     *,
     skip_existing: bool,
+    share: "Share",
 ) -> "list[Outcome]":
     from rsseg.commands.progress import stage_bar
     from rsseg.scene.batch import Outcome, predict_scenes
@@ -179,14 +192,14 @@ def _run(
         if len(targets) == 1 and not skip_existing:
             # One scene fails with its own exit code.
             (target,) = targets
-            setup = settle(segmenter, target.scene, target.output, options)
-            print_note(setup.describe().text())
-            result = run(setup, progress=progress(target))
-            extras.make(target, segmenter)
-            done = Outcome(
-                scene=target.scene, output=target.output, status="done", seconds=result.seconds, result=result
-            )
-            return [done]
+            with share.of_scene(target.output, resume=options.resume):
+                setup = settle(segmenter, target.scene, target.output, options)
+                print_note(setup.describe().text())
+                result = run(setup, progress=progress(target), share=share)
+                if result is not None:
+                    extras.make(target, segmenter)
+                    return [Outcome.of(target, result)]
+            return []
         outcomes = []
         for target, outcome in zip(
             targets,
@@ -198,6 +211,7 @@ def _run(
                 journal=len(targets) > 1,
                 on_plan=lambda plan: print_note(plan.text()),
                 progress=progress,
+                share=share,
             ),
             strict=True,
         ):
@@ -209,7 +223,7 @@ def _run(
 
 def _with_extras(outcome: "Outcome", target: "Target", segmenter: "Segmenter", extras: _Extras) -> "Outcome":
     try:
-        if outcome.status == "done":
+        if outcome.result is not None:
             extras.make(target, segmenter)
     except RssegError as error:
         outcome = outcome.model_copy(update={"status": "failed", "error": str(error)})

@@ -1,14 +1,13 @@
 """`rsseg train`."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rsseg.commands.console import print_json, print_note, print_result, print_scores
+from rsseg.commands.launch import start_workers
 from rsseg.errors import UsageError
 
 
@@ -41,7 +40,7 @@ def train(
     from rsseg.recipe import find_recipe, load_recipe
 
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
-        raise typer.Exit(_start_workers(gpus))
+        raise typer.Exit(start_workers(gpus))
     flags = {
         "data.path": data,
         "trainer.steps": steps,
@@ -85,14 +84,3 @@ def train(
     if result.scores is not None and result.scores.pixels:
         print_scores(result.scores)
     print_result(result.text())
-
-
-def _start_workers(gpus: int) -> int:
-    """Run this same command once per GPU under torchrun; returns its exit code."""
-    arguments = list(sys.argv[1:])
-    if "--gpus" in arguments:
-        at = arguments.index("--gpus")
-        del arguments[at : at + 2]
-    arguments = [a for a in arguments if not a.startswith("--gpus=")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    return subprocess.run([*launcher, "-m", "rsseg", *arguments], check=False).returncode

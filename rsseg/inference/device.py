@@ -36,6 +36,19 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def own_device(name: str, number: int | None) -> torch.device:
+    """Like `resolve_device`; of several processes, this is the one whose GPU has that number unless the name has one.
+
+    Raises:
+        MachineError: there is no such device, or fewer than processes.
+    """
+    device = resolve_device(name)
+    if number is not None and device.type == "cuda" and device.index is None:
+        device = resolve_device(f"cuda:{number}")
+        torch.cuda.set_device(device)
+    return device
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device computes with it, and float32 where it would only imitate it."""
     if precision != "auto":

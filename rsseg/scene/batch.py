@@ -17,6 +17,7 @@ from rsseg.scene.identity import TAG, identify_model
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import Setup, settle
 from rsseg.scene.predict import identity_of, run
+from rsseg.scene.share import ALONE, Share
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -42,6 +43,11 @@ class Outcome(BaseModel):
     seconds: float
     error: str | None = None
     result: SceneResult | None = None
+
+    @classmethod
+    def of(cls, target: Target, result: SceneResult) -> "Outcome":
+        """Of a scene that is done."""
+        return cls(scene=target.scene, output=target.output, status="done", seconds=result.seconds, result=result)
 
 
 def find_scenes(names: Sequence[str]) -> list[str]:
@@ -106,6 +112,7 @@ def predict_scenes(
     journal: bool = False,
     on_plan: Callable[[ScenePlan], None] | None = None,
     progress: Callable[[Target], Progress] | None = None,
+    share: Share = ALONE,
 ) -> Iterator[Outcome]:
     """Predict one scene after the other; one that fails does not stop the rest.
 
@@ -117,6 +124,7 @@ def predict_scenes(
         journal: append what became of each scene to `JOURNAL` beside its output.
         on_plan: told before each scene.
         progress: asked for a `Progress` before each scene.
+        share: this process's part of every scene; only the main one has results.
     """
     model = identify_model(segmenter)
     for target in targets:
@@ -124,13 +132,15 @@ def predict_scenes(
         status: Literal["done", "skipped", "failed"] = "done"
         result, message = None, None
         try:
-            setup = settle(segmenter, target.scene, target.output, _tolerant(options, skip_existing))
-            if skip_existing and target.output.exists() and _is_done(setup, model, overwrite=options.overwrite):
-                status = "skipped"
-            else:
-                if on_plan is not None:
-                    on_plan(setup.describe())
-                result = run(setup, model=model, progress=None if progress is None else progress(target))
+            with share.of_scene(target.output, resume=options.resume):
+                setup = settle(segmenter, target.scene, target.output, _tolerant(options, skip_existing))
+                if skip_existing and target.output.exists() and _is_done(setup, model, overwrite=options.overwrite):
+                    status = "skipped"
+                else:
+                    if on_plan is not None:
+                        on_plan(setup.describe())
+                    told = None if progress is None else progress(target)
+                    result = run(setup, model=model, progress=told, share=share)
         except RssegError as error:
             status, message = "failed", str(error)
         except Exception as error:  # a night's work must not end with one odd file
@@ -139,7 +149,7 @@ def predict_scenes(
         outcome = Outcome(
             scene=target.scene, output=target.output, status=status, seconds=seconds, error=message, result=result
         )
-        if journal:
+        if journal and share.is_main:
             _note(outcome)
         yield outcome
 

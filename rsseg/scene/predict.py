@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsseg.errors import MachineError
 from rsseg.inference.blend import Strip, Tile
 from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
@@ -22,6 +23,7 @@ from rsseg.scene.identity import TAG, identify, identify_files, identify_model
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import Setup, settle
 from rsseg.scene.products import NODATA
+from rsseg.scene.share import ALONE, Share, in_order
 from rsseg.scene.source import read_tiles
 from rsseg.scene.striplog import LoggedStrip, StripLog
 from rsseg.scene.writer import SceneWriter
@@ -65,11 +67,25 @@ def predict_scene(
         DataError: the scene is missing, damaged, or lacks bands.
         MachineError: the disk is full, memory does not suffice, or the device is not there.
     """
-    return run(settle(segmenter, scene, Path(output), options or SceneOptions()), progress=progress)
+    result = run(settle(segmenter, scene, Path(output), options or SceneOptions()), progress=progress)
+    assert result is not None  # for the type checker: this process is the only one
+    return result
 
 
-def run(setup: Setup, *, model: str | None = None, progress: Progress | None = None) -> SceneResult:
-    """Do what is settled; `model` is the hash of the network if it is known."""
+def run(
+    setup: Setup, *, model: str | None = None, progress: Progress | None = None, share: Share = ALONE
+) -> SceneResult | None:
+    """Do what is settled.
+
+    Args:
+        setup: see there.
+        model: hash of the network if it is known.
+        progress: called with how many tiles of how many are done; those of this process.
+        share: this process's part; several need `Share.of_scene` around this.
+
+    Returns:
+        What was written; None from all processes but the main one.
+    """
     start = time.perf_counter()
     info, task, options = setup.info, setup.network.task, setup.options
     with ExitStack() as stack:
@@ -77,32 +93,48 @@ def run(setup: Setup, *, model: str | None = None, progress: Progress | None = N
         region = None if options.aoi is None else read_region(options.aoi, info)
         identity = identity_of(setup, raster, model)
         log = None
-        if options.resume:
-            log = stack.enter_context(StripLog(log_path(setup.output), identity))
+        if options.resume or share.count > 1:
+            log = stack.enter_context(StripLog(share.log(setup.output), identity))
         # Entered in reverse: the class raster, which stands for all of them, is the last to appear.
         writers = [
             stack.enter_context(
                 SceneWriter(name, info, product, cloud_optimized=options.format == "cog", tags={TAG: identity})
             )
             for name, product in setup.products
+            if share.is_main
         ]
         sink = _Sink(setup, writers)
-        done = sink.replay(log) if log is not None else [0] * len(setup.panels)
-        report = _tile_counter(progress, setup, done)
+        # Shared rows are written when all are there: an output is written panel by panel, each from top to bottom.
+        at_once = share.count == 1
+        rows = share.rows(len(setup.plan.rows.origins))
+        done = [rows.start] * len(setup.panels)
+        for strip in log.strips() if log is not None else ():
+            done[strip.panel] = strip.row + 1
+            if at_once:
+                sink.write(strip)
+        resumed = sum(row - rows.start for row in done) / max(rows.length * len(setup.panels), 1)
+        report = _tile_counter(progress, setup, rows.length, [Span(row, rows.stop) for row in done])
         for index, panel in enumerate(setup.panels):
-            strips = _compute(setup, raster, region, panel, done[index], report)
+            strips = _compute(setup, raster, region, panel, Span(done[index], rows.stop), report)
 
             def write(numbered: tuple[int, Strip], index: int = index, panel: Panel = panel) -> None:
                 strip = sink.finished(index, panel, *numbered)
                 if log is not None:
                     log.append(strip)
-                sink.write(strip)
+                if at_once:
+                    sink.write(strip)
 
             _in_background(write, strips)
+        if share.is_main and log is not None and not at_once:
+            paths = share.wait(setup.output)
+            sink.write_shared(log, [stack.enter_context(StripLog(path, identity, anew=False)) for path in paths])
+    if not share.is_main:
+        share.hand_over(setup.output)
+        return None
     if options.resume:
-        log_path(setup.output).unlink(missing_ok=True)
+        share.log(setup.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - start
-    pixels, rows = info.height * info.width, len(setup.plan.rows.origins) * len(setup.panels)
+    pixels = info.height * info.width
     return SceneResult(
         output=setup.output,
         height=info.height,
@@ -114,7 +146,7 @@ def run(setup: Setup, *, model: str | None = None, progress: Progress | None = N
         megapixels_per_second=pixels / 1e6 / seconds,
         device=str(setup.compute.device),
         dtype=str(setup.compute.dtype).removeprefix("torch."),
-        resumed=sum(done) / rows,
+        resumed=resumed,
         extra_outputs=tuple(name for name, _ in setup.products[1:]),
         warnings=setup.warnings,
     )
@@ -125,11 +157,6 @@ def identity_of(setup: Setup, raster: Raster, model: str | None = None) -> str:
     area = identify_files([setup.options.aoi]) if setup.options.aoi is not None else ""
     model = model or identify_model(setup.network)
     return identify(identify_files(raster.files), model, area, settings=setup.settings())
-
-
-def log_path(output: Path) -> Path:
-    """Where finished rows wait for the rest."""
-    return output.with_name(f".{output.name}.resume")
 
 
 class _Sink:
@@ -158,13 +185,12 @@ class _Sink:
         for writer, (_, product), array in zip(self._writers, self._setup.products, strip.arrays, strict=True):
             writer.write(array.astype(product.dtype, copy=False), left)
 
-    def replay(self, log: StripLog) -> list[int]:
-        """Write what is in the log; returns how many rows of tiles of each panel that were."""
-        done = [0] * len(self._setup.panels)
-        for strip in log.strips():
+    def write_shared(self, own: StripLog, others: Sequence[StripLog]) -> None:
+        """Put the parts of all processes together."""
+        for strip in in_order([own, *others], len(self._setup.panels)):
             self.write(strip)
-            done[strip.panel] = strip.row + 1
-        return done
+        if self.counts.sum() != self._setup.info.height * self._setup.info.width:
+            raise MachineError(f"{self._setup.output}: rows of another process are missing. Start again.")
 
 
 def _compute(
@@ -172,18 +198,18 @@ def _compute(
     raster: Raster,
     region: Region | None,
     panel: Panel,
-    done: int,
+    wanted: Span,
     report: Callable[[], None],
 ) -> Generator[tuple[int, Strip]]:
-    """The strips of a panel from row `done` of tiles on, numbered."""
+    """The strips of these rows of tiles of a panel, numbered."""
     rows = panel.plan.rows
-    if done == len(rows.origins):
+    if not wanted.length:
         return
-    first = done
+    first = wanted.start
     if setup.options.blend != "crop":
         # Tiles above still weigh in the rows that they share.
-        first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[done] or i == done)
-    span = Span(first, len(rows.origins))
+        first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
+    span = Span(first, wanted.stop)
     # Closed before the raster is: the reader's thread must not read on.
     with closing(_ahead(read_tiles(raster, panel, setup.network, rows=span, region=region))) as tiles:
         strips = predict_strips(
@@ -195,7 +221,7 @@ def _compute(
             wanted=setup.wanted,
             report=report,
         )
-        yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= done)
+        yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)
 
 
 def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
@@ -221,16 +247,18 @@ def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator
             pending.result()
 
 
-def _tile_counter(progress: Progress | None, setup: Setup, done: list[int]) -> Callable[[], None]:
+def _tile_counter(progress: Progress | None, setup: Setup, own: int, missing: Sequence[Span]) -> Callable[[], None]:
+    """Counts tiles, given how many rows of them are this process's, and which of each panel are still missing."""
     if progress is None:
         return lambda: None
     per_row = [len(panel.plan.cols.origins) for panel in setup.panels]
-    finished = sum(rows * tiles for rows, tiles in zip(done, per_row, strict=True))
+    total = own * sum(per_row)
+    finished = total - sum(rows.length * tiles for rows, tiles in zip(missing, per_row, strict=True))
 
     def report() -> None:
         nonlocal finished
-        finished = min(finished + 1, setup.tiles)
-        progress(finished, setup.tiles)
+        finished = min(finished + 1, total)
+        progress(finished, total)
 
     return report
 

@@ -35,11 +35,11 @@ class LoggedStrip(NamedTuple):
 class StripLog:
     """A file of strips; use as a context manager."""
 
-    def __init__(self, path: Path, identity: str) -> None:
-        """Open or make it; a log of something else is begun anew.
+    def __init__(self, path: Path, identity: str, *, anew: bool = True) -> None:
+        """Open or make it; a log of something else is begun anew, or with `anew=False` refused.
 
         Raises:
-            MachineError: it cannot be written.
+            MachineError: it cannot be written, or is refused.
         """
         self.path = path
         self._head = _MAGIC + identity.encode() + b"\n"
@@ -47,6 +47,11 @@ class StripLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
             if self._file.read(len(self._head)) != self._head:
+                if not anew:
+                    raise MachineError(
+                        f"{path}: made with other settings, as where GPUs differ. Give all processes the same "
+                        "--batch-size, --tile and --dtype."
+                    )
                 self._file.seek(0)
                 self._file.truncate()
                 self._file.write(self._head)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rsseg.config import TrainerConfig
-from rsseg.inference.device import resolve_device, resolve_precision
+from rsseg.inference.device import own_device, resolve_precision
 from rsseg.training.distributed import Ranks
 
 
@@ -34,10 +34,7 @@ def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
     Raises:
         MachineError: the device does not exist here.
     """
-    device = resolve_device(config.device)
-    if device.type == "cuda" and device.index is None:
-        device = resolve_device(f"cuda:{ranks.local}")
-        torch.cuda.set_device(device)
+    device = own_device(config.device, ranks.local)
     match config.amp_dtype:
         case "none":
             return Hardware(device)

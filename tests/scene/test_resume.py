@@ -11,7 +11,8 @@ import rasterio
 import torch
 from numpy.testing import assert_array_equal
 
-from rsseg.scene.predict import log_path, predict_scene
+from rsseg.scene.predict import predict_scene
+from rsseg.scene.share import ALONE
 from rsseg.scene.striplog import LoggedStrip, StripLog
 from tests.conftest import write_tif
 from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels
@@ -32,7 +33,7 @@ def test_interrupted_scene_goes_on_and_gives_what_an_unbroken_run_gives(
     with pytest.raises(KeyboardInterrupt):
         predict_scene(StoppingSegmenter(25), scene, tmp_path / "out.tif", wanted)
     assert not (tmp_path / "out.tif").exists()
-    assert log_path(tmp_path / "out.tif").exists()
+    assert ALONE.log(tmp_path / "out.tif").exists()
     result = predict_scene(StoppingSegmenter(10**6), scene, tmp_path / "out.tif", wanted)
     assert 0.1 < result.resumed < 1
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
