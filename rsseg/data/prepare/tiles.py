@@ -1,6 +1,5 @@
-"""Grids and file names of tiles."""
+"""Grids of tiles."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,18 +53,3 @@ def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None 
         return []
     count = (length - tile) // stride + 1
     return sorted({min(i * (step or stride), length - tile) for i in range(count)})
-
-
-def tile_name(scene: str, box: Sequence[int]) -> str:
-    """File name of a published tile: `<scene>_<left>_<top>_<right>_<bottom>.png`."""
-    return f"{scene}_{'_'.join(str(edge) for edge in box)}.png"
-
-
-def potsdam_scene(file_name: str) -> str:
-    """`top_potsdam_2_10_RGBIR.tif` -> `2_10`."""
-    return "_".join(file_name.split("_")[2:4])
-
-
-def vaihingen_scene(file_name: str) -> str:
-    """`top_mosaic_09cm_area1.tif` -> `area1`."""
-    return file_name.partition(".")[0].split("_")[3]
