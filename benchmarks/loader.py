@@ -1,8 +1,9 @@
 """Loader against a PIL pipeline in the style of torchvision v1, images per second of one core.
 
-Both decode, scale by 0.5 to 2, crop 512 px, mirror, jitter colours and make a batch. The PIL pipeline scales the whole
-image and normalizes on the processor; ours reads the window that the crop needs and leaves scaling to the device ("+
-scaling" adds it, as training on a processor would). Rounds are interleaved; ratios are taken within a round.
+Both decode, resize by 0.5 to 2, crop 512 px, mirror, change each of four colour properties with probability 0.5, and
+make a batch. The PIL pipeline resizes the whole image and normalizes on the processor; ours reads the window that the
+crop needs, in uint8, and leaves the step to normalized float32 to the device ("+ normalized" adds it on this
+processor). Rounds are interleaved; ratios are taken within a round.
 
     python benchmarks/loader.py [--data FOLDER_WITH_images_AND_masks]
 """
@@ -66,11 +67,13 @@ def pil_batch(pairs: list[tuple[Path, Path]], rng: np.random.Generator) -> tuple
             flip = Image.Transpose.FLIP_LEFT_RIGHT
             image, mask = image.transpose(flip), mask.transpose(flip)
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhance(image).enhance(rng.uniform(0.5, 1.5))
-        hue, saturation, value = image.convert("HSV").split()
-        shift = int(rng.integers(-25, 26))
-        hue = hue.point([(i + shift) % 256 for i in range(256)])
-        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+            if rng.random() < 0.5:
+                image = enhance(image).enhance(rng.uniform(0.5, 1.5))
+        if rng.random() < 0.5:
+            hue, saturation, value = image.convert("HSV").split()
+            shift = int(rng.integers(-25, 26))
+            hue = hue.point([(i + shift) % 256 for i in range(256)])
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         images.append((pixels - MEAN) / STD)
         masks.append(torch.from_numpy(np.array(mask)).long())
@@ -132,8 +135,8 @@ def main() -> None:
         runs: dict[str, tuple[Callable[[int], object], int]] = {
             "PIL": (lambda _: pil_batch(pairs, rng), 2),
             "cached": (lambda step: cached.micro_batch(step, rank=0, world_size=1), 40),
-            "cached + scaling": (
-                lambda step: to_samples(cached.micro_batch(step, rank=0, world_size=1), scaling),
+            "cached + normalized": (
+                lambda step: (to_samples(cached.micro_batch(step, rank=0, world_size=1), scaling).images - MEAN) / STD,
                 20,
             ),
             "not cached": (lambda step: direct.micro_batch(step, rank=0, world_size=1), 4),
@@ -143,11 +146,11 @@ def main() -> None:
             for name, (make_batch, batches) in runs.items():
                 rates[name].append(rate(make_batch, batches, turn * batches))
     print(f"{len(pairs)} images, crop {CROP}, batch {BATCH}, one thread, {ROUNDS} rounds")
-    print(f"{'loader':<18}{'images/s':>10}{'ratio to PIL':>14}   range")
+    print(f"{'loader':<20}{'images/s':>10}{'ratio to PIL':>14}   range")
     for name, values in rates.items():
         ratios = [value / pil for value, pil in zip(values, rates["PIL"], strict=True)]
         spread = f"{min(ratios):.1f}-{max(ratios):.1f}"
-        print(f"{name:<18}{statistics.median(values):>10.0f}{statistics.median(ratios):>14.1f}   {spread}")
+        print(f"{name:<20}{statistics.median(values):>10.0f}{statistics.median(ratios):>14.1f}   {spread}")
 
 
 if __name__ == "__main__":

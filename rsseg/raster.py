@@ -28,7 +28,7 @@ from rsseg.errors import DataError
 # Images without coordinates are normal here. Once for the process: a filter around a call leaks between threads.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
-_CACHE_BYTES = (32 << 20, 512 << 20)
+_CACHE_BYTES = (16 << 20, 512 << 20)
 """Least and most that GDAL may cache."""
 _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Without these, GDAL returns truncated JPEG and PNG files as if they were whole."""

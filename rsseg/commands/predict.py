@@ -15,10 +15,11 @@ from rsseg.commands.launch import silent, start_workers
 from rsseg.errors import Interrupted, PartialFailure, RssegError, UsageError
 
 if TYPE_CHECKING:
-    from rsseg.methods.base import Segmenter
     from rsseg.scene.batch import Outcome, Target
     from rsseg.scene.options import SceneOptions
+    from rsseg.scene.plan import Ready
     from rsseg.scene.share import Share
+    from rsseg.task import Task
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -83,7 +84,7 @@ def predict(
     from rsseg.inference.device import own_device
     from rsseg.inference.load import load_segmenter
     from rsseg.scene.batch import choose_targets, find_scenes
-    from rsseg.scene.plan import settle
+    from rsseg.scene.plan import Ready, settle
     from rsseg.scene.share import Share
     from rsseg.scene.vectors import PolygonOptions
     from rsseg.training.runs import choose_model
@@ -118,13 +119,13 @@ def predict(
         raise typer.Exit(start_workers(gpus))
     with silent(not share.is_main):
         print_note(f"Model: {file}")
-        segmenter = load_segmenter(file, device=options.device)
+        ready = Ready.of(load_segmenter(file), options)
         if dry_run:
             for target in targets:
-                print_result(settle(segmenter, target.scene, target.output, options).describe().text())
+                print_result(settle(ready, target.scene, target.output, options).describe().text())
             return
         with _interruptible(resume_scene=resume_scene, several=len(found) > 1):
-            outcomes = _run(segmenter, targets, options, extras, skip_existing=skip_existing, share=share)
+            outcomes = _run(ready, targets, options, extras, skip_existing=skip_existing, share=share)
     if not share.is_main:
         return
     if as_json:
@@ -155,22 +156,22 @@ class _Extras:
         # An ending alone has no file to look for yet.
         check_polygon_output(polygons.with_name(f"x{polygons.name}") if self._ending else polygons, overwrite=overwrite)
 
-    def make(self, target: "Target", segmenter: "Segmenter") -> None:
+    def make(self, target: "Target", task: "Task") -> None:
         """Polygons and picture of one scene."""
         if self._polygons is not None:
             from rsseg.scene.vectors import write_polygons
 
             file = target.output.with_suffix(self._polygons.name) if self._ending else self._polygons
-            count = write_polygons(target.output, segmenter.task, file, self._settings, overwrite=self._overwrite)
+            count = write_polygons(target.output, task, file, self._settings, overwrite=self._overwrite)
             print_note(f"{count} polygons: {file}")
         if self._preview is not None:
             from rsseg.scene.preview import draw_preview
 
-            draw_preview(target.scene, target.output, segmenter.task, self._preview)
+            draw_preview(target.scene, target.output, task, self._preview)
 
 
 def _run(
-    segmenter: "Segmenter",
+    ready: "Ready",
     targets: "list[Target]",
     options: "SceneOptions",
     extras: _Extras,
@@ -183,6 +184,7 @@ def _run(
     from rsseg.scene.plan import settle
     from rsseg.scene.predict import run
 
+    task = ready.network.task
     with stage_bar() as advance:
 
         def progress(target: "Target") -> Any:
@@ -193,18 +195,18 @@ def _run(
             # One scene fails with its own exit code.
             (target,) = targets
             with share.of_scene(target.output, resume=options.resume):
-                setup = settle(segmenter, target.scene, target.output, options)
+                setup = settle(ready, target.scene, target.output, options)
                 print_note(setup.describe().text())
                 result = run(setup, progress=progress(target), share=share)
                 if result is not None:
-                    extras.make(target, segmenter)
+                    extras.make(target, task)
                     return [Outcome.of(target, result)]
             return []
         outcomes = []
         for target, outcome in zip(
             targets,
             predict_scenes(
-                segmenter,
+                ready,
                 targets,
                 options,
                 skip_existing=skip_existing,
@@ -217,14 +219,14 @@ def _run(
         ):
             if outcome.status == "skipped":
                 print_note(f"{target.scene}: {target.output} is up to date.")
-            outcomes.append(_with_extras(outcome, target, segmenter, extras))
+            outcomes.append(_with_extras(outcome, target, task, extras))
         return outcomes
 
 
-def _with_extras(outcome: "Outcome", target: "Target", segmenter: "Segmenter", extras: _Extras) -> "Outcome":
+def _with_extras(outcome: "Outcome", target: "Target", task: "Task", extras: _Extras) -> "Outcome":
     try:
         if outcome.result is not None:
-            extras.make(target, segmenter)
+            extras.make(target, task)
     except RssegError as error:
         outcome = outcome.model_copy(update={"status": "failed", "error": str(error)})
     if outcome.error is not None:

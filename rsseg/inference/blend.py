@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.tiling import AxisPlan, TilePlan
+from rsseg.inference.scores import Scores
+from rsseg.inference.tiling import AxisPlan, Span, TilePlan
 
 Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' scores."""
@@ -148,11 +149,15 @@ def judge(scores: Tensor, wanted: Wanted) -> Decision:
             return Decision(decide(scores), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy())
 
 
-def crop_judge(plan: TilePlan, wanted: Wanted = CLASSES_ONLY) -> Callable[[Tile, Tensor], Decision]:
-    """Decides the part of a tile that it keeps, given its scores (K, h, w)."""
+def crop_judge(plan: TilePlan, wanted: Wanted = CLASSES_ONLY) -> Callable[[Tile, Scores], Decision]:
+    """Decides the part of a tile that it keeps."""
 
-    def judge_kept(tile: Tile, scores: Tensor) -> Decision:
-        return judge(scores.permute(1, 2, 0)[_kept(plan, tile)], wanted)
+    def judge_kept(tile: Tile, scores: Scores) -> Decision:
+        rows, cols = _kept(plan, tile)
+        kept = Decision.empty(rows.length, cols.length, len(scores.coarse), wanted)
+        for part, values in scores.bands(rows):
+            kept.put((part.within(rows.start), slice(None)), judge(values[..., cols.area].permute(1, 2, 0), wanted))
+        return kept
 
     return judge_kept
 
@@ -170,7 +175,8 @@ def crop_classes(tiles: Iterable[Judged], plan: TilePlan, num_classes: int, want
             strip = Strip(rows.start, decision, np.zeros((rows.length, width), np.bool_))
         if decided is not None:
             decision.put((slice(None), cols.area), decided)
-        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[_kept(plan, tile)]
+        inside = tuple(span.area for span in _kept(plan, tile))
+        strip.valid[:, cols.area] = True if tile.valid is None else tile.valid[inside]
         if tile.col == last:
             yield strip
 
@@ -212,12 +218,11 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
             valid[:kept] = valid[final.length :].copy()
 
 
-def _kept(plan: TilePlan, tile: Tile) -> tuple[slice, slice]:
-    """Rows and columns within a tile that it keeps with `crop`."""
-    return (
-        plan.rows.kept[tile.row].within(plan.rows.origins[tile.row]),
-        plan.cols.kept[tile.col].within(plan.cols.origins[tile.col]),
-    )
+def _kept(plan: TilePlan, tile: Tile) -> tuple[Span, Span]:
+    """Rows and columns of a tile that it keeps with `crop`, counted within it."""
+    places = ((plan.rows, tile.row), (plan.cols, tile.col))
+    rows, cols = (axis.kept[i].moved(-axis.origins[i]) for axis, i in places)
+    return rows, cols
 
 
 def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:

@@ -5,13 +5,14 @@ import ctypes
 import functools
 import os
 import platform
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rsseg.errors import MachineError
-from rsseg.inference.simplify import simplify
+from rsseg.inference.simplify import simplify, store_convolutions
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -77,7 +78,10 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
     ready.fold()
     if ready.tile.flexible:
         simplify(ready, functools.partial(ready.predict_logits, _small_image(ready, device)))
-    return ready, dtype if dtype == torch.float32 or _can_compute(ready, device, dtype) else torch.float32
+    if dtype == torch.float32 or not _can_compute(ready, device, dtype):
+        return ready, torch.float32
+    store_convolutions(ready, dtype, lambda: _can_compute(ready, device, dtype))
+    return ready, dtype
 
 
 def keep_heap() -> None:
@@ -95,6 +99,30 @@ def keep_heap() -> None:
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, 2**31 - 1)
     library.mallopt(top_pad, 64 << 20)
+
+
+class HeapGuard:
+    """Gives back what the heap keeps free once it has grown too far.
+
+    What lives for long comes to lie between the blocks that a network takes and frees, so that the heap of
+    `keep_heap` grows slowly. Giving free memory back now and then costs little; after every tile, a third of the time.
+    """
+
+    def __init__(self, most: int) -> None:
+        """`most` bytes are what the process may hold before anything is given back."""
+        self._most = most
+
+    def check(self) -> None:
+        """To be called often; does nothing where memory cannot be looked at."""
+        if resident_bytes() > self._most:
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory; 0 with another C library than glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.inference_mode()

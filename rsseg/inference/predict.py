@@ -27,6 +27,7 @@ from rsseg.inference.blend import (
     crop_judge,
     decide,
 )
+from rsseg.inference.scores import Scores
 from rsseg.inference.tiling import TilePlan, mirror, plan_tiles
 from rsseg.inference.tta import Pose, View, interpolate, poses_of, scaled_size, views_of
 from rsseg.methods.base import Segmenter
@@ -175,11 +176,11 @@ def predict_strips(
 
 def predict_scores(segmenter: Segmenter, tiles: Iterable[Tile], compute: Compute) -> Iterator[Scored]:
     """The scores of tiles, on the device; see `predict_tiles`."""
-    return predict_tiles(segmenter, tiles, lambda _, scores: scores, compute)
+    return predict_tiles(segmenter, tiles, lambda _, scores: scores.whole(), compute)
 
 
 def predict_tiles(
-    segmenter: Segmenter, tiles: Iterable[Tile], reduce: Callable[[Tile, Tensor], Item], compute: Compute
+    segmenter: Segmenter, tiles: Iterable[Tile], reduce: Callable[[Tile, Scores], Item], compute: Compute
 ) -> Iterator[tuple[Tile, Item | None]]:
     """What is made of the scores of tiles of one shape, in their order; an empty tile gets no forward and None.
 
@@ -188,12 +189,12 @@ def predict_tiles(
     Args:
         segmenter: on the device, in eval mode.
         tiles: with images in the host's memory.
-        reduce: called with a tile and its float scores (K, h, w) on the device.
+        reduce: called with a tile and its scores on the device.
         compute: how the network is run.
     """
     forward = _Forward(segmenter, compute)
 
-    def reduced(batch: list[Tile], scores: list[Tensor | None]) -> list[tuple[Tile, Item | None]]:
+    def reduced(batch: list[Tile], scores: list[Scores | None]) -> list[tuple[Tile, Item | None]]:
         pairs = zip(batch, scores, strict=True)
         return [(tile, None if values is None else reduce(tile, values)) for tile, values in pairs]
 
@@ -203,7 +204,7 @@ def predict_tiles(
         return
     # A GPU works by itself: it gets the next batch before the host waits for the scores of the last one.
     late = 1 if compute.device.type == "cuda" else 0
-    waiting: deque[tuple[list[Tile], list[Tensor | None]]] = deque()
+    waiting: deque[tuple[list[Tile], list[Scores | None]]] = deque()
     for batch in batches:
         waiting.append((batch, forward.tiles(batch)))
         if len(waiting) > late:
@@ -231,38 +232,43 @@ def _in_lanes(work: Callable[[list[Tile]], list[Item]], batches: Iterator[list[T
 
 @dataclass(frozen=True)
 class _Forward:
-    """Images (B, C, h, w) in the host's memory -> scores (B, K, h, w) on the device."""
+    """Images (B, C, h, w) in the host's memory -> their scores on the device."""
 
     segmenter: Segmenter
     compute: Compute
 
-    def tiles(self, batch: list[Tile]) -> list[Tensor | None]:
+    def tiles(self, batch: list[Tile]) -> list[Scores | None]:
         """One forward for the tiles that are not empty; None for those that are."""
         full = [tile.load() for tile in batch if not tile.is_empty]
         scores = iter(self(full[0][None] if len(full) == 1 else torch.stack(full))) if full else iter(())
         return [None if tile.is_empty else next(scores) for tile in batch]
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> list[Scores]:
         device, poses = self.compute.device, self.compute.poses
         if device.type == "cuda":
             # From pinned memory the copy runs beside the work on the last batch.
             images = images.pin_memory().to(device, non_blocking=True)
         if len(poses) == 1:
             return self._scores(images)
-        posed = (pose.undo(self._scores(pose.apply(images)).float().softmax(1)) for pose in poses)
-        total: Any = sum(posed)
+        total: Any = sum(pose.undo(self._shares(pose.apply(images))) for pose in poses)
         # The logarithm of a probability is a score that gives this probability.
         scores: Tensor = (total / len(poses)).clamp_min(1e-30).log()
-        return scores.contiguous(memory_format=torch.channels_last)
+        return [Scores.of(values) for values in scores.contiguous(memory_format=torch.channels_last)]
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def _shares(self, images: Tensor) -> Tensor:
+        """Probabilities (B, K, h, w)."""
+        return torch.stack([scores.whole().softmax(0) for scores in self._scores(images)])
+
+    def _scores(self, images: Tensor) -> list[Scores]:
         height, width = images.shape[-2:]
         device, dtype, least = self.compute.device, self.compute.dtype, self.compute.least
         images = _extended(images, max(height, least), max(width, least))
-        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        images = self.segmenter.padded(images.to(device).contiguous(memory_format=torch.channels_last))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return self.segmenter.predict_logits(images)[..., :height, :width]
+            coarse = self.segmenter.coarse(images)
+        full = (images.shape[-2], images.shape[-1])
+        return [Scores(values, full, (height, width)) for values in coarse]
 
 
 def _extended(images: Tensor, height: int, width: int) -> Tensor:
@@ -310,6 +316,6 @@ def _view_scores(
         strips = blend_scores(predict_scores(segmenter, tiles, compute), plan, config.blend, segmenter.task.num_classes)
         scores = torch.cat([strip.scores for strip in strips]).permute(2, 0, 1)
     else:
-        scores = _Forward(segmenter, Compute(torch.device(device)))(seen[None])[0].float()
+        scores = _Forward(segmenter, Compute(torch.device(device)))(seen[None])[0].whole()
     scores = interpolate(scores, size, align_corners=corners)
     return (scores.flip(-1) if view.flip else scores).permute(1, 2, 0)

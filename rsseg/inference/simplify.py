@@ -34,6 +34,20 @@ def simplify(network: nn.Module, run: Callable[[], Tensor]) -> None:
         edits.undo()
 
 
+@torch.no_grad()
+def store_convolutions(network: nn.Module, dtype: torch.dtype, works: Callable[[], bool]) -> None:
+    """Keep the weights of convolutions in the type that autocast computes in, instead of converting them each time; in
+    place. Undone if `works`, which runs the network, says no: a part that computes in float32 after all.
+    """
+    edits = _Edits()
+    for conv in [module for module in network.modules() if isinstance(module, nn.Conv2d)]:
+        edits.set(conv, "weight", _constant(conv.weight.to(dtype)))
+        if conv.bias is not None:
+            edits.set(conv, "bias", _constant(conv.bias.to(dtype)))
+    if not works():
+        edits.undo()
+
+
 class _Edits:
     """Changes of attributes that can be taken back."""
 

@@ -44,6 +44,10 @@ class Span:
         """For indexing."""
         return slice(self.start, self.stop)
 
+    def moved(self, by: int) -> "Span":
+        """The pixels so much farther along the axis."""
+        return Span(self.start + by, self.stop + by)
+
     def within(self, origin: int) -> slice:
         """The same pixels, counted from `origin`."""
         return slice(self.start - origin, self.stop - origin)

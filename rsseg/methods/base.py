@@ -67,6 +67,13 @@ class Segmenter(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units, H and W multiples of `input_multiple` -> float logits (B, K, H, W)."""
 
+    def coarse(self, images: Tensor) -> Tensor:
+        """Like `forward`, but logits of any resolution that plain bilinear resizing brings to that of the images.
+
+        Those of `forward` unless a network has smaller ones.
+        """
+        return self(images)  # type: ignore[no-any-return]
+
     def fold(self) -> None:
         """Multiply out layers that only training keeps apart; called once on a copy that only predicts.
 
@@ -76,12 +83,16 @@ class Segmenter(nn.Module, ABC):
     def predict_logits(self, images: Tensor) -> Tensor:
         """Like `forward` for any H, W >= 1: extends right and bottom by reflection (edge if too small), crops back."""
         height, width = images.shape[-2:]
+        return self(self.padded(images))[..., :height, :width]  # type: ignore[no-any-return]
+
+    def padded(self, images: Tensor) -> Tensor:
+        """Extended right and bottom to multiples of `input_multiple`, as `predict_logits` does."""
+        height, width = images.shape[-2:]
         bottom, right = -height % self.input_multiple, -width % self.input_multiple
         if not bottom and not right:
-            return self(images)  # type: ignore[no-any-return]
+            return images
         mode = "reflect" if bottom < height and right < width else "replicate"
-        padded = F.pad(images, (0, right, 0, bottom), mode=mode)
-        return self(padded)[..., :height, :width]  # type: ignore[no-any-return]
+        return F.pad(images, (0, right, 0, bottom), mode=mode)
 
 
 class Method(nn.Module, ABC):

@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from rasterio.errors import RasterioError
 
 from rsseg.errors import RssegError, UsageError
-from rsseg.methods.base import Segmenter
-from rsseg.scene.identity import TAG, identify_model
+from rsseg.scene.identity import TAG
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
-from rsseg.scene.plan import Setup, settle
+from rsseg.scene.plan import Ready, Setup, settle
 from rsseg.scene.predict import identity_of, run
 from rsseg.scene.share import ALONE, Share
 
@@ -104,7 +103,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
 
 
 def predict_scenes(
-    segmenter: Segmenter,
+    ready: Ready,
     targets: Sequence[Target],
     options: SceneOptions,
     *,
@@ -117,7 +116,7 @@ def predict_scenes(
     """Predict one scene after the other; one that fails does not stop the rest.
 
     Args:
-        segmenter: see `predict_scene`.
+        ready: the network.
         targets: scenes and outputs.
         options: of all scenes.
         skip_existing: leave out scenes whose outputs are there and were made from the same scene, model and options.
@@ -126,21 +125,20 @@ def predict_scenes(
         progress: asked for a `Progress` before each scene.
         share: this process's part of every scene; only the main one has results.
     """
-    model = identify_model(segmenter)
     for target in targets:
         start = time.monotonic()
         status: Literal["done", "skipped", "failed"] = "done"
         result, message = None, None
         try:
             with share.of_scene(target.output, resume=options.resume):
-                setup = settle(segmenter, target.scene, target.output, _tolerant(options, skip_existing))
-                if skip_existing and target.output.exists() and _is_done(setup, model, overwrite=options.overwrite):
+                setup = settle(ready, target.scene, target.output, _tolerant(options, skip_existing))
+                if skip_existing and target.output.exists() and _is_done(setup, overwrite=options.overwrite):
                     status = "skipped"
                 else:
                     if on_plan is not None:
                         on_plan(setup.describe())
                     told = None if progress is None else progress(target)
-                    result = run(setup, model=model, progress=told, share=share)
+                    result = run(setup, progress=told, share=share)
         except RssegError as error:
             status, message = "failed", str(error)
         except Exception as error:  # a night's work must not end with one odd file
@@ -163,9 +161,9 @@ def _tolerant(options: SceneOptions, skip_existing: bool) -> SceneOptions:
     return options.model_copy(update={"overwrite": True}) if skip_existing else options
 
 
-def _is_done(setup: Setup, model: str, *, overwrite: bool) -> bool:
+def _is_done(setup: Setup, *, overwrite: bool) -> bool:
     with setup.open() as raster:
-        identity = identity_of(setup, raster, model)
+        identity = identity_of(setup, raster)
     if all(_made_from(name) == identity for name, _ in setup.products):
         return True
     if overwrite:

@@ -1,7 +1,7 @@
 """What is settled before the first pixel is read: bands, tiles, panels, memory."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +10,37 @@ import torch
 from rsseg.errors import DataError, MachineError
 from rsseg.inference.blend import Wanted
 from rsseg.inference.cost import Cost, measure_tile
-from rsseg.inference.device import keep_heap, ready_to_predict, resolve_device, resolve_precision
+from rsseg.inference.device import (
+    keep_heap,
+    ready_to_predict,
+    resident_bytes,
+    resolve_device,
+    resolve_precision,
+)
 from rsseg.inference.predict import Compute, Tiling, choose_tiling
 from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
 from rsseg.inference.tta import poses_of
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
+from rsseg.scene.identity import identify_model
 from rsseg.scene.options import SceneOptions, ScenePlan
 from rsseg.scene.products import Product, class_product, confidence_product, probability_product
 from rsseg.scene.writer import check_output
+from rsseg.task import Task
 
 _BATCH_PIXELS = 1024 * 1024
 """Pixels of a batch on a CPU: more gain nothing there, and take memory."""
 _GPU_BATCH = 16
 _GPU_SHARE = 0.7
 """Most tiles at once on a GPU, and the part of its free memory that they may take."""
-_BUFFER_BYTES = 48 << 20
+_BUFFER_BYTES = 32 << 20
 """What rows of the scene may take, input and output together; wider scenes are computed in panels."""
 _BASE_BYTES = 96 << 20
 """What does not depend on anything: caches of GDAL, kernels, threads."""
 _USUAL_BYTES = 500 << 20
 """Unless more is allowed, no more tiles are computed at once than this holds."""
+_TRIM_AT = 0.9
+"""Part of the estimate at which free memory is given back: between two looks there may be more."""
 _LEAST_TILE = 128
 
 
@@ -39,8 +49,10 @@ class Setup:
     """A prediction, ready to run.
 
     network: on the device, in eval mode
+    model: hash of its weights
     panels: of `plan`
     products: final name and content of each output, the class raster first
+    trim_above: bytes of the process at which free memory is given back
     """
 
     scene: str
@@ -48,12 +60,14 @@ class Setup:
     info: RasterInfo
     bands: tuple[int, ...]
     network: Segmenter
+    model: str
     compute: Compute
     tiling: Tiling
     plan: TilePlan
     panels: tuple[Panel, ...]
     products: tuple[tuple[Path, Product], ...]
     memory_bytes: int
+    trim_above: int
     seconds: float
     warnings: tuple[str, ...]
 
@@ -114,16 +128,51 @@ class Setup:
         )
 
 
-def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: SceneOptions) -> Setup:
+@dataclass(frozen=True)
+class Ready:
+    """A network on its device, ready for any number of scenes.
+
+    network: in eval mode
+    model: hash of the weights that it was made from
+    held_before: bytes that the process held before
+    """
+
+    network: Segmenter
+    device: torch.device
+    dtype: torch.dtype
+    model: str
+    held_before: int
+    _costs: dict[int, Cost] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, segmenter: Segmenter, options: SceneOptions) -> "Ready":
+        """Copy a network, which is not changed, to the device of the options.
+
+        Raises:
+            MachineError: the device is not there.
+        """
+        keep_heap()
+        held = resident_bytes()
+        device = resolve_device(options.device)
+        network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
+        return cls(network, device, dtype, identify_model(segmenter), held)
+
+    def cost(self, side: int) -> Cost:
+        """Of a square tile."""
+        if side not in self._costs:
+            self._costs[side] = measure_tile(self.network, side, self.device, self.dtype)
+        return self._costs[side]
+
+
+def settle(ready: Ready, scene: Path | str, output: Path, options: SceneOptions) -> Setup:
     """Open the scene, check the output, and choose what the user left open.
 
     Raises:
         UsageError: the output exists already or cannot be written there; overlap and tile do not fit.
         DataError: the scene is missing, damaged, or lacks bands.
-        MachineError: the device is not there, or the memory that is allowed does not suffice.
+        MachineError: the memory that is allowed does not suffice.
     """
-    keep_heap()
-    task = segmenter.task
+    task = ready.network.task
     with open_scene(scene, options, None) as raster:
         try:
             bands = match_bands(raster.info, task.bands, options.bands)
@@ -131,12 +180,10 @@ def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: Scene
             raise DataError(f"{scene}: {error}") from None
     with open_scene(scene, options, bands) as raster:
         info, files = raster.info, raster.files
-    products = _products(segmenter, output, options)
+    products = _products(task, output, options)
     for name, _ in products:
         check_output(name, files, overwrite=options.overwrite)
-    device = resolve_device(options.device)
-    network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
-    fit = _fit(network, info, products, options, device, dtype)
+    fit = _fit(ready, info, products, options)
     warnings = []
     if info.dtype != task.dtype:
         warnings.append(
@@ -148,13 +195,15 @@ def settle(segmenter: Segmenter, scene: Path | str, output: Path, options: Scene
         options=options,
         info=info,
         bands=bands,
-        network=network,
-        compute=Compute(device, fit.batch_size, dtype, fit.tiling.least, poses, fit.lanes),
+        network=ready.network,
+        model=ready.model,
+        compute=Compute(ready.device, fit.batch_size, ready.dtype, fit.tiling.least, poses, fit.lanes),
         tiling=fit.tiling,
         plan=fit.plan,
         panels=fit.panels,
         products=products,
         memory_bytes=fit.memory_bytes,
+        trim_above=ready.held_before + int(_TRIM_AT * fit.memory_bytes),
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=tuple(warnings),
     )
@@ -167,13 +216,13 @@ def open_scene(
     return Raster(scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar, columns=columns)
 
 
-def _products(segmenter: Segmenter, output: Path, options: SceneOptions) -> tuple[tuple[Path, Product], ...]:
-    products = [(output, class_product(segmenter.task))]
+def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Path, Product], ...]:
+    products = [(output, class_product(task))]
     if options.confidence:
         products.append((output.with_name(f"{output.stem}_confidence.tif"), confidence_product()))
     if options.probabilities != "none":
         name = output.with_name(f"{output.stem}_probabilities.tif")
-        products.append((name, probability_product(segmenter.task, options.probabilities)))
+        products.append((name, probability_product(task, options.probabilities)))
     return tuple(products)
 
 
@@ -190,21 +239,15 @@ class _Fit:
     memory_bytes: int
 
 
-def _fit(
-    network: Segmenter,
-    info: RasterInfo,
-    products: tuple[tuple[Path, Product], ...],
-    options: SceneOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> _Fit:
+def _fit(ready: Ready, info: RasterInfo, products: tuple[tuple[Path, Product], ...], options: SceneOptions) -> _Fit:
     """The usual choice, or with `max_memory` the largest that fits: one lane, one tile, smaller tiles."""
+    network, device = ready.network, ready.device
     tile, batch = options.tile, options.batch_size
     while True:
         tiling = choose_tiling(network, tile, options.overlap, options.blend)
         plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
         side = max(plan.rows.tile, plan.cols.tile)
-        cost = measure_tile(network, side, device, dtype)
+        cost = ready.cost(side)
         size = batch or _batch_size(side, cost, device)
         # A row is cut into equal batches: full ones with a small rest would compute no faster.
         columns = len(plan.cols.origins)

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from rsseg.errors import MachineError
 from rsseg.inference.blend import Strip, Tile
+from rsseg.inference.device import HeapGuard
 from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
 from rsseg.scene.aoi import Region, read_region
 from rsseg.scene.grid import Grid
-from rsseg.scene.identity import TAG, identify, identify_files, identify_model
+from rsseg.scene.identity import TAG, identify, identify_files
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
-from rsseg.scene.plan import Setup, settle
+from rsseg.scene.plan import Ready, Setup, settle
 from rsseg.scene.products import NODATA
 from rsseg.scene.share import ALONE, Share, in_order
 from rsseg.scene.source import read_tiles
@@ -39,7 +40,8 @@ def plan_scene(
     segmenter: Segmenter, scene: Path | str, output: Path | str, options: SceneOptions | None = None
 ) -> ScenePlan:
     """What `predict_scene` would do; reads no pixel and writes nothing. Raises what it would raise for bad input."""
-    return settle(segmenter, scene, Path(output), options or SceneOptions()).describe()
+    options = options or SceneOptions()
+    return settle(Ready.of(segmenter, options), scene, Path(output), options).describe()
 
 
 def predict_scene(
@@ -67,19 +69,17 @@ def predict_scene(
         DataError: the scene is missing, damaged, or lacks bands.
         MachineError: the disk is full, memory does not suffice, or the device is not there.
     """
-    result = run(settle(segmenter, scene, Path(output), options or SceneOptions()), progress=progress)
+    options = options or SceneOptions()
+    result = run(settle(Ready.of(segmenter, options), scene, Path(output), options), progress=progress)
     assert result is not None  # for the type checker: this process is the only one
     return result
 
 
-def run(
-    setup: Setup, *, model: str | None = None, progress: Progress | None = None, share: Share = ALONE
-) -> SceneResult | None:
+def run(setup: Setup, *, progress: Progress | None = None, share: Share = ALONE) -> SceneResult | None:
     """Do what is settled.
 
     Args:
         setup: see there.
-        model: hash of the network if it is known.
         progress: called with how many tiles of how many are done; those of this process.
         share: this process's part; several need `Share.of_scene` around this.
 
@@ -91,7 +91,7 @@ def run(
     with ExitStack() as stack:
         raster = stack.enter_context(setup.open())
         region = None if options.aoi is None else read_region(options.aoi, info)
-        identity = identity_of(setup, raster, model)
+        identity = identity_of(setup, raster)
         log = None
         if options.resume or share.count > 1:
             log = stack.enter_context(StripLog(share.log(setup.output), identity))
@@ -113,7 +113,13 @@ def run(
             if at_once:
                 sink.write(strip)
         resumed = sum(row - rows.start for row in done) / max(rows.length * len(setup.panels), 1)
-        report = _tile_counter(progress, setup, rows.length, [Span(row, rows.stop) for row in done])
+        heap = HeapGuard(setup.trim_above)
+        count = _tile_counter(progress, setup, rows.length, [Span(row, rows.stop) for row in done])
+
+        def report() -> None:
+            heap.check()
+            count()
+
         for index, panel in enumerate(setup.panels):
             strips = _compute(setup, raster, region, panel, Span(done[index], rows.stop), report)
 
@@ -152,11 +158,10 @@ def run(
     )
 
 
-def identity_of(setup: Setup, raster: Raster, model: str | None = None) -> str:
+def identity_of(setup: Setup, raster: Raster) -> str:
     """Hash of all that the outputs are made from."""
     area = identify_files([setup.options.aoi]) if setup.options.aoi is not None else ""
-    model = model or identify_model(setup.network)
-    return identify(identify_files(raster.files), model, area, settings=setup.settings())
+    return identify(identify_files(raster.files), setup.model, area, settings=setup.settings())
 
 
 class _Sink:

@@ -16,6 +16,7 @@ from rsseg.checkpoint import load_tensors, write_model
 from rsseg.data.streams import Batch, training_batches
 from rsseg.errors import Interrupted
 from rsseg.layers.frozen import Frozen
+from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Method
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS
@@ -109,6 +110,14 @@ def test_logits_have_the_size_of_the_image(method: Method, size: tuple[int, int]
         logits = segmenter.predict_logits(torch.rand(2, 3, *size))
     assert logits.shape == (2, segmenter.task.num_classes, *size)
     assert logits.isfinite().all()
+
+
+def test_coarse_logits_become_the_logits_by_plain_resizing(method: Method) -> None:
+    segmenter = method.deployable().eval()
+    images = segmenter.padded(torch.rand(1, 3, 64, 96))
+    with torch.inference_mode():
+        logits, coarse = segmenter(images), segmenter.coarse(images)
+        assert torch.equal(resize_logits(coarse, images.shape[-2:]), logits)
 
 
 def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, method: Method, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rsseg.inference.blend import (
     crop_classes,
     crop_judge,
 )
+from rsseg.inference.scores import Scores
 from rsseg.inference.tiling import TilePlan, plan_tiles
 
 BLENDS: tuple[Blend, ...] = ("crop", "hann", "mean")
@@ -46,7 +47,7 @@ def classes_of(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classe
     if blend != "crop":
         return list(blend_classes(tiles, plan, blend, num_classes))
     judge = crop_judge(plan)
-    judged = ((tile, None if scores is None else judge(tile, scores)) for tile, scores in tiles)
+    judged = ((tile, None if scores is None else judge(tile, Scores.of(scores))) for tile, scores in tiles)
     return list(crop_classes(judged, plan, num_classes, CLASSES_ONLY))
 
 

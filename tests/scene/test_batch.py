@@ -13,9 +13,12 @@ from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import UsageError
+from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.batch import JOURNAL, Outcome, Target, choose_targets, find_scenes, predict_scenes
+from rsseg.scene.plan import Ready
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import files_in, options, random_pixels
 from tests.toys import ConvSegmenter, make_task
@@ -26,6 +29,10 @@ def scenes(tmp_path: Path) -> list[Path]:
     return [
         write_tif(tmp_path / "in" / f"{name}.tif", random_pixels(40, 50) // (i + 1)) for i, name in enumerate("abc")
     ]
+
+
+def ready_for(segmenter: Segmenter) -> Ready:
+    return Ready.of(segmenter, options())
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
@@ -63,7 +70,7 @@ def test_parts_share_the_scenes() -> None:
 def test_broken_scene_does_not_stop_the_rest_and_is_in_the_journal(tmp_path: Path, scenes: list[Path]) -> None:
     scenes[1].write_bytes(scenes[1].read_bytes()[:300])
     targets = choose_targets([str(s) for s in scenes], tmp_path / "out")
-    outcomes = list(predict_scenes(ConvSegmenter(make_task()), targets, options(), journal=True))
+    outcomes = list(predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options(), journal=True))
     assert statuses(outcomes) == ["done", "failed", "done"]
     assert [t.output.exists() for t in targets] == [True, False, True]
     lines = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
@@ -76,7 +83,7 @@ def test_existing_products_are_skipped_only_if_made_from_the_same(tmp_path: Path
     network = ConvSegmenter(make_task())
 
     def again(segmenter: ConvSegmenter, **changes: Any) -> list[Outcome]:
-        return list(predict_scenes(segmenter, targets, options(**changes), skip_existing=True))
+        return list(predict_scenes(ready_for(segmenter), targets, options(**changes), skip_existing=True))
 
     assert statuses(again(network)) == ["done"] * 3
     before = [t.output.stat().st_mtime_ns for t in targets]
@@ -88,6 +95,7 @@ def test_existing_products_are_skipped_only_if_made_from_the_same(tmp_path: Path
     assert "--overwrite" in (outcomes[2].error or "")
     assert statuses(again(network, overwrite=True)) == ["skipped", "skipped", "done"]
     assert statuses(again(network, tta="flip")) == ["failed"] * 3
+
     assert statuses(again(network, confidence=True, overwrite=True)) == ["done"] * 3
     with torch.no_grad():
         network.conv.bias.add_(1)
@@ -101,6 +109,15 @@ data: {path: none}
 student: {name: convnext_mini, weights: random}
 decoder: {type: segformer, channels: 16}
 """
+
+
+def test_product_of_a_single_scene_is_skipped_in_a_batch_too(tmp_path: Path, scenes: list[Path]) -> None:
+    recipe = parse_recipe(RecipeSource("tiny", RECIPE))
+    network = segmenter_for(recipe, make_task())
+    targets = choose_targets([str(s) for s in scenes], tmp_path / "out")
+    predict_scene(network, targets[0].scene, targets[0].output, options())
+    outcomes = list(predict_scenes(ready_for(network), targets, options(), skip_existing=True))
+    assert statuses(outcomes) == ["skipped", "done", "done"]
 
 
 @pytest.fixture
@@ -178,7 +195,7 @@ def test_scores_of_written_files_are_those_of_eval(tmp_path: Path, uint16_datase
     for item in index.items:
         if item.split == "train":
             target = Target(str(uint16_dataset / item.image), tmp_path / "out" / Path(item.mask).name)
-            list(predict_scenes(segmenter, [target], options(tile=None, overlap=None)))
+            list(predict_scenes(ready_for(segmenter), [target], options(tile=None, overlap=None)))
             (tmp_path / "truth").mkdir(exist_ok=True)
             (tmp_path / "truth" / Path(item.mask).name).write_bytes((uint16_dataset / item.mask).read_bytes())
     for mask in (tmp_path / "truth").iterdir():

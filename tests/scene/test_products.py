@@ -15,7 +15,7 @@ from rasterio.warp import transform_geom
 from rsseg.errors import DataError, MachineError
 from rsseg.inference.tta import poses_of
 from rsseg.scene.options import SceneOptions
-from rsseg.scene.plan import settle
+from rsseg.scene.plan import Ready, settle
 from rsseg.scene.predict import plan_scene, predict_scene
 from rsseg.scene.preview import draw_preview
 from rsseg.scene.vectors import PolygonOptions, write_polygons
@@ -164,7 +164,7 @@ def test_plan_of_a_scene_does_not_depend_on_its_size(tmp_path: Path) -> None:
         )
         scene.write_text(f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{bands}</VRTDataset>')
     usual = SceneOptions(device="cpu", tile=1024, overlap=128)
-    first, second = (settle(segmenter, scene, tmp_path / "out.tif", usual) for scene in scenes)
+    first, second = (settle(Ready.of(segmenter, usual), scene, tmp_path / "out.tif", usual) for scene in scenes)
     assert second.memory_bytes < 1.2 * first.memory_bytes
     assert len(second.panels) > len(first.panels) > 1
 

@@ -17,7 +17,7 @@ from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.options import SceneResult
-from rsseg.scene.plan import settle
+from rsseg.scene.plan import Ready, settle
 from rsseg.scene.predict import predict_scene, run
 from rsseg.scene.share import Share
 from tests.conftest import write_tif
@@ -94,7 +94,8 @@ def part(tmp_path: Path, number: int, start: str, segmenter: Segmenter, **choice
     """What one of two processes does for a scene."""
     share, output = Share(number, 2, start), tmp_path / "out.tif"
     with share.of_scene(output, resume=choices.get("resume", False)):
-        return run(settle(segmenter, tmp_path / "scene.tif", output, options(**choices)), share=share)
+        ready = Ready.of(segmenter, options(**choices))
+        return run(settle(ready, tmp_path / "scene.tif", output, options(**choices)), share=share)
     return None
 
 

@@ -331,6 +331,15 @@ def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_overlapping_tiles_ask_for_the_room_that_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = own_source(tmp_path / "src")
+    asked: list[int] = []
+    monkeypatch.setattr("rsseg.data.prepare.run.require_free_disk", lambda folder, needed: asked.append(needed))
+    for name, stride in (("apart", 16), ("overlapping", 8)):
+        prepare("folder", own_options(source, tmp_path / name, tile=16, stride=stride), quiet)
+    assert asked[1] == pytest.approx(4 * asked[0], abs=4)
+
+
 def test_nothing_is_fetched_without_consent_or_offline(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--download to fetch cloud\.zip \(2\.8 GB, licence cc-by-nc-4\.0\).*--src"):
         prepare("cloud", PrepareOptions(out=tmp_path / "out"), quiet)

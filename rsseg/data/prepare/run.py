@@ -21,6 +21,7 @@ from rsseg.data.prepare.gather import gather
 from rsseg.data.prepare.options import PrepareOptions
 from rsseg.data.prepare.plan import Plan, make_plan
 from rsseg.data.prepare.stage import JOURNAL, holds_request, require_free_disk, staged_folder
+from rsseg.data.prepare.tiles import Grid
 from rsseg.data.prepare.transfer import transfer
 from rsseg.data.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
@@ -152,7 +153,7 @@ def _collect(
         items = rule.assign(items, options.seed)
         _check_splits(plan, items)
     how = plan.transfer(variant)
-    _check_room(files, items, stage, options)
+    _check_room(files, items, stage, how.grid)
     what = "cut tiles" if how.grid is not None else "copy files"
     brought: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
     if rule is not None and rule.tiles:
@@ -172,10 +173,10 @@ def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
         )
 
 
-def _check_room(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, options: PrepareOptions) -> None:
+def _check_room(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, grid: Grid | None) -> None:
     """Compressed tiles take about as much as their compressed source, more where they overlap."""
     names = {name for item in items for name in (*item.image.split("|"), item.mask) if name}
-    repeats = 1.0 if options.tile is None else (options.tile / (options.stride or options.tile)) ** 2
+    repeats = 1.0 if grid is None else (grid.tile / (grid.step or grid.stride)) ** 2
     require_free_disk(stage, round(repeats * sum(files[name].stat().st_size for name in names)))
 
 

@@ -67,9 +67,12 @@ class DASegNet(Segmenter):
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
+        return resize_logits(self.coarse(images), images.shape[-2:])
+
+    def coarse(self, images: Tensor) -> Tensor:
+        """See `Segmenter.coarse`."""
         (view,) = self.styles(images)
-        logits = (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2
-        return resize_logits(logits, images.shape[-2:])
+        return (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2  # type: ignore[no-any-return]
 
     def styles(self, *batches: Tensor) -> list[Styles]:
         """Maps of several image batches, such as source and target.

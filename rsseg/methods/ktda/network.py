@@ -65,6 +65,10 @@ class KTDASegmenter(Segmenter):
         """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""
         return self.to_size(self.run(images).logits, images.shape[-2:])
 
+    def coarse(self, images: Tensor) -> Tensor:
+        """See `Segmenter.coarse`."""
+        return self(images) if self.decoder.align_corners else self.run(images).logits
+
     def run(self, images: Tensor) -> StudentPass:
         """One pass with everything that losses look at; images as in `forward`."""
         aligned = self.align(images)
