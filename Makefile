@@ -40,13 +40,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev
+# Every ratio: about half an hour.
+bench: bench-predict
 	$(BIN)/python benchmarks/confusion_matrix.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/ktda_step.py
-	$(BIN)/python benchmarks/predict_memory.py
-	$(BIN)/python benchmarks/predict_speed.py
+	$(BIN)/python benchmarks/mtdf_step.py
+	$(BIN)/python benchmarks/strong_views.py
+	$(BIN)/python benchmarks/dasegnet_step.py
 
 # Scenes: rate against the bare network and the usual slide inference, memory, seams. About 20 minutes, 9 GB of memory.
 bench-predict: $(VENV)/.installed-dev

@@ -1,6 +1,6 @@
 """Peak memory of predicting a scene, above what importing the libraries takes. Linux only.
 
-    python benchmarks/predict_memory.py [--sides 2500 5000 10000] [--stub] [--blend crop] [--tile N] [--limit-mb 500]
+    python benchmarks/predict_memory.py [--sides 5000 10000] [--stub] [--blend crop] [--tile N] [--limit-mb 500]
 
 Each scene is predicted in a process of its own. With `--stub` the network does nothing, so that scenes may be large.
 Exits with 1 if a scene needs more than the limit, or the last one more than the first, 40 MB and 200 bytes per column.
@@ -49,7 +49,7 @@ def predict(scene: Path, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[2500, 5000, 10000])
+    parser.add_argument("--sides", type=int, nargs="+", default=[5000, 10000])
     parser.add_argument("--stub", action="store_true")
     parser.add_argument("--classes", type=int, default=6)
     parser.add_argument("--tile", type=int)

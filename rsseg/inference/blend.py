@@ -154,7 +154,7 @@ def crop_judge(plan: TilePlan, wanted: Wanted = CLASSES_ONLY) -> Callable[[Tile,
 
     def judge_kept(tile: Tile, scores: Scores) -> Decision:
         rows, cols = _kept(plan, tile)
-        kept = Decision.empty(rows.length, cols.length, len(scores.coarse), wanted)
+        kept = Decision.empty(rows.length, cols.length, scores.num_classes, wanted)
         for part, values in scores.bands(rows):
             kept.put((part.within(rows.start), slice(None)), judge(values[..., cols.area].permute(1, 2, 0), wanted))
         return kept

@@ -254,7 +254,7 @@ class _Forward:
         total: Any = sum(pose.undo(self._shares(pose.apply(images))) for pose in poses)
         # The logarithm of a probability is a score that gives this probability.
         scores: Tensor = (total / len(poses)).clamp_min(1e-30).log()
-        return [Scores.of(values) for values in scores.contiguous(memory_format=torch.channels_last)]
+        return [Scores.of(values) for values in scores]
 
     def _shares(self, images: Tensor) -> Tensor:
         """Probabilities (B, K, h, w)."""
@@ -268,7 +268,7 @@ class _Forward:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             coarse = self.segmenter.coarse(images)
         full = (images.shape[-2], images.shape[-1])
-        return [Scores(values, full, (height, width)) for values in coarse]
+        return [Scores(values, full, (height, width)) for values in torch.split(coarse, 1)]
 
 
 def _extended(images: Tensor, height: int, width: int) -> Tensor:

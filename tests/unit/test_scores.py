@@ -11,7 +11,7 @@ from rsseg.inference.tiling import Span
 def test_bands_are_the_rows_of_the_whole_to_the_last_bit(coarse: tuple[int, int], rows: Span) -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 5, *coarse).contiguous(memory_format=torch.channels_last)
-    scores = Scores(logits[0], (256, 192), (250, 180))
+    scores = Scores(logits, (256, 192), (250, 180))
     expected = F.interpolate(logits, size=(256, 192), mode="bilinear")[0, :, :250, :180]
     assert torch.equal(scores.whole(), expected)
     bands = list(scores.bands(Span(rows.start, min(rows.stop, 250))))
