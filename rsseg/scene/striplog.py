@@ -50,7 +50,7 @@ class StripLog:
                 if not anew:
                     raise MachineError(
                         f"{path}: made with other settings, as where GPUs differ. Give all processes the same "
-                        "--batch-size, --tile and --dtype."
+                        "--batch-size and --tile."
                     )
                 self._file.seek(0)
                 self._file.truncate()
