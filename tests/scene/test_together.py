@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def test_parts_are_put_together_in_panels_too(scene: Path, monkeypatch: pytest.M
     assert files_in(scene) == ["one.tif", "one.tif.aux.xml", "out.tif", "out.tif.aux.xml", "scene.tif"]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One lane, so that rows are finished one after the other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_resume_takes_up_every_part(scene: Path, stopped: int) -> None:
     # Three forwards belong to the plan, and then each of the three rows of a part is one.
