@@ -100,20 +100,23 @@ class Share:
         self.log(output).replace(self._named(output, self.number, "rows"))
 
     def wait(self, output: Path) -> list[Path]:
-        """The others' complete logs.
+        """The others' complete logs, when all are done.
 
         Raises:
-            RssegError: what another process failed with.
+            RssegError: what the first process that failed did so with.
         """
-        logs = []
+        logs, failures = [], []
         for number in range(1, self.count):
             log, failure = (self._named(output, number, kind) for kind in ("rows", "failed"))
-            while not log.exists():
-                if failure.exists():
-                    name, message = json.loads(failure.read_text(encoding="utf-8"))
-                    raise getattr(errors, name)(message)
+            while not (log.exists() or failure.exists()):
                 time.sleep(_PAUSE)
-            logs.append(log)
+            if log.exists():
+                logs.append(log)
+            else:
+                failures.append(failure)
+        if failures:
+            name, message = json.loads(failures[0].read_text(encoding="utf-8"))
+            raise getattr(errors, name)(message)
         return logs
 
     def _tidy(self, output: Path, *, resume: bool) -> None:
