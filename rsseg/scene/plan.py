@@ -40,7 +40,7 @@ _BASE_BYTES = 96 << 20
 _USUAL_BYTES = 500 << 20
 """Unless more is allowed, no more tiles are computed at once than this holds."""
 _TRIM_AT = 0.9
-"""Part of the estimate at which free memory is given back: between two looks there may be more."""
+"""Part of the estimate, or of what is allowed, at which free memory is given back; it may grow between two looks."""
 _LEAST_TILE = 128
 
 
@@ -203,7 +203,7 @@ def settle(ready: Ready, scene: Path | str, output: Path, options: SceneOptions)
         panels=fit.panels,
         products=products,
         memory_bytes=fit.memory_bytes,
-        trim_above=ready.held_before + int(_TRIM_AT * fit.memory_bytes),
+        trim_above=ready.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=tuple(warnings),
     )
