@@ -130,7 +130,7 @@ def decide(scores: Tensor) -> NDArray[np.uint8]:
     The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
     times slower.
     """
-    # Not argmax, which takes twice as long for the same: the first of the largest.
+    # Not argmax, which takes longer for the same: the first of the largest.
     return scores.max(-1).indices.to(torch.uint8).cpu().numpy()
 
 

@@ -90,9 +90,8 @@ def keep_heap() -> None:
     Worth up to a half of the time of a forward with large tensors. For the whole process; does nothing with another
     C library or if `RSSEG_KEEP_HEAP=0`.
     """
-    if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
+    if (library := _allocator()) is None:
         return
-    library = ctypes.CDLL(None)
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
     # One heap for all threads: else reader and writer each keep one of their own, with what they once needed.
     library.mallopt(arena_max, 1)
@@ -105,24 +104,33 @@ class HeapGuard:
     """Gives back what the heap keeps free once it has grown too far.
 
     What lives for long comes to lie between the blocks that a network takes and frees, so that the heap of
-    `keep_heap` grows slowly. Giving free memory back now and then costs little; after every tile, a third of the time.
+    `keep_heap` grows slowly. The memory must be faulted in again, so it is not given back before that is needed.
     """
 
     def __init__(self, most: int) -> None:
         """`most` bytes are what the process may hold before anything is given back."""
-        self._most = most
+        self._most, self._library = most, _allocator()
 
     def check(self) -> None:
-        """To be called often; does nothing where memory cannot be looked at."""
-        if resident_bytes() > self._most:
-            ctypes.CDLL(None).malloc_trim(0)
+        """To be called often; does nothing where `keep_heap` does nothing."""
+        if self._library is not None and resident_bytes() > self._most:
+            self._library.malloc_trim(0)
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory; 0 with another C library than glibc."""
-    if platform.libc_ver()[0] != "glibc":
+    """What this process holds in memory; 0 where Linux does not say it."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
         return 0
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _allocator() -> ctypes.CDLL | None:
+    """The C library if it is glibc and may be told what to do."""
+    if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
+        return None
+    return ctypes.CDLL(None)
 
 
 @torch.inference_mode()

@@ -254,7 +254,7 @@ class _Forward:
         total: Any = sum(pose.undo(self._shares(pose.apply(images))) for pose in poses)
         # The logarithm of a probability is a score that gives this probability.
         scores: Tensor = (total / len(poses)).clamp_min(1e-30).log()
-        return [Scores.of(values) for values in scores]
+        return [Scores.of(values) for values in scores.contiguous(memory_format=torch.channels_last)]
 
     def _shares(self, images: Tensor) -> Tensor:
         """Probabilities (B, K, h, w)."""

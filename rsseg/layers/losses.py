@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize_logits
 from rsseg.task import IGNORE_INDEX
 
 
@@ -33,7 +33,7 @@ def cross_entropy(
         Scalar; exactly 0 for a batch without one labeled pixel.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        resized = resize(logits.float(), target.shape[-2:], align_corners=align_corners)
+        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
         per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
         if pixel_weights is not None:
             per_pixel = per_pixel * pixel_weights
@@ -45,7 +45,7 @@ def cross_entropy(
 def pixel_accuracy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
     """Percentage of labeled pixels whose largest resized logit is the target; 0 without labels. Detached."""
     with torch.no_grad():
-        resized = resize(logits.float(), target.shape[-2:], align_corners=align_corners)
+        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
         labeled = target != IGNORE_INDEX
         correct = torch.where(labeled, resized.argmax(dim=1) == target, False).sum()
         return 100.0 * correct / labeled.sum().clamp(min=1)

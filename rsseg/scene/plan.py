@@ -256,7 +256,8 @@ def _fit(ready: Ready, info: RasterInfo, products: tuple[tuple[Path, Product], .
         allowed = _BUFFER_BYTES if options.max_memory is None else min(_BUFFER_BYTES, options.max_memory // 8)
         panels = split_panels(plan, max(allowed // per_column, 1), shared=options.blend != "crop")
         buffers = per_column * max(panel.plan.cols.length for panel in panels)
-        lane = size * (cost.peak_bytes + 4 * info.count * plan.rows.tile * plan.cols.tile)
+        pixels = plan.rows.tile * plan.cols.tile
+        lane = size * (cost.peak_bytes + 4 * pixels * _values_per_pixel(info, network, options))
         fixed, lanes = _BASE_BYTES + buffers, 1
         if device.type == "cpu":
             fixed += _weights(network)
@@ -296,6 +297,14 @@ def _bytes_per_column(
     finished = 2 * plan.rows.tile * (written + 1) + 2 * 512 * written
     canvas = 0 if options.blend == "crop" else 2 * 4 * plan.rows.tile * network.task.num_classes
     return read + finished + canvas
+
+
+def _values_per_pixel(info: RasterInfo, network: Segmenter, options: SceneOptions) -> int:
+    """Of a tile, in float32, beside the forward: its image, and its scores where all of them are wanted at once."""
+    classes = network.task.num_classes
+    if options.tta != "none":
+        return info.count + 3 * classes  # of a view, their softmax, their sum
+    return info.count + (0 if options.blend == "crop" else classes)
 
 
 def _weights(network: Segmenter) -> int:

@@ -1,5 +1,7 @@
 """What the tests of scenes share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,22 @@ import numpy as np
 import rasterio
 import torch
 
+from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import EvalConfig
 from rsseg.inference.predict import predict_image
 from rsseg.methods.base import Segmenter
+from rsseg.methods.registry import segmenter_for
+from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.options import SceneOptions
 from tests.toys import ConvSegmenter, make_task
 
+RECIPE = """
+name: tiny
+method: ktda
+data: {path: none}
+student: {name: convnext_mini, weights: random}
+decoder: {type: segformer, channels: 16}
+"""
 EXACT = {"tile": 64, "overlap": 8, "dtype": "float32", "device": "cpu"}
 
 
@@ -58,3 +70,23 @@ class StoppingSegmenter(ConvSegmenter):
         if self.calls > self.last:
             raise KeyboardInterrupt(*(files_in(self.folder) if self.folder else ()))
         return super().forward(images)
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """A model file with random weights."""
+    task, recipe = make_task(), parse_recipe(RecipeSource("tiny", RECIPE))
+    torch.manual_seed(0)
+    header = ModelHeader(recipe=recipe.model_dump(mode="json"), task=task, backbones={}, training={}, made_with={})
+    write_model(folder / "model.safetensors", segmenter_for(recipe, task).state_dict(), header)
+    return folder / "model.safetensors"
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads of torch, and so many lanes where memory suffices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,6 @@ import pytest
 import rasterio
 import torch
 
-from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import UsageError
@@ -20,7 +19,7 @@ from rsseg.scene.batch import JOURNAL, Outcome, Target, choose_targets, find_sce
 from rsseg.scene.plan import Ready
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels
+from tests.scene.helpers import RECIPE, files_in, options, random_pixels, write_tiny_model
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -102,15 +101,6 @@ def test_existing_products_are_skipped_only_if_made_from_the_same(tmp_path: Path
     assert statuses(again(network, confidence=True)) == ["failed"] * 3
 
 
-RECIPE = """
-name: tiny
-method: ktda
-data: {path: none}
-student: {name: convnext_mini, weights: random}
-decoder: {type: segformer, channels: 16}
-"""
-
-
 def test_product_of_a_single_scene_is_skipped_in_a_batch_too(tmp_path: Path, scenes: list[Path]) -> None:
     recipe = parse_recipe(RecipeSource("tiny", RECIPE))
     network = segmenter_for(recipe, make_task())
@@ -122,13 +112,7 @@ def test_product_of_a_single_scene_is_skipped_in_a_batch_too(tmp_path: Path, sce
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    task = make_task()
-    recipe = parse_recipe(RecipeSource("tiny", RECIPE))
-    torch.manual_seed(0)
-    segmenter = segmenter_for(recipe, task)
-    header = ModelHeader(recipe=recipe.model_dump(mode="json"), task=task, backbones={}, training={}, made_with={})
-    write_model(tmp_path / "model.safetensors", segmenter.state_dict(), header)
-    return tmp_path / "model.safetensors"
+    return write_tiny_model(tmp_path)
 
 
 def test_predict_command_makes_all_products(

@@ -1,6 +1,5 @@
 """Tiles that several threads compute at once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,21 +8,13 @@ from numpy.testing import assert_array_equal
 
 from rsseg.scene.predict import plan_scene, predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes
+from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes, threads
 from tests.toys import ConvSegmenter, make_task
 
 
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("blend", ["crop", "hann"])
 @pytest.mark.parametrize("size", [(300, 420), (40, 50)])
+@threads(3)
 def test_lanes_give_the_pixels_of_a_single_one(tmp_path: Path, blend: str, size: tuple[int, int]) -> None:
     segmenter, pixels = ConvSegmenter(make_task()), random_pixels(*size)
     pixels[:, :100, :200] = 0
@@ -39,7 +30,7 @@ def test_lanes_give_the_pixels_of_a_single_one(tmp_path: Path, blend: str, size:
         assert_array_equal(read_classes(tmp_path / f"many{end}"), read_classes(tmp_path / f"one{end}"))
 
 
-@pytest.mark.usefixtures("three_threads")
+@threads(3)
 def test_less_memory_takes_fewer_lanes_first(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
     usual = plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
@@ -50,7 +41,7 @@ def test_less_memory_takes_fewer_lanes_first(tmp_path: Path) -> None:
     assert (tight.tile, tight.batch_size) == (usual.tile, usual.batch_size)
 
 
-@pytest.mark.usefixtures("three_threads")
+@threads(3)
 def test_failure_in_a_lane_ends_all_and_leaves_nothing(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
     with pytest.raises(KeyboardInterrupt):

@@ -4,35 +4,31 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from numpy.testing import assert_array_equal
 
-from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import MachineError, UsageError
 from rsseg.methods.base import Segmenter
-from rsseg.methods.registry import segmenter_for
-from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.options import SceneResult
 from rsseg.scene.plan import Ready, settle
 from rsseg.scene.predict import predict_scene, run
 from rsseg.scene.share import Share
 from tests.conftest import write_tif
-from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes
+from tests.scene.helpers import (
+    StoppingSegmenter,
+    files_in,
+    options,
+    random_pixels,
+    read_classes,
+    threads,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-name: tiny
-method: ktda
-data: {path: none}
-student: {name: convnext_mini, weights: random}
-decoder: {type: segformer, channels: 16}
-"""
 
 
 def predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,10 +45,7 @@ def predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    task, recipe = make_task(), parse_recipe(RecipeSource("tiny", RECIPE))
-    torch.manual_seed(0)
-    header = ModelHeader(recipe=recipe.model_dump(mode="json"), task=task, backbones={}, training={}, made_with={})
-    write_model(tmp_path / "model.safetensors", segmenter_for(recipe, task).state_dict(), header)
+    write_tiny_model(tmp_path)
     # The second has one row of tiles, so that one of the processes has nothing to do.
     write_tif(tmp_path / "in" / "a.tif", random_pixels(330, 200))
     write_tif(tmp_path / "in" / "b.tif", random_pixels(60, 100))
@@ -122,17 +115,8 @@ def test_parts_are_put_together_in_panels_too(scene: Path, monkeypatch: pytest.M
     assert files_in(scene) == ["one.tif", "one.tif.aux.xml", "out.tif", "out.tif.aux.xml", "scene.tif"]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One lane, so that rows are finished one after the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stopped", [0, 1])
+@threads(1)  # one lane, so that rows are finished one after the other
 def test_resume_takes_up_every_part(scene: Path, stopped: int) -> None:
     # Three forwards belong to the plan, and then each of the three rows of a part is one.
     one_row, two_rows, all_rows = (StoppingSegmenter(3 + rows) for rows in (1, 2, 3))

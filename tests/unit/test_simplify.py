@@ -8,10 +8,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from rsseg.inference.device import ready_to_predict
-from rsseg.inference.simplify import simplify
+from rsseg.inference.simplify import simplify, store_convolutions
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
-from tests.toys import make_task
+from tests.toys import ConvSegmenter, make_task
 
 RECIPE = """
 name: tiny
@@ -108,3 +108,27 @@ def test_activation_inside_a_norm_stays() -> None:
         simplify(network, functools.partial(network, images))
         torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
     assert count(network, nn.BatchNorm2d) == 0
+
+
+@torch.no_grad()
+def test_convolutions_stored_in_half_precision_give_the_bits_of_autocast() -> None:
+    network = trained(timm.create_model("resnet10t", num_classes=3))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network(images)
+        store_convolutions(network, torch.bfloat16, lambda: True)
+        assert torch.equal(network(images), expected)
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert {conv.weight.dtype for conv in convs} == {torch.bfloat16}
+
+
+def test_convolutions_that_compute_in_full_precision_stay_so() -> None:
+    class Network(ConvSegmenter):
+        def forward(self, images: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(images.float())
+
+    segmenter = Network(make_task())
+    ready, dtype = ready_to_predict(segmenter, torch.device("cpu"), torch.bfloat16)
+    assert dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in ready.parameters())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize_logits
 from rsseg.methods.dasegnet.recipe import AdversarialConfig
 
 
@@ -81,7 +81,7 @@ def gan_loss(
 
 def upsampled(logits: Tensor, image_size: Sequence[int]) -> Tensor:
     """Patch logits at image size, float32. A 1x1 map stays: resized it is constant, and the loss is a mean."""
-    return logits if logits.shape[-2:] == (1, 1) else resize(logits.float(), image_size)
+    return logits if logits.shape[-2:] == (1, 1) else resize_logits(logits, image_size)
 
 
 def without_param_grad(module: nn.Module, inputs: Tensor) -> Tensor:

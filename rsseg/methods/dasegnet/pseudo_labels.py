@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rsseg.layers.resize import resize
+from rsseg.layers.resize import resize_logits
 from rsseg.methods.dasegnet.recipe import SelfTrainingConfig
 from rsseg.task import IGNORE_INDEX
 
@@ -34,7 +34,7 @@ def pseudo_labels(
         config: thresholds and class weights.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        probability, labels = torch.softmax(resize(logits.float(), image_size), dim=1).max(dim=1)
+        probability, labels = torch.softmax(resize_logits(logits, image_size), dim=1).max(dim=1)
     confident = probability >= config.confidence
     if valid is None:
         valid = torch.ones_like(confident)

@@ -104,7 +104,7 @@ class KTDAMethod(Method):
 
     def _at_size(self, logits: Tensor, masks: Tensor) -> Tensor:
         """float32 logits on the masks' pixels, for loss and accuracy alike."""
-        return self.segmenter.to_size(logits.float(), masks.shape[-2:])
+        return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
 def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
