@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from rsseg.checkpoint import find_model, read_header
+from rsseg.evaluation.model import evaluate
 from rsseg.inference.device import ready_to_predict
 from rsseg.inference.load import load_segmenter
 from rsseg.methods.base import Segmenter
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import recipe_from_dict
-from rsseg.training.evaluate import evaluate
 from rsseg.training.progress import Silent
 from rsseg.training.run import train
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
-from rsseg.data.measure import count_classes
-from rsseg.data.prepare.options import PrepareOptions
-from rsseg.data.prepare.run import prepare
+from rsseg.datasets.measure import count_classes
+from rsseg.datasets.prepare.options import PrepareOptions
+from rsseg.datasets.prepare.run import prepare
 
 COLORS = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
 PARTS = ("2_10", "2_13")

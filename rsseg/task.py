@@ -10,6 +10,9 @@ from rsseg.errors import DataError
 IGNORE_INDEX = 255
 """Class index of pixels without a label. Class indices run 0..253, so no class of the user's can collide with it."""
 
+NODATA = 255
+"""Value of class rasters and of uint8 shares where the input has no data."""
+
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]

@@ -13,15 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "rsseg"
 LAYERS = """
 cli
 commands
-training | scene | report
+training | scene | report | export
+evaluation | datasets
 inference
 methods.registry
 recipe
-methods.ktda | methods.mtdf | methods.dasegnet
+methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
 methods.base
-data | backbones | layers | checkpoint | metrics | foreign
-raster
-task | config
+data | backbones | layers | runs
+checkpoint | metrics | vector
+foreign | raster
+task | config | files | distributed
 errors
 """
 

@@ -25,7 +25,7 @@ def list_datasets(
     name: Annotated[str | None, typer.Argument(help="Tell more about one of them.")] = None, as_json: AsJson = False
 ) -> None:
     """List the datasets that rsseg knows."""
-    from rsseg.data.cards import CARDS, find_card
+    from rsseg.datasets.cards import CARDS, find_card
 
     cards = list(CARDS.values()) if name is None else [find_card(name)]
     if as_json:
@@ -100,11 +100,11 @@ def prepare(
 
     from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
-    from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_ignored, parse_pairs, parse_scale
-    from rsseg.data.prepare.plan import make_plan
-    from rsseg.data.prepare.run import output_folder
-    from rsseg.data.prepare.run import prepare as prepare_dataset
-    from rsseg.data.prepare.stage import partial_folder
+    from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions, parse_ignored, parse_pairs, parse_scale
+    from rsseg.datasets.prepare.plan import make_plan
+    from rsseg.datasets.prepare.run import output_folder
+    from rsseg.datasets.prepare.run import prepare as prepare_dataset
+    from rsseg.datasets.prepare.stage import partial_folder
 
     own = {
         "masks": masks,
@@ -173,7 +173,7 @@ def verify(
 ) -> None:
     """Read every mask and image once; list what is wrong and exit 4."""
     from rsseg.commands.progress import stage_bar
-    from rsseg.data.verify import verify as verify_dataset
+    from rsseg.datasets.verify import verify as verify_dataset
 
     with stage_bar() as progress:
         report = verify_dataset(path, pixels=pixels, jobs=jobs, progress=progress)
@@ -193,7 +193,7 @@ def verify(
 def stats(path: Folder, jobs: Jobs = 2, as_json: AsJson = False) -> None:
     """Band statistics and class areas per split."""
     from rsseg.commands.progress import stage_bar
-    from rsseg.data.verify import statistics
+    from rsseg.datasets.verify import statistics
 
     with stage_bar() as progress:
         found = statistics(path, jobs=jobs, progress=progress)
@@ -218,7 +218,7 @@ def inspect(
     """Show one image, its mask in class colours, and a legend."""
     from rsseg.commands.blocks import print_picture
     from rsseg.data.index import SegmentationIndex
-    from rsseg.data.picture import draw_sample, find_sample, legend, sample_colors
+    from rsseg.datasets.picture import draw_sample, find_sample, legend, sample_colors
 
     index = SegmentationIndex.load(path)
     item = find_sample(index, image)
@@ -244,8 +244,8 @@ def split(
 ) -> None:
     """Divide a prepared dataset anew, by scene or by block of ground, never tile by tile."""
     from rsseg.data.index import SegmentationIndex
-    from rsseg.data.prepare.options import parse_pairs
-    from rsseg.data.resplit import resplit
+    from rsseg.datasets.prepare.options import parse_pairs
+    from rsseg.datasets.resplit import resplit
 
     try:
         shares = {name: float(share) for name, share in parse_pairs("--ratio", ratio).items()}

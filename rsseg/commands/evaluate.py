@@ -24,7 +24,7 @@ def evaluate(
 ) -> None:
     """Score a model on labeled data (the newest finished run on its test split), or two folders of rasters."""
     from rsseg.commands.progress import bar
-    from rsseg.training import evaluate as scoring
+    from rsseg.evaluation import model as scoring
 
     bound = _parse_bound(fail_under)
     if (pred is None) != (truth is None):
@@ -33,7 +33,7 @@ def evaluate(
         if pred is not None and truth is not None:
             result = scoring.evaluate_rasters(pred, truth, progress=advance)
         else:
-            from rsseg.training.runs import choose_model
+            from rsseg.runs import choose_model
 
             file = choose_model(model, runs)
             print_note(f"Model: {file}")

@@ -83,11 +83,11 @@ def predict(
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     from rsseg.inference.device import own_device
     from rsseg.inference.load import load_segmenter
+    from rsseg.runs import choose_model
     from rsseg.scene.batch import choose_targets, find_scenes
     from rsseg.scene.plan import Ready, settle
     from rsseg.scene.share import Share
-    from rsseg.scene.vectors import PolygonOptions
-    from rsseg.training.runs import choose_model
+    from rsseg.vector.write import PolygonOptions
 
     share = Share.from_environment(os.environ)
     found = find_scenes(scenes)
@@ -143,7 +143,7 @@ class _Extras:
     def __init__(
         self, polygons: Path | None, settings: Any, preview: Path | None, scenes: int, *, overwrite: bool
     ) -> None:
-        from rsseg.scene.vectors import SUFFIXES, check_polygon_output
+        from rsseg.vector.write import SUFFIXES, check_polygon_output
 
         self._polygons, self._settings, self._preview, self._overwrite = polygons, settings, preview, overwrite
         if preview is not None and scenes > 1:
@@ -159,7 +159,7 @@ class _Extras:
     def make(self, target: "Target", task: "Task") -> None:
         """Polygons and picture of one scene."""
         if self._polygons is not None:
-            from rsseg.scene.vectors import write_polygons
+            from rsseg.vector.write import write_polygons
 
             file = target.output.with_suffix(self._polygons.name) if self._ending else self._polygons
             count = write_polygons(target.output, task, file, self._settings, overwrite=self._overwrite)

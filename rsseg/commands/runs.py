@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def ls(output: Root = Path("runs"), as_json: AsJson = False) -> None:
     """List the runs, newest last."""
-    from rsseg.training.runs import list_runs
+    from rsseg.runs import list_runs
 
     runs = [run.summary() for run in list_runs(output)]
     if as_json:
@@ -33,7 +33,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one run: what it was, how it ended, its evaluations."""
-    from rsseg.training.runs import find_run
+    from rsseg.runs import find_run
 
     found = find_run(run, output)
     details = found.details()

@@ -54,7 +54,7 @@ def train(
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
-        from rsseg.training.runs import find_run
+        from rsseg.runs import find_run
 
         recipe = str(find_run(resume, output).recipe_file)
     if recipe is None:

@@ -61,8 +61,8 @@ def import_checkpoint(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a checkpoint that the authors published into a model; nothing in the file is executed."""
-    from rsseg.data.cards import find_card
     from rsseg.data.task import open_task
+    from rsseg.datasets.cards import find_card
     from rsseg.methods.registry import import_checkpoint as import_for
     from rsseg.recipe import load_recipe
 

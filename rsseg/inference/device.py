@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.errors import MachineError
-from rsseg.inference.simplify import simplify, store_convolutions
+from rsseg.inference.folding import simplify, store_convolutions
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]

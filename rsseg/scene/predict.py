@@ -18,17 +18,16 @@ from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
-from rsseg.scene.aoi import Region, read_region
-from rsseg.scene.grid import Grid
 from rsseg.scene.identity import TAG, identify, identify_files
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import Ready, Setup, settle
-from rsseg.scene.products import NODATA
 from rsseg.scene.share import ALONE, Share, in_order
 from rsseg.scene.source import read_tiles
 from rsseg.scene.striplog import LoggedStrip, StripLog
 from rsseg.scene.writer import SceneWriter
-from rsseg.task import Task
+from rsseg.task import NODATA, Task
+from rsseg.vector.aoi import Region, read_region
+from rsseg.vector.grid import Grid
 
 _TILES_AHEAD = 2
 """Tiles that the reader may be ahead of the network."""

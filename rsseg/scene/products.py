@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rsseg.inference.blend import FULL
-from rsseg.task import Task
-
-NODATA = 255
-"""Pixel value of the class raster, and of shares in uint8, where the input has no data."""
+from rsseg.task import NODATA, Task
 
 
 @dataclass(frozen=True)

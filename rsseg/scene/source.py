@@ -13,7 +13,7 @@ from rsseg.inference.blend import Tile
 from rsseg.inference.tiling import Panel, Span, mirror
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, Window
-from rsseg.scene.aoi import Region
+from rsseg.vector.aoi import Region
 
 _LEAST_ROWS = 128
 """Least rows of one read; bounds the calls, as the read bounds the memory beside the band."""

@@ -10,7 +10,7 @@ from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import TrainerConfig
 from rsseg.errors import MachineError
 from rsseg.methods.base import Segmenter
-from rsseg.training.runs import RunFolder
+from rsseg.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
 
 

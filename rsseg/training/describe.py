@@ -21,8 +21,8 @@ from rsseg.config import BackboneConfig
 from rsseg.data.index import SegmentationIndex
 from rsseg.methods.base import Segmenter
 from rsseg.recipe import Recipe
+from rsseg.runs import Manifest
 from rsseg.training.results import TrainPlan
-from rsseg.training.runs import Manifest
 
 
 def backbone_configs(part: BaseModel, role: str = "") -> Iterator[tuple[str, BackboneConfig]]:

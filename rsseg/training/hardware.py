@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from rsseg.config import TrainerConfig
+from rsseg.distributed import Ranks
 from rsseg.inference.device import own_device, resolve_precision
-from rsseg.training.distributed import Ranks
 
 
 @dataclass(frozen=True)

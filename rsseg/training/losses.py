@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rsseg.distributed import current_ranks, sum_over_ranks
 from rsseg.methods.base import StepOutput
-from rsseg.training.distributed import current_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import open_source
+from rsseg.distributed import Ranks
 from rsseg.errors import DataError
 from rsseg.methods.base import Method
 from rsseg.recipe import Recipe
 from rsseg.task import Task
 from rsseg.training.describe import backbone_configs
-from rsseg.training.distributed import Ranks
 from rsseg.training.hardware import Hardware
 from rsseg.training.results import SplitPlan, TrainPlan
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rsseg.errors import RssegError
+from rsseg.files import append_line, append_row, keep_rows_until, write_json
 from rsseg.metrics import Scores, scores
-from rsseg.training.files import append_line, append_row, keep_rows_until, write_json
 from rsseg.training.progress import evaluation_line, step_line
 from rsseg.training.results import EvaluationReport, StepReport, TrainPlan, TrainResult
 

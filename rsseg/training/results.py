@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from rsseg.metrics import Scores
-
-ExitState = Literal["running", "finished", "failed", "interrupted"]
+from rsseg.runs import ExitState
 
 
 class _Data(BaseModel):

@@ -10,27 +10,28 @@ from pathlib import Path
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from rsseg import distributed
 from rsseg.data.streams import Batch, training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
+from rsseg.evaluation.model import Evaluation, evaluate
+from rsseg.files import write_json, write_text
 from rsseg.inference.device import keep_heap, resolve_device
 from rsseg.inference.load import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe, dump_recipe
+from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
-from rsseg.training import describe, distributed
+from rsseg.training import describe
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.evaluate import Evaluation, evaluate
-from rsseg.training.files import write_json, write_text
 from rsseg.training.hardware import Hardware, choose_hardware
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import absent_classes, check_files, make_plan
 from rsseg.training.progress import LineProgress, Progress, Silent, Together
 from rsseg.training.recorder import Recorder
 from rsseg.training.results import TrainPlan, TrainResult
-from rsseg.training.runs import RunFolder, create_run, find_run
 from rsseg.training.signals import StopSignals
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
 from rsseg.training.trainer import Surroundings, Trainer

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from rsseg import distributed
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.errors import RecipeError
+from rsseg.evaluation.model import Evaluation
 from rsseg.methods.base import Segmenter
-from rsseg.training import distributed
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.evaluate import Evaluation
 from rsseg.training.hardware import Hardware, peak_memory_mb
 from rsseg.training.losses import LossWindow
 from rsseg.training.progress import Progress

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import rasterio
 
-from rsseg.data.card import DatasetCard
-from rsseg.data.cards import CARDS
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare.options import PrepareOptions
-from rsseg.data.prepare.run import prepare
-from rsseg.data.verify import verify
+from rsseg.datasets.card import DatasetCard
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.prepare.options import PrepareOptions
+from rsseg.datasets.prepare.run import prepare
+from rsseg.datasets.verify import verify
 from rsseg.inference.load import load_segmenter
 from rsseg.recipe import recipe_from_dict
 from rsseg.scene.options import SceneOptions

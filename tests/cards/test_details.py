@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import rasterio
 
-from rsseg.data.card import WebSource
-from rsseg.data.cards import CARDS
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare.hub import fetch_web
-from rsseg.data.prepare.options import PrepareOptions
-from rsseg.data.prepare.run import prepare
+from rsseg.datasets.card import WebSource
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.prepare.hub import fetch_web
+from rsseg.datasets.prepare.options import PrepareOptions
+from rsseg.datasets.prepare.run import prepare
 from rsseg.errors import DataError, UsageError
 from tests.cards.miniatures import (
     city_osm,

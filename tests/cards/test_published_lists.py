@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from rsseg.data.cards import CARDS
 from rsseg.data.index import IndexItem
-from rsseg.data.known.isprs import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
-from rsseg.data.splits import labeled_lists
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.known.isprs import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
+from rsseg.datasets.splits import labeled_lists
 
 
 def tiles_of(

@@ -10,8 +10,8 @@ from PIL import Image
 
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare import transfer
-from rsseg.data.prepare.run import prepare
+from rsseg.datasets.prepare import transfer
+from rsseg.datasets.prepare.run import prepare
 from tests.conftest import write_png
 from tests.unit.test_prepare import own_options, own_source, quiet
 

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from rsseg.checkpoint import load_tensors, write_model
 from rsseg.data.streams import Batch, training_batches
+from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
 from rsseg.layers.frozen import Frozen
 from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Method
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS
+from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.describe import model_header
-from rsseg.training.distributed import wrap
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Silent
 from rsseg.training.results import StepReport
 from rsseg.training.run import train
-from rsseg.training.runs import RunFolder, find_run
 from rsseg.training.state import frozen_hashes
 from rsseg.training.trainer import seed_everything
 from tests.conformance.cases import Case, make_case, methods_covered, recipe_files

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from rsseg.config import ScheduleConfig
-from rsseg.data.cards import CARDS
 from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
-from rsseg.data.prepare.tiles import whole_tile_origins
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.prepare.tiles import whole_tile_origins
 from rsseg.metrics import ConfusionMatrix, scores
 from rsseg.training.schedule import lr_at
 from tests.golden.harness import Case, Handler

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsseg.data.measure import Moments, _moments
-from rsseg.data.prepare.tiles import Grid
+from rsseg.datasets.measure import Moments, _moments
+from rsseg.datasets.prepare.tiles import Grid
 
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90), tile=st.integers(1, 40), data=st.data())

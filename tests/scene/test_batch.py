@@ -169,7 +169,7 @@ def test_cog_command_tells_a_plain_file_by_its_exit_code(tmp_path: Path, capsys:
 
 def test_scores_of_written_files_are_those_of_eval(tmp_path: Path, uint16_dataset: Path) -> None:
     from rsseg.config import SelectConfig
-    from rsseg.training.evaluate import evaluate, evaluate_rasters
+    from rsseg.evaluation.model import evaluate, evaluate_rasters
 
     recipe = parse_recipe(RecipeSource("tiny", RECIPE.replace("path: none", f"path: {uint16_dataset}")))
     index = SegmentationIndex.load(uint16_dataset)

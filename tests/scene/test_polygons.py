@@ -17,10 +17,10 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_geom
 
 from rsseg.errors import DataError, UsageError
-from rsseg.scene.polygons import PixelPolygon, trace_polygons
 from rsseg.scene.predict import predict_scene
-from rsseg.scene.vectors import PolygonOptions, write_polygons
-from rsseg.scene.wkb import polygon_to_wkb, polygons_of_wkb
+from rsseg.vector.polygons import PixelPolygon, trace_polygons
+from rsseg.vector.wkb import polygon_to_wkb, polygons_of_wkb
+from rsseg.vector.write import PolygonOptions, write_polygons
 from tests.conftest import write_tif
 from tests.scene.helpers import options, read_classes
 from tests.toys import ConvSegmenter, make_task

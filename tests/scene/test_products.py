@@ -18,7 +18,7 @@ from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import Ready, settle
 from rsseg.scene.predict import plan_scene, predict_scene
 from rsseg.scene.preview import draw_preview
-from rsseg.scene.vectors import PolygonOptions, write_polygons
+from rsseg.vector.write import PolygonOptions, write_polygons
 from tests.conftest import write_png, write_tif
 from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
 from tests.toys import ConvSegmenter, make_task

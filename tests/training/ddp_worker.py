@@ -14,14 +14,14 @@ from torch.amp.grad_scaler import GradScaler
 from rsseg.checkpoint import ModelHeader
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples
+from rsseg.distributed import process_group
 from rsseg.methods.base import Method, Segmenter
+from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.distributed import process_group
 from rsseg.training.hardware import Hardware
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Silent
 from rsseg.training.results import StepReport
-from rsseg.training.runs import RunFolder
 from rsseg.training.signals import StopSignals
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Surroundings, Trainer

@@ -16,12 +16,12 @@ from rsseg.cli import run
 from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import RecipeError
+from rsseg.files import read_rows
 from rsseg.inference.load import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
-from rsseg.training.files import read_rows
+from rsseg.runs import RunFolder
 from rsseg.training.progress import Silent
 from rsseg.training.run import plan, train
-from rsseg.training.runs import RunFolder
 from tests.conftest import write_tif
 from tests.training.test_run import Listening, assert_same_tensors
 from tests.unit.dasegnet_models import SIDE, make_recipe

@@ -20,9 +20,9 @@ from rsseg.data.select import select_items
 from rsseg.errors import DataError, Interrupted, WeightsError
 from rsseg.inference.load import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
+from rsseg.runs import RunFolder
 from rsseg.training.progress import Silent
 from rsseg.training.run import plan, train
-from rsseg.training.runs import RunFolder
 from tests.training.test_run import SignalAt, assert_same_ends, assert_same_tensors
 from tests.unit.mtdf_models import TAUGHT
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from rsseg.checkpoint import read_header
 from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
+from rsseg.files import read_rows
 from rsseg.inference.load import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.training.files import read_rows
+from rsseg.runs import RunFolder, choose_model, find_run, list_runs
 from rsseg.training.progress import Silent
 from rsseg.training.results import EvaluationReport, StepReport
 from rsseg.training.run import check, plan, train
-from rsseg.training.runs import RunFolder, choose_model, find_run, list_runs
 from tests.training.recipes import tiny_recipe, tiny_values
 
 QUIET = Silent()

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from rsseg.errors import MachineError, UsageError, WeightsError
-from rsseg.training.files import append_row, keep_rows_until, read_rows
-from rsseg.training.runs import choose_model, create_run, find_run, list_runs, newest_finished
+from rsseg.files import append_row, keep_rows_until, read_rows
+from rsseg.runs import choose_model, create_run, find_run, list_runs, newest_finished
 
 
 def test_folder_without_runs_says_how_to_make_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.data.prepare.archives import UnpackLimits, is_archive, unpack
+from rsseg.datasets.prepare.archives import UnpackLimits, is_archive, unpack
 from rsseg.errors import DataError
 
 ESCAPES = ("../a.txt", "x/../../a.txt", "/tmp/a.txt", "..\\a.txt", "C:/a.txt")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.data.prepare.classes import load_classes
+from rsseg.datasets.class_file import load_classes
 from rsseg.errors import DataError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("*classes.yaml"))

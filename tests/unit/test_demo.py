@@ -9,9 +9,9 @@ import numpy as np
 import rasterio
 
 from rsseg.data.index import LabelMap
-from rsseg.data.prepare.demo import CARD, PARTS, demo_scene, demo_tile, write_demo
-from rsseg.data.prepare.finish import Subject, finish_index
-from rsseg.data.verify import verify
+from rsseg.datasets.demo.dataset import CARD, PARTS, demo_scene, demo_tile, write_demo
+from rsseg.datasets.prepare.finish import Subject, finish_index
+from rsseg.datasets.verify import verify
 
 
 def quiet(done: int, total: int) -> None:

@@ -14,9 +14,9 @@ from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import open_source
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.errors import DataError
+from rsseg.evaluation.model import evaluate
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.task import Task
-from rsseg.training.evaluate import evaluate
 from tests.conftest import PlainRecipe, rgb_task, with_changes
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.data.layouts import Layout, PathPattern, find_root
+from rsseg.datasets.layouts import Layout, PathPattern, find_root
 from rsseg.errors import DataError, UsageError
 
 

@@ -11,11 +11,11 @@ import rasterio
 from PIL import Image
 from rasterio.crs import CRS
 
-from rsseg.data.cards import CARDS
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare import run, transfer
-from rsseg.data.prepare.options import FolderOptions, PrepareOptions, parse_pairs, parse_scale
-from rsseg.data.prepare.run import prepare
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.prepare import run, transfer
+from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions, parse_pairs, parse_scale
+from rsseg.datasets.prepare.run import prepare
 from rsseg.errors import DataError, MachineError, UsageError
 from tests.conftest import write_png, write_tif
 
@@ -325,7 +325,7 @@ def test_a_dataset_without_training_images_is_an_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = own_source(tmp_path / "src")
     usage = run.require_free_disk.__globals__["shutil"].disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("rsseg.data.prepare.stage.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("rsseg.datasets.prepare.stage.shutil.disk_usage", lambda path: usage)
     with pytest.raises(MachineError, match="free, about"):
         prepare("folder", own_options(source, tmp_path / "out"), quiet)
     assert not (tmp_path / "out").exists()
@@ -334,7 +334,7 @@ def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypat
 def test_overlapping_tiles_ask_for_the_room_that_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = own_source(tmp_path / "src")
     asked: list[int] = []
-    monkeypatch.setattr("rsseg.data.prepare.run.require_free_disk", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr("rsseg.datasets.prepare.run.require_free_disk", lambda folder, needed: asked.append(needed))
     for name, stride in (("apart", 16), ("overlapping", 8)):
         prepare("folder", own_options(source, tmp_path / name, tile=16, stride=stride), quiet)
     assert asked[1] == pytest.approx(4 * asked[0], abs=4)

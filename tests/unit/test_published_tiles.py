@@ -1,6 +1,6 @@
 """Grids of published tilings."""
 
-from rsseg.data.prepare.tiles import whole_tile_origins
+from rsseg.datasets.prepare.tiles import whole_tile_origins
 
 
 def test_only_whole_tiles_are_cut_and_the_rest_is_dropped() -> None:

@@ -7,12 +7,12 @@ import pytest
 
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.data.layouts import Layout
-from rsseg.data.measure import count_classes
-from rsseg.data.prepare.classes import load_classes
-from rsseg.data.prepare.options import FolderOptions, PrepareOptions
-from rsseg.data.prepare.run import prepare
-from rsseg.data.verify import statistics, verify
+from rsseg.datasets.class_file import load_classes
+from rsseg.datasets.layouts import Layout
+from rsseg.datasets.measure import count_classes
+from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
+from rsseg.datasets.prepare.run import prepare
+from rsseg.datasets.verify import statistics, verify
 from rsseg.raster import Raster
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from rsseg.inference.device import ready_to_predict
-from rsseg.inference.simplify import simplify, store_convolutions
+from rsseg.inference.folding import simplify, store_convolutions
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from tests.toys import ConvSegmenter, make_task

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from rsseg.config import BaseRecipe
 from rsseg.data.cache import CACHE_NAME
-from rsseg.data.evaluation import evaluation_samples
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.streams import Batch, StreamSpec, training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import DataError, RecipeError
+from rsseg.evaluation.samples import evaluation_samples
 from rsseg.task import ClassInfo
 from tests.conftest import PlainRecipe, rgb_task, with_changes, write_png
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.prepare.run import prepare
-from rsseg.data.verify import statistics, verify
+from rsseg.datasets.prepare.run import prepare
+from rsseg.datasets.verify import statistics, verify
 from rsseg.errors import DataError
 from tests.conftest import write_png, write_tif
 from tests.unit.test_prepare import own_options, own_source, quiet

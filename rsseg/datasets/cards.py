@@ -1,0 +1,68 @@
+"""The datasets that rsseg knows by name. Each is described in `rsseg.datasets.known`."""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from rsseg.data.index import LabelMap
+from rsseg.datasets.card import RGB, DatasetCard, Labels, Variant, classes_of
+from rsseg.datasets.known.city_osm import CITY_OSM
+from rsseg.datasets.known.deepglobe import DEEPGLOBE
+from rsseg.datasets.known.gid import GID5
+from rsseg.datasets.known.isprs import POTSDAM, VAIHINGEN
+from rsseg.datasets.known.ktda import CLOUD, GRASS
+from rsseg.datasets.known.l8biome import L8BIOME
+from rsseg.datasets.known.landcovernet import LANDCOVERNET_S2
+from rsseg.datasets.known.loveda import LOVEDA
+from rsseg.datasets.layouts import Layout
+from rsseg.datasets.splits import SplitRule, as_found
+from rsseg.errors import UsageError
+
+_DEMO = DatasetCard(
+    name="demo",
+    title="generated land cover, two regions",
+    size="25 MB",
+    license="Apache-2.0",
+    labels=(
+        Labels(
+            "land",
+            "six classes",
+            classes_of(
+                ("field", (222, 205, 120)),
+                ("forest", (38, 115, 0)),
+                ("road", (90, 90, 90)),
+                ("building", (214, 56, 40)),
+                ("water", (30, 90, 200)),
+                ("cloud", (255, 255, 255)),
+            ),
+            LabelMap(values={i: i for i in range(6)}),
+        ),
+    ),
+    variants=(Variant(Layout("{split}/images/*.png"), RGB),),
+    rules=(SplitRule("made", "every tile is a place of its own", as_found, ("train", "unlabeled", "val", "test")),),
+    gsd_m=2.0,
+    notes="Domains north and south: select with `domain`. `field` is all open land; ground in shadow keeps its class.",
+)
+
+_FOLDER = DatasetCard(
+    name="folder",
+    title="your own images and masks",
+    size="-",
+    license="yours",
+    notes="Needs --src, --classes and --images; docs/examples has class files.",
+)
+
+_ALL = (
+    _DEMO, GRASS, CLOUD, L8BIOME, LOVEDA, POTSDAM, VAIHINGEN, DEEPGLOBE, GID5, LANDCOVERNET_S2, CITY_OSM, _FOLDER,
+)  # fmt: skip
+
+CARDS: Mapping[str, DatasetCard] = MappingProxyType({card.name: card for card in _ALL})
+
+
+def find_card(name: str) -> DatasetCard:
+    """The card of a name; raises `UsageError` with the nearest one."""
+    if name not in CARDS:
+        nearest = difflib.get_close_matches(name, CARDS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(CARDS)}."
+        raise UsageError(f"there is no dataset {name!r}; {hint} Your own images go by the name `folder`.")
+    return CARDS[name]

@@ -1,0 +1,134 @@
+"""The built-in dataset: two regions of generated land cover with masks, unlabeled tiles and one georeferenced scene.
+
+Every tile is a place of its own, so splits share nothing. The label map is the identity; images hold no zero pixel.
+
+    domain  split       tiles  masks
+    north   train       40     yes
+    north   unlabeled   32     no
+    north   val         8      yes
+    north   test        12     yes
+    south   unlabeled   40     no
+    south   val         8      yes
+    south   test        12     yes
+
+`scene/scene.tif` is a place in the north with a collar without data; `scene/truth.tif` is its ground truth.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from PIL import Image
+from rasterio.enums import ColorInterp
+from rasterio.transform import from_origin
+
+from rsseg.data.index import IndexItem
+from rsseg.datasets.cards import CARDS
+from rsseg.datasets.demo.landscape import Place, generate_place
+from rsseg.datasets.demo.looks import NORTH, SOUTH
+from rsseg.datasets.measure import in_order
+
+TILE = 256
+SCENE_SHAPE = (1024, 1536)
+SEED = 20
+LOOKS = {"north": NORTH, "south": SOUTH}
+
+CARD = CARDS["demo"]
+
+
+class Part(NamedTuple):
+    """Tiles of one domain and split."""
+
+    domain: str
+    split: str
+    tiles: int
+    masks: bool
+
+
+PARTS = (
+    Part("north", "train", 40, True),
+    Part("north", "unlabeled", 32, False),
+    Part("north", "val", 8, True),
+    Part("north", "test", 12, True),
+    Part("south", "unlabeled", 40, False),
+    Part("south", "val", 8, True),
+    Part("south", "test", 12, True),
+)
+
+
+def demo_tile(domain: str, split: str, number: int, *, size: int = TILE) -> Place:
+    """One tile of the dataset; the same arguments give the same pixels in every process."""
+    generator = _generator(f"{domain}/{split}/{number}")
+    cloud_level = float(generator.uniform(0.6, 1.5)) if number % 5 in (1, 3) else None
+    return generate_place(generator, size, size, LOOKS[domain], cloud_level=cloud_level)
+
+
+def demo_scene(*, shape: tuple[int, int] = SCENE_SHAPE) -> tuple[Place, NDArray[np.bool_]]:
+    """The scene and where it has data: a rectangle that lies aslant in the raster, as a satellite's swath does."""
+    place = generate_place(_generator("scene"), *shape, NORTH, cloud_level=1.5)
+    height, width = shape
+    lean = round(0.09 * height)
+    corners = np.array([[lean, 0], [width - 1, lean // 2], [width - 1 - lean, height - 1], [0, height - 1 - lean // 2]])
+    valid = np.zeros(shape, np.uint8)
+    cv2.fillConvexPoly(valid, corners.astype(np.int32), 1)
+    return place, valid.astype(bool)
+
+
+def _generator(name: str) -> np.random.Generator:
+    return np.random.default_rng([SEED, zlib.crc32(name.encode())])
+
+
+def write_demo(
+    folder: Path,
+    jobs: int,
+    progress: Callable[[int, int], None],
+    *,
+    parts: Sequence[Part] = PARTS,
+    size: int = TILE,
+    scene_shape: tuple[int, int] = SCENE_SHAPE,
+) -> tuple[IndexItem, ...]:
+    """Generate tiles of `size` pixels and the scene into `folder`, which must be empty; small ones serve tests."""
+    tiles = [(part, number) for part in parts for number in range(part.tiles)]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        scene = pool.submit(_write_scene, folder / "scene", scene_shape)
+        items = in_order(lambda tile: _write_tile(folder, *tile, size), tiles, jobs, progress)
+        written = tuple(items)
+        scene.result()
+    return written
+
+
+def _write_tile(folder: Path, part: Part, number: int, size: int) -> IndexItem:
+    place = demo_tile(part.domain, part.split, number, size=size)
+    name = f"{part.domain}/{part.split}/{{}}/{part.domain}_{part.split}_{number:02d}.png"
+    image, mask = name.format("images"), name.format("masks") if part.masks else None
+    (folder / image).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(place.image).save(folder / image, compress_level=1)
+    if mask is not None:
+        (folder / mask).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(place.label)
+        picture.putpalette(bytes(value for info in CARD.classes for value in info.color))
+        picture.save(folder / mask, compress_level=6)
+    return IndexItem(image=image, mask=mask, split=part.split, domain=part.domain)
+
+
+def _write_scene(folder: Path, shape: tuple[int, int]) -> None:
+    place, valid = demo_scene(shape=shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    gsd = CARD.gsd_m
+    grid = {
+        "driver": "GTiff", "height": shape[0], "width": shape[1], "dtype": "uint8", "crs": "EPSG:32632",
+        "transform": from_origin(500_000.0, 5_400_000.0, gsd, gsd), "compress": "deflate", "tiled": True,
+        "blockxsize": 256, "blockysize": 256,
+    }  # fmt: skip
+    with rasterio.open(folder / "scene.tif", "w", count=3, nodata=0, photometric="RGB", predictor=2, **grid) as file:
+        file.write(np.where(valid, place.image.transpose(2, 0, 1), 0))
+        file.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+    with rasterio.open(folder / "truth.tif", "w", count=1, nodata=255, **grid) as file:
+        file.write(np.where(valid, place.label, np.uint8(255)), 1)
+        file.write_colormap(1, {info.value: (*info.color, 255) for info in CARD.classes})

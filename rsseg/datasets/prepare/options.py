@@ -1,0 +1,130 @@
+"""What `rsseg dataset prepare` can be told."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rsseg.errors import UsageError
+from rsseg.task import Color
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class FolderOptions(BaseModel):
+    """How to read anyone's own folder; see `rsseg.datasets.layouts` for patterns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    classes: Path
+    """Class file (YAML)."""
+    images: str
+    """Pattern of the images, or one per band joined by `|`, such as `{split}/images/*.jpg`."""
+    masks: str | None = None
+    """Pattern of the masks, such as `{split}/masks/*.png`."""
+    unlabeled: tuple[str, ...] = ()
+    """Splits whose masks are never opened."""
+    split_as: Mapping[str, str] = {}
+    """What `{split}` matched -> `SPLIT` or `SPLIT:DOMAIN`."""
+    split_lists: Mapping[str, Path] = {}
+    """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
+    split_ratio: Mapping[str, float] = {}
+    """Split -> share of the images."""
+
+
+class PrepareOptions(BaseModel):
+    """Where from, where to, and what to do on the way."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: Path | None = None
+    """Folder to make; `data/NAME` by default."""
+    src: Path | None = None
+    """Folder, zip or tar with the dataset as its publisher ships it."""
+    download: bool = False
+    """Agree to fetch the archive from the hub."""
+    offline: bool = False
+    """Never use the network."""
+    overwrite: bool = False
+    """Replace `out`."""
+    tile: Count | None = None
+    """Cut images into squares of this many pixels; None keeps them whole."""
+    stride: Count | None = None
+    """Distance of the squares; None takes `tile`, so that they do not overlap."""
+    jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads; by default as many as processors. The result does not depend on it."""
+    bands: tuple[str, ...] | None = None
+    """For `folder`: names of the bands in file order, instead of what the class file or the images say. For a dataset
+    that rsseg knows: which of its bands, in which order."""
+    split: str | None = None
+    """Name of one of the card's split rules; None takes the first."""
+    labels: str | None = None
+    """Name of one of the card's label choices; None takes the first."""
+    seed: int = 0
+    """Of splits that are drawn."""
+    ignore_classes: tuple[str, ...] = ()
+    """Classes whose pixels are ignored."""
+    ignore: tuple[int | Color, ...] = ()
+    """Further mask values or colours without a class."""
+    stretch: Literal["none", "minmax"] = "none"
+    """`minmax`: each band of each image is stretched from its least and greatest value to 8 bits."""
+    scale: Literal["auto"] | tuple[float, float] = "auto"
+    """Stored values that become 0 and 1: 0 and 255 for uint8, else percentiles 1 and 99 of the training images per
+    band, or a fixed pair for all bands."""
+    folder: FolderOptions | None = None
+    """For the card `folder` only."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stride is not None and self.tile is None:
+            raise ValueError("stride needs tile")
+        if self.stride is not None and self.tile is not None and self.stride > self.tile:
+            raise ValueError("stride must not be larger than tile: pixels would be lost")
+        if self.scale != "auto" and not self.scale[0] < self.scale[1]:
+            raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
+        return self
+
+
+def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:
+    """`auto` or `fixed:LOW,HIGH`; raises `UsageError`."""
+    if text == "auto":
+        return "auto"
+    low, comma, high = text.removeprefix("fixed:").partition(",")
+    try:
+        if not text.startswith("fixed:") or not comma:
+            raise ValueError(text)
+        return float(low), float(high)
+    except ValueError:
+        raise UsageError(f"--scale {text}: expected auto or fixed:LOW,HIGH, such as fixed:0,10000.") from None
+
+
+def parse_pairs(option: str, texts: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """`["a=b", "c=d"]` -> `{"a": "b", "c": "d"}`; a comma also separates pairs. Raises `UsageError`."""
+    pairs = {}
+    for text in (part for whole in texts for part in whole.split(",")):
+        key, equals, value = text.partition("=")
+        if not (key.strip() and equals and value.strip()):
+            raise UsageError(f"{option} {text}: expected NAME=VALUE.")
+        if key.strip() in pairs:
+            raise UsageError(f"{option}: {key.strip()!r} is given twice.")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def parse_ignored(texts: Sequence[str]) -> tuple[int | Color, ...]:
+    """`["77", "#0a0b0c", "10,11,12"]` -> `(77, (10, 11, 12), (10, 11, 12))`; raises `UsageError`."""
+    parsed: list[int | Color] = []
+    for text in texts:
+        try:
+            numbers = tuple(bytes.fromhex(text[1:]) if text.startswith("#") else map(int, text.split(",")))
+        except ValueError:
+            numbers = ()
+        if len(numbers) == 1:
+            parsed.append(numbers[0])
+        elif len(numbers) == 3 and all(0 <= number <= 255 for number in numbers):
+            parsed.append((numbers[0], numbers[1], numbers[2]))
+        else:
+            raise UsageError(f"--ignore {text}: expected a value such as 77, or a colour such as #0a0b0c or 10,11,12.")
+    return tuple(parsed)

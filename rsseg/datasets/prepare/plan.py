@@ -1,0 +1,225 @@
+"""What a request to prepare a dataset comes down to, before a file is opened."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsseg.data.index import LabelMap
+from rsseg.data.labels import LabelTable
+from rsseg.datasets.card import DatasetCard, Labels, Variant
+from rsseg.datasets.cards import find_card
+from rsseg.datasets.class_file import ClassFile, load_classes
+from rsseg.datasets.layouts import Layout, find_prefix
+from rsseg.datasets.prepare.finish import Subject
+from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
+from rsseg.datasets.prepare.tiles import Grid
+from rsseg.datasets.prepare.transfer import Transfer
+from rsseg.datasets.splits import SplitRule
+from rsseg.errors import DataError, UsageError
+from rsseg.task import IGNORE_INDEX, Color
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A card, or anyone's folder, with all choices made.
+
+    variants  layouts that serve, best first
+    rule      None: the layout divides the images
+    bands     to keep, in order; None keeps all
+    """
+
+    card: DatasetCard
+    name: str
+    labels: Labels
+    variants: tuple[Variant, ...]
+    rule: SplitRule | None
+    grid: Grid | None
+    bands: tuple[str, ...] | None
+    gsd_m: float | None
+    nodata: float | None
+    zero_collar: bool
+    stretch: bool
+
+    def subject(self, variant: Variant | None) -> Subject:
+        """What the finished index says about images of a layout; None: they were generated."""
+        found = self.card.bands if variant is None else variant.bands
+        return Subject(
+            name=self.name,
+            classes=self.labels.classes,
+            label_map=self.labels.label_map
+            if variant is None
+            else self.transfer(variant).label_map(self.labels.label_map),
+            bands=self.bands or found or None,
+            gsd_m=self.gsd_m,
+            nodata=None if self.stretch else self.nodata,
+            ignore_zero_collar=self.zero_collar,
+        )
+
+    def transfer(self, variant: Variant) -> Transfer:
+        """How files of a layout are brought."""
+        rule, chosen = self.rule, None
+        if self.bands is not None and self.bands != variant.bands:
+            chosen = tuple(variant.bands.index(band) for band in self.bands)
+        unknown = rule.unknown_label if rule is not None and rule.ignore_unknown else None
+        return Transfer(
+            grid=self.grid,
+            labels=LabelTable(self.labels.label_map, len(self.labels.classes), unknown=unknown),
+            classes=self.labels.classes,
+            colored=bool(self.labels.label_map.colors),
+            bands=variant.bands or None,
+            chosen=chosen,
+            stretch=self.stretch,
+            threshold=self.card.color_threshold,
+            first_mask_band=self.card.first_mask_band,
+            pad_label=IGNORE_INDEX if rule is None else rule.pad_label,
+            nodata=self.nodata,
+            zero_collar=self.zero_collar,
+        )
+
+    def find(self, files: Sequence[str], where: Path) -> tuple[Variant, str]:
+        """The layout that fits, and the folder it fits from; raises `DataError`, naming labels that would fit."""
+        layouts = [variant.layout for variant in self.variants]
+        try:
+            layout, prefix = find_prefix(files, layouts, str(where))
+        except DataError as error:
+            for other in self.card.variants:
+                if other not in self.variants and other.labels and find_fits(files, other.layout):
+                    raise DataError(
+                        f"{where}: no labels {self.labels.name!r} for these bands, but {other.labels!r} with "
+                        f"{','.join(other.bands)}. Pass --labels {other.labels} --bands {','.join(other.bands)}."
+                    ) from None
+            raise error from None
+        return self.variants[layouts.index(layout)], prefix
+
+
+def find_fits(files: Sequence[str], layout: Layout) -> bool:
+    """Whether a layout fits somewhere."""
+    try:
+        find_prefix(files, [layout], "")
+    except DataError:
+        return False
+    return True
+
+
+def make_plan(name: str, options: PrepareOptions) -> Plan:
+    """Check a request and make its choices; raises `UsageError`, and `DataError` for a bad class file or list."""
+    card = find_card(name)
+    if card.name == "folder":
+        return _own(card, options)
+    if options.folder is not None:
+        raise UsageError(f"--classes, --images, --masks and --split... are for `folder`; {card.name} knows its own.")
+    if card.name == "demo" and (options.src or options.tile or options.bands or options.stretch != "none"):
+        raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands or --stretch.")
+    rule = card.choose_rule(options.split)
+    labels = card.choose_labels(options.labels)
+    variants = [variant for variant in card.variants if variant.labels in (None, labels.name)]
+    if options.bands is not None:
+        variants = _with_bands(card, variants, options.bands)
+    return Plan(
+        card=card,
+        name=card.name,
+        labels=_ignoring(labels, options),
+        variants=tuple(variants),
+        rule=rule,
+        grid=_grid(rule.grid, options),
+        bands=options.bands,
+        gsd_m=card.gsd_m,
+        nodata=None,
+        zero_collar=card.ignore_zero_collar,
+        stretch=options.stretch == "minmax",
+    )
+
+
+def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
+    if options.folder is None or options.src is None:
+        raise UsageError("`folder` needs --src DIR, --classes FILE and --images PATTERN.")
+    if options.split or options.labels:
+        raise UsageError("--split and --labels name choices of a known dataset; `folder` has --split-ratio and others.")
+    classes = load_classes(options.folder.classes)
+    bands = options.bands or classes.bands or ()
+    return Plan(
+        card=card,
+        name=classes.name,
+        labels=_ignoring(_own_labels(classes), options),
+        variants=(Variant(_layout(options.folder, options.seed), bands),),
+        rule=None,
+        grid=_grid(None, options),
+        bands=None,
+        gsd_m=classes.gsd_m,
+        nodata=classes.nodata,
+        zero_collar=classes.ignore_zero_collar,
+        stretch=options.stretch == "minmax",
+    )
+
+
+def _own_labels(classes: ClassFile) -> Labels:
+    return Labels("own", "of the class file", classes.class_infos(), classes.label_map())
+
+
+def _with_bands(card: DatasetCard, variants: Sequence[Variant], bands: tuple[str, ...]) -> list[Variant]:
+    """Layouts that have the bands, first those that have just these; one file per band: only these files."""
+    unknown = [band for band in bands if not any(band in variant.bands for variant in variants)]
+    if unknown or len(set(bands)) < len(bands):
+        known = " or ".join(dict.fromkeys(",".join(variant.bands) for variant in variants))
+        raise UsageError(f"--bands {','.join(bands)}: {card.name} has {known}.")
+    serving = [_narrowed(variant, bands) for variant in variants if set(bands) <= set(variant.bands)]
+    if not serving:
+        raise UsageError(f"--bands {','.join(bands)}: no layout of {card.name} has all of them.")
+    return sorted(serving, key=lambda variant: variant.bands != bands)
+
+
+def _narrowed(variant: Variant, bands: tuple[str, ...]) -> Variant:
+    files = variant.layout.images.split("|")
+    if len(files) == 1:
+        return variant
+    images = "|".join(files[variant.bands.index(band)] for band in bands)
+    return dataclasses.replace(variant, layout=dataclasses.replace(variant.layout, images=images), bands=bands)
+
+
+def _ignoring(labels: Labels, options: PrepareOptions) -> Labels:
+    """Without the classes, values and colours that the user wants ignored."""
+    labels = labels.without(options.ignore_classes) if options.ignore_classes else labels
+    by_color = bool(labels.label_map.colors)
+    wrong = [entry for entry in options.ignore if isinstance(entry, int) == by_color]
+    if wrong:
+        kind = "colours such as #0a0b0c" if by_color else "values such as 77"
+        raise UsageError(f"--ignore {wrong[0]}: these masks hold {kind}.")
+    values = {entry: IGNORE_INDEX for entry in options.ignore if isinstance(entry, int)}
+    colors: dict[Color, int] = {entry: IGNORE_INDEX for entry in options.ignore if not isinstance(entry, int)}
+    label_map = LabelMap(
+        values={**labels.label_map.values, **values}, colors=tuple({**dict(labels.label_map.colors), **colors}.items())
+    )
+    return dataclasses.replace(labels, label_map=label_map)
+
+
+def _grid(published: Grid | None, options: PrepareOptions) -> Grid | None:
+    if published is not None:
+        return published.resized(options.tile, options.stride)
+    return None if options.tile is None else Grid(options.tile, options.stride or options.tile)
+
+
+def _layout(options: FolderOptions, seed: int) -> Layout:
+    return Layout(
+        images=options.images,
+        masks=options.masks,
+        unlabeled=options.unlabeled,
+        split_as=options.split_as,
+        split_lists=_read_lists(options.split_lists),
+        split_ratio=options.split_ratio,
+        seed=seed,
+    )
+
+
+def _read_lists(files: Mapping[str, Path]) -> dict[str, list[str]]:
+    return {target: _lines(path) for target, path in files.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"split list {path}: cannot be read ({error}).") from None
+    if not any(lines):
+        raise DataError(f"split list {path}: the list is empty.")
+    return [line for line in lines if line and not line.startswith("#")]

@@ -1,0 +1,188 @@
+"""`prepare`: from a publisher's archive, or anyone's folder, to a checked dataset with an index.
+
+The result stands on its own: files are hard-linked from the source where the disk allows it and copied where not, never
+referenced. It appears under its name only when it is complete; an interrupted call can be repeated and goes on.
+"""
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
+from rsseg.datasets.layouts import Layout
+from rsseg.datasets.prepare.archives import is_archive
+from rsseg.datasets.prepare.finish import Subject, finish_index
+from rsseg.datasets.prepare.gather import gather
+from rsseg.datasets.prepare.options import PrepareOptions
+from rsseg.datasets.prepare.plan import Plan, make_plan
+from rsseg.datasets.prepare.stage import JOURNAL, holds_request, require_free_disk, staged_folder
+from rsseg.datasets.prepare.tiles import Grid
+from rsseg.datasets.prepare.transfer import transfer
+from rsseg.datasets.splits import labeled_lists
+from rsseg.errors import DataError, UsageError
+
+Progress = Callable[[str, int, int], None]
+"""What is done, how many of how many; 0 of the latter while it is not known."""
+UNPACKED = ".unpacked"
+"""Below the stage: what came out of archives."""
+LISTS = "lists"
+"""Below the result: lists of images."""
+
+
+def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
+    """Make a prepared dataset.
+
+    Args:
+        name: of a card, see `rsseg dataset list`.
+        options: where from, where to, how.
+        progress: called on this thread.
+
+    Returns:
+        The folder. If it holds already what the same request would make, nothing is done.
+
+    Raises:
+        UsageError: unknown card, or options that do not fit together.
+        DataError: the source is missing, damaged or contradicts itself, or `out` exists.
+        MachineError: the disk is too small.
+    """
+    plan = make_plan(name, options)
+    out = output_folder(plan, options)
+    source = None if plan.card.name == "demo" else _find_source(plan, options, out, progress)
+    _check_apart(source, out)
+    request = _request(plan, options, source)
+    if not options.overwrite and (out / INDEX_NAME).is_file() and holds_request(out, request):
+        progress(f"{out} is prepared already", 1, 1)
+        return out
+    with staged_folder(out, request, overwrite=options.overwrite) as stage, _errors_name(source or out, stage):
+        subject, items = (
+            _generate(plan, stage, options, progress)
+            if source is None
+            else _collect(plan, source, stage, options, progress)
+        )
+        index = finish_index(stage, subject, items, scale=options.scale, jobs=options.jobs, progress=progress)
+        if plan.rule is not None:
+            update = {"split_rule": plan.rule.name, "mixes_scenes": plan.rule.tiles}
+            index = index.model_copy(update=update)
+            _write_lists(stage, index, plan.rule.label_shares, options.seed)
+        index.save(stage)
+        for scratch in (UNPACKED, JOURNAL):
+            shutil.rmtree(stage / scratch, ignore_errors=True)
+    return out
+
+
+def output_folder(plan: Plan, options: PrepareOptions) -> Path:
+    """Where the result goes."""
+    return options.out or Path("data") / plan.name
+
+
+@contextmanager
+def _errors_name(source: Path, stage: Path) -> Iterator[None]:
+    """Let errors name files where they come from: the stage is gone when the user reads the message."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            str(error).replace(str(stage / UNPACKED), str(source)).replace(str(stage), str(source))
+        ) from None
+
+
+def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progress) -> Path:
+    if options.src is None:
+        from rsseg.datasets.prepare.hub import fetch
+
+        return fetch(plan.card, out.parent, download=options.download, offline=options.offline, progress=progress)
+    if not options.src.exists():
+        raise DataError(f"--src {options.src}: there is no such file or folder.")
+    if not options.src.is_dir() and not is_archive(options.src):
+        raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
+    return options.src
+
+
+def _check_apart(source: Path | None, out: Path) -> None:
+    """Replacing `out` must not delete the source, nor may a prepared dataset become part of its own source."""
+    if source is None:
+        return
+    inside, outside = source.resolve(), out.resolve()
+    if inside == outside or outside in inside.parents or inside in outside.parents:
+        raise UsageError(f"--out {out} and --src {source} lie in one another. Pass an --out elsewhere.")
+
+
+def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
+    """All that decides the result: options, and the source's files by name, size and time."""
+    asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
+    files = [] if source is None else [source] if source.is_file() else sorted(source.rglob("*"))
+    if options.folder is not None:
+        files += [options.folder.classes, *options.folder.split_lists.values()]
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    digest = hashlib.sha256(repr(states).encode()).hexdigest()
+    made_with = importlib.metadata.version("rsseg")
+    request = {"dataset": plan.card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
+    return request | {"made_with": made_with}
+
+
+def _generate(
+    plan: Plan, stage: Path, options: PrepareOptions, progress: Progress
+) -> tuple[Subject, Sequence[IndexItem]]:
+    from rsseg.datasets.demo.dataset import write_demo
+
+    require_free_disk(stage, 60_000_000)
+    # what an interrupted call left: generating takes seconds, so it begins anew
+    for left in (path for path in stage.iterdir() if path.is_dir()):
+        shutil.rmtree(left)
+    return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
+
+
+def _collect(
+    plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
+) -> tuple[Subject, Sequence[IndexItem]]:
+    """Bring the files into `stage`."""
+    layouts: list[Layout] = [variant.layout for variant in plan.variants]
+    found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
+    variant, prefix = plan.find(tuple(found), source)
+    files = {name.removeprefix(prefix): path for name, path in found.items() if name.startswith(prefix)}
+    items: Sequence[IndexItem] = variant.layout.items_of(sorted(files))
+    if plan.card.keep is not None:
+        items = plan.card.keep(items, files)
+    rule = plan.rule
+    if rule is not None and not rule.tiles:
+        items = rule.assign(items, options.seed)
+        _check_splits(plan, items)
+    how = plan.transfer(variant)
+    _check_room(files, items, stage, how.grid)
+    what = "cut tiles" if how.grid is not None else "copy files"
+    brought: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
+    if rule is not None and rule.tiles:
+        brought = rule.assign(brought, options.seed)
+        _check_splits(plan, brought)
+    return plan.subject(variant), brought
+
+
+def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
+    if plan.rule is None:
+        return
+    missing = [split for split in plan.rule.splits if not any(item.split == split for item in items)]
+    if missing:
+        raise DataError(
+            f"{plan.card.name}: the split {missing[0]!r} has no images by the rule {plan.rule.name!r} "
+            f"({plan.rule.title}). The source is not complete; get it again, or choose another --split."
+        )
+
+
+def _check_room(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, grid: Grid | None) -> None:
+    """Compressed tiles take about as much as their compressed source, more where they overlap."""
+    names = {name for item in items for name in (*item.image.split("|"), item.mask) if name}
+    repeats = 1.0 if grid is None else (grid.tile / (grid.step or grid.stride)) ** 2
+    require_free_disk(stage, round(repeats * sum(files[name].stat().st_size for name in names)))
+
+
+def _write_lists(stage: Path, index: SegmentationIndex, shares: Sequence[float], seed: int) -> None:
+    """Lists of the training images that keep their labels, for `items` in a recipe."""
+    for share, names in labeled_lists(index.items, shares, seed).items():
+        file = stage / LISTS / f"labeled-{share * 100:g}pct.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

@@ -1,0 +1,286 @@
+"""Brings the files of a dataset into the folder that is being prepared: whole, or cut into tiles.
+
+Whole images are hard-linked where the disk allows it. Tiles are GeoTIFF with Zstandard, a row of them at a time, so
+that several threads share a large scene. Converted masks hold class indices, and 255 where pixels are ignored.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsseg.data.index import IndexItem, LabelMap
+from rsseg.data.labels import LabelTable
+from rsseg.datasets.measure import in_order
+from rsseg.datasets.opening import open_image
+from rsseg.datasets.prepare.gather import SIDECARS, WORLD_FILES
+from rsseg.datasets.prepare.stage import Journal, require_free_disk
+from rsseg.datasets.prepare.tiffs import Look, write_tile
+from rsseg.datasets.prepare.tiles import Grid
+from rsseg.errors import DataError
+from rsseg.raster import Raster, RasterInfo, Window
+from rsseg.task import IGNORE_INDEX, ClassInfo
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How the files are brought.
+
+    grid        None keeps images whole
+    labels      what mask values or colours mean
+    bands       names of the files' bands; None takes the files' own
+    chosen      0-based bands to keep, in order; None keeps all
+    stretch     each band of each image from its least and greatest value to 8 bits
+    threshold   mask colours are rounded to 0 or 255 here
+    first_mask_band  further bands of masks do not tell classes
+    pad_label   class index where a tile reaches beyond its image
+    """
+
+    grid: Grid | None
+    labels: LabelTable
+    classes: tuple[ClassInfo, ...]
+    colored: bool
+    bands: tuple[str, ...] | None = None
+    chosen: tuple[int, ...] | None = None
+    stretch: bool = False
+    threshold: int | None = None
+    first_mask_band: bool = False
+    pad_label: int = IGNORE_INDEX
+    nodata: float | None = None
+    zero_collar: bool = False
+
+    @property
+    def rewrites_images(self) -> bool:
+        """Whether images change."""
+        return self.grid is not None or self.chosen is not None or self.stretch
+
+    @property
+    def converts_masks(self) -> bool:
+        """Whether masks are written anew, as class indices."""
+        return self.colored or self.first_mask_band or self.rewrites_images
+
+    def label_map(self, given: LabelMap) -> LabelMap:
+        """What the masks mean afterwards."""
+        if not self.converts_masks:
+            return given
+        return LabelMap(values={**{i: i for i in range(len(self.classes))}, IGNORE_INDEX: IGNORE_INDEX})
+
+
+class _Part(NamedTuple):
+    """Some windows of an item; None takes the whole files."""
+
+    item: IndexItem
+    windows: tuple[Window, ...] | None
+
+
+def transfer(
+    items: Sequence[IndexItem], files: Mapping[str, Path], stage: Path, how: Transfer, jobs: int, progress: Progress
+) -> list[IndexItem]:
+    """Bring all items into `stage`; what an interrupted call had done is not done again.
+
+    Args:
+        items: images with masks and splits; paths are names in `files`.
+        files: where they are.
+        stage: folder to fill.
+        how: whole or in tiles.
+        jobs: threads; the result does not depend on it.
+        progress: told done and all parts.
+
+    Returns:
+        Items with paths relative to `stage`, one per tile that has a pixel with data.
+
+    Raises:
+        DataError: an unreadable file, sizes that differ, undeclared labels.
+        MachineError: the disk is full.
+    """
+    if how.grid is None:
+        parts = [_Part(item, None) for item in items]
+    else:
+        planned = in_order(lambda item: _parts(item, files, how), items, jobs)
+        parts = [part for several in planned for part in several]
+    journal = Journal(stage)
+
+    def bring(number: int) -> list[IndexItem]:
+        done = journal.get(number)
+        if done is None:
+            done = [item.model_dump(mode="json") for item in _bring(parts[number], files, stage, how)]
+            journal.put(number, done)
+        return [IndexItem.model_validate(item) for item in done]
+
+    brought = list(in_order(bring, range(len(parts)), jobs, progress))
+    return [item for several in brought for item in several]
+
+
+def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_Part]:
+    """A row of tiles each where a file can be entered anywhere, else the whole image: PNG and JPEG begin at the top."""
+    grid = _required(how.grid)
+    with _open(item, files, how) as raster:
+        info = raster.info
+    windows = grid.windows(info.height, info.width)
+    if not windows:
+        # smaller than a tile, by a rule that drops remainders
+        return []
+    if how.stretch or not all(name.lower().endswith((".tif", ".tiff")) for name in _names(item)):
+        return [_Part(item, tuple(windows))]
+    rows = sorted({window.row for window in windows})
+    return [_Part(item, tuple(window for window in windows if window.row == row)) for row in rows]
+
+
+def _bring(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) -> list[IndexItem]:
+    item, windows = part
+    if windows is not None:
+        return _cut(item, windows, files, stage, how)
+    if how.rewrites_images:
+        with _open(item, files, how) as raster:
+            whole = Window(0, 0, raster.info.height, raster.info.width)
+        return _cut(item, (whole,), files, stage, how)
+    for name in _names(item):
+        _link(files[name], stage / name)
+    mask = item.mask
+    if mask is not None and how.converts_masks:
+        require_free_disk(stage, files[mask].stat().st_size)
+        # named after the image: images may share a mask, and two threads must not write one file
+        mask = f"masks/{PurePosixPath(_names(item)[0]).with_suffix('.tif')}"
+        _convert_mask(item, files, stage / mask, how)
+    elif mask is not None:
+        _link(files[mask], stage / mask)
+    return [item.model_copy(update={"mask": mask})]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file and what GDAL reads with it, or copy where that is impossible."""
+    others = [(Path(f"{source}{suffix}"), Path(f"{target}{suffix}")) for suffix in SIDECARS]
+    others += [(source.with_suffix(suffix), target.with_suffix(suffix)) for suffix in WORLD_FILES]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old, new in [(source, target), *others]:
+        if (old != source and not old.is_file()) or new.exists():
+            continue
+        try:
+            os.link(old.resolve(), new)
+        except OSError:
+            # another file system, or one without hard links
+            partial = new.with_name(f"{new.name}.partial")
+            shutil.copyfile(old, partial)
+            partial.replace(new)
+
+
+def _cut(
+    item: IndexItem, windows: Sequence[Window], files: Mapping[str, Path], stage: Path, how: Transfer
+) -> list[IndexItem]:
+    stem = str(PurePosixPath(_names(item)[0]).with_suffix(""))
+    area = _bounds(windows)
+    tiles = []
+    with _open(item, files, how) as raster:
+        info = raster.info
+        # the stretch looks at the whole image, also where no tile lies
+        inside = Window(0, 0, info.height, info.width) if how.stretch else _clip(area, info)
+        pixels, valid = _stored(raster, inside, how)
+        require_free_disk(stage, pixels.nbytes)
+        labels = None if item.mask is None else _labels(item.mask, files, info, inside, how)
+        look = Look.of(info, how.bands, how.chosen)
+        look = look.stretched() if how.stretch else look
+        for window in windows:
+            cut = _slices(window, inside)
+            if not valid[cut].any():
+                continue
+            name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.grid is not None else f"{stem}.tif"
+            data = _padded(valid[cut], window, False)
+            write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, look, data)
+            if labels is not None:
+                indices = _padded(labels[cut][None], window, how.pad_label)
+                write_tile(stage / "masks" / name, indices, window, look.for_masks(how.classes))
+            update = {
+                "image": f"images/{name}",
+                "mask": None if labels is None else f"masks/{name}",
+                "scene": item.scene or item.image,
+                "origin": (window.row, window.col) if how.grid is not None else None,
+            }
+            tiles.append(item.model_copy(update=update))
+    return tiles
+
+
+def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Stored values of the bands to keep, or their stretched ones, and where there is data."""
+    _, valid = raster.read(window)
+    pixels = raster.read_raw(window)
+    if how.chosen is not None:
+        pixels = pixels[list(how.chosen)]
+    if not how.stretch:
+        return pixels, valid
+    # truncated, not rounded, as in the published script
+    low = pixels.min(axis=(1, 2), keepdims=True).astype(np.float64)
+    span = np.maximum(pixels.max(axis=(1, 2), keepdims=True) - low, 1)
+    return ((pixels - low) / span * 255).astype(np.uint8), valid
+
+
+def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Window, how: Transfer) -> NDArray[np.uint8]:
+    """Class indices of a window of a mask; raises `DataError` if the mask has another size than its image."""
+    path = files[name]
+    with Raster(path) as raster:
+        size = raster.info.height, raster.info.width
+        if size != (info.height, info.width):
+            raise DataError(
+                f"{path}: the mask has {size[0]} x {size[1]} pixels (rows x columns), its image "
+                f"{info.height} x {info.width}. They must agree."
+            )
+        stored = raster.read_raw(window)
+        if how.threshold is not None and len(stored) == 3:
+            stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
+        if how.first_mask_band:
+            stored = stored[:1]
+        return how.labels.indices(stored, raster.info.colormap, name=str(path), origin=(window.row, window.col))
+
+
+def _convert_mask(item: IndexItem, files: Mapping[str, Path], target: Path, how: Transfer) -> None:
+    with _open(item, files, how) as raster:
+        info = raster.info
+    whole = Window(0, 0, info.height, info.width)
+    indices = _labels(item.mask or "", files, info, whole, how)
+    write_tile(target, indices[None], whole, Look.of(info, None).for_masks(how.classes))
+
+
+def _open(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> Raster:
+    paths = [files[name] for name in _names(item)]
+    return open_image(paths, how.bands, nodata=how.nodata, zero_collar=how.zero_collar)
+
+
+def _names(item: IndexItem) -> list[str]:
+    return item.image.split("|")
+
+
+def _bounds(windows: Sequence[Window]) -> Window:
+    row, col = min(w.row for w in windows), min(w.col for w in windows)
+    bottom, right = max(w.row + w.height for w in windows), max(w.col + w.width for w in windows)
+    return Window(row, col, bottom - row, right - col)
+
+
+def _clip(window: Window, info: RasterInfo) -> Window:
+    height, width = min(window.height, info.height - window.row), min(window.width, info.width - window.col)
+    return Window(window.row, window.col, height, width)
+
+
+def _slices(window: Window, area: Window) -> tuple[slice, slice]:
+    """Of a window in an array that begins where `area` begins; what lies beyond it is cut off."""
+    row, col = window.row - area.row, window.col - area.col
+    return slice(row, row + window.height), slice(col, col + window.width)
+
+
+def _padded(array: NDArray[Any], window: Window, value: Any) -> NDArray[Any]:
+    """The array filled up at bottom and right to the window's size."""
+    below, right = window.height - array.shape[-2], window.width - array.shape[-1]
+    if not below and not right:
+        return array
+    return np.pad(array, ((0, 0),) * (array.ndim - 2) + ((0, below), (0, right)), constant_values=value)
+
+
+def _required(grid: Grid | None) -> Grid:
+    if grid is None:
+        raise ValueError("whole images have no grid")
+    return grid

@@ -1,0 +1,238 @@
+"""Checks a prepared dataset file by file, and says what is in it."""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from rsseg.data.index import IndexItem, SegmentationIndex
+from rsseg.data.labels import LabelTable
+from rsseg.datasets.leaks import Problem, find_leaks
+from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image
+from rsseg.datasets.opening import open_image
+from rsseg.errors import DataError
+from rsseg.raster import Raster
+
+Progress = Callable[[str, int, int], None]
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class SplitCount(_Result):
+    """Images of a split, and the class areas of their masks."""
+
+    split: str
+    domain: str | None
+    images: int
+    masks: int
+    pixels: dict[str, int]
+    """Per class name."""
+    ignored: int
+    """Mask pixels without a class."""
+
+
+class VerifyReport(_Result):
+    """What `verify` found."""
+
+    path: Path
+    images: int
+    masks: int
+    splits: tuple[SplitCount, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+class BandStatistics(_Result):
+    """One band over the valid pixels of a split; stored values, after scale and offset tags."""
+
+    name: str
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+class ClassArea(_Result):
+    """How much of a split's labeled pixels a class covers."""
+
+    name: str
+    pixels: int
+    share: float | None
+    """0..1 of all mask pixels, ignored ones included; None if there are none."""
+    m2: float | None
+    """Square metres; None if the ground sampling distance is not known."""
+    ha: float | None
+
+
+class SplitStatistics(_Result):
+    """One split (and domain)."""
+
+    split: str
+    domain: str | None
+    images: int
+    pixels: int
+    """Image pixels with data."""
+    bands: tuple[BandStatistics, ...]
+    classes: tuple[ClassArea, ...]
+    ignored: ClassArea
+
+
+class DatasetStatistics(_Result):
+    """What `statistics` counted."""
+
+    path: Path
+    gsd_m: float | None
+    splits: tuple[SplitStatistics, ...]
+
+
+class _Checked(NamedTuple):
+    counts: NDArray[np.int64] | None
+    problems: tuple[Problem, ...]
+
+
+def verify(path: Path, *, pixels: bool = True, jobs: int = 1, progress: Progress | None = None) -> VerifyReport:
+    """Read every mask and every image once, and look for images and scenes that splits share.
+
+    Args:
+        path: prepared folder.
+        pixels: decode every image, which finds files that end early; False opens them only.
+        jobs: threads.
+        progress: told how far the work is.
+
+    Raises:
+        DataError: there is no index. Defects of the files are in the report instead.
+    """
+    index = SegmentationIndex.load(path)
+    labels = LabelTable(index.label_map, index.task.num_classes)
+
+    def check(item: IndexItem) -> _Checked:
+        return _check(index, item, labels, pixels=pixels)
+
+    report = None if progress is None else lambda done, total: progress("verify", done, total)
+    checked = list(in_order(check, index.items, jobs, report))
+    groups = _groups(index)
+    return VerifyReport(
+        path=path,
+        images=len(index.items),
+        masks=sum(item.mask is not None for item in index.items),
+        splits=tuple(_split_count(index, key, [checked[i].counts for i in where]) for key, where in groups.items()),
+        problems=tuple(problem for one in checked for problem in one.problems) + find_leaks(index),
+    )
+
+
+def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -> DatasetStatistics:
+    """Read every image and mask once: band statistics and class areas per split and domain.
+
+    Raises:
+        DataError: no index, or a defect; `verify` lists all of them.
+    """
+    index = SegmentationIndex.load(path)
+    labels = LabelTable(index.label_map, index.task.num_classes)
+
+    def measure(item: IndexItem) -> tuple[Moments, NDArray[np.int64]]:
+        with _open(index, item) as raster:
+            size = raster.info.height, raster.info.width
+            moments = measure_image(raster, samples=0)
+        mask = index.mask_file(item)
+        counts = np.zeros(index.task.num_classes + 1, np.int64)
+        return moments, counts if mask is None else count_classes(mask, labels, index.task.num_classes, size)
+
+    report = None if progress is None else lambda done, total: progress("measure", done, total)
+    measured = list(in_order(measure, index.items, jobs, report))
+    splits = []
+    for (split, domain), where in _groups(index).items():
+        moments = reduce(Moments.joined, [measured[i][0] for i in where])
+        *areas, ignored = _areas(index, np.sum([measured[i][1] for i in where], axis=0))
+        splits.append(
+            SplitStatistics(
+                split=split, domain=domain, images=len(where), pixels=moments.pixels, bands=_bands(index, moments),
+                classes=tuple(areas), ignored=ignored,
+            )
+        )  # fmt: skip
+    return DatasetStatistics(path=path, gsd_m=index.task.gsd_m, splits=tuple(splits))
+
+
+def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
+    """Everything that is wrong with one item."""
+    problems = []
+    size = None
+    try:
+        with _open(index, item) as raster:
+            info = raster.info
+            size = info.height, info.width
+            if info.dtype != index.task.dtype:
+                raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
+            if pixels:
+                measure_image(raster, samples=0)
+    except DataError as error:
+        problems.append(Problem(file=item.image, split=item.split, reason=str(error)))
+    mask = index.mask_file(item)
+    if mask is None or item.mask is None:
+        return _Checked(None, tuple(problems))
+    try:
+        if size is None:
+            with Raster(mask) as raster:
+                size = raster.info.height, raster.info.width
+        counts = count_classes(mask, labels, index.task.num_classes, size)
+    except DataError as error:
+        return _Checked(None, (*problems, Problem(file=item.mask, split=item.split, reason=str(error))))
+    return _Checked(counts, tuple(problems))
+
+
+def _open(index: SegmentationIndex, item: IndexItem) -> Raster:
+    collar = index.ignore_zero_collar
+    return open_image(index.image_files(item), index.task.bands, nodata=index.nodata, zero_collar=collar)
+
+
+def _groups(index: SegmentationIndex) -> dict[tuple[str, str | None], list[int]]:
+    """Positions of the items of each split and domain."""
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for position, item in enumerate(index.items):
+        groups.setdefault((item.split, item.domain), []).append(position)
+    return groups
+
+
+def _split_count(
+    index: SegmentationIndex, key: tuple[str, str | None], counts: Sequence[NDArray[np.int64] | None]
+) -> SplitCount:
+    known = [count for count in counts if count is not None]
+    total = np.sum(known, axis=0) if known else np.zeros(index.task.num_classes + 1, np.int64)
+    return SplitCount(
+        split=key[0],
+        domain=key[1],
+        images=len(counts),
+        masks=len(known),
+        pixels={name: int(count) for name, count in zip(index.task.class_names, total[:-1], strict=True)},
+        ignored=int(total[-1]),
+    )
+
+
+def _bands(index: SegmentationIndex, moments: Moments) -> tuple[BandStatistics, ...]:
+    columns = zip(index.task.bands, moments.mean(), moments.std(), moments.low, moments.high, strict=True)
+    return tuple(
+        BandStatistics(name=name, mean=float(mean), std=float(std), low=float(low), high=float(high))
+        for name, mean, std, low, high in columns
+    )
+
+
+def _areas(index: SegmentationIndex, counts: NDArray[np.int64]) -> list[ClassArea]:
+    """Per class, then of what is ignored."""
+    total, gsd = int(counts.sum()), index.task.gsd_m
+    areas = []
+    for name, count in zip((*index.task.class_names, "ignored"), counts, strict=True):
+        m2 = None if gsd is None else float(count) * gsd**2
+        share = float(count / total) if total else None
+        areas.append(
+            ClassArea(name=name, pixels=int(count), share=share, m2=m2, ha=None if m2 is None else m2 / 10_000)
+        )
+    return areas

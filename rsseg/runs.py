@@ -1,0 +1,270 @@
+"""Run folders: where they are, how they ended, which is the newest."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rsseg.checkpoint import MODEL_NAME, find_model
+from rsseg.errors import MachineError, UsageError, WeightsError
+from rsseg.files import read_rows, write_json, write_text
+
+ExitState = Literal["running", "finished", "failed", "interrupted"]
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+class Manifest(BaseModel):
+    """What a run was made of and how it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    method: str
+    recipe: str
+    created: str
+    """Local time, ISO 8601."""
+    finished: str | None = None
+    state: ExitState = "running"
+    reason: str = ""
+    host: str
+    pid: int
+    command: tuple[str, ...]
+    versions: Mapping[str, str]
+    commit: str | None
+    """Of the working folder, `+` appended if it has changes; None outside a repository."""
+    device: str
+    seed: int
+    steps: int = 0
+    """Optimizer steps done at the last save."""
+    monitor: str
+    selection: str = ""
+    """What chooses the weights that ship, in words: a score on labels of which domain, or one without labels."""
+    best_score: float | None = None
+    best_step: int | None = None
+    plan: dict[str, Any]
+    """Resolved sizes, splits with their hashes, and weight hashes."""
+    used: Mapping[str, str]
+    """Split hash -> what it served: `training` or `selection`; a test on one of these is no test."""
+    frozen: Mapping[str, str] = {}
+    """Teacher module -> SHA-256 of its weights."""
+    resumed: tuple[str, ...] = ()
+    """One entry per continuation: time and step."""
+    metric: str = "one integer confusion matrix over the whole split; absent classes are left out of means"
+
+
+class RunSummary(BaseModel):
+    """One row of `rsseg runs ls`."""
+
+    name: str
+    path: Path
+    method: str
+    recipe: str
+    state: str
+    """An exit state, or `killed` for a run whose process is gone without a word."""
+    step: int
+    best: float | None
+    monitor: str
+    created: str
+
+
+class RunDetails(BaseModel):
+    """What `rsseg runs show` shows; all columns of the evaluations are in metrics.csv."""
+
+    facts: dict[str, Any]
+    metric_columns: tuple[str, ...]
+    """`step`, the main means, and `iou_<class>`."""
+    metric_rows: tuple[tuple[str, ...], ...]
+    """One per evaluation; "-" for an absent class."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe, which `--resume` reads."""
+        return self.path / "config.resolved.yaml"
+
+    @property
+    def model(self) -> Path:
+        """The model to ship."""
+        return self.path / MODEL_NAME
+
+    @property
+    def best(self) -> Path:
+        """Model with the best validation score."""
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Newest model."""
+        return self.path / "checkpoints" / "last.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """All that a resumed run needs."""
+        return self.path / "checkpoints" / "last.state" / "state.safetensors"
+
+    def manifest(self) -> Manifest:
+        """Read the manifest; raises `UsageError` where there is none."""
+        try:
+            return Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UsageError(f"{self.path}: not a readable run folder: {error}. See `rsseg runs ls`.") from None
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest."""
+        write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Replace some values of the manifest."""
+        self.write_manifest(self.manifest().model_copy(update=changes))
+
+    def summary(self) -> RunSummary:
+        """The manifest in one row."""
+        manifest = self.manifest()
+        return RunSummary(
+            name=self.path.name,
+            path=self.path,
+            method=manifest.method,
+            recipe=manifest.recipe,
+            state="killed" if _is_dead(manifest) else manifest.state,
+            step=manifest.steps,
+            best=manifest.best_score,
+            monitor=manifest.monitor,
+            created=manifest.created,
+        )
+
+    def details(self) -> RunDetails:
+        """The manifest's main facts and the evaluations."""
+        summary, manifest = self.summary(), self.manifest()
+        rows = read_rows(self.path / "metrics.csv")
+        columns = (
+            tuple(c for c in rows[0] if c in ("step", "miou", "mf1", "oa") or c.startswith("iou_")) if rows else ()
+        )
+        facts = {
+            "run": str(self.path),
+            **summary.model_dump(include={"method", "recipe", "state", "created"}),
+            "reason": manifest.reason,
+            "steps": manifest.steps,
+            f"best {manifest.monitor}": manifest.best_score,
+            "best step": manifest.best_step,
+            "selection": manifest.selection,
+            "seed": manifest.seed,
+            "device": manifest.device,
+            "commit": manifest.commit,
+            "command": " ".join(manifest.command),
+            "model": str(self.model) if self.model.exists() else None,
+        }
+        cells = tuple(tuple(_short(row[column]) for column in columns) for row in rows)
+        return RunDetails(facts=facts, metric_columns=columns, metric_rows=cells)
+
+
+def create_run(output: Path, *, method: str, name: str) -> RunFolder:
+    """A new folder `<date>_<method>_<name>_NNN` with the first free number.
+
+    Raises:
+        MachineError: `output` cannot be written.
+    """
+    safe = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+    prefix = f"{datetime.now().astimezone():%Y-%m-%d}_{method}_{safe}_"
+    number = 1
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = output / f"{prefix}{number:03d}"
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        for part in ("checkpoints", "confusion"):
+            (path / part).mkdir()
+    except OSError as error:
+        raise MachineError(f"{output}: cannot be written: {error}. Choose another --output.") from None
+    _point_latest(output, path.name)
+    return RunFolder(path)
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """Every run below `root`, oldest first."""
+    runs = [RunFolder(file.parent) for file in root.glob(f"*/{MANIFEST}") if not file.parent.is_symlink()]
+    return sorted(runs, key=lambda run: (run.manifest().created, run.path.name))
+
+
+def newest_finished(root: Path) -> RunFolder:
+    """The newest run that ended well and has a model; raises `WeightsError` if there is none."""
+    finished = [run for run in list_runs(root) if run.manifest().state == "finished" and run.model.exists()]
+    if not finished:
+        raise WeightsError(
+            f"{root}: no finished run. Train one with `rsseg train --recipe NAME`, or give --model FILE."
+        )
+    return finished[-1]
+
+
+def find_run(path: Path | None, root: Path) -> RunFolder:
+    """A run by its folder, by its name below `root`, or the newest one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if path is None:
+        runs = list_runs(root)
+        if not runs:
+            raise UsageError(f"{root}: no runs here. `rsseg train --recipe NAME` makes one.")
+        return runs[-1]
+    for candidate in (path, root / path):
+        # Where the system has no symbolic links, `latest` is a file that holds the name.
+        if candidate.is_file() and candidate.name == LATEST:
+            candidate = candidate.with_name(candidate.read_text(encoding="utf-8").strip())
+        if (candidate / MANIFEST).is_file():
+            return RunFolder(candidate.with_name(candidate.readlink().name) if candidate.is_symlink() else candidate)
+    raise UsageError(f"{path}: not a run folder. `rsseg runs ls` lists the runs.")
+
+
+def choose_model(model: Path | None, root: Path) -> Path:
+    """The model file of a run or file, or of the newest finished run.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    return newest_finished(root).model if model is None else find_model(model)
+
+
+def _short(cell: str) -> str:
+    """Four digits after the point."""
+    if not cell:
+        return "-"
+    return f"{float(cell):.4f}" if "." in cell else cell
+
+
+def _point_latest(output: Path, name: str) -> None:
+    link = output / LATEST
+    temporary = output / f".{LATEST}.{os.getpid()}.tmp"
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+        temporary.replace(link)
+    except OSError:
+        write_text(link, name + "\n")
+
+
+def _is_dead(manifest: Manifest) -> bool:
+    if manifest.state != "running" or manifest.host != socket.gethostname() or os.name != "posix":
+        return False
+    try:
+        os.kill(manifest.pid, 0)  # signal 0 only asks whether the process exists
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
