@@ -1,4 +1,4 @@
-"""Every error that is the user's to mend: one sentence of what is wrong and where, one of what to do.
+"""Errors that the user can fix: one sentence that says what is wrong and where, one that says what to do.
 
 The command line prints the message without a traceback and exits with the class's code. Any other exception is a bug.
 """
@@ -19,7 +19,7 @@ class UsageError(RssegError):
 
 
 class RecipeError(RssegError):
-    """A recipe does not say something that can be run."""
+    """A recipe is invalid."""
 
     exit_code = 3
 
@@ -37,7 +37,7 @@ class WeightsError(RssegError):
 
 
 class MachineError(RssegError):
-    """Memory, disk or device do not suffice."""
+    """Too little memory or disk space, or no such device."""
 
     exit_code = 6
 
@@ -48,8 +48,8 @@ class PartialFailure(RssegError):  # noqa: N818 - a batch that ended with some o
     exit_code = 7
 
 
-class CheckFailed(RssegError):  # noqa: N818 - the answer of a check, not a fault
-    """A check that the user asked for is not met."""
+class CheckFailed(RssegError):  # noqa: N818 - the result of a check, not a fault
+    """A check that the user asked for failed."""
 
     exit_code = 8
 

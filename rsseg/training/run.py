@@ -17,7 +17,7 @@ from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
 from rsseg.files import write_json, write_text
 from rsseg.inference.device import keep_heap, resolve_device
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rsseg.checkpoint import read_header
 from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
 from rsseg.files import read_rows
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.runs import RunFolder, choose_model, find_run, list_runs
