@@ -1,9 +1,9 @@
 """Remote-sensing image segmentation where labels are few: train, evaluate, predict.
 
-The four functions are the ones that the command line calls; importing this package loads none of them.
+The command line calls the same functions; they are imported on first use.
 
     load(path) -> Segmenter             model file or run folder -> network with `.task` and `predict_logits`
-    train(recipe) -> TrainResult        a loaded recipe (see `load_recipe`) -> run folder and scores
+    train(recipe) -> TrainResult        recipe from `load_recipe` -> run folder and scores
     evaluate(...) -> Evaluation         confusion matrix and scores of a model on a split
     predict(...) -> SceneResult         a raster of any size -> a class raster on the same grid
 """
