@@ -245,7 +245,7 @@ def split(
     """Divide a prepared dataset anew, by scene or by block of ground, never tile by tile."""
     from rsseg.data.index import SegmentationIndex
     from rsseg.datasets.prepare.options import parse_pairs
-    from rsseg.datasets.resplit import resplit
+    from rsseg.datasets.splits import resplit
 
     try:
         shares = {name: float(share) for name, share in parse_pairs("--ratio", ratio).items()}
