@@ -62,11 +62,7 @@ class Moments:
 
 
 def open_image(
-    files: Sequence[Path],
-    names: Sequence[str] | None,
-    *,
-    nodata: float | None = None,
-    zero_collar: bool = False,
+    files: Sequence[Path], names: Sequence[str] | None, *, nodata: float | None = None, zero_collar: bool = False
 ) -> Raster:
     """Open an image with the bands of its dataset.
 

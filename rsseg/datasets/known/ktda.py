@@ -100,13 +100,7 @@ L8BIOME = DatasetCard(
         ),
     ),
     variants=(_stacked("TIF"), _stacked("img"), _single("TIF"), _single("img")),
-    rules=(
-        SplitRule(
-            "scene",
-            "60, 20 and 20 % of the scenes of each biome",
-            drawn_by_scene(RATIO),
-        ),
-    ),
+    rules=(SplitRule("scene", "60, 20 and 20 % of the scenes of each biome", drawn_by_scene(RATIO)),),
     gsd_m=30.0,
     ignore_zero_collar=True,
     notes="Domains are the eight biomes. Scenes with one file per band are read without B8, which has other pixels. "

@@ -140,8 +140,7 @@ GID5 = DatasetCard(
     ),
     variants=(
         Variant(
-            Layout("image_NirRGB/{group}.tif", "label_5classes/{group}_label.tif", one_split="train"),
-            (*IRRG, "blue"),
+            Layout("image_NirRGB/{group}.tif", "label_5classes/{group}_label.tif", one_split="train"), (*IRRG, "blue")
         ),
         Variant(Layout("image_RGB/{group}.tif", "label_5classes/{group}_label.tif", one_split="train"), RGB),
     ),
@@ -253,18 +252,9 @@ CITY_OSM = DatasetCard(
             stored={"road": (0, 0, 255), "building": (255, 0, 0)},
         ),
     ),
-    variants=(
-        Variant(
-            Layout("{domain}/{group}_image.png", "{domain}/{group}_labels.png", one_split="train"),
-            RGB,
-        ),
-    ),
+    variants=(Variant(Layout("{domain}/{group}_image.png", "{domain}/{group}_labels.png", one_split="train"), RGB),),
     rules=(
-        SplitRule(
-            "scene",
-            "60, 20 and 20 % of the images of each city, seeded",
-            drawn_by_scene(RATIO),
-        ),
+        SplitRule("scene", "60, 20 and 20 % of the images of each city, seeded", drawn_by_scene(RATIO)),
         SplitRule(
             "st-dasegnet",
             "512-pixel tiles of all images of a city shuffled into 70 and 30 %; the remainder of an image is dropped",

@@ -101,7 +101,9 @@ def gather(
     for _ in range(_NESTED):
         inner: dict[str, Path] = {}
         for name, archive in archives.items():
-            _check_sum(archive, checksums, progress)
+            expected = checksums.get(archive.name)
+            if expected is not None and (found_sum := md5_of(archive)) != expected:
+                progress(f"{archive.name} is not the publisher's file: MD5 {found_sum}, expected {expected}", 1, 1)
             for member in _unpack_wanted(name, archive, unpacked, wanted, files, progress):
                 (inner if is_packed(member) else files)[member] = unpacked / member
         archives = inner
@@ -138,15 +140,6 @@ def _unpack_wanted(
     folder.mkdir(parents=True, exist_ok=True)
     unpack(archive, folder, lambda done, total: progress(f"unpack {base}", done, total), place=place)
     return sorted(taken)
-
-
-def _check_sum(archive: Path, checksums: Mapping[str, str], progress: Callable[[str, int, int], None]) -> None:
-    expected = checksums.get(archive.name)
-    if expected is None:
-        return
-    found = md5_of(archive)
-    if found != expected:
-        progress(f"{archive.name} is not the publisher's file: MD5 {found}, expected {expected}", 1, 1)
 
 
 def md5_of(path: Path) -> str:

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from rsseg.errors import UsageError
 from rsseg.task import Color
@@ -85,6 +86,25 @@ class PrepareOptions(BaseModel):
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self
+
+
+def parse_options(values: Mapping[str, Any]) -> PrepareOptions:
+    """Validate options; raises `UsageError` with one line per problem that names the option."""
+    try:
+        return PrepareOptions.model_validate(values)
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if problem["type"] != "missing"]
+        if len(problems) < error.error_count():
+            raise UsageError(
+                "`folder` needs --src DIR, --classes FILE and --images PATTERN; docs/datasets.md has examples."
+            ) from None
+        raise UsageError("\n".join(_problem(problem) for problem in problems)) from None
+
+
+def _problem(problem: ErrorDetails) -> str:
+    names = [str(part) for part in problem["loc"] if part != "folder"]
+    option = "--" + names[0].replace("_", "-").replace("lists", "list") if names else ""
+    return f"{option} {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r}).".strip()
 
 
 def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:

@@ -19,7 +19,7 @@ from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import Subject, finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
-from rsseg.datasets.prepare.stage import JOURNAL, holds_request, require_free_disk, staged_folder
+from rsseg.datasets.prepare.stage import JOURNAL, holds_request, partial_folder, require_free_disk, staged_folder
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import transfer
 from rsseg.datasets.splits import labeled_lists
@@ -50,7 +50,7 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
         MachineError: not enough disk space.
     """
     plan = make_plan(name, options)
-    out = output_folder(plan, options)
+    out = _output_folder(plan, options)
     source = None if plan.card.name == "demo" else _find_source(plan, options, out, progress)
     _check_apart(source, out)
     request = _request(plan, options, source)
@@ -74,8 +74,13 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     return out
 
 
-def output_folder(plan: Plan, options: PrepareOptions) -> Path:
-    """Folder that `prepare` makes."""
+def unfinished(name: str, options: PrepareOptions) -> Path | None:
+    """Folder in which an interrupted call of `prepare` resumes, if there is one."""
+    place = partial_folder(_output_folder(make_plan(name, options), options))
+    return place if place.is_dir() else None
+
+
+def _output_folder(plan: Plan, options: PrepareOptions) -> Path:
     return options.out or Path("data") / plan.name
 
 
