@@ -87,9 +87,9 @@ def new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str
     )
 
 
-def data_of(recipe: Recipe) -> dict[str, Any]:
+def data_of(index: SegmentationIndex) -> dict[str, Any]:
     """The dataset's classes, colours, raw values, bands, scaling and statistics, without the list of images."""
-    return SegmentationIndex.load(recipe.data.path).model_dump(mode="json", exclude={"items"})
+    return index.model_dump(mode="json", exclude={"items"})
 
 
 def now() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import SelectConfig
 from rsseg.data.index import digest_of
-from rsseg.data.sources import open_source
+from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
 from rsseg.methods.base import Method
@@ -16,7 +16,7 @@ from rsseg.training.hardware import Hardware
 from rsseg.training.results import SplitPlan, TrainPlan
 
 
-def check_files(recipe: Recipe, task: Task) -> dict[str, WeightsFile]:
+def check_files(recipe: Recipe, task: Task, datasets: Datasets) -> dict[str, WeightsFile]:
     """Look for weights and validation images before anything is built; returns the weight file of each role.
 
     Raises:
@@ -24,26 +24,24 @@ def check_files(recipe: Recipe, task: Task) -> dict[str, WeightsFile]:
         DataError: the validation split is empty or has no masks.
     """
     found = {role: check_weights(config) for role, config in backbone_configs(recipe)}
-    validation_of(recipe, task)
+    validation_of(recipe, task, datasets)
     return {role: file for role, file in found.items() if file is not None}
 
 
-def validation_of(recipe: Recipe, task: Task) -> SplitPlan | None:
+def validation_of(recipe: Recipe, task: Task, datasets: Datasets) -> SplitPlan | None:
     """The images that choose the best weights; None if there are none and the recipe ships the last weights anyway."""
     try:
         labels = recipe.trainer.monitor != "entropy"
-        return split_plan(recipe, recipe.data.val, "val", task, masks=labels, batch_size=recipe.eval.batch_size)
+        source = datasets.open(recipe.data.val, "val", task, masks=labels)
+        return split_plan(recipe, recipe.data.val, "val", source, batch_size=recipe.eval.batch_size)
     except DataError as error:
         if recipe.trainer.monitor == "last":
             return None
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
 
 
-def split_plan(
-    recipe: Recipe, select: SelectConfig, split: str, task: Task, *, masks: bool, batch_size: int
-) -> SplitPlan:
-    """What a selection holds; raises `DataError` if nothing, or if masks are missing."""
-    source = open_source(recipe, select, split, task, masks=masks)
+def split_plan(recipe: Recipe, select: SelectConfig, split: str, source: Source, *, batch_size: int) -> SplitPlan:
+    """What a selection holds."""
     return SplitPlan(
         path=str(select.path or recipe.data.path),
         split=select.split or split,
@@ -76,12 +74,12 @@ def _domain(recipe: Recipe, select: SelectConfig) -> tuple[str, str | None]:
     return str(select.path or recipe.data.path), select.domain
 
 
-def absent_classes(recipe: Recipe, method: Method, task: Task) -> list[str]:
+def absent_classes(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> list[str]:
     """One warning per labeled stream in which a class has no pixel, as counted when the dataset was prepared."""
     warnings = []
     for spec in (spec for spec in method.streams if spec.masks):
         select = recipe.data.streams.get(spec.name, SelectConfig())
-        counts = [item.classes for item in open_source(recipe, select, spec.split, task, masks=True).items]
+        counts = [item.classes for item in datasets.open(select, spec.split, task, masks=True).items]
         absent = [name for i, name in enumerate(task.class_names) if not any(c is None or c[i] for c in counts)]
         if absent:
             warnings.append(
@@ -92,26 +90,27 @@ def absent_classes(recipe: Recipe, method: Method, task: Task) -> list[str]:
 
 
 def make_plan(
-    recipe: Recipe, task: Task, hardware: Hardware, method: Method, weights: Mapping[str, WeightsFile], ranks: Ranks
+    recipe: Recipe,
+    task: Task,
+    datasets: Datasets,
+    hardware: Hardware,
+    method: Method,
+    weights: Mapping[str, WeightsFile],
+    ranks: Ranks,
 ) -> TrainPlan:
     """Everything that is known before the first step; raises `DataError` for a stream without images."""
     config = recipe.trainer
-    streams = {
-        spec.name: split_plan(
-            recipe,
-            recipe.data.streams.get(spec.name, SelectConfig()),
-            spec.split,
-            task,
-            masks=spec.masks,
-            batch_size=config.stream_batch_sizes.get(spec.name, config.batch_size),
-        )
-        for spec in method.streams
-    }
+    streams = {}
+    for spec in method.streams:
+        select = recipe.data.streams.get(spec.name, SelectConfig())
+        source = datasets.open(select, spec.split, task, masks=spec.masks)
+        batch_size = config.stream_batch_sizes.get(spec.name, config.batch_size)
+        streams[spec.name] = split_plan(recipe, select, spec.split, source, batch_size=batch_size)
     backbones = {
         role: f"{backbone.name}, {weights[role].source if role in weights else 'random weights'}"
         for role, backbone in backbone_configs(recipe)
     }
-    validation = validation_of(recipe, task)
+    validation = validation_of(recipe, task, datasets)
     return TrainPlan(
         method=recipe.method,
         name=recipe.name,

@@ -11,8 +11,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.data.sources import Datasets
 from rsseg.data.streams import Batch, training_batches
-from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
 from rsseg.files import write_json, write_text
@@ -42,6 +42,7 @@ class _Built:
     """Everything that a recipe describes, checked and on the device."""
 
     task: Task
+    datasets: Datasets
     hardware: Hardware
     method: Method
     plan: TrainPlan
@@ -80,7 +81,7 @@ def train(
         listener, recorder = Together(()), None
         if ranks.is_main:
             recorder = Recorder(run.path, class_names=built.task.class_names, ignore_classes=recipe.eval.ignore_classes)
-            _write_beginning(run, recipe, plan, identity, source=source, resumed=resume is not None)
+            _write_beginning(run, recipe, plan, identity, built.datasets, source=source, resumed=resume is not None)
             recorder.forget_after(counters.step)
             listener = Together([recorder, LineProgress() if progress is None else progress])
         with _recorded_failure(run, recorder), StopSignals() as signals:
@@ -100,7 +101,7 @@ def train(
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in absent_classes(recipe, built.method, built.task):
+            for warning in absent_classes(recipe, built.method, built.task, built.datasets):
                 listener.on_message(warning)
             reason = Trainer(parts, recipe, built.hardware, surroundings, counters).fit()
         result = _result(run, recipe, counters, reason, recorder)
@@ -170,13 +171,15 @@ def _out_of_memory(error: BaseException) -> MachineError:
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
-    task = open_task(recipe.data)
-    weights = check_files(recipe, task)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
+    weights = check_files(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    return _Built(task, hardware, method, make_plan(recipe, task, hardware, method, weights, ranks))
+    plan = make_plan(recipe, task, datasets, hardware, method, weights, ranks)
+    return _Built(task, datasets, hardware, method, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
@@ -197,6 +200,7 @@ def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Ca
         built.task,
         device=built.hardware.device,
         start_step=step,
+        datasets=built.datasets,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -205,14 +209,9 @@ def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Ca
 def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
     if built.plan.validation is None:
         return None
-    return partial(
-        evaluate,
-        recipe=recipe,
-        select=recipe.data.val,
-        split="val",
-        device=built.hardware.device,
-        labels=recipe.trainer.monitor != "entropy",
-    )
+    labels = recipe.trainer.monitor != "entropy"
+    source = built.datasets.open(recipe.data.val, "val", built.task, masks=labels)
+    return partial(evaluate, recipe=recipe, source=source, device=built.hardware.device, labels=labels)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:
@@ -244,7 +243,14 @@ def _open_run(
 
 
 def _write_beginning(
-    run: RunFolder, recipe: Recipe, plan: TrainPlan, identity: Identity, *, source: str | None, resumed: bool
+    run: RunFolder,
+    recipe: Recipe,
+    plan: TrainPlan,
+    identity: Identity,
+    datasets: Datasets,
+    *,
+    source: str | None,
+    resumed: bool,
 ) -> None:
     """The files that say what the run is made of."""
     write_text(run.recipe_file, describe.resolved_yaml(recipe))
@@ -256,7 +262,7 @@ def _write_beginning(
         manifest = manifest.model_copy(update={**kept, "resumed": (*before.resumed, entry)})
     else:
         write_text(run.path / "recipe.yaml", source if source is not None else dump_recipe(recipe))
-        write_json(run.path / "data.json", describe.data_of(recipe))
+        write_json(run.path / "data.json", describe.data_of(datasets.index()))
     run.write_manifest(manifest)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rsseg.data.assembly import RareClassOrder
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.sampling import RareClassOrder
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.errors import DataError
 from tests.conftest import PlainRecipe, rgb_task
