@@ -162,7 +162,7 @@ class SampleReader:
             return None
         missing = [source for source in sources if not source.is_file()]
         if missing:
-            raise DataError(f"{missing[0]}: file not found. Restore it, or prepare the dataset again.")
+            raise DataError(f"{missing[0]}: there is no such file. Restore it, or prepare the dataset again.")
         path = cache.path(sources, variant)
         arrays = cache.load(path)
         if arrays is None:

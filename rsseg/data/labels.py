@@ -62,7 +62,7 @@ class LabelTable:
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
             if not self._declared[_histogram(keys) > 0].all():
-                self._raise_undeclared(keys, ~self._declared[keys], name, origin)
+                self._refuse(keys, ~self._declared[keys], name, origin)
             indices: NDArray[np.uint8] = cv2.LUT(keys, self._table) if keys.size else self._table[keys]
             return indices
         position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
@@ -71,7 +71,7 @@ class LabelTable:
         if not unknown.any():
             return found
         if self._unknown is None:
-            self._raise_undeclared(keys, unknown, name, origin)
+            self._refuse(keys, unknown, name, origin)
         return np.where(unknown, np.uint8(self._unknown or 0), found)
 
     def counts(
@@ -107,9 +107,7 @@ class LabelTable:
             raise DataError(f"{name}: the mask has {len(stored)} bands, expected red, green and blue.")
         return keys
 
-    def _raise_undeclared(
-        self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]
-    ) -> NoReturn:
+    def _refuse(self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]) -> NoReturn:
         values, counts = np.unique(keys[unknown], return_counts=True)
         row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))

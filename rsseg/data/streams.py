@@ -107,7 +107,7 @@ def training_batches(
         world_size: number of processes.
 
     Raises:
-        DataError: at the call: datasets that are missing, empty or contradict the task; while iterating: unreadable files.
+        DataError: missing or empty datasets, or other classes or bands; while iterating: unreadable files.
         RecipeError: the published distortion for images that are not 8-bit red, green, blue.
     """
     device = torch.device(device)

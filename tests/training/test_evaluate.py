@@ -84,9 +84,7 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         evaluate_rasters(pred, truth)
 
 
-def test_a_run_parses_the_dataset_index_once(
-    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     original = SegmentationIndex.model_validate_json
     monkeypatch.setattr(SegmentationIndex, "model_validate_json", lambda text: parsed.append(text) or original(text))

@@ -68,7 +68,7 @@ def test_empty_selections_say_why(rgb_dataset: Path) -> None:
         (SelectConfig(), "nope", r"split 'nope' is empty; the index has \['train', 'val', 'test'\]"),
         (SelectConfig(domain="west"), "train", r"no domain 'west'; it has \['north', 'south'\]"),
         (SelectConfig(complement=True), "train", "complement leaves no image"),
-        (SelectConfig(count=9), "train", "9 images are wanted, but there are 5"),
+        (SelectConfig(count=9), "train", "count is 9, but there are 5"),
         (SelectConfig(count=1, fraction=0.5), "train", "both fraction and count"),
         (SelectConfig(fraction=0.05), "train", "fraction of 0.05 of 5 images selects none.*count: 1"),
     ):
