@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
 from rsseg.data.photometric import ColorSpace
-from rsseg.data.sources import Datasets
+from rsseg.data.sources import Datasets, Source
 from rsseg.errors import RecipeError, RssegError
 from rsseg.task import Task
 
@@ -86,7 +86,7 @@ def training_batches(
     *,
     device: torch.device | str,
     start_step: int,
-    datasets: Datasets | None = None,
+    sources: Mapping[str, Source] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[Batch]:
@@ -102,7 +102,7 @@ def training_batches(
         task: the model's task.
         device: where the tensors go.
         start_step: first optimizer step; the first batch is micro-step `start_step * grad_accum_steps`.
-        datasets: of the recipe; None opens them.
+        sources: images of each stream; None opens those of the recipe.
         rank: this process.
         world_size: number of processes.
 
@@ -111,10 +111,14 @@ def training_batches(
         RecipeError: the published distortion for images that are not 8-bit red, green, blue.
     """
     device = torch.device(device)
-    datasets = datasets or Datasets(recipe.data, recipe.seed)
-    opened = [(spec, *_open_stream(recipe, spec, task, datasets)) for spec in specs]
-    dataset = _MicroBatches([stream for _, stream, _ in opened], rank, world_size)
-    scalings = {spec.name: Scaling.of(own, spec.fill, device) for spec, _, own in opened}
+    if sources is None:
+        datasets, streams = Datasets(recipe.data, recipe.seed), recipe.data.streams
+        sources = {
+            spec.name: datasets.open(streams.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
+            for spec in specs
+        }
+    dataset = _MicroBatches([_stream_reader(recipe, spec, sources[spec.name]) for spec in specs], rank, world_size)
+    scalings = {spec.name: Scaling.of(sources[spec.name].task, spec.fill, device) for spec in specs}
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -151,10 +155,7 @@ def _scaled(pixels: Tensor, valid: Tensor, scaling: Scaling) -> Tensor:
     return torch.where(valid.unsqueeze(-3), torch.addcmul(scaling.offset, planes, scaling.scale), scaling.fill)
 
 
-def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task, datasets: Datasets) -> tuple[StreamReader, Task]:
-    """Open a stream; also returns the task of its dataset, whose scaling can differ."""
-    select = recipe.data.streams.get(spec.name, SelectConfig())
-    source = datasets.open(select, spec.split, task, masks=spec.masks)
+def _stream_reader(recipe: BaseRecipe, spec: StreamSpec, source: Source) -> StreamReader:
     own = source.task
     augment = recipe.data.augment_of(spec.name)
     if augment.photometric == "mmseg" and (own.dtype != "uint8" or len(own.bands) != 3):
@@ -175,7 +176,7 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task, datasets: Dat
         space=ColorSpace.of(own.bands, own.scale, own.offset),
         zoom=source.zoom,
     )
-    return StreamReader(plan, source.reader), own
+    return StreamReader(plan, source.reader)
 
 
 _HostBatch = dict[str, HostSamples]

@@ -11,7 +11,7 @@ from rsseg.data.sources import Datasets
 from rsseg.errors import DataError, WeightsError
 from rsseg.evaluation.model import evaluate, evaluate_model
 from rsseg.evaluation.rasters import evaluate_rasters
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.training.progress import Silent
 from rsseg.training.run import train
 from tests.conftest import rgb_task, write_png, write_tif
