@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rsseg.inference.tiling import Span
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
 
 _VALUES = 1 << 20
 """Scores that a CPU makes at once, so that they stay in its cache and memory does not grow with the classes."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 
 
 class ResidualUnit(nn.Module):

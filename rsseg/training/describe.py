@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,11 +14,10 @@ import yaml
 from pydantic import BaseModel
 
 import rsseg
-from rsseg.backbones.backbone import Backbone
 from rsseg.checkpoint import ModelHeader
 from rsseg.config import BackboneConfig
 from rsseg.data.index import SegmentationIndex
-from rsseg.methods.base import Segmenter
+from rsseg.methods.base import Segmenter, backbone_infos
 from rsseg.recipe import Recipe
 from rsseg.runs import Manifest
 from rsseg.training.results import TrainPlan
@@ -44,11 +42,10 @@ def backbone_configs(part: BaseModel, role: str = "") -> Iterator[tuple[str, Bac
 
 def model_header(recipe: Recipe, segmenter: Segmenter, training: dict[str, Any]) -> ModelHeader:
     """What a saved network says about itself."""
-    backbones = {name: asdict(m.info) for name, m in segmenter.named_modules() if isinstance(m, Backbone)}
     return ModelHeader(
         recipe=recipe.model_dump(mode="json"),
         task=segmenter.task,
-        backbones=backbones,
+        backbones=backbone_infos(segmenter),
         training={"weights": recipe.ship, **training},
         made_with=versions(),
     )
