@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from rsseg.training.results import StepReport
+from rsseg.training.progress import StepReport
 
 from rsseg.config import EvalConfig
 from rsseg.inference.predict import predict_image
