@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rsseg.commands.console import print_json, print_note, print_result, print_table
-from rsseg.errors import UsageError
 
 if TYPE_CHECKING:
     from rsseg.evaluation.assessment import Assessment, Estimate
@@ -60,10 +59,11 @@ def assess(
 ) -> None:
     """Estimate a map's accuracy and the true areas of its classes, with 95 % intervals, from labeled points."""
     from rsseg.evaluation.points import assess_points
-    from rsseg.files import write_text
+    from rsseg.files import check_outputs, write_text
 
-    if table is not None and table.exists() and not overwrite:
-        raise UsageError(f"{table}: exists already. Choose another name, or replace it with --overwrite.")
+    if table is not None:
+        inputs = [file for file in (source, points, strata) if file is not None]
+        check_outputs([("--csv", table)], inputs, overwrite=overwrite)
     result = assess_points(source, points, field=field, strata=strata, layer=layer)
     if table is not None:
         write_text(table, _csv(result))

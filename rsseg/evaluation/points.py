@@ -1,6 +1,5 @@
 """Reference points of an accuracy assessment: draw a stratified random sample, read it back with its labels."""
 
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ from rasterio.crs import CRS
 
 from rsseg.errors import DataError, MachineError, UsageError
 from rsseg.evaluation.assessment import Assessment, Sample, Strata, allocate, assess, sample_size
+from rsseg.files import check_outputs, temporary_path
 from rsseg.raster import Raster, Window
-from rsseg.vector.grid import Grid, reproject
+from rsseg.vector.grid import Grid, PixelAreas, reproject
 from rsseg.vector.style import add_style, form_style
 
 LAYER = "points"
@@ -28,6 +28,7 @@ TRUTH = "truth"
 STRATUM = "stratum"
 _ROWS = 1024
 """Rows of a raster that are held at a time."""
+_MOST_CLASSES = 255
 _LISTED = 5
 """Points that an error names."""
 
@@ -108,9 +109,8 @@ def draw_points(
     """
     if output.suffix.lower() != ".gpkg":
         raise UsageError(f"{output}: points are written to a GeoPackage. Give a name that ends in .gpkg.")
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output}: exists already. Choose another name, or replace it with --overwrite.")
     with _opened(source, strata) as rasters:
+        check_outputs([("--output", output)], rasters.files, overwrite=overwrite)
         counts = Counter[int]()
         for block in rasters.blocks():
             _add(counts, block.strata[block.valid])
@@ -159,17 +159,16 @@ def assess_points(
         labeled = np.array([bool(text) for text in texts], np.bool_)
         values = np.full((2, len(places)), -1, np.int64)
         has_data = np.zeros(len(places), np.bool_)
-        pixels, areas = Counter[int](), Counter[int]()
+        pixels, areas, extents = Counter[int](), dict[int, float](), grid.pixel_areas()
         for block in rasters.blocks():
             _add(pixels, block.strata[block.valid])
-            _add(areas, block.classes[block.valid])
+            _add_areas(areas, block, extents)
             here = np.flatnonzero((places[:, 0] >= block.top) & (places[:, 0] < block.top + len(block.valid)))
             row, col = places[here, 0] - block.top, places[here, 1]
             has_data[here] = block.valid[row, col]
             values[:, here] = block.strata[row, col], block.classes[row, col]
         _refuse(ids[~has_data], f"{points}: {{}} lie on pixels of {source} without data. Remove them.")
         names, labels = rasters.class_names, rasters.stratum_names
-        pixel_area = grid.pixel_area
     classes = sorted({*names, *areas})
     truth = _classes_of(texts, {names.get(v, str(v)): v for v in classes}, f"{points}, field {field!r}", ids)
     position = {value: i for i, value in enumerate(classes)}
@@ -179,14 +178,14 @@ def assess_points(
         stratum=np.array([order[v] for v in values[0, labeled].tolist()], np.int64),
         mapped=np.array([position[v] for v in values[1, labeled].tolist()], np.int64),
         truth=np.array([position[v] for v in truth if v is not None], np.int64),
-        area=np.ones(int(labeled.sum())),
+        area=np.ones(int(labeled.sum())) if extents is None else extents.at(*places[labeled].T),
     )
     result = assess(
         sample,
         Strata(tuple(labels.get(v, str(v)) for v in order), tuple(pixels[v] for v in order)),
         [names.get(v, str(v)) for v in classes],
         mapped_shares=[areas[v] / total for v in classes],
-        total_ha=None if pixel_area is None else total * pixel_area / 1e4,
+        total_ha=None if extents is None else total / 1e4,
     )
     if labeled.all():
         return result
@@ -231,6 +230,11 @@ class _Rasters:
         self.classes.close()
         self.strata.close()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that are read."""
+        return (*self.classes.files, *self.strata.files)
+
     def blocks(self) -> Iterator[_Block]:
         """Bands of rows from top to bottom."""
         height, width = self.classes.info.height, self.classes.info.width
@@ -264,6 +268,18 @@ def _add(counts: Counter[int], values: NDArray[np.int64]) -> None:
     counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
 
 
+def _add_areas(areas: dict[int, float], block: _Block, extents: PixelAreas | None) -> None:
+    """Area of each class in a block, square metres, or pixels for a map without coordinates."""
+    found, positions = np.unique(block.classes[block.valid], return_inverse=True)
+    if len(found) > _MOST_CLASSES:
+        raise DataError(f"the map has {len(found)} values in {len(block.valid)} rows. Give a class raster.")
+    places = np.full(block.valid.shape, _MOST_CLASSES, np.uint8)
+    places[block.valid] = positions
+    sums = np.bincount(places.ravel(), minlength=256) if extents is None else extents.sums(places, block.top, 0)
+    for value, amount in zip(found.tolist(), sums.tolist(), strict=False):
+        areas[value] = areas.get(value, 0.0) + amount
+
+
 def _places(block: _Block, ranks: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
     """(n, 3) row, column and stratum of the drawn pixels of a block; takes the block's pixels off the ranks."""
     found = [np.empty((0, 3), np.int64)]
@@ -279,7 +295,7 @@ def _places(block: _Block, ranks: dict[int, NDArray[np.int64]]) -> NDArray[np.in
 def _write(output: Path, grid: Grid, places: NDArray[np.int64], choices: Sequence[str]) -> None:
     centres = grid.to_ground(places[:, 1::-1].astype(np.float64) + 0.5)
     empty = np.full(len(places), None, object)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
+    temporary = temporary_path(output, output.suffix)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         pyogrio.raw.write(

@@ -178,7 +178,7 @@ def test_perfect_labels_give_perfect_accuracy_and_the_mapped_areas(class_map: Pa
     assert result.overall_accuracy.se == 0.0
     for entry, value in zip(result.classes, NAMES, strict=True):
         assert entry.area_ha is not None
-        assert entry.area_ha.value == pytest.approx((pixels == value).sum() * 0.01)
+        assert entry.area_ha.value == pytest.approx((pixels == value).sum() * 0.01, rel=2e-3)
     assert result.warnings == ()
 
 
@@ -287,3 +287,21 @@ def test_commands_sample_and_assess(class_map: Path, tmp_path: Path, capsys: pyt
     assert table.read_text().splitlines()[1].startswith("water,")
     assert run(["assess", str(class_map), str(points), "--csv", str(table)]) == 2
     assert run(["sample", str(class_map), "-o", str(points), "--per-stratum", "5"]) == 2
+
+
+def test_areas_of_a_map_in_degrees_lie_on_the_ellipsoid(tmp_path: Path) -> None:
+    # One degree per pixel, from 60 degrees north to the equator: forest above 30 degrees, water below.
+    pixels = np.repeat(np.array([1, 0], np.uint8), 30)[:, None] * np.ones((1, 90), np.uint8)
+    file = tmp_path / "map.tif"
+    profile = {"driver": "GTiff", "height": 60, "width": 90, "count": 1, "dtype": "uint8"}
+    with rasterio.open(file, "w", **profile, crs="EPSG:4326", transform=from_origin(0, 60, 1, 1)) as dataset:
+        dataset.write(pixels, 1)
+    draw_points(file, tmp_path / "p.gpkg", SampleSize(per_stratum=300))
+    label(tmp_path / "p.gpkg", lambda row, col: str(pixels[row, col]))
+    result = assess_points(file, tmp_path / "p.gpkg")
+    sphere = np.sin(np.radians(30)), np.sin(np.radians(60)) - np.sin(np.radians(30))
+    mapped = [c.mapped_share for c in result.classes]
+    assert mapped == pytest.approx([part / sum(sphere) for part in sphere], rel=5e-3)
+    for entry, share in zip(result.classes, mapped, strict=True):
+        assert entry.area_share.value == pytest.approx(share, abs=3 * (entry.area_share.se or 0))
+    assert result.total_ha == pytest.approx(510.1e6 * 100 * sum(sphere) / 8, rel=5e-3)
