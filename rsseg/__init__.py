@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rsseg.evaluation.model import evaluate
-    from rsseg.inference.load import load_segmenter as load
+    from rsseg.inference.network import load_segmenter as load
     from rsseg.recipe import load_recipe
     from rsseg.scene.predict import predict_scene as predict
     from rsseg.training.run import train
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "load", "load_recipe", "predict", "train"]
 
 _PUBLIC = {
-    "load": ("rsseg.inference.load", "load_segmenter"),
+    "load": ("rsseg.inference.network", "load_segmenter"),
     "load_recipe": ("rsseg.recipe", "load_recipe"),
     "train": ("rsseg.training.run", "train"),
     "evaluate": ("rsseg.evaluation.model", "evaluate"),

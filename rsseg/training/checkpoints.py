@@ -72,7 +72,6 @@ class Checkpoints:
         training = {
             "step": counters.step,
             "used": self._used,
-            "weights": "ema" if self._config.ema is not None and self._config.ema.ship else "student",
             "monitor": self._config.monitor,
             "score": counters.best_score if counters.best_step == counters.step else None,
         }
@@ -86,7 +85,7 @@ def model_header(recipe: BaseRecipe, segmenter: Segmenter, training: dict[str, A
         recipe=recipe.model_dump(mode="json"),
         task=segmenter.task,
         backbones=backbones,
-        training=training,
+        training={"weights": recipe.ship, **training},
         made_with=versions(),
     )
 

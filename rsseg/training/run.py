@@ -17,7 +17,7 @@ from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
 from rsseg.inference.device import keep_heap, resolve_device
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for
@@ -192,10 +192,9 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
     """What trains and is saved."""
-    config = recipe.trainer.ema
     return Parts(
         method=built.method,
-        ema=Ema(built.method.deployable(), config.decay) if config is not None else None,
+        ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,
         optimizers=build_optimizers(built.method, recipe.optimizers),
         scaler=GradScaler(built.hardware.device.type, enabled=built.hardware.amp_dtype == torch.float16),
     )
