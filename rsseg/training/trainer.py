@@ -74,7 +74,7 @@ class Trainer:
 
     @property
     def shipped(self) -> Segmenter:
-        """The network to evaluate and save: the student or its average."""
+        """The network that is evaluated and saved: the student or its average."""
         if self.parts.ema is not None:
             return cast(Segmenter, self.parts.ema.module)
         return self.parts.method.deployable()
