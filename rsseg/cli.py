@@ -103,4 +103,10 @@ def _report_bug(error: Exception) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    if code and "LOCAL_RANK" in os.environ:
+        # Python's exit could wait for processes that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

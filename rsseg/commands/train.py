@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rsseg.commands.console import is_live, print_json, print_note, print_result, print_scores, stderr
-from rsseg.commands.launch import start_workers
+from rsseg.commands.launch import silent, start_workers
 from rsseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsseg.recipe import Recipe
 
 
 def train(
@@ -39,10 +42,8 @@ def train(
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
     """
-    from rsseg.recipe import find_recipe, load_recipe
+    from rsseg.recipe import load_recipe
 
-    if gpus > 1 and "LOCAL_RANK" not in os.environ:
-        raise typer.Exit(start_workers(gpus))
     flags = {
         "data.path": data,
         "trainer.steps": steps,
@@ -62,7 +63,24 @@ def train(
     if recipe is None:
         raise UsageError("which recipe? Give --recipe NAME; `rsseg recipe ls` lists the packaged ones.")
     loaded = load_recipe(recipe, settings, method=method)
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        raise typer.Exit(start_workers(gpus))
+    with silent(os.environ.get("RANK", "0") != "0"):
+        _train(loaded, recipe, output, name, resume, check=check, dry_run=dry_run, as_json=as_json)
 
+
+def _train(
+    loaded: "Recipe",
+    recipe: str,
+    output: Path,
+    name: str | None,
+    resume: Path | None,
+    *,
+    check: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from rsseg.recipe import find_recipe
     from rsseg.training import run
     from rsseg.training.progress import LineProgress, LiveProgress
 

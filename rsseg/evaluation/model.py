@@ -15,8 +15,8 @@ from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import open_source
-from rsseg.distributed import current_ranks, sum_over_ranks
-from rsseg.errors import DataError
+from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
+from rsseg.errors import DataError, Interrupted
 from rsseg.evaluation.samples import evaluation_samples
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
@@ -67,6 +67,7 @@ def evaluate(
     device: torch.device | str,
     progress: Advance | None = None,
     labels: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score a network on a split; the ranks of a process group share the images, and all get the result.
 
@@ -80,9 +81,11 @@ def evaluate(
         device: where the network runs.
         progress: told after every image of this process.
         labels: False opens no mask and measures the entropy instead.
+        stop: asked after every image; ends the evaluation on all ranks once it returns True on any.
 
     Raises:
         DataError: nothing selected, a missing mask, unreadable files, an ignored class that does not exist.
+        Interrupted: `stop` returned True.
     """
     started = time.monotonic()
     ranks, task = current_ranks(), segmenter.task
@@ -100,6 +103,10 @@ def evaluate(
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, len(samples))
+        if stop():
+            break
+    if max_over_ranks(int(stop())):
+        raise Interrupted("The evaluation was stopped.")
     total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([len(samples)])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()

@@ -15,11 +15,11 @@ from rsseg.data.sources import Source
 from rsseg.data.streams import training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, UsageError
-from rsseg.evaluation.model import Evaluation, evaluate
-from rsseg.inference.device import keep_heap, resolve_device
+from rsseg.evaluation.model import evaluate
+from rsseg.inference.device import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
-from rsseg.methods.base import Method, Segmenter
+from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
@@ -39,7 +39,7 @@ from rsseg.training.plan import (
 from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
-from rsseg.training.trainer import Trainer
+from rsseg.training.trainer import Evaluate, Trainer
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ def train(
         RecipeError: training diverged.
         Interrupted: SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    with _session(recipe) as ranks:
+    recorder: Recorder | None = None
+
+    def record(message: str) -> None:
+        if recorder is not None:
+            recorder.on_error(MachineError(message))
+
+    with _session(recipe, record) as ranks:
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
         run, counters = _open_run(recipe, parts, identity, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
         listener: Progress = Silent()
-        recorder = None
         if ranks.is_main:
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
@@ -140,10 +145,12 @@ def check(recipe: Recipe) -> str:
             ),
         }
     )
-    with tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(folder), progress=Silent())
-        segmenter = load_segmenter(result.model)
-    parameters = sum(p.numel() for p in segmenter.parameters())
+    # The main process's folder serves all; the others have left it before it is removed.
+    with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        parameters = 0
+        if ranks.is_main:
+            parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
     return (
         f"{recipe.name}: one step, one evaluation, saving and loading work; {parameters / 1e6:.2f} M parameters ship. "
         "Train with `rsseg train`."
@@ -151,11 +158,13 @@ def check(recipe: Recipe) -> str:
 
 
 @contextmanager
-def _session(recipe: Recipe) -> Iterator[distributed.Ranks]:
+def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: None) -> Iterator[distributed.Ranks]:
     """Process group and torch's global settings for the length of a run."""
     keep_heap()
     before = torch.are_deterministic_algorithms_enabled()
-    with distributed.process_group(resolve_device(recipe.trainer.device).type) as ranks:
+    # An unknown device is refused inside of the group, by one message.
+    device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
+    with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
         try:
             yield ranks
@@ -200,7 +209,7 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
     )
 
 
-def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
+def _evaluation(recipe: Recipe, built: _Built) -> Evaluate | None:
     if built.plan.validation is None:
         return None
     return partial(
@@ -234,7 +243,7 @@ def _open_run(
         return RunFolder(Path(distributed.broadcast_from_main(path))), Counters()
     run = find_run(resume, output)
     counters = load_state(run.state, parts, identity)
-    if counters.step >= recipe.trainer.steps:
+    if counters.step >= recipe.trainer.steps and not counters.evaluation_due:
         raise UsageError(
             f"{run.path}: has its {counters.step} steps already. Give more with --set trainer.steps=N, or start anew."
         )

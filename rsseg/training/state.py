@@ -41,6 +41,8 @@ class Counters(BaseModel):
     since_best: int = 0
     """Evaluations since the best score."""
     elapsed_s: float = 0.0
+    evaluation_due: bool = False
+    """The evaluation after `step` was not finished."""
 
 
 class Identity(BaseModel):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from rsseg import distributed
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals
-from rsseg.errors import RecipeError
+from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.model import Evaluation
 from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints
@@ -25,6 +25,13 @@ from rsseg.training.optimizers import lr_at
 from rsseg.training.plan import Hardware
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
+
+
+class Evaluate(Protocol):
+    """Scores a network, see `rsseg.evaluation.model.evaluate`."""
+
+    def __call__(self, segmenter: Segmenter, *, stop: Callable[[], bool]) -> Evaluation:
+        """Raises `Interrupted` on all ranks once `stop` returns True on any."""
 
 
 class Trainer:
@@ -38,7 +45,7 @@ class Trainer:
         counters: Counters,
         *,
         batches_from: Callable[[int], Generator[Batch]],
-        evaluate: Callable[[Segmenter], Evaluation] | None,
+        evaluate: Evaluate | None,
         checkpoints: Checkpoints,
         progress: Progress,
         signals: StopSignals,
@@ -94,21 +101,23 @@ class Trainer:
         config, counters = self.config, self.counters
         self.parts.method.train()
         reason = None
-        while reason is None:
+        if counters.evaluation_due:
+            reason = self._evaluate(None)
+            if reason or counters.step >= config.steps:
+                self._save()
+        while reason is None and counters.step < config.steps:
             self.train_step(counters.step, batches)
             counters.step += 1
             reason = "all steps" if counters.step >= config.steps else self._reason_to_stop()
-            evaluation_due = counters.step % config.eval_every == 0 or reason == "all steps"
+            counters.evaluation_due = counters.step % config.eval_every == 0 or reason == "all steps"
             checkpoint_due = counters.step % config.checkpoint_every == 0
-            if counters.step % config.log_every == 0 or evaluation_due or checkpoint_due or reason:
+            if counters.step % config.log_every == 0 or counters.evaluation_due or checkpoint_due or reason:
                 self._report()
-            if evaluation_due:
-                self._evaluate()
-                if reason is None and config.patience is not None and counters.since_best >= config.patience:
-                    reason = "patience"
+            if counters.evaluation_due:
+                reason = self._evaluate(reason)
             if checkpoint_due or reason:
                 self._save()
-        return reason
+        return reason or "all steps"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
@@ -155,18 +164,15 @@ class Trainer:
         }
 
     def _reason_to_stop(self) -> str | None:
-        several = self.ranks.world_size > 1
-        # Ranks must stop at the same step; to agree costs a message, so several ask only when they report.
-        if several and self.counters.step % self.config.log_every:
-            return None
         limit = self.config.max_hours
         late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
-        signal = self.signals.received
-        if not several:
-            return signal or ("max_hours" if late else None)
-        if distributed.any_rank(signal is not None, self.hardware.device):
-            return signal or "SIGTERM"
-        return "max_hours" if distributed.any_rank(late, self.hardware.device) else None
+        # All ranks must stop at the same step.
+        match distributed.max_over_ranks(2 if self.signals.received is not None else int(late)):
+            case 2:
+                return self.signals.received or "SIGTERM"
+            case 1:
+                return "max_hours"
+        return None
 
     def _report(self) -> None:
         step, now = self.counters.step, time.monotonic()
@@ -203,12 +209,29 @@ class Trainer:
             f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.checkpoints.last_good()}"
         )
 
-    def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
+    def _evaluate(self, reason: str | None) -> str | None:
+        """Score the network to ship; return why the run ends after this, if it does.
+
+        A signal ends the evaluation early; a resumed run then begins with it.
+        """
+        counters, patience = self.counters, self.config.patience
+        if self.evaluate is not None:
+            # Every rank scores its share of the images with the buffers that are saved.
+            for module in filter(None, (self.parts.method, self.parts.ema)):
+                distributed.broadcast_buffers(module)
+            try:
+                evaluation = self.evaluate(self.shipped.eval(), stop=lambda: self.signals.received is not None)
+            except Interrupted:
+                return self._reason_to_stop()
+            finally:
+                self.parts.method.train()
+            self._compare(evaluation)
+        counters.evaluation_due = False
+        return "patience" if reason is None and patience is not None and counters.since_best >= patience else reason
+
+    def _compare(self, evaluation: Evaluation) -> None:
+        """Save the network if it is the best so far, and report."""
         counters = self.counters
-        evaluation = self.evaluate(self.shipped.eval())
-        self.parts.method.train()
         monitor = self.config.monitor
         match monitor:
             case "last":
