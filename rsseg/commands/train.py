@@ -1,6 +1,8 @@
 """`rsseg train`."""
 
+import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +55,10 @@ def train(
         "trainer.device": device,
         "seed": seed,
     }
-    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    # Overrides are YAML: text is quoted, so that a folder may be called 2024 or yes.
+    quote = partial(json.dumps, default=str, ensure_ascii=False)
+    given = (f"{key}={quote(value)}" for key, value in flags.items() if value is not None)
+    settings = [*(overrides or ()), *given]
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")

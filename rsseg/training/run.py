@@ -1,5 +1,6 @@
 """A recipe -> a trained run: the only composition of training."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rsseg import distributed
 from rsseg.data.sources import Source
 from rsseg.data.streams import training_batches
 from rsseg.data.task import open_task
-from rsseg.errors import Interrupted, MachineError, UsageError
+from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import evaluate
 from rsseg.inference.device import keep_heap
 from rsseg.inference.network import load_segmenter
@@ -30,6 +31,7 @@ from rsseg.training.plan import (
     Hardware,
     TrainPlan,
     absent_classes,
+    check_evaluation,
     choose_hardware,
     find_weights,
     make_plan,
@@ -40,6 +42,8 @@ from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
 from rsseg.training.trainer import Evaluate, Trainer
+
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
 @dataclass(frozen=True)
@@ -162,28 +166,34 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
     """Process group and torch's global settings for the length of a run."""
     keep_heap()
     before = torch.are_deterministic_algorithms_enabled()
+    if recipe.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first call of cuBLAS
     # An unknown device is refused inside of the group, by one message.
     device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
     with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
         try:
-            yield ranks
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error) from None
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):
-                raise _out_of_memory(error) from None
-            raise
+            with _explained():
+                yield ranks
         finally:
             torch.use_deterministic_algorithms(before)
 
 
-def _out_of_memory(error: BaseException) -> MachineError:
-    first_line = str(error).splitlines()[0] if str(error) else "no memory left"
-    return MachineError(
-        f"memory does not suffice: {first_line} Halve trainer.batch_size and double trainer.grad_accum_steps, or "
-        "choose a smaller crop or network."
-    )
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do about torch's errors that are not bugs."""
+    try:
+        yield
+    except Exception as error:
+        if (machine := machine_error(error)) is not None:
+            raise machine from None
+        if _NOT_DETERMINISTIC in str(error):
+            kernel = str(error).partition(_NOT_DETERMINISTIC)[0]
+            raise RecipeError(
+                f"trainer.deterministic: {kernel} has no deterministic form on this device. Set it to false, or "
+                "replace the layer that uses it."
+            ) from None
+        raise
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
@@ -194,6 +204,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
+    check_evaluation(recipe, method.deployable())
     streams = open_streams(recipe, method, task)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
     return _Built(task, hardware, method, streams, plan)
@@ -254,7 +265,8 @@ def _open_run(
 def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
     """Leave the reason in the run folder, whatever ends the training."""
     try:
-        yield
+        with _explained():
+            yield
     except BaseException as error:
         if recorder is not None:
             recorder.on_error(error)

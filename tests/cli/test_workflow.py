@@ -77,6 +77,34 @@ def test_from_images_to_a_class_raster(
     assert run(["predict", str(scene)]) == 2, "an existing file needs --overwrite"
 
 
+@pytest.mark.parametrize("folder", ["2024", "1.5", "yes", "~", "a: b", "-", "[1", "\u00fc \U0001f30d"])
+def test_dataset_folder_may_have_any_name(workplace: Path, rgb_dataset: Path, folder: str) -> None:
+    Path(folder).symlink_to(rgb_dataset, target_is_directory=True)
+    assert run(["train", "--recipe", "mine.yaml", "--data", folder, "--dry-run"]) == 0
+
+
+def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", "--gpus", "2", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_two_processes_check_in_one_folder_and_print_once(workplace: Path) -> None:
+    done = in_two_processes("--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saving and loading work") == 1
+    done = in_two_processes("--dry-run", "--json")
+    assert json.loads(done.stdout)["processes"] == 2
+
+
+def test_one_device_for_two_processes_is_refused_once(workplace: Path) -> None:
+    done = in_two_processes("--device", "cuda:0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: device 'cuda:0' is one device, but each of several processes needs its own. Choose cuda."
+    ]
+
+
 def test_killed_training_resumes_to_the_same_weights(workplace: Path) -> None:
     steps = ["--steps", "30", "--set", "trainer.eval_every=100"]
     command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", *steps, "--name", "killed"]

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -122,17 +123,20 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
     assert find_run(Path("latest"), tmp_path / "runs").path == run
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "stopped_after"), [(2, 3), (3, 3), (4, 5), (6, 6)])
+def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int, stopped_after: int) -> None:
+    """Steps 3 and 6 end with an evaluation, which the signal cuts short."""
     recipe = tiny_recipe(rgb_dataset, trainer={"clip_grad": 1.0}, ship="average", ema_decay=0.5)
     unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
     with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* Continue with `rsseg train --resume"):
         train(recipe, output=tmp_path / "b", progress=SignalAt(step))
     stopped = find_run(None, tmp_path / "b")
     assert stopped.manifest().state == "interrupted"
-    assert stopped.manifest().steps == step + 1
+    assert stopped.manifest().steps == stopped_after
+    (stopped.path / "checkpoints" / ".best.safetensors.77.tmp").write_text("of a killed process")
     train(recipe, output=tmp_path / "b", resume=Path("latest"), progress=QUIET)
     assert_same_ends(unbroken, stopped)
+    assert list(stopped.path.rglob(".*")) == []
     manifest = stopped.manifest()
     assert manifest.state == "finished"
     assert len(manifest.resumed) == 1
@@ -230,6 +234,60 @@ def test_student_or_average_is_shipped(rgb_dataset: Path, tmp_path: Path) -> Non
         prefix = "ema/" if ship == "average" else "method/segmenter."
         assert all(torch.equal(tensor, stored[prefix + name]) for name, tensor in ends[ship].items())
     assert not all(torch.equal(ends["average"][name], tensor) for name, tensor in ends["student"].items())
+
+
+def test_misfit_of_the_evaluation_is_found_before_training(rgb_dataset: Path) -> None:
+    for values, message in (
+        ({"overlap": 9999}, r"eval\.overlap: 9999 pixels do not fit tiles of \d+. Choose 0 to \d+"),
+        ({"ignore_classes": ["watre"]}, r"eval\.ignore_classes: 'watre' is no class.*Did you mean 'water'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            plan(tiny_recipe(rgb_dataset, eval=values))
+    with pytest.raises(RecipeError, match="eval: overlap: 9 pixels do not fit tiles of 8"):
+        tiny_recipe(rgb_dataset, eval={"tile": 8, "overlap": 9})
+
+
+class KillLoader(Silent):
+    """Kills a loader process, as the system does when memory is short."""
+
+    def on_step(self, report: StepReport) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+
+def test_killed_loader_process_is_a_machine_error(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(rgb_dataset, trainer={"workers": 1, "steps": 1000, "log_every": 1})
+    with pytest.raises(MachineError, match="fewer loader workers"):
+        train(recipe, output=tmp_path, progress=KillLoader())
+    assert "DataLoader worker" in find_run(None, tmp_path).manifest().reason
+
+
+class OutOfMemory(Silent):
+    def on_step(self, report: StepReport) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+def test_gpu_out_of_memory_is_a_machine_error(rgb_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"out of memory. Tried to allocate 2.00 GiB. Choose a smaller batch"):
+        train(tiny_recipe(rgb_dataset), output=tmp_path, progress=OutOfMemory())
+    assert "Choose a smaller batch" in find_run(None, tmp_path).manifest().reason
+
+
+class Scatters(Silent):
+    """Runs a kernel that has no deterministic form."""
+
+    def on_step(self, report: StepReport) -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+
+def test_kernel_without_deterministic_form_is_named(
+    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(RecipeError, match=r"trainer\.deterministic: put_ has no deterministic form"):
+        train(tiny_recipe(rgb_dataset, trainer={"deterministic": True}), output=tmp_path, progress=Scatters())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_mixed_precision_trains_on_the_cpu(rgb_dataset: Path, tmp_path: Path) -> None:
