@@ -12,9 +12,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.data.sources import Source
+from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
-from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import evaluate
 from rsseg.inference.device import keep_heap
@@ -51,9 +50,11 @@ class _Built:
     """Everything a recipe describes, checked and on the device."""
 
     task: Task
+    datasets: Datasets
     hardware: Hardware
     method: Method
     streams: dict[str, Source]
+    validation: Source | None
     plan: TrainPlan
 
 
@@ -98,7 +99,7 @@ def train(
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
             )
-            recorder.begin(plan, identity.frozen, source=source, resumed=resume is not None)
+            recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
                 parts,
@@ -111,6 +112,7 @@ def train(
                     built.task,
                     device=built.hardware.device,
                     start_step=step,
+                    sources=built.streams,
                     rank=ranks.rank,
                     world_size=ranks.world_size,
                 ),
@@ -198,16 +200,17 @@ def _explained() -> Iterator[None]:
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
-    task = open_task(recipe.data)
-    weights, validation = find_weights(recipe), open_validation(recipe, task)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
+    weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
     check_evaluation(recipe, method.deployable())
-    streams = open_streams(recipe, method, task)
+    streams = open_streams(recipe, method, task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
-    return _Built(task, hardware, method, streams, plan)
+    return _Built(task, datasets, hardware, method, streams, validation, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
@@ -221,16 +224,10 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
 
 
 def _evaluation(recipe: Recipe, built: _Built) -> Evaluate | None:
-    if built.plan.validation is None:
+    if built.validation is None:
         return None
-    return partial(
-        evaluate,
-        recipe=recipe,
-        select=recipe.data.val,
-        split="val",
-        device=built.hardware.device,
-        labels=recipe.trainer.monitor != "entropy",
-    )
+    labels = recipe.trainer.monitor != "entropy"
+    return partial(evaluate, recipe=recipe, source=built.validation, device=built.hardware.device, labels=labels)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:
