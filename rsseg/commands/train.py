@@ -4,7 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,10 +28,14 @@ def train(
     grad_accum_steps: Annotated[int | None, typer.Option("--grad-accum-steps", help="trainer.grad_accum_steps")] = None,
     amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="trainer.max_hours")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to continue.")] = None,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Also with a changed recipe or dataset.")
+    ] = False,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes to start, one per GPU.")] = 1,
     check: Annotated[
         bool, typer.Option("--check", help="Run one step, one evaluation, saving and loading, then stop.")
@@ -53,6 +57,7 @@ def train(
         "trainer.grad_accum_steps": grad_accum_steps,
         "trainer.amp_dtype": amp_dtype,
         "trainer.device": device,
+        "trainer.max_hours": max_hours,
         "seed": seed,
     }
     # Overrides are YAML: text is quoted, so that a folder may be called 2024 or yes.
@@ -71,19 +76,12 @@ def train(
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise typer.Exit(start_workers(gpus))
     with silent(os.environ.get("RANK", "0") != "0"):
-        _train(loaded, recipe, output, name, resume, check=check, dry_run=dry_run, as_json=as_json)
+        options = {"output": output, "name": name, "resume": resume, "resume_anyway": resume_anyway}
+        _train(loaded, recipe, options, check=check, dry_run=dry_run, as_json=as_json)
 
 
 def _train(
-    loaded: "Recipe",
-    recipe: str,
-    output: Path,
-    name: str | None,
-    resume: Path | None,
-    *,
-    check: bool,
-    dry_run: bool,
-    as_json: bool,
+    loaded: "Recipe", recipe: str, options: dict[str, Any], *, check: bool, dry_run: bool, as_json: bool
 ) -> None:
     from rsseg.recipe import find_recipe
     from rsseg.training import run
@@ -99,7 +97,7 @@ def _train(
     source = find_recipe(recipe).read_text(encoding="utf-8")
     progress = LiveProgress(stderr()) if is_live() else LineProgress()
     try:
-        result = run.train(loaded, output=output, name=name, resume=resume, progress=progress, source=source)
+        result = run.train(loaded, progress=progress, source=source, **options)
     finally:
         progress.close()
     if as_json:

@@ -66,6 +66,7 @@ def train(
     resume: Path | None = None,
     progress: Progress | None = None,
     source: str | None = None,
+    resume_anyway: bool = False,
 ) -> TrainResult:
     """Train as a recipe says.
 
@@ -76,6 +77,7 @@ def train(
         resume: run to continue exactly where it was saved; `trainer.steps` may be larger than before.
         progress: listener; None prints plain lines on stderr.
         source: the recipe's text as given, for the run folder.
+        resume_anyway: a recipe or dataset that changed since the checkpoint is a warning, not an error.
 
     Raises:
         DataError, WeightsError, RecipeError, MachineError: something is missing or does not fit; all files are looked
@@ -92,7 +94,9 @@ def train(
     with _session(recipe, record) as ranks:
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
-        run, counters = _open_run(recipe, parts, identity, output=output, name=name, resume=resume)
+        warnings = absent_classes(built.method, built.streams, built.task)
+        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
+        run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
         listener: Progress = Silent()
         if ranks.is_main:
@@ -122,7 +126,7 @@ def train(
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in absent_classes(built.method, built.streams, built.task):
+            for warning in warnings:
                 listener.on_message(warning)
             reason = trainer.fit()
         result = _result(run, recipe, counters, reason, recorder)
@@ -243,14 +247,14 @@ def _identity(recipe: Recipe, built: _Built) -> Identity:
 
 
 def _open_run(
-    recipe: Recipe, parts: Parts, identity: Identity, *, output: Path, name: str | None, resume: Path | None
+    recipe: Recipe, load: Callable[[Path], Counters], *, output: Path, name: str | None, resume: Path | None
 ) -> tuple[RunFolder, Counters]:
     if resume is None:
         main = distributed.current_ranks().is_main
         path = str(create_run(output, method=recipe.method, name=name or recipe.name).path) if main else ""
         return RunFolder(Path(distributed.broadcast_from_main(path))), Counters()
     run = find_run(resume, output)
-    counters = load_state(run.state, parts, identity)
+    counters = load(run.state)
     if counters.step >= recipe.trainer.steps and not counters.evaluation_due:
         raise UsageError(
             f"{run.path}: has its {counters.step} steps already. Give more with --set trainer.steps=N, or start anew."

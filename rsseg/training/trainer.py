@@ -1,6 +1,5 @@
 """The one loop that trains every method."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -25,6 +24,9 @@ from rsseg.training.optimizers import lr_at
 from rsseg.training.plan import Hardware
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
+
+MAX_SKIPPED = 3
+"""Steps in a row whose loss is not finite before a run ends."""
 
 
 class Evaluate(Protocol):
@@ -75,6 +77,8 @@ class Trainer:
         if self.config.compile:
             self.model = cast(nn.Module, torch.compile(self.model))
         self.means = LossMeans()
+        self.bad_losses: list[str] = []
+        self._running = RunningStatistics(parts.method)
         self.samples = 0
         self.speed_clock = self.clock = time.monotonic()
         self.speed_step = counters.step
@@ -123,6 +127,8 @@ class Trainer:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
         self._set_learning_rates(step)
         parts, accumulate, amp_dtype = self.parts, self.config.grad_accum_steps, self.hardware.amp_dtype
+        self._running.keep()
+        micro_steps = []
         for micro in range(accumulate):
             seed_everything(self.recipe.seed, self.ranks.rank, step, micro)
             batch = self._arranged(next(batches))
@@ -131,9 +137,15 @@ class Trainer:
                 with torch.autocast(self.hardware.device.type, amp_dtype, enabled=amp_dtype is not None):
                     output = self.model(batch, step)
                     loss = torch.stack(list(output.losses.values())).sum() / accumulate
+                micro_steps.append(MicroStep(batch, output.losses, loss))
                 parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.means.add(output)
             self.samples += sum(len(samples.images) for samples in batch.values())
+        broken = [micro_step for micro_step in micro_steps if not micro_step.is_finite()]
+        if distributed.max_over_ranks(int(bool(broken))):
+            self._skip(broken)
+            return
+        self.counters.skipped_in_row = 0
         for optimizer in parts.optimizers.values():
             parts.scaler.unscale_(optimizer)
             if self.config.clip_grad is not None:
@@ -144,6 +156,22 @@ class Trainer:
         parts.method.after_optimizer_step(step)
         if parts.ema is not None:
             parts.ema.update(parts.method.deployable())
+
+    def _skip(self, broken: "list[MicroStep]") -> None:
+        """Undo a step with a loss that is not finite; give up after `MAX_SKIPPED` in a row."""
+        counters = self.counters
+        for optimizer in self.parts.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self._running.restore()
+        counters.skipped += 1
+        counters.skipped_in_row += 1
+        names = [name for micro in broken for name, value in micro.losses.items() if not bool(value.isfinite())]
+        self.bad_losses = list(dict.fromkeys([*self.bad_losses, *names]))
+        if counters.skipped_in_row == MAX_SKIPPED:
+            saved = [self.checkpoints.save_batch(micro.batch, self.ranks.rank) for micro in broken[:1]]
+            raise self._diverged(counters.step + 1, "".join(f"The batch is in {file}. " for file in saved))
+        what = f"{self._named_losses()} not finite; the step is skipped, {counters.skipped} so far."
+        self.progress.on_message(f"step {counters.step + 1}: {what}")
 
     def _set_learning_rates(self, step: int) -> None:
         for name, optimizer in self.parts.optimizers.items():
@@ -177,7 +205,10 @@ class Trainer:
     def _report(self) -> None:
         step, now = self.counters.step, time.monotonic()
         losses, logs = self.means.take()
-        self._check_finite(losses)
+        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
+        if not bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
+            raise self._diverged(step)
+        self.bad_losses = []
         seconds = max(now - self.speed_clock, 1e-9)
         self.progress.on_step(
             StepReport(
@@ -197,15 +228,14 @@ class Trainer:
     def _restart_speed(self) -> None:
         self.samples, self.speed_step, self.speed_clock = 0, self.counters.step, time.monotonic()
 
-    def _check_finite(self, losses: Mapping[str, float]) -> None:
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
-        if not bad and bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
-            return
-        several = "es" if len(bad) > 1 else ""
-        what = f"the loss{several} {', '.join(bad)} {'are' if several else 'is'}" if bad else "the weights are"
-        raise RecipeError(
-            f"training diverged: {what} not finite by step {self.counters.step}. Lower optimizers.*.lr, set "
+    def _named_losses(self) -> str:
+        bad = self.bad_losses
+        return f"the losses {', '.join(bad)} are" if len(bad) > 1 else f"the loss {''.join(bad) or 'of a process'} is"
+
+    def _diverged(self, step: int, where: str = "") -> RecipeError:
+        what = self._named_losses() if self.bad_losses or where else "the weights are"
+        return RecipeError(
+            f"training diverged: {what} not finite by step {step}. {where}Lower optimizers.*.lr, set "
             f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.checkpoints.last_good()}"
         )
 
@@ -269,6 +299,41 @@ class Trainer:
 def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
     """Seed torch by counters, so that randomness does not depend on what happened before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class MicroStep:
+    """Batch and losses of one micro-step; their check is copied to the host while the backward pass runs."""
+
+    def __init__(self, batch: Batch, losses: Mapping[str, Tensor], total: Tensor) -> None:
+        self.batch = batch
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        self._finite = total.detach().isfinite().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None
+
+    def is_finite(self) -> bool:
+        """Whether the sum of the losses is finite; waits for the forward pass only."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._finite)
+
+
+class RunningStatistics:
+    """The batch-norm statistics of a module before a step, since a forward pass changes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        self._live = [buffer for name, buffer in module.named_buffers() if name.endswith(names)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def keep(self) -> None:
+        """Remember the present values."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    def restore(self) -> None:
+        """Bring back the values that were kept."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
 
 
 class LossMeans:

@@ -145,6 +145,7 @@ def test_interrupted_training_says_how_to_go_on(workplace: Path) -> None:
         (["train", "--recipe", "mine.yaml", "--data", "elsewhere"], 4, "elsewhere"),
         (["--offline", "train", "--recipe", "mine.yaml", "--set", "student.weights=pretrained"], 5, "weights"),
         (["train", "--resume", "runs/nothing"], 2, "nothing"),
+        (["train", "--recipe", "mine.yaml", "--max-hours", "0"], 3, "trainer.max_hours"),
         (["eval"], 5, "train"),
         (["eval", "--model", "mine.yaml"], 5, "mine.yaml"),
         (["predict", "scene.tif"], 5, "train"),

@@ -88,6 +88,7 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
         "checkpoints/step-00000004.safetensors",
         "checkpoints/step-00000006.safetensors",
         "checkpoints/last.state/state.safetensors",
+        "checkpoints/last.state/previous.safetensors",
     }
     assert (run / "recipe.yaml").read_text() == "# as given\n"
     resolved = (run / "config.resolved.yaml").read_text()
@@ -197,6 +198,32 @@ def test_run_without_state_cannot_be_resumed(rgb_dataset: Path, tmp_path: Path) 
         train(recipe, output=tmp_path, resume=run.path, progress=QUIET)
     with pytest.raises(UsageError, match="not a run folder"):
         train(recipe, output=tmp_path, resume=tmp_path / "absent", progress=QUIET)
+
+
+def test_damaged_state_falls_back_to_the_one_before(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(rgb_dataset)
+    unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
+    with pytest.raises(Interrupted):
+        train(recipe, output=tmp_path / "b", progress=SignalAt(4))
+    broken = find_run(None, tmp_path / "b")
+    broken.state.write_bytes(broken.state.read_bytes()[:-10])
+    train(recipe, output=tmp_path / "b", resume=broken.path, progress=QUIET)
+    assert_same_ends(unbroken, broken)
+    assert (
+        "is damaged; the run resumes from the state before it, after step 4." in (broken.path / "log.txt").read_text()
+    )
+
+
+def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path) -> None:
+    run = train(tiny_recipe(rgb_dataset, trainer={"steps": 2}), output=tmp_path, progress=QUIET).run
+    changed = tiny_recipe(rgb_dataset, trainer={"steps": 3, "clip_grad": 1.0})
+    with pytest.raises(RecipeError, match=r"clip_grad: was None, is 1.0.*--resume-anyway accepts the change"):
+        train(changed, output=tmp_path, resume=run, progress=QUIET)
+    assert train(changed, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 3
+    assert "resumed anyway: " in (run / "log.txt").read_text()
+    sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
+    with pytest.raises(RecipeError, match="state of optimizer 'main' does not fit"):
+        train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True)
 
 
 def test_diverged_run_names_the_loss_and_keeps_the_last_good_checkpoint(rgb_dataset: Path, tmp_path: Path) -> None:
