@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
 from rsseg.methods.dasegnet.adversarial import gan_loss
 from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for

@@ -209,9 +209,8 @@ def test_damaged_state_falls_back_to_the_one_before(rgb_dataset: Path, tmp_path:
     broken.state.write_bytes(broken.state.read_bytes()[:-10])
     train(recipe, output=tmp_path / "b", resume=broken.path, progress=QUIET)
     assert_same_ends(unbroken, broken)
-    assert (
-        "is damaged; the run resumes from the state before it, after step 4." in (broken.path / "log.txt").read_text()
-    )
+    log = (broken.path / "log.txt").read_text()
+    assert "is damaged; the run resumes from the state before it, after step 4." in log
 
 
 def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path) -> None:
@@ -222,8 +221,8 @@ def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path
     assert train(changed, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 3
     assert "resumed anyway: " in (run / "log.txt").read_text()
     sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
-    with pytest.raises(RecipeError, match="state of optimizer 'main' does not fit"):
-        train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True)
+    assert train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 4
+    assert "optimizer 'main' is another one than before" in (run / "log.txt").read_text()
 
 
 def test_diverged_run_names_the_loss_and_keeps_the_last_good_checkpoint(rgb_dataset: Path, tmp_path: Path) -> None:
