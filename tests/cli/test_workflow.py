@@ -135,6 +135,24 @@ def test_interrupted_training_says_how_to_go_on(workplace: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the loader process in /proc")
+def test_killed_loader_process_is_a_limit_of_the_machine(workplace: Path) -> None:
+    """The system kills one when memory is short."""
+    options = ["--steps", "10000", "--set", "trainer.workers=1", "--set", "trainer.eval_every=10000"]
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    while not list(Path("runs").glob("*/checkpoints/last.state/state.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6, errors
+    assert "fewer loader workers" in errors
+    (manifest,) = Path("runs").glob("*_ktda_*/manifest.json")
+    assert json.loads(manifest.read_text())["state"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

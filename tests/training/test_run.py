@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -271,21 +270,6 @@ def test_misfit_of_the_evaluation_is_found_before_training(rgb_dataset: Path) ->
             plan(tiny_recipe(rgb_dataset, eval=values))
     with pytest.raises(RecipeError, match="eval: overlap: 9 pixels do not fit tiles of 8"):
         tiny_recipe(rgb_dataset, eval={"tile": 8, "overlap": 9})
-
-
-class KillLoader(Silent):
-    """Kills a loader process, as the system does when memory is short."""
-
-    def on_step(self, report: StepReport) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGKILL)
-
-
-def test_killed_loader_process_is_a_machine_error(rgb_dataset: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(rgb_dataset, trainer={"workers": 1, "steps": 1000, "log_every": 1})
-    with pytest.raises(MachineError, match="fewer loader workers"):
-        train(recipe, output=tmp_path, progress=KillLoader())
-    assert "DataLoader worker" in find_run(None, tmp_path).manifest().reason
 
 
 class OutOfMemory(Silent):
