@@ -89,9 +89,14 @@ def prepare(
         list[str] | None, typer.Option("--split-list", help=f"{OWN}: SPLIT=FILE, one image per line.")
     ] = None,
     split_ratio: Annotated[
-        list[str] | None, typer.Option("--split-ratio", help=f"{OWN}: train=0.7,val=0.15,test=0.15.")
+        list[str] | None,
+        typer.Option("--split-ratio", help="Draw splits by scene: train=0.7,val=0.15,test=0.15."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of random splits.")] = 0,
+    subset: Annotated[
+        bool,
+        typer.Option("--subset", help="Accept a part of a dataset: omit unpaired files, allow empty splits."),
+    ] = False,
     jobs: Jobs = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
@@ -114,7 +119,6 @@ def prepare(
         "unlabeled": unlabeled,
         "split_as": parse_pairs("--split-as", split_as or []),
         "split_lists": parse_pairs("--split-list", split_list or []),
-        "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
     }
     options = parse_options(
         {
@@ -129,6 +133,8 @@ def prepare(
             "bands": bands.split(",") if bands else None,
             "scale": parse_scale(scale),
             "split": split,
+            "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
+            "subset": subset,
             "labels": labels,
             "seed": seed,
             "ignore_classes": ignore_class or (),

@@ -3,19 +3,22 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from rsseg.data.labels import LabelTable
 from rsseg.errors import DataError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 
+_VECTOR = {".geojson", ".json", ".shp", ".gpkg", ".kml", ".gml", ".fgb", ".parquet"}
 _STRIP_VALUES = 1 << 24
 """Values in memory per thread."""
 
@@ -86,24 +89,81 @@ def open_image(
     return Raster(files, bands=range(1, len(names) + 1), nodata=nodata, zero_collar=zero_collar)
 
 
-def measure_image(raster: Raster, *, samples: int) -> Moments:
-    """Statistics of a whole image; raises `DataError` if it is damaged.
+class MaskError(DataError):
+    """A mask that cannot be used."""
+
+
+@contextmanager
+def mask_errors(path: Path) -> Iterator[None]:
+    """Raise errors about a mask as `MaskError`; those of a JPEG file say that its values are lost."""
+    try:
+        yield
+    except DataError as error:
+        if not _is_jpeg(path):
+            raise MaskError(str(error)) from None
+        raise MaskError(
+            f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF without loss; "
+            f"{str(error).removeprefix(f'{path}: ').partition(':')[0]}."
+        ) from None
+
+
+def open_mask(path: Path, size: tuple[int, int] | None = None) -> Raster:
+    """Open a mask; raises `MaskError` for a vector file, or another size (rows, columns) than its image's, if given."""
+    if path.suffix.lower() in _VECTOR:
+        raise MaskError(
+            f"{path}: a vector file, but masks must be rasters. Burn the polygons into one on the grid of each image, "
+            f"such as `gdal_rasterize -a VALUE {path.name} {path.stem}.tif`."
+        )
+    with mask_errors(path):
+        raster = Raster(path)
+    info = raster.info
+    if size in (None, (info.height, info.width)):
+        return raster
+    raster.close()
+    raise MaskError(
+        f"{path}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
+        f"{' x '.join(map(str, size or ()))}. They must agree."
+    )
+
+
+def _is_jpeg(path: Path) -> bool:
+    try:
+        with rasterio.open(path) as file:
+            return file.driver == "JPEG" or str(file.profile.get("compress")).lower() == "jpeg"
+    except RasterioError:
+        return False
+
+
+def measure_item(
+    raster: Raster, mask: Path | None, labels: LabelTable, num_classes: int, *, samples: int = 0
+) -> tuple[Moments, NDArray[np.int64] | None]:
+    """Statistics of a whole image, and class counts of its mask where the image has data.
 
     Args:
         raster: open image.
+        mask: file, or None.
+        labels: meaning of its values.
+        num_classes: K.
         samples: approximate number of pixels to keep as a sample.
+
+    Returns:
+        Statistics, and int64 `(K + 1,)`: pixels with data per class index, ignored ones last; None without a mask.
+
+    Raises:
+        DataError: a damaged file, a mask of another size, an undeclared mask value.
     """
     info = raster.info
     step = max(info.height * info.width // max(samples, 1), 1)
-    total: Moments | None = None
-    for window in strips(info):
-        pixels, valid = raster.read(window)
-        values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
-        moments = _moments(values, step if samples else 0)
-        total = moments if total is None else total.joined(moments)
-    if total is None:
-        raise DataError(f"{raster.name}: the image has no pixels.")
-    return total
+    total, counts = _moments(np.zeros((info.count, 0)), 0), np.zeros(IGNORE_INDEX + 1, np.int64)
+    with ExitStack() as stack:
+        stored = None if mask is None else stack.enter_context(open_mask(mask, (info.height, info.width)))
+        for window in strips(info):
+            pixels, valid = raster.read(window)
+            values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
+            total = total.joined(_moments(values, step if samples else 0))
+            if stored is not None:
+                counts += _count(stored, window, labels, valid)
+    return total, None if mask is None else _of_classes(counts, num_classes)
 
 
 def _moments(values: NDArray[Any], step: int) -> Moments:
@@ -120,32 +180,25 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
 
 
 def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[int, int]) -> NDArray[np.int64]:
-    """Pixels per class index of a mask, ignored ones last.
-
-    Args:
-        mask: file.
-        labels: meaning of its values.
-        num_classes: K.
-        size: rows and columns of its image.
-
-    Returns:
-        int64 `(K + 1,)`.
-
-    Raises:
-        DataError: a size that differs from the image's, an undeclared value, a damaged file.
-    """
+    """Class counts of a mask whose image, of `size` rows and columns, is not read; see `measure_item`."""
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
-    with Raster(mask) as raster:
-        info = raster.info
-        if (info.height, info.width) != size:
-            raise DataError(
-                f"{mask}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
-                f"{size[0]} x {size[1]}. They must agree."
-            )
-        for window in strips(info):
-            stored = raster.read_raw(window)
-            counts += labels.counts(stored, info.colormap, name=str(mask), origin=(window.row, window.col))
+    with open_mask(mask, size) as raster:
+        for window in strips(raster.info):
+            counts += _count(raster, window, labels, None)
+    return _of_classes(counts, num_classes)
+
+
+def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
+
+
+def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    with mask_errors(Path(mask.name)):
+        stored, origin = mask.read_raw(window), (window.row, window.col)
+        if valid is None or valid.all():
+            return labels.counts(stored, mask.info.colormap, name=mask.name, origin=origin)
+        indices = labels.indices(stored, mask.info.colormap, name=mask.name, origin=origin)
+    return np.bincount(indices[valid], minlength=IGNORE_INDEX + 1)
 
 
 def strips(info: RasterInfo) -> Iterator[Window]:

@@ -31,8 +31,6 @@ class FolderOptions(BaseModel):
     """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`."""
     split_lists: Mapping[str, Path] = {}
     """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
-    split_ratio: Mapping[str, float] = {}
-    """Split -> share of the images."""
 
 
 class PrepareOptions(BaseModel):
@@ -61,6 +59,10 @@ class PrepareOptions(BaseModel):
     the bands to take, in this order."""
     split: str | None = None
     """Name of one of the card's split rules; None takes the first."""
+    split_ratio: Mapping[str, float] = {}
+    """Split -> share of the labeled images (whole scenes), drawn with `seed` instead of a split rule."""
+    subset: bool = False
+    """Accept an incomplete source: leave out unpaired files and allow empty splits."""
     labels: str | None = None
     """Name of one of the card's label choices; None takes the first."""
     seed: int = 0

@@ -5,7 +5,6 @@ when it is complete; an interrupted call can be repeated and resumes.
 """
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rsseg
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
-from rsseg.datasets.layouts import Layout
+from rsseg.datasets.layouts import Layout, list_files
 from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import Subject, finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
@@ -119,14 +119,13 @@ def _check_apart(source: Path | None, out: Path) -> None:
 def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
     """Everything that determines the result: options, and the source's files by name, size and time."""
     asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
-    files = [] if source is None else [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [] if source is None else [source] if source.is_file() else [source / name for name in list_files(source)]
     if options.folder is not None:
         files += [options.folder.classes, *options.folder.split_lists.values()]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(repr(states).encode()).hexdigest()
-    made_with = importlib.metadata.version("rsseg")
     request = {"dataset": plan.card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
-    return request | {"made_with": made_with}
+    return request | {"made_with": rsseg.__version__}
 
 
 def _generate(
@@ -147,9 +146,9 @@ def _collect(
     """Copy the files into `stage`."""
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
-    variant, prefix = plan.find(tuple(found), source)
+    variant, prefix = plan.find(found, source)
     files = {name.removeprefix(prefix): path for name, path in found.items() if name.startswith(prefix)}
-    items: Sequence[IndexItem] = variant.layout.items_of(sorted(files))
+    items: Sequence[IndexItem] = variant.layout.items_of(files)
     if plan.card.keep is not None:
         items = plan.card.keep(items, files)
     rule = plan.rule
@@ -170,10 +169,11 @@ def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
     if plan.rule is None:
         return
     missing = [split for split in plan.rule.splits if not any(item.split == split for item in items)]
-    if missing:
+    if missing and (not plan.subset or not items):
         raise DataError(
             f"{plan.card.name}: the split {missing[0]!r} has no images by the rule {plan.rule.name!r} "
-            f"({plan.rule.title}). The source is incomplete: get it again, or choose another --split."
+            f"({plan.rule.title}). Get the rest of the source, pass --subset to prepare what is there, or choose "
+            "another --split or --split-ratio."
         )
 
 
