@@ -116,7 +116,7 @@ def test_every_split_gets_an_image_where_there_are_enough(tmp_path: Path) -> Non
     found = rows(Layout("*.tif", unlabeled=tuple(ratio), split_ratio=ratio), tmp_path)
     assert sorted(row[2] for row in found) == ["test", "train", "val"]
     (tmp_path / "c.tif").unlink()
-    with pytest.raises(DataError, match="2 images .* cannot fill the 3 splits train, val, test"):
+    with pytest.raises(DataError, match=r"2 images .* cannot fill the 3 splits train, val, test"):
         Layout("*.tif", unlabeled=tuple(ratio), split_ratio=ratio).items(tmp_path)
 
 
