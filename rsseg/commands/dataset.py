@@ -211,15 +211,12 @@ def inspect(
 ) -> None:
     """Show one image, its mask in class colours, and a legend."""
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.picture import draw_sample, find_sample, legend, sample_colors
+    from rsseg.datasets.picture import find_sample, legend, sample_colors, save_sample
 
     index = SegmentationIndex.load(path)
     item = find_sample(index, image)
     if out is not None:
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists already. Pass --overwrite to replace it, or another --out.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draw_sample(index, item).save(out, "PNG")
+        save_sample(index, item, out, overwrite=overwrite)
         print_result(str(out))
         return
     _print_picture(sample_colors(index, item, 400), legend(index, item))

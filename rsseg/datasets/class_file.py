@@ -23,6 +23,7 @@ def _color(value: Any) -> Any:
     return value
 
 
+MaskValue = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 HexColor = Annotated[Color, BeforeValidator(_color)]
 
 
@@ -33,12 +34,12 @@ class _Part(BaseModel):
 class ClassEntry(_Part):
     """One class."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,100}$")]
     color: HexColor
     """`"#RRGGBB"` or [red, green, blue]."""
-    value: int | None = None
+    value: MaskValue | None = None
     """Its mask value."""
-    also: tuple[int, ...] = ()
+    also: tuple[MaskValue, ...] = ()
     """Further mask values of the class."""
     also_colors: tuple[HexColor, ...] = ()
     """Further mask colours of the class."""
@@ -47,18 +48,18 @@ class ClassEntry(_Part):
 class ClassFile(_Part):
     """Classes in index order, ignored values, and facts that the files do not state."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=100)]
     """Name of the task, and of the prepared folder unless --out is given."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=254)]
     labels: str | None = Field(default=None, pattern="^(values|colors)$")
     """Whether masks store `values` or `colors`; by default values if classes have them."""
-    ignore: tuple[int, ...] = ()
+    ignore: tuple[MaskValue, ...] = ()
     """Mask values without a class."""
     ignore_colors: tuple[HexColor, ...] = ()
     """Mask colours without a class."""
     bands: tuple[str, ...] | None = None
     """Band names in file order; by default those of the files."""
-    gsd_m: Annotated[float, Field(gt=0)] | None = None
+    gsd_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Ground sampling distance in metres."""
     nodata: float | None = None
     """Nodata value of every band, where the files declare none."""
@@ -67,6 +68,11 @@ class ClassFile(_Part):
 
     @model_validator(mode="after")
     def _all_have_labels(self) -> Self:
+        names = [entry.name for entry in self.classes]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two classes are named {twice[0]!r}")
+        if self.bands is not None and (not all(self.bands) or len(set(self.bands)) < len(self.bands)):
+            raise ValueError(f"bands must be different names, not {', '.join(self.bands)!r}")
         unvalued = [entry.name for entry in self.classes if entry.value is None]
         if not self.by_color and unvalued:
             raise ValueError(f"class {unvalued[0]!r} has no value; give every class one, or set `labels: colors`")

@@ -12,6 +12,10 @@ from rsseg.errors import UsageError
 from rsseg.task import Color
 
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
+Label = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
+"""Mask value without a class."""
+Bound = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class FolderOptions(BaseModel):
@@ -48,9 +52,9 @@ class PrepareOptions(BaseModel):
     """Never use the network."""
     overwrite: bool = False
     """Replace `out`."""
-    tile: Count | None = None
+    tile: Side | None = None
     """Cut images into squares of this many pixels; None keeps them whole."""
-    stride: Count | None = None
+    stride: Side | None = None
     """Distance between squares; None takes `tile`: no overlap."""
     jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
     """Threads, by default one per processor; the result does not depend on their number."""
@@ -69,11 +73,11 @@ class PrepareOptions(BaseModel):
     """Seed of random splits."""
     ignore_classes: tuple[str, ...] = ()
     """Classes whose pixels are ignored."""
-    ignore: tuple[int | Color, ...] = ()
+    ignore: tuple[Label | Color, ...] = ()
     """Further mask values or colours without a class."""
     stretch: Literal["none", "minmax"] = "none"
     """`minmax`: each band of each image is stretched from its least and greatest value to 8 bits."""
-    scale: Literal["auto"] | tuple[float, float] = "auto"
+    scale: Literal["auto"] | tuple[Bound, Bound] = "auto"
     """Stored values that become 0 and 1: 0 and 255 for uint8, else percentiles 1 and 99 of the training images per
     band, or a fixed pair for all bands."""
     folder: FolderOptions | None = None
@@ -85,6 +89,8 @@ class PrepareOptions(BaseModel):
             raise ValueError("stride needs tile")
         if self.stride is not None and self.tile is not None and self.stride > self.tile:
             raise ValueError("stride must not be larger than tile: pixels would be lost")
+        if self.bands is not None and (not all(self.bands) or len(set(self.bands)) < len(self.bands)):
+            raise ValueError(f"bands must be different names, not {','.join(self.bands)!r}")
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self

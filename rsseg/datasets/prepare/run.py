@@ -19,7 +19,14 @@ from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import Subject, finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
-from rsseg.datasets.prepare.stage import JOURNAL, holds_request, partial_folder, require_free_disk, staged_folder
+from rsseg.datasets.prepare.stage import (
+    JOURNAL,
+    holds_request,
+    output_errors,
+    partial_folder,
+    require_free_disk,
+    staged_folder,
+)
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import transfer
 from rsseg.datasets.splits import labeled_lists
@@ -51,8 +58,13 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     """
     plan = make_plan(name, options)
     out = _output_folder(plan, options)
+    with output_errors(out):
+        return _prepare(plan, options, out, progress)
+
+
+def _prepare(plan: Plan, options: PrepareOptions, out: Path, progress: Progress) -> Path:
     source = None if plan.card.name == "demo" else _find_source(plan, options, out, progress)
-    _check_apart(source, out)
+    _check_apart(options, source, out)
     request = _request(plan, options, source)
     if not options.overwrite and (out / INDEX_NAME).is_file() and holds_request(out, request):
         progress(f"{out} is prepared already", 1, 1)
@@ -100,20 +112,25 @@ def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progr
         from rsseg.datasets.prepare.hub import fetch
 
         return fetch(plan.card, out.parent, download=options.download, offline=options.offline, progress=progress)
-    if not options.src.exists():
-        raise DataError(f"--src {options.src}: there is no such file or folder.")
+    try:
+        options.src.stat()
+    except OSError as error:
+        raise DataError(f"--src {options.src}: {error.strerror}.") from None
     if not options.src.is_dir() and not is_archive(options.src):
         raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
     return options.src
 
 
-def _check_apart(source: Path | None, out: Path) -> None:
-    """Raise `UsageError` if replacing `out` would delete the source, or `out` would become part of its own source."""
-    if source is None:
-        return
-    inside, outside = source.resolve(), out.resolve()
-    if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise UsageError(f"--out {out} and --src {source} contain each other. Pass another --out.")
+def _check_apart(options: PrepareOptions, source: Path | None, out: Path) -> None:
+    """Raise `UsageError` if replacing `out` could delete an input, or `out` would become part of its own source."""
+    own = options.folder
+    inputs = [*([source] if source else []), *([own.classes, *own.split_lists.values()] if own else [])]
+    for place in (out.resolve(), partial_folder(out).resolve()):
+        for path in inputs:
+            if path.resolve() == place or place in path.resolve().parents:
+                raise UsageError(f"{path} lies in --out {out}, which would be replaced. Pass another --out.")
+        if source is not None and source.resolve() in place.parents:
+            raise UsageError(f"--out {out} lies in --src {source}. Pass another --out.")
 
 
 def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rsseg.data.index import INDEX_NAME
-from rsseg.errors import DataError, MachineError
+from rsseg.errors import DataError, MachineError, UsageError
 
 REQUEST_NAME = "prepared.json"
 """Beside the index: the request, so that repeating it costs nothing."""
 JOURNAL = ".done"
 """Below the stage: results of finished steps."""
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
 @contextmanager
@@ -28,27 +29,48 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
         DataError: `out` is not empty and `overwrite` is False, or it is not a prepared dataset.
         MachineError: `out` cannot be written, or the disk is full.
     """
-    _check_free(out, overwrite=overwrite)
     stage = partial_folder(out)
-    try:
+    with output_errors(out):
+        _check_free(out, overwrite=overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         if not holds_request(stage, request):
-            shutil.rmtree(stage, ignore_errors=True)
+            _clear(stage)
             stage.mkdir()
             (stage / REQUEST_NAME).write_text(json.dumps(request, indent=1), encoding="utf-8")
-        yield stage
+        try:
+            yield stage
+        except DataError:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
         _replace(out, stage)
-    except DataError:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Raise errors of the file system while `out` is written as `MachineError`, or `UsageError` for its name."""
+    try:
+        yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MachineError(f"{error.filename or out}: no permission. Pass an --out that is writable.") from None
+        name = error.filename or out
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
                 f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
             ) from None
+        if error.errno in _REFUSED:
+            raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
         raise
+
+
+def _clear(stage: Path) -> None:
+    """Remove what another request left; raises `DataError` for a folder that `prepare` did not make."""
+    if not stage.exists() and not stage.is_symlink():
+        return
+    ours = (stage / REQUEST_NAME).is_file() and not (stage / INDEX_NAME).exists()
+    if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not ours):
+        raise DataError(f"{stage}: needed for unfinished work, but it exists already. Move it, or pass another --out.")
+    shutil.rmtree(stage)
 
 
 def partial_folder(out: Path) -> Path:
@@ -87,6 +109,8 @@ class Journal:
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
+    if out.is_symlink():
+        raise DataError(f"{out} is a link. Pass the folder that it points to, or another --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
