@@ -11,9 +11,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.data.sources import Source
+from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
-from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
 from rsseg.inference.device import keep_heap, resolve_device
@@ -47,9 +46,11 @@ class _Built:
     """Everything a recipe describes, checked and on the device."""
 
     task: Task
+    datasets: Datasets
     hardware: Hardware
     method: Method
     streams: dict[str, Source]
+    validation: Source | None
     plan: TrainPlan
 
 
@@ -89,7 +90,7 @@ def train(
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
             )
-            recorder.begin(plan, identity.frozen, source=source, resumed=resume is not None)
+            recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
                 parts,
@@ -102,6 +103,7 @@ def train(
                     built.task,
                     device=built.hardware.device,
                     start_step=step,
+                    sources=built.streams,
                     rank=ranks.rank,
                     world_size=ranks.world_size,
                 ),
@@ -179,15 +181,16 @@ def _out_of_memory(error: BaseException) -> MachineError:
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
-    task = open_task(recipe.data)
-    weights, validation = find_weights(recipe), open_validation(recipe, task)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
+    weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task)
+    streams = open_streams(recipe, method, task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
-    return _Built(task, hardware, method, streams, plan)
+    return _Built(task, datasets, hardware, method, streams, validation, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
@@ -201,16 +204,10 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
 
 
 def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
-    if built.plan.validation is None:
+    if built.validation is None:
         return None
-    return partial(
-        evaluate,
-        recipe=recipe,
-        select=recipe.data.val,
-        split="val",
-        device=built.hardware.device,
-        labels=recipe.trainer.monitor != "entropy",
-    )
+    labels = recipe.trainer.monitor != "entropy"
+    return partial(evaluate, recipe=recipe, source=built.validation, device=built.hardware.device, labels=labels)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:
