@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rsseg.data.index import LabelMap
 from rsseg.errors import DataError
 from rsseg.task import IGNORE_INDEX, ClassInfo, Color
+from rsseg.text import load_yaml, read_text
 
 
 def _color(value: Any) -> Any:
@@ -23,6 +23,8 @@ def _color(value: Any) -> Any:
     return value
 
 
+_MOST_LINES = 20
+"""Problems that an error lists."""
 MaskValue = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 HexColor = Annotated[Color, BeforeValidator(_color)]
 
@@ -113,12 +115,7 @@ def _check_unique(keys: list[Any]) -> None:
 
 def load_classes(path: Path) -> ClassFile:
     """Read a class file; raises `DataError` with file, key, problem and the nearest valid key."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such class file. docs/examples/dubai-classes.yaml shows one.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid YAML: {error}") from None
+    content = load_yaml(read_text(path, DataError), str(path), DataError).values
     if not isinstance(content, dict):
         raise DataError(
             f"{path}: expected a table with `name` and `classes`. docs/examples/dubai-classes.yaml shows one."
@@ -131,9 +128,10 @@ def load_classes(path: Path) -> ClassFile:
 
 def _lines(error: ValidationError) -> Iterable[str]:
     known = {*ClassFile.model_fields, *ClassEntry.model_fields}
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        line = f"{key}: {problem['msg']}" if key else problem["msg"]
+    for problem in error.errors()[:_MOST_LINES]:
+        key = ".".join(str(part)[:80] for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        line = f"{key}: {message}" if key else message
         if problem["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             line = f"{key}: unknown key" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")

@@ -61,7 +61,7 @@ def test_classes_without_values_are_told_by_colour(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=f"classes.yaml: .*{message}"):
+    with pytest.raises(DataError, match=f"classes.yaml(, line 1)?: .*{message}"):
         load_classes(written(tmp_path, text))
 
 

@@ -312,7 +312,7 @@ def test_images_that_differ_in_bands_or_type_are_an_error(tmp_path: Path) -> Non
 def test_a_missing_split_list_is_an_error(tmp_path: Path) -> None:
     source = own_source(tmp_path / "src")
     patterns = {"images": "*/images/*.tif", "masks": "*/masks/*.png", "split_lists": {"train": source / "none.txt"}}
-    with pytest.raises(DataError, match=r"none\.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.txt: there is no such file"):
         prepare("folder", own_options(source, tmp_path / "out", folder=patterns), quiet)
 
 

@@ -18,6 +18,9 @@ from rsseg.datasets.prepare.transfer import Transfer
 from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
+from rsseg.text import read_text
+
+_LIST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,8 @@ def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"split list {path}: cannot be read ({error}).") from None
-    if not any(lines):
-        raise DataError(f"split list {path}: the list is empty.")
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = [line.strip() for line in read_text(path, DataError, limit=_LIST_BYTES).splitlines()]
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise DataError(f"{path}: the list is empty.")
+    return names
