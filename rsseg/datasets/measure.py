@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 
 from rsseg.data.labels import LabelTable
 from rsseg.errors import DataError
@@ -94,44 +94,49 @@ class MaskError(DataError):
 
 
 @contextmanager
-def mask_errors(path: Path) -> Iterator[None]:
-    """Raise errors about a mask as `MaskError`; those of a JPEG file say that its values are lost."""
+def mask_errors() -> Iterator[None]:
+    """Raise errors about a mask as `MaskError`."""
     try:
         yield
     except DataError as error:
-        if not _is_jpeg(path):
-            raise MaskError(str(error)) from None
-        raise MaskError(
-            f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF without loss; "
-            f"{str(error).removeprefix(f'{path}: ').partition(':')[0]}."
-        ) from None
+        raise MaskError(str(error)) from None
 
 
-def open_mask(path: Path, size: tuple[int, int] | None = None) -> Raster:
-    """Open a mask; raises `MaskError` for a vector file, or another size (rows, columns) than its image's, if given."""
+def open_mask(path: Path, size: tuple[int, int] | None = None, *, jpeg: bool = False) -> Raster:
+    """Open a mask.
+
+    Args:
+        path: file.
+        size: rows and columns of its image; None does not check.
+        jpeg: accept JPEG compression, for colours that are rounded.
+
+    Raises:
+        MaskError: an unreadable or a vector file, another size, or JPEG, which changes values without a trace.
+    """
     if path.suffix.lower() in _VECTOR:
         raise MaskError(
             f"{path}: a vector file, but masks must be rasters. Burn the polygons into one on the grid of each image, "
             f"such as `gdal_rasterize -a VALUE {path.name} {path.stem}.tif`."
         )
-    with mask_errors(path):
+    with mask_errors():
         raster = Raster(path)
-    info = raster.info
-    if size in (None, (info.height, info.width)):
-        return raster
-    raster.close()
-    raise MaskError(
-        f"{path}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
-        f"{' x '.join(map(str, size or ()))}. They must agree."
-    )
+    try:
+        if not jpeg and _is_jpeg(path):
+            raise MaskError(f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF.")
+        if size not in (None, (raster.info.height, raster.info.width)):
+            raise MaskError(
+                f"{path}: the mask has {raster.info.height} x {raster.info.width} pixels (rows x columns), its image "
+                f"{' x '.join(map(str, size or ()))}. They must agree."
+            )
+    except MaskError:
+        raster.close()
+        raise
+    return raster
 
 
 def _is_jpeg(path: Path) -> bool:
-    try:
-        with rasterio.open(path) as file:
-            return file.driver == "JPEG" or str(file.profile.get("compress")).lower() == "jpeg"
-    except RasterioError:
-        return False
+    with rasterio.open(path) as file:
+        return file.driver == "JPEG" or str(file.profile.get("compress")).lower() == "jpeg"
 
 
 def measure_item(
@@ -193,7 +198,7 @@ def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64
 
 
 def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    with mask_errors(Path(mask.name)):
+    with mask_errors():
         stored, origin = mask.read_raw(window), (window.row, window.col)
         if valid is None or valid.all():
             return labels.counts(stored, mask.info.colormap, name=mask.name, origin=origin)

@@ -131,7 +131,8 @@ def _unpack_wanted(
         if hidden or not wanted(placed):
             return None
         # unpacked beside the archive, with or without its outer folder; bare file names are too common to tell
-        twins = [f"{above}/{path}".strip("/") for path in (entry, entry.partition("/")[2]) if "/" in path]
+        inner = entry.partition("/")[2]
+        twins = [f"{above}/{path}".strip("/") for path in (entry, inner, inner and f"{stem}/{inner}") if "/" in path]
         if twin := next((name for name in (placed, *twins) if name in known), None):
             return twin
         taken.append(placed)

@@ -232,7 +232,8 @@ def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any]
 def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Window, how: Transfer) -> NDArray[np.uint8]:
     """Class indices of a window of a mask; raises `DataError` if the mask has another size than its image."""
     path = files[name]
-    with open_mask(path, (info.height, info.width)) as raster, mask_errors(path):
+    jpeg = how.threshold is not None
+    with open_mask(path, (info.height, info.width), jpeg=jpeg) as raster, mask_errors():
         stored = raster.read_raw(window)
         if how.threshold is not None and len(stored) == 3:
             stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
