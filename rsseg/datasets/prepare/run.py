@@ -80,9 +80,9 @@ def _prepare(plan: Plan, options: PrepareOptions, out: Path, progress: Progress)
             update = {"split_rule": plan.rule.name, "mixes_scenes": plan.rule.tiles}
             index = index.model_copy(update=update)
             _write_lists(stage, index, plan.rule.label_shares, options.seed)
+        shutil.rmtree(stage / UNPACKED, ignore_errors=True)
         index.save(stage)
-        for scratch in (UNPACKED, JOURNAL):
-            shutil.rmtree(stage / scratch, ignore_errors=True)
+        shutil.rmtree(stage / JOURNAL, ignore_errors=True)
     return out
 
 

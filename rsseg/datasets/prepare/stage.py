@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ REQUEST_NAME = "prepared.json"
 """Beside the index: the request, so that repeating it costs nothing."""
 JOURNAL = ".done"
 """Below the stage: results of finished steps."""
+_LONG_NAME = 240
+"""Bytes that leave room for the suffix of a temporary name."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
@@ -33,7 +36,7 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
     with output_errors(out):
         _check_free(out, overwrite=overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not holds_request(stage, request):
+        if not (_is_unfinished(stage) and holds_request(stage, request)):
             _clear(stage)
             stage.mkdir()
             (stage / REQUEST_NAME).write_text(json.dumps(request, indent=1), encoding="utf-8")
@@ -47,13 +50,20 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
 
 @contextmanager
 def output_errors(out: Path) -> Iterator[None]:
-    """Raise errors of the file system while `out` is written as `MachineError`, or `UsageError` for its name."""
+    """Raise errors of the file system while `out` is written as errors of rsseg.
+
+    Raises:
+        MachineError: it cannot be written, or the disk is full.
+        UsageError: its name is too long.
+        DataError: the name of a file in it is too long.
+    """
     try:
         yield
     except OSError as error:
         name = error.filename or out
         if error.errno == errno.ENAMETOOLONG:
-            raise UsageError(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
+            kind = UsageError if len(os.fsencode(out.name)) > _LONG_NAME else DataError
+            raise kind(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
                 f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
@@ -67,10 +77,14 @@ def _clear(stage: Path) -> None:
     """Remove what another request left; raises `DataError` for a folder that `prepare` did not make."""
     if not stage.exists() and not stage.is_symlink():
         return
-    ours = (stage / REQUEST_NAME).is_file() and not (stage / INDEX_NAME).exists()
-    if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not ours):
+    if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not _is_unfinished(stage)):
         raise DataError(f"{stage}: needed for unfinished work, but it exists already. Move it, or pass another --out.")
     shutil.rmtree(stage)
+
+
+def _is_unfinished(stage: Path) -> bool:
+    """Whether a call of `prepare` was interrupted here; a finished dataset may have the name of a stage."""
+    return (stage / REQUEST_NAME).is_file() and ((stage / JOURNAL).is_dir() or not (stage / INDEX_NAME).exists())
 
 
 def partial_folder(out: Path) -> Path:
