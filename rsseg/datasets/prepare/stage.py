@@ -151,6 +151,6 @@ def require_free_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{folder}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed. "
+            f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed. "
             "Free some space, or pass --out on another disk."
         )

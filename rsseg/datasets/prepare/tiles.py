@@ -143,7 +143,7 @@ def write_tile(
         profile |= {"crs": look.crs, "transform": rasterio.windows.transform(corner, look.transform)}
     # an interrupted call may have left half a file, which GDAL would try to open
     path.unlink(missing_ok=True)
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), _writing(path), rasterio.open(path, "w", **profile) as file:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), writing(path), rasterio.open(path, "w", **profile) as file:
         # tags before pixels: otherwise the file's directory is written twice
         if look.colormap:
             file.write_colormap(1, dict(look.colormap))
@@ -163,12 +163,12 @@ def copy_as_tiff(source: Path, target: Path) -> None:
     """Write an image of any format, such as a VRT, as a GeoTIFF with all its metadata, block by block."""
     target.unlink(missing_ok=True)
     options = {"compress": "zstd", "zstd_level": _LEVEL, "tiled": True, "bigtiff": "if_safer"}
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), _writing(target):
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), writing(target):
         rasterio.shutil.copy(source, target, driver="GTiff", **options)
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """Raise errors of GDAL as `MachineError` if the disk is full, else as `DataError`."""
     try:
         yield
