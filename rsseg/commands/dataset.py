@@ -121,6 +121,7 @@ def prepare(
         "split_lists": parse_pairs("--split-list", split_list or []),
     }
     options = parse_options(
+        name,
         {
             "out": out,
             "src": src,
@@ -141,7 +142,7 @@ def prepare(
             "ignore": parse_ignored(ignore or []),
             "stretch": stretch,
             "folder": {key: value for key, value in own.items() if value} or None,
-        }
+        },
     )
     try:
         with stage_bar() as progress:

@@ -79,6 +79,7 @@ def test_inspect_never_replaces_an_input_or_leaves_half_a_file(
     assert inspect(tmp_path / f"{'n' * 300}.png") == 2
     (tmp_path / "file").touch()
     assert inspect(tmp_path / "file/s.png") == 6
+    assert inspect(Path("/proc/s.png")) == 6
     assert "bug" not in capsys.readouterr().err
     assert image.read_bytes() == before
     (tmp_path / "link.png").symlink_to(image)

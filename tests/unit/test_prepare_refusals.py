@@ -99,4 +99,4 @@ def test_a_split_list_in_another_encoding_names_file_and_line(tmp_path: Path) ->
 )  # fmt: skip
 def test_absurd_options_are_refused_with_their_name(option: str, value: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parse_options({option: value})
+        parse_options("folder", {option: value})

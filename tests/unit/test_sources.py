@@ -227,6 +227,8 @@ def test_a_dataset_may_be_for_scoring_only(tmp_path: Path) -> None:
     assert index.splits() == ("test",)
     assert index.task.mean is not None
     assert verify(tmp_path / "out").ok
+    patterns = {"images": "*/images/*.tif", "masks": "*/masks/*.png"}
+    assert made(source, tmp_path / "b", folder=patterns, split_ratio={"test": 1}).splits() == ("test",)
 
 
 def test_training_masks_without_a_label_are_an_error_and_missing_classes_a_note(tmp_path: Path) -> None:

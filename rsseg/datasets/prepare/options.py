@@ -96,8 +96,13 @@ class PrepareOptions(BaseModel):
         return self
 
 
-def parse_options(values: Mapping[str, Any]) -> PrepareOptions:
-    """Validate options; raises `UsageError` with one line per problem that names the option."""
+def parse_options(name: str, values: Mapping[str, Any]) -> PrepareOptions:
+    """Validate options for a card; raises `UsageError` with one line per problem that names the option."""
+    if name != "folder" and values.get("folder") is not None:
+        raise UsageError(
+            "--classes, --images, --masks, --unlabeled, --split-as and --split-list are for `folder`; "
+            f"{name} knows its own."
+        )
     try:
         return PrepareOptions.model_validate(values)
     except ValidationError as error:

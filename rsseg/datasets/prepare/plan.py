@@ -111,10 +111,7 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
     if card.name == "folder":
         return _own(card, options)
     if options.folder is not None:
-        raise UsageError(
-            "--classes, --images, --masks, --unlabeled, --split-as and --split-list are for `folder`; "
-            f"{card.name} knows its own."
-        )
+        raise UsageError(f"patterns and a class file are for `folder`; {card.name} knows its own.")
     converted = options.tile or options.bands or options.split_ratio or options.stretch != "none"
     if card.name == "demo" and (options.src or converted):
         raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands, --stretch or --split-ratio.")

@@ -18,7 +18,6 @@ JOURNAL = ".done"
 """Below the stage: results of finished steps."""
 _LONG_NAME = 240
 """Bytes that leave room for the suffix of a temporary name."""
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
 @contextmanager
@@ -68,9 +67,9 @@ def output_errors(out: Path) -> Iterator[None]:
             raise MachineError(
                 f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
             ) from None
-        if error.errno in _REFUSED:
-            raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
-        raise
+        if error.errno is None:
+            raise
+        raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
 
 
 def _clear(stage: Path) -> None:
