@@ -19,8 +19,8 @@ _NATIVE = ("uint8", "uint16", "int16", "float32")
 """Pixel types kept until the pixels are on the device; others are converted to float32."""
 _STRIP_VALUES = 1 << 24
 """Values per strip of a conversion."""
-_MOST_OPEN = 1024
-"""Memory maps kept per process."""
+_MOST_MAPS = 1024
+"""Images and masks kept mapped per reader: Linux grants a process 65530 maps."""
 _T = TypeVar("_T")
 
 
@@ -214,9 +214,9 @@ def _page(array: NDArray[np.uint8]) -> Page:
 
 
 def _remember(table: dict[str, _T], key: str, value: _T) -> None:
-    """Keep the number of open files bounded."""
-    if len(table) >= _MOST_OPEN:
-        table.clear()
+    """Add a map, dropping the oldest one of a full table."""
+    if len(table) >= _MOST_MAPS:
+        del table[next(iter(table))]
     table[key] = value
 
 
