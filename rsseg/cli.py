@@ -78,7 +78,7 @@ def run(arguments: list[str] | None = None) -> int:
                 else:
                     show(message, category, *where, **more)
 
-            warnings.showwarning = note  # type: ignore[assignment]
+            warnings.showwarning = note
             app(arguments)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

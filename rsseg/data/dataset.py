@@ -53,6 +53,8 @@ class SampleReader:
         self._images: dict[str, _Image] = {}
         self._masks: dict[str, NDArray[np.uint8]] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._aligned: set[str] = set()
+        """Images whose masks are known to lie on them as they are."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps are not pickled."""
@@ -199,13 +201,12 @@ class SampleReader:
     def _read_mask(self, item: IndexItem, file: Path, window: Window | None) -> NDArray[np.uint8]:
         """Class indices from the file; only the values in the window are checked."""
         with Raster(file) as raster:
-            info, expected = raster.info, self.size(item)
-            if (info.height, info.width) != expected:
-                raise DataError(
-                    f"{file}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
-                    f"{item.image} {expected[0]} x {expected[1]}. They must agree."
-                )
-            return self._labels.indices(raster.read_raw(window), info.colormap, name=str(file))
+            if item.image not in self._aligned:
+                with self._open(item) as image:
+                    mirrored = raster.align_to(image.info, what=f"{file}: the mask", of=f"its image {item.image}")
+                if not mirrored:
+                    self._aligned.add(item.image)
+            return self._labels.read(raster, window)
 
 
 def _page(array: NDArray[np.uint8]) -> Page:

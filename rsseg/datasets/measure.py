@@ -119,32 +119,34 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
     return Moments(pixels, sums, squares, low, high, samples)
 
 
-def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[int, int]) -> NDArray[np.int64]:
+def count_classes(
+    mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None, image: Raster | None = None
+) -> NDArray[np.int64]:
     """Pixels per class index of a mask, ignored ones last.
 
     Args:
         mask: file.
         labels: meaning of its values.
         num_classes: K.
-        size: rows and columns of its image.
+        grid: of its image; None compares nothing.
+        image: its image, open; pixels that have no data there are not counted. None counts all.
 
     Returns:
         int64 `(K + 1,)`.
 
     Raises:
-        DataError: a size that differs from the image's, an undeclared value, a damaged file.
+        DataError: another grid than the image's, an undeclared value, a damaged file.
     """
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
     with Raster(mask) as raster:
-        info = raster.info
-        if (info.height, info.width) != size:
-            raise DataError(
-                f"{mask}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
-                f"{size[0]} x {size[1]}. They must agree."
-            )
-        for window in strips(info):
-            stored = raster.read_raw(window)
-            counts += labels.counts(stored, info.colormap, name=str(mask), origin=(window.row, window.col))
+        if grid is not None:
+            raster.align_to(grid, what=f"{mask}: the mask", of="its image")
+        gaps = image is not None and image.can_lack_data()
+        for window in strips(raster.info if image is None else image.info):
+            indices = labels.read(raster, window)
+            if image is not None and gaps:
+                indices = indices[image.read(window)[1]]
+            counts += np.bincount(indices.ravel(), minlength=len(counts))
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -149,12 +150,12 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
     labels = LabelTable(index.label_map, index.task.num_classes)
 
     def measure(item: IndexItem) -> tuple[Moments, NDArray[np.int64]]:
+        mask, classes = index.mask_file(item), index.task.num_classes
         with _open(index, item) as raster:
-            size = raster.info.height, raster.info.width
             moments = measure_image(raster, samples=0)
-        mask = index.mask_file(item)
-        counts = np.zeros(index.task.num_classes + 1, np.int64)
-        return moments, counts if mask is None else count_classes(mask, labels, index.task.num_classes, size)
+            if mask is None:
+                return moments, np.zeros(classes + 1, np.int64)
+            return moments, count_classes(mask, labels, classes, raster.info, raster)
 
     report = None if progress is None else lambda done, total: progress("measure", done, total)
     measured = list(in_order(measure, index.items, jobs, report))
@@ -181,28 +182,25 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
 
 def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
     """All problems of one item."""
-    problems = []
-    size = None
-    try:
-        with _open(index, item) as raster:
-            info = raster.info
-            size = info.height, info.width
+    problems, grid, image = [], None, None
+    with ExitStack() as stack:
+        try:
+            raster = stack.enter_context(_open(index, item))
+            info = grid = raster.info
             if info.dtype != index.task.dtype:
                 raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
                 measure_image(raster, samples=0)
-    except DataError as error:
-        problems.append(Problem(file=item.image, split=item.split, reason=str(error)))
-    mask = index.mask_file(item)
-    if mask is None or item.mask is None:
-        return _Checked(None, tuple(problems))
-    try:
-        if size is None:
-            with Raster(mask) as raster:
-                size = raster.info.height, raster.info.width
-        counts = count_classes(mask, labels, index.task.num_classes, size)
-    except DataError as error:
-        return _Checked(None, (*problems, Problem(file=item.mask, split=item.split, reason=str(error))))
+                image = raster
+        except DataError as error:
+            problems.append(Problem(file=item.image, split=item.split, reason=str(error)))
+        mask = index.mask_file(item)
+        if mask is None or item.mask is None:
+            return _Checked(None, tuple(problems))
+        try:
+            counts = count_classes(mask, labels, index.task.num_classes, grid, image)
+        except DataError as error:
+            return _Checked(None, (*problems, Problem(file=item.mask, split=item.split, reason=str(error))))
     return _Checked(counts, tuple(problems))
 
 

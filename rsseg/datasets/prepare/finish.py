@@ -98,10 +98,10 @@ def _read(folder: Path, item: IndexItem, subject: Subject, labels: LabelTable, s
         info = raster.info
         bands = subject.bands or _distinct(info.band_names)
         moments = measure_image(raster, samples=samples)
-    counts = None
-    if item.mask is not None:
-        found = count_classes(folder / item.mask, labels, len(subject.classes), (info.height, info.width))
-        counts = tuple(int(count) for count in found[:-1])
+        counts = None
+        if item.mask is not None:
+            found = count_classes(folder / item.mask, labels, len(subject.classes), info, raster)
+            counts = tuple(int(count) for count in found[:-1])
     return _Facts(bands, info.dtype, counts, moments)
 
 

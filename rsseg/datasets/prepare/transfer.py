@@ -20,7 +20,6 @@ from rsseg.datasets.measure import in_order, open_image
 from rsseg.datasets.prepare.archives import SIDECARS, WORLD_FILES
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
 from rsseg.datasets.prepare.tiles import Grid, Look, write_tile
-from rsseg.errors import DataError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
@@ -217,21 +216,16 @@ def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any]
 
 
 def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Window, how: Transfer) -> NDArray[np.uint8]:
-    """Class indices of a window of a mask; raises `DataError` if the mask has another size than its image."""
-    path = files[name]
-    with Raster(path) as raster:
-        size = raster.info.height, raster.info.width
-        if size != (info.height, info.width):
-            raise DataError(
-                f"{path}: the mask has {size[0]} x {size[1]} pixels (rows x columns), its image "
-                f"{info.height} x {info.width}. They must agree."
-            )
-        stored = raster.read_raw(window)
+    """Class indices of a window of a mask; raises `DataError` if the mask lies on another grid than its image."""
+
+    def edit(stored: NDArray[Any]) -> NDArray[Any]:
         if how.threshold is not None and len(stored) == 3:
             stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
-        if how.first_mask_band:
-            stored = stored[:1]
-        return how.labels.indices(stored, raster.info.colormap, name=str(path), origin=(window.row, window.col))
+        return stored[:1] if how.first_mask_band else stored
+
+    with Raster(files[name]) as raster:
+        raster.align_to(info, what=f"{files[name]}: the mask", of="its image")
+        return how.labels.read(raster, window, edit=edit)
 
 
 def _convert_mask(item: IndexItem, files: Mapping[str, Path], target: Path, how: Transfer) -> None:
