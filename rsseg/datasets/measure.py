@@ -102,16 +102,16 @@ def mask_errors() -> Iterator[None]:
         raise MaskError(str(error)) from None
 
 
-def open_mask(path: Path, size: tuple[int, int] | None = None, *, jpeg: bool = False) -> Raster:
-    """Open a mask.
+def open_mask(path: Path, grid: RasterInfo | None = None, *, jpeg: bool = False) -> Raster:
+    """Open a mask, to be read in the pixel order of its image.
 
     Args:
         path: file.
-        size: rows and columns of its image; None does not check.
+        grid: its image; None compares nothing.
         jpeg: accept JPEG compression, for colours that are rounded.
 
     Raises:
-        MaskError: an unreadable or a vector file, another size, or JPEG, which changes values without a trace.
+        MaskError: an unreadable or a vector file, another grid, or JPEG, which changes values without a trace.
     """
     if path.suffix.lower() in _VECTOR:
         raise MaskError(
@@ -123,11 +123,9 @@ def open_mask(path: Path, size: tuple[int, int] | None = None, *, jpeg: bool = F
     try:
         if not jpeg and _is_jpeg(path):
             raise MaskError(f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF.")
-        if size not in (None, (raster.info.height, raster.info.width)):
-            raise MaskError(
-                f"{path}: the mask has {raster.info.height} x {raster.info.width} pixels (rows x columns), its image "
-                f"{' x '.join(map(str, size or ()))}. They must agree."
-            )
+        if grid is not None:
+            with mask_errors():
+                raster.align_to(grid, what=f"{path}: the mask", of="its image")
     except MaskError:
         raster.close()
         raise
@@ -155,13 +153,13 @@ def measure_item(
         Statistics, and int64 `(K + 1,)`: pixels with data per class index, ignored ones last; None without a mask.
 
     Raises:
-        DataError: a damaged file, a mask of another size, an undeclared mask value.
+        DataError: a damaged file, a mask on another grid, an undeclared mask value.
     """
     info = raster.info
     step = max(info.height * info.width // max(samples, 1), 1)
     total, counts = _moments(np.zeros((info.count, 0)), 0), np.zeros(IGNORE_INDEX + 1, np.int64)
     with ExitStack() as stack:
-        stored = None if mask is None else stack.enter_context(open_mask(mask, (info.height, info.width)))
+        stored = None if mask is None else stack.enter_context(open_mask(mask, info))
         for window in strips(info):
             pixels, valid = raster.read(window)
             values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
@@ -184,10 +182,10 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
     return Moments(pixels, sums, squares, low, high, samples)
 
 
-def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[int, int]) -> NDArray[np.int64]:
-    """Class counts of a mask whose image, of `size` rows and columns, is not read; see `measure_item`."""
+def count_classes(mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None) -> NDArray[np.int64]:
+    """Class counts of a mask whose image is not read; see `open_mask` and `measure_item`."""
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
-    with open_mask(mask, size) as raster:
+    with open_mask(mask, grid) as raster:
         for window in strips(raster.info):
             counts += _count(raster, window, labels, None)
     return _of_classes(counts, num_classes)
@@ -199,11 +197,9 @@ def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64
 
 def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
     with mask_errors():
-        stored, origin = mask.read_raw(window), (window.row, window.col)
-        if valid is None or valid.all():
-            return labels.counts(stored, mask.info.colormap, name=mask.name, origin=origin)
-        indices = labels.indices(stored, mask.info.colormap, name=mask.name, origin=origin)
-    return np.bincount(indices[valid], minlength=IGNORE_INDEX + 1)
+        indices = labels.read(mask, window)
+    counted = indices.ravel() if valid is None or valid.all() else indices[valid]
+    return np.bincount(counted, minlength=IGNORE_INDEX + 1)
 
 
 def strips(info: RasterInfo) -> Iterator[Window]:

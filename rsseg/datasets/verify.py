@@ -179,11 +179,10 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
 def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
     """All problems of one item; a damaged image does not hide those of its mask."""
     problems, classes, mask = [], index.task.num_classes, index.mask_file(item)
-    size, counts = None, None
+    grid, counts = None, None
     try:
         with _open(index, item) as raster:
-            info = raster.info
-            size = info.height, info.width
+            info = grid = raster.info
             if info.dtype != index.task.dtype:
                 raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
@@ -194,10 +193,7 @@ def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pix
         mask = None if file == item.mask else mask
     if mask is not None and counts is None:
         try:
-            if size is None:
-                with Raster(mask) as raster:
-                    size = raster.info.height, raster.info.width
-            counts = count_classes(mask, labels, classes, size)
+            counts = count_classes(mask, labels, classes, grid)
         except DataError as error:
             problems.append(Problem(file=item.mask or "", split=item.split, reason=str(error)))
     return _Checked(counts, tuple(problems))

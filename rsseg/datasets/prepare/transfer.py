@@ -230,16 +230,15 @@ def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any]
 
 
 def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Window, how: Transfer) -> NDArray[np.uint8]:
-    """Class indices of a window of a mask; raises `DataError` if the mask has another size than its image."""
-    path = files[name]
-    jpeg = how.threshold is not None
-    with open_mask(path, (info.height, info.width), jpeg=jpeg) as raster, mask_errors():
-        stored = raster.read_raw(window)
+    """Class indices of a window of a mask; raises `DataError` if the mask lies on another grid than its image."""
+
+    def edit(stored: NDArray[Any]) -> NDArray[Any]:
         if how.threshold is not None and len(stored) == 3:
             stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
-        if how.first_mask_band:
-            stored = stored[:1]
-        return how.labels.indices(stored, raster.info.colormap, name=str(path), origin=(window.row, window.col))
+        return stored[:1] if how.first_mask_band else stored
+
+    with open_mask(files[name], info, jpeg=how.threshold is not None) as raster, mask_errors():
+        return how.labels.read(raster, window, edit=edit)
 
 
 def _convert_mask(item: IndexItem, files: Mapping[str, Path], target: Path, how: Transfer) -> None:
