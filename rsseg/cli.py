@@ -3,16 +3,17 @@
 import os
 import sys
 import traceback
+import warnings
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rsseg import __version__
 from rsseg.commands import assess, backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
-from rsseg.commands.console import print_error
-from rsseg.errors import RssegError, machine_error
+from rsseg.commands.console import print_error, print_note
+from rsseg.errors import RssegError, RssegWarning, machine_error
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, "
@@ -70,7 +71,18 @@ def run(arguments: list[str] | None = None) -> int:
     Expected errors are printed as one message. Any other exception is a bug: its traceback goes to a report file.
     """
     try:
-        app(arguments)
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                """Our own warnings are for the user, without the line of code that raised them."""
+                if issubclass(category, RssegWarning):
+                    print_note(f"warning: {message}")
+                else:
+                    show(message, category, *where, **more)
+
+            warnings.showwarning = note
+            app(arguments)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except RssegError as error:

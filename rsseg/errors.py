@@ -56,6 +56,10 @@ class CheckFailed(RssegError):  # noqa: N818 - the result of a check
     exit_code = 8
 
 
+class RssegWarning(UserWarning):
+    """Something works, but not as well as it could."""
+
+
 class Interrupted(RssegError):  # noqa: N818 - not an error of the program
     """Stopped by a signal after saving."""
 

@@ -3,9 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from rsseg.cli import run
 from rsseg.config import SelectConfig
+from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import Datasets
 from rsseg.errors import DataError, WeightsError
@@ -15,7 +18,7 @@ from rsseg.inference.network import load_segmenter
 from rsseg.training.progress import Silent
 from rsseg.training.run import train
 from tests.conftest import rgb_task, write_png, write_tif
-from tests.training.recipes import tiny_recipe
+from tests.training.recipes import tiny_recipe, tiny_values
 
 
 def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path, tmp_path: Path) -> None:
@@ -90,3 +93,16 @@ def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, mo
     monkeypatch.setattr(SegmentationIndex, "model_validate_json", lambda text: parsed.append(text) or original(text))
     train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Silent())
     assert len(parsed) == 1
+
+
+def test_unwritable_cache_is_one_plain_warning(
+    rgb_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rgb_dataset / CACHE_NAME).write_text("a file where the folder should be")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_values(rgb_dataset) | {"trainer": {"steps": 1, "workers": 1}}))
+    assert run(["train", "--recipe", str(recipe), "--output", str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1
+    assert "Warning:" not in said
+    assert "set data.cache: false" in " ".join(said.split())

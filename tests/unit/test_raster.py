@@ -46,7 +46,7 @@ def test_several_files_are_one_image_in_any_band_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(raster.read()[0], bands[[2, 0]])
         assert (raster.info.count, raster.info.available) == (2, 3)
     files.append(write_tif(tmp_path / "other.tif", bands[:1, :4]))
-    with pytest.raises(DataError, match="differ in size"):
+    with pytest.raises(DataError, match=r"other\.tif: the file has 4 x 9 pixels .* the first file of its image 8 x 9"):
         Raster(files)
 
 
