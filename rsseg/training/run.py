@@ -14,7 +14,7 @@ from rsseg import distributed
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted, MachineError, UsageError
-from rsseg.evaluation.model import Evaluation, evaluate
+from rsseg.evaluation.model import Evaluation, check_settings, evaluate
 from rsseg.inference.device import keep_heap, resolve_device
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
@@ -186,6 +186,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
+    check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
     streams = open_streams(recipe, method, task, datasets)
