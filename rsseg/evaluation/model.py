@@ -1,5 +1,6 @@
 """Score a network on the images of a split, with one confusion matrix over all of them."""
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rsseg.checkpoint import read_header
-from rsseg.config import BaseRecipe, SelectConfig
+from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
-from rsseg.errors import Interrupted
+from rsseg.errors import Interrupted, RecipeError
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
+from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix, Scores, scores
 from rsseg.recipe import recipe_from_dict
@@ -111,6 +113,22 @@ def read_samples(
             (pixels, valid), mask = source.reader.image(item), None
         image = source.task.scaled(pixels.transpose(1, 2, 0), valid, fill)
         yield EvalSample(item.image, torch.from_numpy(image).permute(2, 0, 1), valid, mask)
+
+
+def check_settings(config: EvalConfig, segmenter: Segmenter) -> None:
+    """Raise `RecipeError` for `eval` settings that do not fit the network or its task."""
+    names = segmenter.task.class_names
+    if unknown := [name for name in config.ignore_classes if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The classes are {', '.join(names)}."
+        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is no class of this dataset. {hint}")
+    if set(config.ignore_classes) >= set(names):
+        raise RecipeError("eval.ignore_classes: every class is ignored. Keep one at least.")
+    tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
+    if config.mode == "tiled" and tiling.overlap >= tiling.tile:
+        raise RecipeError(
+            f"eval.overlap: {tiling.overlap} pixels do not fit tiles of {tiling.tile}. Choose 0 to {tiling.tile - 1}."
+        )
 
 
 def evaluate(

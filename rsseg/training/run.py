@@ -15,7 +15,7 @@ from rsseg import distributed
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
-from rsseg.evaluation.model import evaluate
+from rsseg.evaluation.model import check_settings, evaluate
 from rsseg.inference.device import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
@@ -30,7 +30,6 @@ from rsseg.training.plan import (
     Hardware,
     TrainPlan,
     absent_classes,
-    check_evaluation,
     choose_hardware,
     find_weights,
     make_plan,
@@ -209,9 +208,9 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
+    check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    check_evaluation(recipe, method.deployable())
     streams = open_streams(recipe, method, task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
     return _Built(task, datasets, hardware, method, streams, validation, plan)
