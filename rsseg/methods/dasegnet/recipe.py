@@ -149,6 +149,9 @@ class DASegNetRecipe(BaseRecipe):
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
 
+    side_by_side: bool = False
+    """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
+
     def stream_names(self) -> tuple[str, ...]:
         """Labeled source images and unlabeled target images."""
         return ("source", "target")
