@@ -5,16 +5,15 @@ from typing import Literal
 
 import pytest
 import torch
-from rsseg.training.results import StepReport
 
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
 from rsseg.methods.dasegnet.adversarial import gan_loss
 from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Silent, StepReport
 from rsseg.training.run import train
 from tests.conftest import rgb_task
 from tests.toys import ConvSegmenter, make_task
