@@ -101,6 +101,16 @@ def test_odd_tensors_are_refused(
     assert len(capsys.readouterr().err) < 1500
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_checkpoint_is_never_replaced_by_its_model(flags: list[str], tmp_path: Path) -> None:
+    source, link = tmp_path / "authors.pth", tmp_path / "link.pth"
+    source.write_bytes(ODD["names of 300 characters"])
+    link.symlink_to(source)
+    for output in (source, link):
+        assert run(["weights", "import", str(source), "--recipe", "grass", "-o", str(output), *flags]) == 2
+    assert source.read_bytes() == ODD["names of 300 characters"]
+
+
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.pth", tmp_path / ("a" * 300)):
         with pytest.raises(WeightsError, match="not a readable checkpoint"):
