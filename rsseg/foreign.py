@@ -31,7 +31,7 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
         ]
         with safe_globals(unknown):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes of torch's reader
+    except Exception as error:  # damaged or hostile pickles raise almost anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: not a readable checkpoint: {reason}. Give the authors' .pth file.") from None
     state = content.get(entry, content) if isinstance(content, dict) else None

@@ -2,11 +2,15 @@
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rsseg.errors import MachineError, RecipeError
+from rsseg.checkpoint import ModelHeader, write_model
+from rsseg.errors import MachineError, RecipeError, RssegError, WeightsError
+from rsseg.inference.network import load_segmenter
 from rsseg.methods import base
 from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import Recipe, RecipeSource, packaged_recipes, parse_recipe
@@ -76,3 +80,18 @@ def test_failed_allocation_is_a_limit_of_the_machine() -> None:
 def test_network_that_trains_is_stored_in_float32(recipe: str, key: str, dtype: str) -> None:
     with pytest.raises(RecipeError, match=rf"{key}: dtype: {dtype} is for frozen teachers"):
         changed(recipe, f"{key}.dtype={dtype}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [({"decoder": {"type": "segformer", "channels": 10**9}}, WeightsError), ({}, MachineError)],
+)
+def test_header_that_asks_for_a_huge_network_is_refused(
+    changes: dict[str, Any], error: type[RssegError], rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(rgb_dataset).model_dump(mode="json")
+    header = ModelHeader(recipe=recipe | changes, task=rgb_task(), backbones={}, training={}, made_with={})
+    write_model(tmp_path / "huge.safetensors", {"a": torch.ones(1)}, header)
+    monkeypatch.setattr(base, "LARGEST_NETWORK", 10_000)
+    with pytest.raises(error, match=r"decoder\.channels|billion parameters"):
+        load_segmenter(tmp_path / "huge.safetensors")
