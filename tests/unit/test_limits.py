@@ -52,7 +52,7 @@ def test_absurd_sizes_are_refused_with_their_key(recipe: str, key: str, value: o
     began = time.monotonic()
     with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
         changed(recipe, f"{key}={json.dumps(value)}")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("build", [segmenter_for, method_for])
