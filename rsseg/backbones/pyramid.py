@@ -48,6 +48,13 @@ class Pyramid(nn.Module):
         for part in self._frozen:
             part.requires_grad_(False).eval()
 
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """One list per level; the stem counts with the first, a level's own norm with its level."""
+        levels = [[p for part in parts for p in part.parameters()] for parts in self._stages]
+        for level, norm in self.norms.items():
+            levels[int(level)] += norm.parameters()
+        return levels
+
     def train(self, mode: bool = True) -> Self:
         """Switch everything but the frozen stages."""
         super().train(mode)

@@ -49,6 +49,14 @@ class TokenMaps(nn.Module):
         for part in self._frozen:
             part.requires_grad_(False).eval()
 
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """Embedding, then one list per block; the final norm counts with the last block."""
+        last = dict(self.network.named_children()).get("norm", nn.Identity())
+        blocks = [list(block.parameters()) for block in self.network.blocks]
+        blocks[-1] += last.parameters()
+        later = {id(p) for block in blocks for p in block}
+        return [[p for p in self.network.parameters() if id(p) not in later], *blocks]
+
     def train(self, mode: bool = True) -> Self:
         """Switch everything but the frozen blocks."""
         super().train(mode)

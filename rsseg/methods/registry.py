@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsseg.errors import RecipeError
 from rsseg.recipe import Recipe
 from rsseg.task import Task
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
     """The shipped network with untrained weights; nothing is downloaded and no weight file is opened."""
     match recipe.method:
+        case "supervised":
+            from rsseg.methods.supervised.network import build_segmenter as build_supervised
+
+            return build_supervised(recipe, task)
         case "ktda":
             from rsseg.methods.ktda.network import build_segmenter
 
@@ -35,6 +40,10 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
         WeightsError: weights are missing, foreign or may not be fetched.
     """
     match recipe.method:
+        case "supervised":
+            from rsseg.methods.supervised.method import build_method as build_supervised
+
+            return build_supervised(recipe, task)
         case "ktda":
             from rsseg.methods.ktda.method import build_method
 
@@ -54,8 +63,14 @@ def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path)
 
     Raises:
         WeightsError: not such a checkpoint, or it belongs to another recipe.
+        RecipeError: the method has no published checkpoints.
     """
     match recipe.method:
+        case "supervised":
+            raise RecipeError(
+                f"{recipe.name}: plain supervised training has no published checkpoints to import. "
+                "Give a recipe of ktda, mtdf or dasegnet."
+            )
         case "ktda":
             from rsseg.methods.ktda.importer import import_checkpoint as import_ktda
 
