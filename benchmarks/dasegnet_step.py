@@ -57,7 +57,7 @@ def make_method(student: str, teacher: str, *, sgd: bool = False) -> DASegNetMet
             "backbone": {"name": student, "weights": "random"},
             "decoder": {"channels": 256, "dropout": 0.0},
             "adversarial": {"convs": 1},
-            "self_training": {"confidence": 0.2, "teacher": {"kind": teacher}},
+            "self_training": {"confidence": 0.2, "teacher": {"type": teacher}},
             "optimizers": {"main": main, "disc_source": disc, "disc_target": disc},
         }
     )
@@ -132,7 +132,7 @@ class Published:
         out_s2t, out_t2t = stacked(net.decoder_target, refined_s2t), stacked(net.decoder_target, refined_t2t)
         teacher = method.teacher
         averaged = teacher.averaged
-        if config.teacher.kind == "single_t":
+        if config.teacher.type == "single_t":
             again = net.neck(net.backbone_source(target.images), averaged("backbone_target")(target.images))
             taught = stacked(net.decoder_source, again[0]), stacked(averaged("decoder_target"), again[1])
         else:

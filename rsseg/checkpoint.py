@@ -27,7 +27,7 @@ class ModelHeader:
     recipe: fully resolved, as JSON values.
     task: classes, bands and scaling the network was trained for.
     backbones: role ("student") -> name, statistics, patch size and licence.
-    training: step, which weights ("raw", "ema"), score.
+    training: step, which weights ("student", "average"), score.
     made_with: package -> version.
     """
 

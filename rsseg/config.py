@@ -28,9 +28,9 @@ class BackboneConfig(Strict):
     """Name in the zoo, such as `convnext_base` or `vit_base_patch14_dinov2`."""
     weights: str = "pretrained"
     """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
-    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Pyramid levels or ViT blocks to return, zero-based; None takes the zoo's default."""
-    norm_taps: Literal["all", "last", "none"] | None = None
+    out_norm: Literal["all", "last", "none"] | None = None
     """Which returned maps pass a LayerNorm. For a ViT it is the network's final norm (`last` is what mmpretrain does,
     `all` what DINOv2 does); for a pyramid each level has a norm of its own. None takes the zoo's default."""
     image_size: Count | None = None
@@ -84,14 +84,6 @@ class OptimizerConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
-class EmaConfig(Strict):
-    """Exponential moving average of the student, kept for evaluation and shipping."""
-
-    decay: Probability = 0.999
-    ship: bool = True
-    """Evaluate and ship the average; False only keeps it for resume."""
-
-
 class TrainerConfig(Strict):
     """How long, how much at once, how exact."""
 
@@ -106,7 +98,6 @@ class TrainerConfig(Strict):
     """Autocast type; `auto` takes bf16 where the device computes with it and none elsewhere."""
     clip_grad: Positive | None = None
     """Largest L2 norm of each optimizer's gradient; None does not clip."""
-    ema: EmaConfig | None = None
     eval_every: Count = 1000
     checkpoint_every: Count = 1000
     log_every: Count = 20
@@ -278,6 +269,10 @@ class BaseRecipe(Strict):
     optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
+    ship: Literal["student", "average"] = "student"
+    """Weights that are evaluated and shipped: those that the optimizers train, or their exponential moving average."""
+    ema_decay: Probability = 0.999
+    """Decay of the moving average per optimizer step; not used with `ship: student`."""
 
     @model_validator(mode="after")
     def _named_streams(self) -> Self:
@@ -295,6 +290,11 @@ class BaseRecipe(Strict):
             what = "fit: squeeze" if squeezed else "eval.mode: resized"
             raise ValueError(f"data.match_gsd: has no effect on images that {what} resizes; leave one of them out")
         return self
+
+    @property
+    def trainer_averages(self) -> bool:
+        """Whether the trainer keeps the moving average that ships; False where the method keeps its own."""
+        return self.ship == "average"
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Recipes: the union of all methods' recipes, read from YAML with errors that name file, line, key and remedy."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args
 
 import yaml
@@ -21,6 +22,22 @@ MEMBERS: tuple[type[BaseRecipe], ...] = (SupervisedRecipe, KTDARecipe, MTDFRecip
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "kind": "type",
+        "taps": "out_indices",
+        "norm_taps": "out_norm",
+        "ce_divisor": "loss_divisor",
+        "cross_entropy_divisor": "loss_divisor",
+        "pseudo_divisor": "loss_divisor",
+        "decoder_lr_scale": "head_lr_scale",
+        "norm_weight_decay": "weight_decay_exempt",
+        "ema": "ship: average, with ema_decay, at the top level of the recipe",
+    }
+)
+"""Last part of an old key -> what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,8 @@ def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str,
     where = f"{label}, line {line}" if line else label
     key = ".".join(str(part) for part in path)
     match problem["type"]:
+        case "extra_forbidden" if path[-1] in RENAMED:
+            return f"{where}: unknown key {key!r}. It was renamed: write {RENAMED[path[-1]]}."
         case "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), _keys_at(values, path[:-1]), n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -42,20 +42,20 @@ def assemble(entry: ZooEntry, config: BackboneConfig, task: Task, *, load_weight
 
 
 def _build(entry: ZooEntry, config: BackboneConfig, architecture: Architecture) -> Built:
-    taps = entry.taps if config.taps is None else config.taps
-    norm_taps = config.norm_taps or entry.norm_taps
+    out_indices = entry.out_indices if config.out_indices is None else config.out_indices
+    out_norm = config.out_norm or entry.out_norm
     if entry.kind == "pyramid":
         if config.pos_embed != "timm" or config.pos_embed_round_trip or config.image_size is not None:
             raise RecipeError(
                 f"{entry.name} has no position table. Leave out pos_embed, its round trip and image_size."
             )
-        return build_pyramid(architecture, levels=taps, norm_taps=norm_taps)
+        return build_pyramid(architecture, levels=out_indices, out_norm=out_norm)
     # laying the table out anew is a second resampling of pretrained weights, so it is done only where asked for
     relaid = config.pos_embed_round_trip or config.weights == "random"
     return build_vit(
         architecture,
-        taps=taps,
-        norm_taps=norm_taps,
+        out_indices=out_indices,
+        out_norm=out_norm,
         position=config.pos_embed,
         image_size=config.image_size if relaid else None,
     )

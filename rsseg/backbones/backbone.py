@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
         Args:
             info: describes `body` and the normalization.
-            body: normalized images (B, C, H, W) in `dtype` -> one NCHW map per tap.
+            body: normalized images (B, C, H, W) in `dtype` -> one NCHW map per output index.
             pad: what happens to an input of a ViT that is no multiple of its patch.
             dtype: storage and compute type of `body`; maps are returned in float32.
             weights: where the tensors come from.
@@ -78,10 +78,10 @@ class Backbone(nn.Module):
             images: float (B, C, H, W) in scaled units, bands in the task's order.
 
         Returns:
-            One float (B, channels[i], H / strides[i], W / strides[i]) per tap; a ViT rounds up, a pyramid as its
+            One float (B, channels[i], H / strides[i], W / strides[i]) per index; a ViT rounds up, a pyramid as its
             convolutions do.
         """
-        return self.taps_of_normalized(self.normalize(images))
+        return self.forward_normalized(self.normalize(images))
 
     def parameters_by_depth(self) -> list[list[nn.Parameter]]:
         """All parameters from input to output: a transformer's embedding and blocks, a pyramid's levels."""
@@ -91,12 +91,12 @@ class Backbone(nn.Module):
         """(images - mean) / std, per band, float32."""
         return (images.float() - self.mean) / self.std
 
-    def taps_of_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
         """Like `forward` for images (B, C, H, W) that were normalized by someone else's statistics."""
         maps = self.body(self._padded(images).to(self.dtype))
         if self.dtype == torch.float32:
             return tuple(maps)
-        return tuple(tap.float() for tap in maps)
+        return tuple(level.float() for level in maps)
 
     def _padded(self, images: Tensor) -> Tensor:
         if self.info.patch_size is None:

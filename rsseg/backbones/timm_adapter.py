@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rsseg.backbones.position import PositionMode, resample_positions
 from rsseg.backbones.pyramid import Pyramid
-from rsseg.backbones.table import NormTaps
+from rsseg.backbones.table import OutNorm
 from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import RecipeError
 
@@ -60,19 +60,19 @@ class Built:
 
 
 def build_pyramid(
-    architecture: Architecture, *, levels: Sequence[int] = range(LEVELS), norm_taps: NormTaps = "none"
+    architecture: Architecture, *, levels: Sequence[int] = range(LEVELS), out_norm: OutNorm = "none"
 ) -> Built:
     """A pyramid with random weights.
 
     Args:
         architecture: the network.
         levels: 0 to 3, in the order in which maps are returned; stages above the highest are left out.
-        norm_taps: which of them get a LayerNorm of their own; `last` is level 3.
+        out_norm: which of them get a LayerNorm of their own; `last` is level 3.
 
     Raises:
         RecipeError: a level that does not exist.
     """
-    _check_taps(levels, LEVELS, f"{architecture.name}: a pyramid's levels")
+    _check_indices(levels, LEVELS, f"{architecture.name}: a pyramid's levels")
     network = _create(architecture)
     info = list(network.feature_info)
     first = len(info) - LEVELS  # some networks also have a level of stride 2
@@ -83,7 +83,7 @@ def build_pyramid(
         network,
         indices={level: first + level for level in levels},
         channels={level: info[first + level]["num_chs"] for level in levels},
-        normed=_normed(levels, norm_taps, last=LEVELS - 1),
+        normed=_normed(levels, out_norm, last=LEVELS - 1),
         stages=list(_stages(network, [entry["module"] for entry in info[first:]])),
     )
     return _built(network, body, [info[first + level] for level in levels])
@@ -92,8 +92,8 @@ def build_pyramid(
 def build_vit(
     architecture: Architecture,
     *,
-    taps: Sequence[int],
-    norm_taps: NormTaps = "none",
+    out_indices: Sequence[int],
+    out_norm: OutNorm = "none",
     position: PositionMode = "timm",
     image_size: int | None = None,
 ) -> Built:
@@ -101,8 +101,8 @@ def build_vit(
 
     Args:
         architecture: the network.
-        taps: zero-based blocks, in the order in which maps are returned; blocks above the highest are left out.
-        norm_taps: which of them pass the network's final norm; `last` is the network's last block, if it is tapped.
+        out_indices: zero-based blocks, in the order in which maps are returned; blocks above the highest are left out.
+        out_norm: which of them pass the network's final norm; `last` is the network's last block, if returned.
         position: how the position table is resampled at other sizes.
         image_size: pixels that the stored position table is laid out for, rounded up to whole patches; None keeps
             the network's own.
@@ -112,23 +112,23 @@ def build_vit(
             that has none.
     """
     network = _create(architecture)
-    _check_taps(taps, len(network.blocks), f"{architecture.name}: the blocks")
+    _check_indices(out_indices, len(network.blocks), f"{architecture.name}: the blocks")
     has_table = isinstance(network, VisionTransformer)
     if not has_table and (position != "timm" or image_size is not None):
         raise RecipeError(
             f"{architecture.name} has no position table of this kind. Leave out pos_embed and image_size."
         )
-    normed = _normed(taps, norm_taps, last=len(network.blocks) - 1)
+    normed = _normed(out_indices, out_norm, last=len(network.blocks) - 1)
     if normed and isinstance(network, vision_transformer_sam.VisionTransformerSAM):
-        raise RecipeError(f"{architecture.name} has no final norm. Leave out norm_taps, or set it to none.")
+        raise RecipeError(f"{architecture.name} has no final norm. Leave out out_norm, or set it to none.")
     info = list(network.feature_info)
-    network.prune_intermediate_layers(sorted(taps), prune_norm=not normed)
-    body = TokenMaps(network, taps=taps, normed=normed, position=position if has_table else None)
+    network.prune_intermediate_layers(sorted(out_indices), prune_norm=not normed)
+    body = TokenMaps(network, out_indices=out_indices, normed=normed, position=position if has_table else None)
     if image_size is not None:
         cells = -(-image_size // info[0]["reduction"])
         table = resample_positions(network.pos_embed, (cells, cells), prefix=body.position_prefix, mode=position)
         network.pos_embed = nn.Parameter(table.detach().clone())
-    return _built(network, body, [info[tap] for tap in taps])
+    return _built(network, body, [info[index] for index in out_indices])
 
 
 def complete_network(architecture: Architecture) -> nn.Module:
@@ -195,11 +195,11 @@ def _parts(network: nn.Module, containers: set[str]) -> Iterator[tuple[str, nn.M
             yield name, child
 
 
-def _normed(taps: Sequence[int], norm_taps: NormTaps, *, last: int) -> tuple[int, ...]:
-    """Those of `taps` that pass a norm."""
-    return tuple(tap for tap in taps if norm_taps == "all" or (norm_taps == "last" and tap == last))
+def _normed(out_indices: Sequence[int], out_norm: OutNorm, *, last: int) -> tuple[int, ...]:
+    """Those of `out_indices` that pass a norm."""
+    return tuple(index for index in out_indices if out_norm == "all" or (out_norm == "last" and index == last))
 
 
-def _check_taps(taps: Sequence[int], count: int, what: str) -> None:
-    if not taps or min(taps) < 0 or max(taps) >= count or len(set(taps)) != len(taps):
-        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; taps says {list(taps)}.")
+def _check_indices(indices: Sequence[int], count: int, what: str) -> None:
+    if not indices or min(indices) < 0 or max(indices) >= count or len(set(indices)) != len(indices):
+        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices says {list(indices)}.")

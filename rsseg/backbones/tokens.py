@@ -13,19 +13,19 @@ class TokenMaps(nn.Module):
     """Blocks of a ViT, with the network's final norm where asked; class and register tokens are dropped."""
 
     def __init__(
-        self, network: Any, *, taps: Sequence[int], normed: Sequence[int], position: PositionMode | None
+        self, network: Any, *, out_indices: Sequence[int], normed: Sequence[int], position: PositionMode | None
     ) -> None:
         """Take a network apart from its head.
 
         Args:
             network: timm's VisionTransformer, or if `position` is None any network with `forward_intermediates`.
-            taps: zero-based blocks, in the order in which maps are returned.
+            out_indices: zero-based blocks, in the order in which maps are returned.
             normed: those of them that pass the final norm.
             position: how the position table is resampled; None leaves positions to the network.
         """
         super().__init__()
         self.network = network
-        self.taps = tuple(taps)
+        self.out_indices = tuple(out_indices)
         self.normed = frozenset(normed)
         self.position = position
         self._frozen: tuple[nn.Module, ...] = ()
@@ -65,14 +65,14 @@ class TokenMaps(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalized images (B, C, H, W), sides multiples of the patch -> (B, D, H / patch, W / patch) per tap."""
-        ascending = sorted(self.taps)
+        """Normalized images (B, C, H, W), sides multiples of the patch -> (B, D, H / patch, W / patch) per index."""
+        ascending = sorted(self.out_indices)
         if self.position is None:
             maps = self.network.forward_intermediates(images, indices=ascending, intermediates_only=True)
         else:
             maps = self._block_maps(images, ascending, self.position)
         found = dict(zip(ascending, maps, strict=True))
-        return tuple(self._normed(found[tap]) if tap in self.normed else found[tap] for tap in self.taps)
+        return tuple(self._normed(found[i]) if i in self.normed else found[i] for i in self.out_indices)
 
     def _normed(self, plain: Tensor) -> Tensor:
         return self.network.norm(plain.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]

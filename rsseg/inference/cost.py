@@ -40,7 +40,7 @@ def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: t
 
     def forward() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            segmenter.coarse(segmenter.padded(image))
+            segmenter.low_resolution_logits(segmenter.padded(image))
 
     if device.type == "cuda":
         peak = _peak_on_gpu(forward, device)

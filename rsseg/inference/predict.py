@@ -266,7 +266,7 @@ class _Forward:
         images = _extended(images, max(height, least), max(width, least))
         images = self.segmenter.padded(images.to(device).contiguous(memory_format=torch.channels_last))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            coarse = self.segmenter.coarse(images)
+            coarse = self.segmenter.low_resolution_logits(images)
         full = (images.shape[-2], images.shape[-1])
         return [Scores(values, full, (height, width)) for values in torch.split(coarse, 1)]
 

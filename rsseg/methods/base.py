@@ -67,10 +67,10 @@ class Segmenter(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units, H and W multiples of `input_multiple` -> float logits (B, K, H, W)."""
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """Like `forward`, but logits of any resolution that plain bilinear resizing brings to that of the images.
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, K, h, w) that bilinear resizing (corners not aligned) turns into those of `forward`.
 
-        Those of `forward` unless a network has smaller ones.
+        A network whose decoder works below the images' resolution returns its output before that last resize.
         """
         return self(images)  # type: ignore[no-any-return]
 

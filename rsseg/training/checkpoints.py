@@ -66,7 +66,6 @@ class Checkpoints:
         training = {
             "step": counters.step,
             "used": self._used,
-            "weights": "ema" if self._config.ema is not None and self._config.ema.ship else "student",
             "monitor": self._config.monitor,
             "score": counters.best_score if counters.best_step == counters.step else None,
         }

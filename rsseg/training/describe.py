@@ -49,7 +49,7 @@ def model_header(recipe: Recipe, segmenter: Segmenter, training: dict[str, Any])
         recipe=recipe.model_dump(mode="json"),
         task=segmenter.task,
         backbones=backbones,
-        training=training,
+        training={"weights": recipe.ship, **training},
         made_with=versions(),
     )
 

@@ -181,10 +181,9 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
     """What trains and is saved."""
-    config = recipe.trainer.ema
     return Parts(
         method=built.method,
-        ema=Ema(built.method.deployable(), config.decay) if config is not None else None,
+        ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,
         optimizers=build_optimizers(built.method, recipe.optimizers),
         scaler=GradScaler(built.hardware.device.type, enabled=built.hardware.amp_dtype == torch.float16),
     )

@@ -65,8 +65,7 @@ class Trainer:
     @property
     def shipped(self) -> Segmenter:
         """The network that is evaluated and saved: the student or its average."""
-        config = self.config.ema
-        if self.parts.ema is not None and config is not None and config.ship:
+        if self.parts.ema is not None:
             return cast(Segmenter, self.parts.ema.module)
         return self.parts.method.deployable()
 

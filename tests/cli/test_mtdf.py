@@ -99,7 +99,7 @@ def test_teacher_with_incompatible_bands_is_named(
     for folder, file, text in (("refs", "main", "1"), ("snapshots/1", "model.safetensors", "")):
         (cached / folder).mkdir(parents=True)
         (cached / folder / file).write_text(text)
-    teacher = {"name": "dino", "backbone": {"name": "convnext_atto", "taps": [3]}, "bands": bands}
+    teacher = {"name": "dino", "backbone": {"name": "convnext_atto", "out_indices": [3]}, "bands": bands}
     recipe = write_recipe(tmp_path, uint16_dataset, teachers=[teacher])
     assert run(["train", "--recipe", recipe, "--dry-run"]) == code
     assert named in " ".join(capsys.readouterr().err.split())

@@ -112,12 +112,12 @@ def test_logits_have_the_size_of_the_image(method: Method, size: tuple[int, int]
     assert logits.isfinite().all()
 
 
-def test_coarse_logits_become_the_logits_by_plain_resizing(method: Method) -> None:
+def test_low_resolution_logits_become_the_logits_by_plain_resizing(method: Method) -> None:
     segmenter = method.deployable().eval()
     images = segmenter.padded(torch.rand(1, 3, 64, 96))
     with torch.inference_mode():
-        logits, coarse = segmenter(images), segmenter.coarse(images)
-        assert torch.equal(resize_logits(coarse, images.shape[-2:]), logits)
+        logits, low = segmenter(images), segmenter.low_resolution_logits(images)
+        assert torch.equal(resize_logits(low, images.shape[-2:]), logits)
 
 
 def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, method: Method, tmp_path: Path) -> None:

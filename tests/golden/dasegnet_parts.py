@@ -159,7 +159,7 @@ def check_ema(case: Case) -> None:
         trained = set(case.group(f"step0.student.{theirs}"))
         student.add_module(part, Bag(start, trained))
         fresh[part] = Bag(start, trained)
-    config = TeacherConfig(kind=kind, decay=case.meta["decay"])
+    config = TeacherConfig(type=kind, decay=case.meta["decay"])
     teacher = Teacher(config, student, fresh.__getitem__)  # type: ignore[arg-type]
     for j, iteration in enumerate(case.meta["iters"]):
         for part, (theirs, _) in parts.items():

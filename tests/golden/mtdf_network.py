@@ -169,7 +169,7 @@ def clip_patch(case: Case) -> None:
         kind="vit",
         millions=0,
         strides=(hyper["patch_size"],),
-        taps=(hyper["layers"] - 1,),
+        out_indices=(hyper["layers"] - 1,),
         arguments={
             "img_size": hyper["input_resolution"],
             "patch_size": hyper["patch_size"],
@@ -178,7 +178,7 @@ def clip_patch(case: Case) -> None:
             "num_heads": hyper["heads"],
         },
     )
-    config = BackboneConfig(name="clip", norm_taps="none", statistics="data")
+    config = BackboneConfig(name="clip", out_norm="none", statistics="data")
     backbone = assemble(entry, config, make_task(2), load_weights=False)
     load_into(backbone.body.network, _clip_tower(case.group("param")), case.name)
     tokens = map_to_tokens(backbone(case.tensors["in.image"].float())[-1])

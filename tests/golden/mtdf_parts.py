@@ -52,10 +52,10 @@ def dinov2(hyper: Mapping[str, Any], *, image_size: int) -> Backbone:
         kind="vit",
         millions=0,
         strides=(14,) * len(hyper["taps"]),
-        taps=tuple(hyper["taps"]),
+        out_indices=tuple(hyper["taps"]),
         arguments={name: hyper[name] for name in names} | {"img_size": image_size},
     )
-    config = BackboneConfig(name="small", norm_taps="all", pos_embed="dinov2", statistics="data", pad="error")
+    config = BackboneConfig(name="small", out_norm="all", pos_embed="dinov2", statistics="data", pad="error")
     return assemble(entry, config, make_task(2), load_weights=False)
 
 

@@ -13,8 +13,8 @@ from rsseg.task import Task
 from tests.conftest import rgb_task
 
 SIDE = 64
-TOKENS = {"name": "convnext_mini", "weights": "random", "taps": [0, 1]}
-BATCH_NORM = {"name": "resnet18", "weights": "random", "taps": [0, 1]}
+TOKENS = {"name": "convnext_mini", "weights": "random", "out_indices": [0, 1]}
+BATCH_NORM = {"name": "resnet18", "weights": "random", "out_indices": [0, 1]}
 
 
 def make_recipe(**changes: Any) -> DASegNetRecipe:

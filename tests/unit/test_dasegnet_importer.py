@@ -221,7 +221,7 @@ def to_authors_deeplab(name: str, tensor: Tensor) -> State:
 
 def test_authors_resnet_checkpoint_fills_the_network_and_unread_neck_levels_are_left_out() -> None:
     resnet = {"name": "resnet50_v1c_d8", "weights": "random"}
-    recipe = make_recipe(backbone=resnet, decoder={"kind": "deeplabv3plus", "channels": 8})
+    recipe = make_recipe(backbone=resnet, decoder={"type": "deeplabv3plus", "channels": 8})
     with torch.device("meta"):
         wanted = build_segmenter(recipe, rgb_task()).state_dict()
     authors = {k: v for name, tensor in wanted.items() for k, v in to_authors_deeplab(name, tensor).items()}

@@ -120,7 +120,7 @@ def test_teacher_keeps_its_mode_when_the_method_is_switched() -> None:
 @pytest.mark.parametrize("backbone", ["tokens", "batch_norm"])
 def test_every_teacher_labels_without_a_graph(kind: str, backbone: str) -> None:
     chosen = {"backbone": BATCH_NORM} if backbone == "batch_norm" else {}
-    method = make_method(**chosen, self_training={"confidence": 0.3, "teacher": {"kind": kind}})
+    method = make_method(**chosen, self_training={"confidence": 0.3, "teacher": {"type": kind}})
     passes = method.passes(make_batch())
     assert not passes.lessons[0].pseudo.weights.requires_grad
     assert all(not p.requires_grad for p in method.teacher.parameters())  # type: ignore[union-attr]
@@ -201,7 +201,7 @@ def test_each_ablation_is_one_switch(off: dict[str, None], losses: set[str]) -> 
 
 
 def test_decoders_learn_faster_only_if_asked() -> None:
-    scales = [group.lr_scale for group in make_method(decoder_lr_scale=10.0).param_groups()["main"]]
+    scales = [group.lr_scale for group in make_method(head_lr_scale=10.0).param_groups()["main"]]
     assert scales[-1] == 10.0
     assert set(scales[:-1]) == {1.0}
     assert {group.lr_scale for group in make_method().param_groups()["main"]} == {1.0}
@@ -211,10 +211,10 @@ def test_published_weight_decay_exempts_as_many_norm_tensors_as_the_authors_code
     config = BackboneConfig(name="mit_b5", weights="random")
     with torch.device("meta"):
         backbone = create_backbone(config, rgb_task(), load_weights=False)
-    _, exempt = split_norms((backbone,), "published")
+    _, exempt = split_norms((backbone,), "names_with_norm")
     assert len(exempt) == 314
-    assert len(split_norms((backbone,), "none")[1]) == 322
-    assert split_norms((backbone,), "all")[1] == []
+    assert len(split_norms((backbone,), "norms")[1]) == 322
+    assert split_norms((backbone,), "none")[1] == []
 
 
 def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
@@ -243,7 +243,7 @@ def test_rare_classes_are_drawn_more_often_only_in_the_source() -> None:
 def test_students_look_at_plain_target_images_only_if_a_loss_or_the_teacher_needs_it() -> None:
     seen: list[int] = []
     for kind, forwards in (("whole", 2), ("decoder_only_t", 2)):
-        method = make_method(adversarial=None, self_training={"class_mix": True, "teacher": {"kind": kind}})
+        method = make_method(adversarial=None, self_training={"class_mix": True, "teacher": {"type": kind}})
         seen.clear()
         hook = method.segmenter.backbone_source.register_forward_hook(
             lambda _m, inputs, _o: seen.append(len(inputs[0]))

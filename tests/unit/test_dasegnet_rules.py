@@ -151,7 +151,7 @@ def test_missing_pseudo_label_weights_are_refused_unless_their_index_is_wanted()
 
 
 def test_deeplab_with_one_image_is_refused() -> None:
-    decoder = {"kind": "deeplabv3plus", "channels": 8}
+    decoder = {"type": "deeplabv3plus", "channels": 8}
     with pytest.raises(RecipeError, match="needs 2 or more images"):
         make_method(decoder=decoder, trainer={"batch_size": 2, "stream_batch_sizes": {"target": 1}})
 

@@ -35,7 +35,7 @@ def test_single_samples_are_fine_without_a_pool_of_one_cell(decoder: dict[str, A
     ("changes", "message"),
     [
         ({"fam": {"width": 5}}, r"fam\.width: 5, but the teacher's maps have \[64"),
-        ({"teacher": TAUGHT["teacher"] | {"taps": [0, 3]}}, r"teacher\.taps: the student has 4 levels"),
+        ({"teacher": TAUGHT["teacher"] | {"out_indices": [0, 3]}}, r"teacher\.out_indices: the student has 4 levels"),
         ({"teacher": {"name": "convnext_mini", "weights": "random"}}, "no vision transformer"),
         ({"neck": {"scales": [2, 1]}}, r"neck\.scales: 2 factors for 4 maps"),
         ({"fmm": {"type": "vit_block", "heads": 7}}, r"fmm\.heads: 64 channels"),

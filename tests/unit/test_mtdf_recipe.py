@@ -54,7 +54,7 @@ def test_supervised_baseline_is_one_switch_and_reads_no_unlabeled_stream() -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student": VIT | {"taps": [1, 3]}}, r"four maps.*Set student\.taps"),
+        ({"student": VIT | {"out_indices": [1, 3]}}, r"four maps.*Set student\.out_indices"),
         ({"student": PYRAMID, "strong_views": 2, "complementary_dropout": True}, "Choose a ViT"),
     ],
 )

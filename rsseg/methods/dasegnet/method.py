@@ -134,7 +134,7 @@ class DASegNetMethod(Method):
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """`main` trains students, neck and decoders; each discriminator has an optimizer of its own."""
         net = self.segmenter
-        decayed, exempt = split_norms((net.backbone_source, net.backbone_target), self.recipe.norm_weight_decay)
+        decayed, exempt = split_norms((net.backbone_source, net.backbone_target), self.recipe.weight_decay_exempt)
         neck = [] if net.neck is None else list(net.neck.parameters())
         decoders = [*net.decoder_source.parameters(), *net.decoder_target.parameters()]
         groups = {
@@ -142,7 +142,7 @@ class DASegNetMethod(Method):
                 ParamGroup(decayed),
                 ParamGroup(exempt, weight_decay=0.0),
                 ParamGroup(neck),
-                ParamGroup(decoders, lr_scale=self.recipe.decoder_lr_scale),
+                ParamGroup(decoders, lr_scale=self.recipe.head_lr_scale),
             ]
         }
         groups["main"] = [group for group in groups["main"] if group.params]
@@ -188,7 +188,7 @@ class DASegNetMethod(Method):
 
     def _cross_entropies(self, logits: Logits, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         source, target = (
-            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.ce_divisor)
+            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.loss_divisor)
             for maps, by_class in (
                 (logits.source, self.class_weights_source),
                 (logits.target, self.class_weights_target),
@@ -198,19 +198,19 @@ class DASegNetMethod(Method):
 
 
 def split_norms(
-    backbones: Sequence[nn.Module], rule: Literal["published", "all", "none"]
+    backbones: Sequence[nn.Module], rule: Literal["names_with_norm", "norms", "none"]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters with and without weight decay, by `DASegNetRecipe.norm_weight_decay`."""
+    """Trainable parameters with and without weight decay, by `DASegNetRecipe.weight_decay_exempt`."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for backbone in backbones:
         for name, module in backbone.named_modules():
             match rule:
-                case "published":  # the published code looks for "norm" in names; a stage's last norm had none in its
+                case "names_with_norm":  # the published code names the last norm of a stage otherwise
                     free = isinstance(module, nn.LayerNorm) and re.search(r"stages\.\d+\.norm$", name) is None
-                case "none":
+                case "norms":
                     free = isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
-                case "all":
+                case "none":
                     free = False
             parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
             (exempt if free else decayed).extend(parameters)

@@ -101,7 +101,7 @@ class DisentangledNeck(nn.Module):
         self,
         in_channels: Sequence[int],
         *,
-        kind: Literal["ds2", "dsk"] = "ds2",
+        type: Literal["ds2", "dsk"] = "ds2",
         reduction: int = 8,
         min_width: int = 8,
         energies: Literal["sum", "mean"] = "sum",
@@ -111,7 +111,7 @@ class DisentangledNeck(nn.Module):
 
         Args:
             in_channels: of each level.
-            kind: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
+            type: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
             reduction: channels over reduced channels.
             min_width: least number of reduced channels.
             energies: of the DUM, see there.
@@ -122,7 +122,7 @@ class DisentangledNeck(nn.Module):
         made = {
             str(i): DisentangledLevel(
                 channels,
-                universal=kind == "ds2" and i == last,
+                universal=type == "ds2" and i == last,
                 reduction=reduction,
                 min_width=min_width,
                 energies=energies,

@@ -67,10 +67,10 @@ class DASegNet(Segmenter):
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
-        return resize_logits(self.coarse(images), images.shape[-2:])
+        return resize_logits(self.low_resolution_logits(images), images.shape[-2:])
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """See `Segmenter.coarse`."""
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """See `Segmenter.low_resolution_logits`."""
         (view,) = self.styles(images)
         return (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2  # type: ignore[no-any-return]
 
@@ -107,7 +107,7 @@ class DASegNet(Segmenter):
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
     """A decoder with fresh weights."""
-    match config.kind:
+    match config.type:
         case "segformer":
             return SegFormerHead(in_channels, num_classes, channels=config.channels, dropout=config.dropout)
         case "deeplabv3plus":
@@ -138,11 +138,11 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         config = recipe.neck
         neck = DisentangledNeck(
             channels,
-            kind=config.kind,
+            type=config.type,
             reduction=config.reduction,
             min_width=config.min_width,
             energies=config.energies,
-            used=None if recipe.decoder.kind == "segformer" else (0, len(channels) - 1),
+            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
         )
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map: without another word, tiles are as large as crops

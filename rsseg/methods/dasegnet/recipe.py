@@ -15,7 +15,7 @@ Weights = tuple[Annotated[float, Field(ge=0)], ...]
 class DecoderConfig(Strict):
     """Both decoders, and the averaged ones of the teacher."""
 
-    kind: Literal["segformer", "deeplabv3plus"] = "segformer"
+    type: Literal["segformer", "deeplabv3plus"] = "segformer"
     channels: Count = 256
     """Width; 256 for SegFormer (also beside MiT-B5), 512 for DeepLabV3+, as published."""
     dilations: tuple[Count, ...] = (1, 12, 24, 36)
@@ -28,7 +28,7 @@ class DecoderConfig(Strict):
 class NeckConfig(Strict):
     """Domain disentangled module."""
 
-    kind: Literal["ds2", "dsk"] = "ds2"
+    type: Literal["ds2", "dsk"] = "ds2"
     """`ds2`: DSM at all levels and DUM at the last; `dsk`: DSM only."""
     reduction: Count = 8
     """Channels over reduced channels."""
@@ -55,7 +55,7 @@ class AdversarialConfig(Strict):
 class TeacherConfig(Strict):
     """Where pseudo-labels come from."""
 
-    kind: Literal["decoder_only_t", "single_t", "whole"] = "decoder_only_t"
+    type: Literal["decoder_only_t", "single_t", "whole"] = "decoder_only_t"
     """`decoder_only_t`: averaged decoders on the students' own features. `single_t`: the averaged target backbone and
     decoder beside the student's source path. `whole`: everything averaged (not published)."""
     decay: Probability = 0.999
@@ -142,15 +142,17 @@ class DASegNetRecipe(BaseRecipe):
     """Cross-entropy weight per class of the source-style decoder, for labels and pseudo-labels."""
     target_decoder_weights: Weights | None = None
     """The same for the target-style decoder."""
-    ce_divisor: Literal["all", "valid"] = "all"
-    """Published: the sum over labeled pixels is divided by the number of all pixels."""
+    loss_divisor: Literal["all", "valid"] = "all"
+    """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
     rare_class_sampling: Annotated[float, Field(gt=0)] | None = None
     """Temperature of drawing source images by how rare their classes are (DAFormer: 0.01); None draws uniformly, as
     published."""
-    decoder_lr_scale: Positive = 1.0
-    """The published configurations ask for 10 with SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
-    norm_weight_decay: Literal["published", "all", "none"] = "published"
-    """Layer norms of the students: `published` exempts all but the one that ends each stage."""
+    head_lr_scale: Positive = 1.0
+    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
+    SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
+    weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
+    """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
+    ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
     batching: Literal["auto", "separate"] = "auto"
     """`auto` passes source and target images together through students whose norms do not mix samples; the numbers are
     the same. Batch norm always gets separate passes."""
@@ -171,7 +173,7 @@ class DASegNetRecipe(BaseRecipe):
         """Whether the students must look at the target images as they are, not only at harder versions."""
         config = self.self_training
         return self.adversarial is not None or (
-            config is not None and (config.learns_from_teachers_image or config.teacher.kind != "whole")
+            config is not None and (config.learns_from_teachers_image or config.teacher.type != "whole")
         )
 
     @model_validator(mode="before")

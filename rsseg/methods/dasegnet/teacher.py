@@ -36,7 +36,7 @@ class Teacher(nn.Module):
         self.config = config
         self._updates = 0
         self.averages = nn.ModuleDict()
-        for part in AVERAGED[config.kind]:
+        for part in AVERAGED[config.type]:
             start = student.get_submodule(part) if config.start == "student" else fresh(part)
             average = Ema(start, config.decay, buffers="average" if config.buffers == "average" else "keep")
             average.module.train(config.mode == "train")
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
 
         Only the kind `whole` does without the student's view; others raise `ValueError`.
         """
-        match self.config.kind:
+        match self.config.type:
             case "whole":
                 return self.averaged("segmenter")(images)  # type: ignore[no-any-return]
             case kind if view is None:
@@ -72,7 +72,7 @@ class Teacher(nn.Module):
         done = step if self.config.counter == "step" else self._updates
         self._updates += 1
         decay = min(1.0 - 1.0 / (done + 2), self.config.decay)
-        for part in AVERAGED[self.config.kind]:
+        for part in AVERAGED[self.config.type]:
             average: Ema = self.averages[part or "segmenter"]  # type: ignore[assignment]
             average.update(student.get_submodule(part), decay=decay)
 

@@ -59,7 +59,7 @@ class Distillation(nn.Module):
         """The teacher's maps of a batch in scaled units, without a graph."""
         teacher = cast(Backbone, self.teacher.module)
         with torch.no_grad():
-            return teacher.taps_of_normalized(self._normalize(images))
+            return teacher.forward_normalized(self._normalize(images))
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], settings: DistillationConfig) -> Tensor:

@@ -136,7 +136,7 @@ def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backb
         segmenter,
         aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
-        rules=TrainingRules(recipe.cross_entropy_divisor, recipe.weight_decay_exempt, recipe.student_passes),
+        rules=TrainingRules(recipe.loss_divisor, recipe.weight_decay_exempt, recipe.student_passes),
     )
 
 

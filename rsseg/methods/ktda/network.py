@@ -65,8 +65,8 @@ class KTDASegmenter(Segmenter):
         """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""
         return self.to_size(self.run(images).logits, images.shape[-2:])
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """See `Segmenter.coarse`."""
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """See `Segmenter.low_resolution_logits`."""
         return self(images) if self.decoder.align_corners else self.run(images).logits
 
     def run(self, images: Tensor) -> StudentPass:
@@ -150,8 +150,8 @@ def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None)
         raise RecipeError(f"teacher: {teacher.name} is no vision transformer. `rsseg backbone ls` shows the kinds.")
     if len(teacher.channels) != levels:
         raise RecipeError(
-            f"teacher.taps: the student has {levels} levels, the teacher gives {len(teacher.channels)} maps. "
-            "Set teacher.taps or student.taps so that they agree."
+            f"teacher.out_indices: the student has {levels} levels, the teacher gives {len(teacher.channels)} maps. "
+            "Set teacher.out_indices or student.out_indices so that they agree."
         )
     if config.width and {config.width} != set(teacher.channels):
         raise RecipeError(

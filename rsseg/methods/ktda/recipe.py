@@ -128,8 +128,8 @@ class KTDARecipe(BaseRecipe):
     aux: tuple[AuxConfig, ...] = ()
     distillation: DistillationConfig = DistillationConfig()
     """Not used without a teacher."""
-    cross_entropy_divisor: Literal["all", "valid"] = "all"
-    """Average over all pixels, unlabeled ones included (published), or over labeled ones."""
+    loss_divisor: Literal["all", "valid"] = "all"
+    """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
     weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
     """Parameters without weight decay. `names_with_norm` (published) goes by the parameter's name, so batch norms,
     layer norms without a name of their own, layer scales and biases decay; `norms_and_biases` exempts all vectors."""

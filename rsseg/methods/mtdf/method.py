@@ -32,7 +32,7 @@ class Settings:
     distill_weight: float = 0.0
     unlabeled: bool = True
     confidence: float = 0.95
-    pseudo_divisor: Literal["valid", "confident"] = "valid"
+    loss_divisor: Literal["valid", "confident"] = "valid"
     strong_views: int = 1
     complementary_dropout: bool = False
     ema_decay: float = 0.996
@@ -83,7 +83,7 @@ class MTDFMethod(Method):
         logs: dict[str, Tensor] = {}
         if weak is not None:
             per_view = [
-                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.pseudo_divisor)
+                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
             losses["pseudo"] = s.pseudo_weight * torch.stack(per_view).mean()
@@ -210,7 +210,7 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
         distill_weight=distill,
         unlabeled=recipe.unlabeled,
         confidence=recipe.confidence,
-        pseudo_divisor=recipe.pseudo_divisor,
+        loss_divisor=recipe.loss_divisor,
         strong_views=recipe.strong_views,
         complementary_dropout=recipe.complementary_dropout,
         ema_decay=recipe.ema_decay,

@@ -124,7 +124,7 @@ class MTDFSegmenter(Segmenter):
         """Join the parts.
 
         Args:
-            backbone: four taps; the last one is translated and fused.
+            backbone: four maps; the last one is translated and fused.
             head: takes the four maps.
             task: classes and bands.
             translators: by teacher name.
@@ -243,7 +243,7 @@ def assemble_segmenter(
     Args:
         recipe: the whole recipe.
         task: classes and bands.
-        student: four taps.
+        student: returns four maps.
         teacher_channels: by teacher name, channels of its map.
     """
     info = student.info
@@ -261,7 +261,7 @@ def assemble_segmenter(
             features=recipe.decoder_features,
         )
     except ValueError as error:
-        raise RecipeError(f"student: {error}. Set student.taps.") from None
+        raise RecipeError(f"student: {error}. Set student.out_indices.") from None
     fused = {t.name: t.fusion_weight for t in recipe.teachers if recipe.fusion and t.fusion_weight > 0}
     translators = {
         config.name: Translator(

@@ -3,16 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
 
 Weight = Annotated[float, Field(ge=0)]
-
-
-def _as_torch_spells(value: Any) -> Any:
-    """Accept the British spelling too."""
-    return "student_normalized" if value == "student_normalised" else value
 
 
 class TeacherConfig(Strict):
@@ -21,12 +16,12 @@ class TeacherConfig(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
     """Names the translator in the model file and the loss in the log."""
     backbone: BackboneConfig
-    """Its last tap is the target. `dtype: bfloat16` halves its memory."""
+    """Its last returned map is the target. `dtype: bfloat16` halves its memory."""
     input_size: Count | None = None
     """Side in pixels of the square that the image is resized to for this teacher; None keeps the crop."""
     bands: tuple[str, ...] | None = None
     """Bands that the teacher sees; None takes all bands of the task."""
-    teacher_input: Annotated[Literal["own", "student_normalized"], BeforeValidator(_as_torch_spells)] = "own"
+    teacher_input: Literal["own", "student_normalized"] = "own"
     """Normalize the teacher's images with its own statistics, or feed it the student's normalized batch (published:
     CLIP gets ImageNet statistics)."""
     student_pass: Literal["resized", "shared"] = "resized"
@@ -48,7 +43,7 @@ class MTDFRecipe(BaseRecipe):
 
     method: Literal["mtdf"]
     student: BackboneConfig
-    """A ViT with four taps, or a pyramid with four levels whose strides double."""
+    """Four maps: of ViT blocks, or of pyramid levels whose strides double."""
     decoder_widths: tuple[Count, Count, Count, Count] = (48, 96, 192, 384)
     """Channels of the four maps in the DPT head (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
     decoder_features: Count = 64
@@ -70,8 +65,9 @@ class MTDFRecipe(BaseRecipe):
     """Train on pseudo-labels of unlabeled images; False leaves their stream unread (the supervised baseline)."""
     confidence: Probability = 0.95
     """Softmax maximum that a pseudo-label needs to count."""
-    pseudo_divisor: Literal["valid", "confident"] = "valid"
-    """What the sum over confident pixels is divided by: all pixels with data (published), or the confident ones."""
+    loss_divisor: Literal["valid", "confident"] = "valid"
+    """Divisor of the pseudo-label loss, a sum over confident pixels: all pixels with data (published), or the confident
+    ones."""
     padding: Literal["black", "mean"] = "black"
     """Value of pixels without data: 0 before scaling (published), or the student's normalization mean."""
     strong_views: Annotated[int, Field(ge=1, le=2)] = 1
@@ -79,9 +75,8 @@ class MTDFRecipe(BaseRecipe):
     complementary_dropout: bool = False
     """UniMatch V2: drop half of the channels in one strong view and the other half in the other."""
     ema_decay: Probability = 0.996
-    """Largest share that the pseudo-labeller keeps of itself; update k keeps min(1 - 1/(k + 1), this)."""
-    ship: Literal["student", "average"] = "student"
-    """Which weights are evaluated and shipped: the student's (published) or their average, the pseudo-labeller."""
+    """Upper bound of the decay of the moving average that makes the pseudo-labels, and ships with `ship: average`;
+    update k decays by min(1 - 1/(k + 1), this)."""
     labeled_weight: Weight | None = None
     """Weight of the supervised loss; None here and below: 1 / number of losses in use (published)."""
     pseudo_weight: Weight | None = None
@@ -118,6 +113,11 @@ class MTDFRecipe(BaseRecipe):
         if set(self.optimizers) != {"main"}:
             raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
         return self
+
+    @property
+    def trainer_averages(self) -> bool:
+        """Never: the pseudo-labeller is the average."""
+        return False
 
     def stream_names(self) -> tuple[str, ...]:
         """Labeled images and unlabeled ones; the supervised baseline reads only the first."""

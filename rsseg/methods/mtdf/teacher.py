@@ -46,7 +46,7 @@ class Teacher(nn.Module):
             images = images.index_select(1, cast(Tensor, self.bands))
         if self.input_size is not None:
             images = resize(images, (self.input_size, self.input_size), align_corners=True)
-        maps = backbone.taps_of_normalized(images) if self.student_normalized else backbone(images)
+        maps = backbone.forward_normalized(images) if self.student_normalized else backbone(images)
         target = maps[-1].float()
         if self.standardize:
             target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
