@@ -19,8 +19,7 @@ import torch
 
 from rsseg.checkpoint import find_model, read_header
 from rsseg.evaluation.model import evaluate
-from rsseg.inference.device import ready_to_predict
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter, ready_to_predict
 from rsseg.methods.base import Segmenter
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe

@@ -27,7 +27,7 @@ from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import OptimizerConfig
 from rsseg.data.streams import Batch, Samples
-from rsseg.inference.device import ready_to_predict
+from rsseg.inference.network import ready_to_predict
 from rsseg.layers.dpt import FusionBlock
 from rsseg.methods.mtdf.method import MTDFMethod, assemble_method, ema_ratio
 from rsseg.methods.mtdf.network import assemble_segmenter

@@ -42,7 +42,7 @@ RENAMED: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """Where a recipe came from: its text as given, and a name for messages."""
+    """Text of a recipe, and the name of its file in messages."""
 
     label: str
     text: str
@@ -56,7 +56,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A path as given or a name in the working folder, else a packaged recipe (`.yaml` may be left out).
+    """The file of that path or name, else a packaged recipe (`.yaml` may be left out).
 
     Raises:
         RecipeError: there is none; the message names the nearest packaged recipe.
@@ -118,7 +118,7 @@ def parse_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, method:
 
 
 def recipe_from_dict(values: dict[str, Any], label: str) -> Recipe:
-    """Validate a recipe that was stored as JSON, in a checkpoint or a run folder."""
+    """Validate a recipe stored as JSON, in a model file or a run folder."""
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
@@ -181,7 +181,7 @@ def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str,
 
 
 def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
-    """1-based line of the deepest part of `path` that the file has."""
+    """1-based line of the deepest part of `path` that is in the file."""
     line, node = None, tree
     for part in path:
         if isinstance(node, yaml.MappingNode):
@@ -198,7 +198,7 @@ def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
 
 
 def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:
-    """Valid keys of the part of a recipe that `path` leads to."""
+    """Valid keys of the part of a recipe at `path`."""
     models: list[Any] = [m for m, name in zip(MEMBERS, METHODS, strict=True) if name == values.get("method")]
     for part in path:
         models = [
@@ -207,14 +207,14 @@ def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:
             for model in (
                 _models_in(owner.model_fields[part].annotation)
                 if part in getattr(owner, "model_fields", {})
-                else [owner]  # a key of a mapping or an item of a list: its model was found one step above
+                else [owner]  # a key of a mapping or an item of a list: its model is that of the step before
             )
         ]
     return [name for model in models for name in model.model_fields]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every Pydantic model that an annotation mentions."""
+    """Every Pydantic model in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

@@ -82,7 +82,7 @@ def predict(
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     from rsseg.inference.device import own_device
-    from rsseg.inference.load import load_segmenter
+    from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
     from rsseg.scene.batch import choose_targets, find_scenes
     from rsseg.scene.plan import Ready, settle

@@ -19,8 +19,8 @@ from rsseg.distributed import current_ranks, sum_over_ranks
 from rsseg.errors import DataError
 from rsseg.evaluation.samples import evaluation_samples
 from rsseg.inference.device import resolve_device
-from rsseg.inference.load import load_segmenter
-from rsseg.inference.predict import predict_image, predict_probabilities
+from rsseg.inference.image import predict_image, predict_probabilities
+from rsseg.inference.network import load_segmenter
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix, Scores, scores
 from rsseg.raster import Raster, Window

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 
 from rsseg.errors import DataError, MachineError
-from rsseg.inference.blend import Wanted
-from rsseg.inference.cost import Cost, measure_tile
+from rsseg.inference.blend import PixelOutputs
 from rsseg.inference.device import (
+    Cost,
     keep_heap,
-    ready_to_predict,
+    measure_tile,
     resident_bytes,
     resolve_device,
     resolve_precision,
 )
-from rsseg.inference.predict import Compute, Tiling, choose_tiling
+from rsseg.inference.network import ready_to_predict
+from rsseg.inference.predict import Compute, Tiling, choose_tiling, poses_of
 from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
-from rsseg.inference.tta import poses_of
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.identity import identify_model
@@ -77,9 +77,9 @@ class Setup:
         return self.products[0][0]
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> PixelOutputs:
         """What each tile must give."""
-        return Wanted(self.options.confidence, self.options.probabilities)
+        return PixelOutputs(self.options.confidence, self.options.probabilities)
 
     @property
     def tiles(self) -> int:
@@ -117,7 +117,7 @@ class Setup:
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,
             batch_size=self.compute.batch_size,
-            lanes=self.compute.lanes,
+            lanes=self.compute.parallel_batches,
             device=str(self.compute.device),
             dtype=str(self.compute.dtype).removeprefix("torch."),
             views=len(self.compute.poses),

@@ -222,7 +222,7 @@ def _compute(
             panel.plan,
             setup.options.blend,
             setup.compute,
-            wanted=setup.wanted,
+            outputs=setup.wanted,
             report=report,
         )
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)

@@ -23,10 +23,9 @@ from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.describe import model_header
+from rsseg.training.checkpoints import model_header
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
-from rsseg.training.results import StepReport
+from rsseg.training.progress import Silent, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import frozen_hashes
 from rsseg.training.trainer import seed_everything

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rsseg.config import EvalConfig
 from rsseg.data.streams import Batch, Samples
-from rsseg.inference.blend import Tile, blend_scores
-from rsseg.inference.predict import Compute, predict_image, predict_scores
+from rsseg.inference.blend import Tile, blend_logits
+from rsseg.inference.image import predict_image
+from rsseg.inference.predict import Compute, predict_tile_logits
 from rsseg.inference.tiling import plan_tiles
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import StepOutput
@@ -109,9 +110,9 @@ def slide(net: DASegNet, images: Tensor, window: Mapping[str, Any]) -> Tensor:
             for row, top in enumerate(plan.rows.origins)
             for col, left in enumerate(plan.cols.origins)
         ]
-        scored = predict_scores(net, tiles, Compute(torch.device("cpu")))
-        strips = blend_scores(scored, plan, "mean", net.task.num_classes)
-        maps.append(torch.cat([strip.scores for strip in strips]).permute(2, 0, 1))
+        scored = predict_tile_logits(net, tiles, Compute(torch.device("cpu")))
+        strips = blend_logits(scored, plan, "mean", net.task.num_classes)
+        maps.append(torch.cat([strip.logits for strip in strips]).permute(2, 0, 1))
     return torch.stack(maps)
 
 

@@ -13,7 +13,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_geom
 
 from rsseg.errors import DataError, MachineError
-from rsseg.inference.tta import poses_of
+from rsseg.inference.predict import poses_of
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import Ready, settle
 from rsseg.scene.predict import plan_scene, predict_scene

@@ -17,7 +17,7 @@ from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import RecipeError
 from rsseg.files import read_rows
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
 from rsseg.runs import RunFolder
 from rsseg.training.progress import Silent

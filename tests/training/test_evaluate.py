@@ -8,7 +8,7 @@ from PIL import Image
 from rsseg.config import SelectConfig
 from rsseg.errors import DataError, WeightsError
 from rsseg.evaluation.model import evaluate, evaluate_model, evaluate_rasters
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.training.progress import Silent
 from rsseg.training.run import train
 from tests.conftest import rgb_task, write_png, write_tif

@@ -15,7 +15,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.methods.dasegnet.importer import import_checkpoint, rename_tensors, unread_neck_levels
 from rsseg.methods.dasegnet.network import build_segmenter
 from tests.conftest import rgb_task

@@ -9,7 +9,7 @@ import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import WeightsError
-from rsseg.inference.device import ready_to_predict
+from rsseg.inference.network import ready_to_predict
 from rsseg.layers.resize import resize
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
