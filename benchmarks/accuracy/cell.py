@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ import cv2
 import numpy as np
 import torch
 
-from rsseg.data.sources import open_source
-from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, RssegError
 from rsseg.evaluation.model import evaluate_model
+from rsseg.evaluation.samples import evaluation_samples
 from rsseg.files import read_rows, write_json
 from rsseg.inference.device import resolve_device
-from rsseg.inference.load import load_segmenter
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
+from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, load_recipe
 from rsseg.runs import RunFolder, list_runs
 from rsseg.training.progress import Silent
@@ -91,8 +91,7 @@ def _speed(model: Path, recipe: Recipe) -> float:
     device = resolve_device(recipe.trainer.device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     segmenter = load_segmenter(model, device=recipe.trainer.device)
-    rng = np.random.default_rng(0)
-    image = rng.integers(1, 255, (len(segmenter.task.bands), SPEED_SIDE, SPEED_SIDE)).astype(segmenter.task.dtype)
+    image = np.random.default_rng(0).random((len(segmenter.task.bands), SPEED_SIDE, SPEED_SIDE), np.float32)
     valid = np.ones((SPEED_SIDE, SPEED_SIDE), np.bool_)
     best = float("inf")
     for _ in range(SPEED_ROUNDS):
@@ -105,17 +104,15 @@ def _speed(model: Path, recipe: Recipe) -> float:
 def _panels(model: Path, recipe: Recipe, folder: Path) -> None:
     """PNG of the first test images: input, truth and prediction, for the figures."""
     segmenter = load_segmenter(model, device=recipe.trainer.device)
-    task = open_task(recipe.data)
-    source = open_source(recipe, recipe.data.test, "test", task, masks=True)
+    task, device = segmenter.task, resolve_device(recipe.trainer.device)
     colors = np.array([c.color for c in task.classes] + [(160, 160, 160)] * (256 - task.num_classes), np.uint8)
-    for number, item in enumerate(source.items[:: max(len(source.items) // PANELS, 1)][:PANELS]):
-        image, valid = source.reader.image(item)
-        prediction = predict_image(segmenter, image, valid, recipe.eval, device=resolve_device(recipe.trainer.device))
-        scaled = image[:3].astype(np.float32) * np.array(task.scale[:3])[:, None, None]
-        shown = scaled + np.array(task.offset[:3], np.float32)[:, None, None]
+    samples = evaluation_samples(recipe, recipe.data.test, "test", task)
+    chosen = islice(samples, 0, None, max(len(samples) // PANELS, 1))
+    for number, sample in enumerate(islice(chosen, PANELS)):
+        prediction = predict_image(segmenter, sample.image, sample.valid, recipe.eval, device=device)
         views = {
-            "input": (255 * np.clip(shown, 0, 1)).astype(np.uint8).transpose(1, 2, 0),
-            "truth": colors[source.reader.mask(item)],
+            "input": (255 * np.clip(sample.image[:3], 0, 1)).astype(np.uint8).transpose(1, 2, 0),
+            "truth": colors[sample.mask],
             "prediction": colors[prediction],
         }
         for name, pixels in views.items():

@@ -15,7 +15,7 @@ from benchmarks.accuracy.table import Arm, Profile, Setting
 from rsseg.backbones.weights import check_weights
 from rsseg.errors import WeightsError
 from rsseg.recipe import Recipe, recipe_from_dict
-from rsseg.training.describe import backbone_configs
+from rsseg.training.plan import backbone_configs
 
 CODE = ("backbones", "data", "evaluation", "inference", "layers", "methods", "training")
 """Packages that can change a score."""

@@ -77,7 +77,7 @@ def test_decoder_that_does_not_fit_names_both_sides() -> None:
     with pytest.raises(RecipeError, match=r"'dpt' does not fit resnet50_v1c_d8.*\(4, 8, 8, 8\)"):
         build_segmenter(recipe_of({"name": "resnet50_v1c_d8", "weights": "random"}, "dpt"), TASK)
     with pytest.raises(RecipeError, match=r"'upernet' does not fit vit_mini_patch8.*2 maps"):
-        build_segmenter(recipe_of(VIT | {"taps": [1, 3]}, "upernet"), TASK)
+        build_segmenter(recipe_of(VIT | {"out_indices": [1, 3]}, "upernet"), TASK)
 
 
 def test_one_image_per_batch_is_refused_where_a_norm_would_see_one_value() -> None:

@@ -43,8 +43,8 @@ class SupervisedSegmenter(Segmenter):
         """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""
         return self.decode(self.backbone(images), images.shape[-2:])
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """See `Segmenter.coarse`."""
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """See `Segmenter.low_resolution_logits`."""
         return self(images) if self.align_corners else self.decoder(self.backbone(images))  # type: ignore[no-any-return]
 
     def with_backbone(self, backbone: Backbone) -> "SupervisedSegmenter":
@@ -75,7 +75,7 @@ def assemble_segmenter(recipe: SupervisedRecipe, task: Task, backbone: Backbone)
     except ValueError as error:
         raise RecipeError(
             f"decoder.type: {config.type!r} does not fit {backbone.info.name}: {error}. "
-            "Choose another decoder, or set backbone.taps."
+            "Choose another decoder, or set backbone.out_indices."
         ) from None
     align_corners = {"segformer": config.align_corners, "upernet": config.align_corners, "dpt": True}
     return SupervisedSegmenter(
@@ -137,5 +137,5 @@ def backbone_config(recipe: SupervisedRecipe) -> BackboneConfig:
     config = recipe.backbone
     if recipe.decoder.type != "deeplabv3plus":
         return config
-    taps = find_entry(config.name).taps if config.taps is None else config.taps
-    return config.model_copy(update={"taps": (taps[0], taps[-1])})
+    indices = config.out_indices or find_entry(config.name).out_indices
+    return config.model_copy(update={"out_indices": (indices[0], indices[-1])})

@@ -58,7 +58,7 @@ class LoraConfig(Strict):
 
 
 class SupervisedRecipe(BaseRecipe):
-    """Cross-entropy on labeled images, nothing else. `trainer.ema` adds an average of the weights."""
+    """Cross-entropy on labeled images, nothing else. `ship: average` ships an average of the weights."""
 
     method: Literal["supervised"]
     backbone: BackboneConfig
