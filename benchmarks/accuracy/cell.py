@@ -79,8 +79,9 @@ def _train(recipe: Recipe, runs: Path) -> tuple[RunFolder, float | None, float |
     before = [run for run in list_runs(runs) if run.state.is_file()] if runs.is_dir() else []
     if before and before[-1].manifest().steps >= recipe.trainer.steps:
         return before[-1], None, None
+    started = time.process_time()
     result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Silent())
-    return RunFolder(result.run), result.seconds, None if before else time.process_time()
+    return RunFolder(result.run), result.seconds, None if before else time.process_time() - started
 
 
 def _speed(model: Path, recipe: Recipe) -> float:
