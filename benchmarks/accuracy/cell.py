@@ -6,6 +6,7 @@ FOLDER holds `recipe.yaml` and `job.json`; `result.json` and the run come into i
 """
 
 import json
+import platform
 import shutil
 import signal
 import sys
@@ -46,7 +47,7 @@ def main(folder: Path) -> int:
             "val_miou": manifest.best_score,
             "best_step": manifest.best_step,
             "curve": [[int(row["step"]), float(row["miou"])] for row in read_rows(run.path / "metrics.csv")],
-            "processor": manifest.device,
+            "processor": _processor() if recipe.trainer.device == "cpu" else manifest.device,
             "versions": dict(manifest.versions),
             "parameters": manifest.plan["parameters"],
             "trainable": manifest.plan["trainable"],
@@ -82,6 +83,14 @@ def _train(recipe: Recipe, runs: Path) -> tuple[RunFolder, float | None, float |
     started = time.process_time()
     result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Silent())
     return RunFolder(result.run), result.seconds, None if before else time.process_time() - started
+
+
+def _processor() -> str:
+    """The processor's model name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _speed(model: Path, recipe: Recipe) -> float:
