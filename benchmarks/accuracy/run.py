@@ -103,9 +103,10 @@ class Table:
 
 
 def run_table(table: Table, *, jobs: int, hours: float | None, threads: int, say: Any = print) -> None:
-    """Run what is pending; returns when all is done or the time is up. Ctrl-C stops as the time limit does."""
+    """Run what is pending; returns when all is done or the time is up. Ctrl-C and SIGTERM stop as the limit does."""
     until = time.monotonic() + 3600 * hours if hours is not None else float("inf")
     running: dict[Path, tuple[subprocess.Popen[bytes], Job, float]] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while time.monotonic() < until:
             if len(running) < jobs:
@@ -121,6 +122,7 @@ def run_table(table: Table, *, jobs: int, hours: float | None, threads: int, say
     except KeyboardInterrupt:
         say("stopped; what runs is saved and continues with the next call")
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process, _, _ in running.values():
             process.send_signal(signal.SIGTERM)
         for process, _, _ in running.values():
