@@ -1,7 +1,8 @@
 """Checkpoints of other code bases (.pth): their tensors, without running anything in the file."""
 
 import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path}: holds no state dict {entry!r}. Give the authors' .pth file of a whole model.")
     return dict(state)
+
+
+def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
+    """The name by the first rule (pattern, replacement) whose pattern matches all of it.
+
+    Raises:
+        WeightsError: no rule matches, so the tensor does not belong to `network`.
+    """
+    for pattern, replacement in rules:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    raise WeightsError(f"{name!r} is not a tensor of {network}. Give a checkpoint of that network.")
 
 
 class _Inert:

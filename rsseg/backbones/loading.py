@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rsseg.backbones.bands import RGB, adapt_first_conv
-from rsseg.backbones.mit_keys import mit_to_timm
-from rsseg.backbones.position import resample_positions
-from rsseg.backbones.pyramid import Pyramid
+from rsseg.backbones.bodies import Pyramid, TokenMaps, resample_positions
+from rsseg.backbones.keys import mit_to_timm
 from rsseg.backbones.timm_adapter import LEVELS, Architecture, complete_network, in_timm_names
-from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import WeightsError
 
 _UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")

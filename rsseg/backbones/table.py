@@ -1,9 +1,12 @@
 """The networks of the zoo, as data. Free of torch and timm, so that listing them is instant."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
+
+from rsseg.errors import RecipeError
 
 OutNorm = Literal["all", "last", "none"]
 
@@ -223,3 +226,16 @@ ENTRIES: tuple[ZooEntry, ...] = (
 )
 
 ZOO: Mapping[str, ZooEntry] = MappingProxyType({entry.name: entry for entry in ENTRIES})
+
+
+def find_entry(name: str) -> ZooEntry:
+    """The entry of a name.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    near = difflib.get_close_matches(name, ZOO, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"unknown backbone {name!r}. {hint}`rsseg backbone ls` lists them.")

@@ -11,10 +11,8 @@ from timm.models import eva, swin_transformer, vision_transformer_sam
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from rsseg.backbones.position import PositionMode, resample_positions
-from rsseg.backbones.pyramid import Pyramid
+from rsseg.backbones.bodies import PositionMode, Pyramid, TokenMaps, resample_positions
 from rsseg.backbones.table import OutNorm
-from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import RecipeError
 
 _Conversion = Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from rsseg.backbones.table import ZooEntry
-from rsseg.backbones.zoo import find_entry
+from rsseg.backbones.table import ZooEntry, find_entry
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError
 

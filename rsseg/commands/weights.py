@@ -16,10 +16,10 @@ Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
 @app.command()
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the backbones that have pretrained weights, and which of them are on this machine."""
+    from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
-    from rsseg.backbones.zoo import list_backbones
 
-    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in list_backbones() if e.hub]
+    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in ENTRIES if e.hub]
     columns = ("name", "hub", "licence", "parameters (M)", "here")
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
@@ -30,8 +30,8 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 @app.command()
 def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg backbone ls`.")]) -> None:
     """Download pretrained weights from the hub; says what, how big and under which licence."""
+    from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import pull_weights
-    from rsseg.backbones.zoo import find_entry
 
     for entry in [find_entry(name) for name in names]:
         print_result(str(pull_weights(entry, announce=print_note).path))
@@ -40,8 +40,8 @@ def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg ba
 @app.command()
 def verify(name: Name) -> None:
     """Compare cached weights with the hash that the hub gave; exit 5 if they are damaged."""
+    from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import verify_weights
-    from rsseg.backbones.zoo import find_entry
 
     weights = verify_weights(find_entry(name))
     print_note(f"{weights.path}: undamaged.")

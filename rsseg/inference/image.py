@@ -13,7 +13,7 @@ from rsseg.config import EvalConfig
 from rsseg.inference.blend import Tile, argmax_classes, blend_logits
 from rsseg.inference.predict import Compute, Forward, choose_tiling, extended, predict_strips, predict_tile_logits
 from rsseg.inference.tiling import TilePlan, plan_tiles
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
 

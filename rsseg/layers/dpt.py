@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 
 PYRAMID_FACTORS = (4, 2, 1, 0.5)
 """Size factors that make four maps of one stride a pyramid."""

@@ -1,8 +1,8 @@
-"""Exponential moving average of a module."""
+"""Networks that no optimizer updates: moving averages and frozen networks."""
 
 import copy
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +65,29 @@ class _Pairs:
             smooth = buffers == "average" and own.is_floating_point()
             (self.averaged if smooth else self.copied).append(own)
             (self.averaged_from if smooth else self.copied_from).append(other)
+
+
+class Frozen(nn.Module):
+    """Holds a module outside the tree of parameters: no optimizer, state dict, DDP wrapper or `train()` can reach it.
+
+    It moves with its owner (`to`, `cuda`), stays in eval mode and runs under no_grad.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._held = (module.requires_grad_(False).eval(),)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._held[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output, without a graph."""
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

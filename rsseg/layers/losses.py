@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
 from rsseg.task import IGNORE_INDEX
 
 

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.task import Task
 
@@ -93,6 +95,11 @@ class Segmenter(nn.Module, ABC):
             return images
         mode = "reflect" if bottom < height and right < width else "replicate"
         return F.pad(images, (0, right, 0, bottom), mode=mode)
+
+
+def backbone_infos(segmenter: Segmenter) -> dict[str, dict[str, Any]]:
+    """What each backbone of a network says about itself, by the module's name, for the header of a model file."""
+    return {name: asdict(part.info) for name, part in segmenter.named_modules() if isinstance(part, Backbone)}
 
 
 class Method(nn.Module, ABC):

@@ -53,7 +53,7 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
 
             return build_mtdf(recipe, task)
         case "dasegnet":
-            from rsseg.methods.dasegnet.build import build_method as build_dasegnet
+            from rsseg.methods.dasegnet.method import build_method as build_dasegnet
 
             return build_dasegnet(recipe, task)
 

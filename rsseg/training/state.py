@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from rsseg.checkpoint import load_into, write_tensors
 from rsseg.errors import DataError, RecipeError, WeightsError
-from rsseg.layers.ema import Ema
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import Method
 
 FREE_KEYS = (

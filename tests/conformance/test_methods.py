@@ -16,8 +16,8 @@ from rsseg.checkpoint import load_tensors, write_model
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
-from rsseg.layers.frozen import Frozen
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
+from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS

@@ -1,7 +1,7 @@
-"""The training side of ST-DASegNet: adversarial alignment and self-training in one summed loss."""
+"""Training of ST-DASegNet: adversarial alignment and self-training in one summed loss."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
+from rsseg.errors import RecipeError
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.dasegnet.adversarial import Alignment, adversarial_terms
-from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
-from rsseg.methods.dasegnet.mixing import class_mix, hide_patches
-from rsseg.methods.dasegnet.network import DASegNet, Styles
-from rsseg.methods.dasegnet.pseudo_labels import PseudoLabels, pseudo_labels
+from rsseg.methods.dasegnet.adversarial import (
+    Alignment,
+    PatchDiscriminator,
+    accepts_map,
+    adversarial_terms,
+    smallest_map,
+)
+from rsseg.methods.dasegnet.network import DASegNet, Styles, build_decoder, build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
-from rsseg.methods.dasegnet.teacher import Teacher
+from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, class_mix, hide_patches, pseudo_labels
+from rsseg.task import Task
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,17 @@ class DASegNetMethod(Method):
         *,
         discriminators: tuple[PatchDiscriminator, PatchDiscriminator] | None,
         teacher: Teacher | None,
+        class_weights: tuple[Tensor | None, Tensor | None],
         streams: Sequence[StreamSpec],
     ) -> None:
-        """Take the parts; the recipe gives weights and switches.
+        """Take the parts; the recipe gives loss weights and options.
 
         Args:
             recipe: asks for adversarial training or self-training only if their parts are given.
             segmenter: what is trained and shipped.
             discriminators: of source style and target style; None without adversarial training.
             teacher: labels target images; None without self-training.
+            class_weights: float (K,) of the cross-entropies of the source and the target decoder; None: all equal.
             streams: source, and target unless the run is source-only.
         """
         super().__init__()
@@ -83,10 +91,8 @@ class DASegNetMethod(Method):
         self.disc_source: PatchDiscriminator | None = discriminators[0] if discriminators else None
         self.disc_target: PatchDiscriminator | None = discriminators[1] if discriminators else None
         self.teacher = teacher
-        for name in ("source", "target"):
-            weights = getattr(recipe, f"{name}_decoder_weights")
-            tensor = None if weights is None else torch.tensor(weights)
-            self.register_buffer(f"class_weights_{name}", tensor, persistent=False)
+        for style, weights in zip(("source", "target"), class_weights, strict=True):
+            self.register_buffer(f"class_weights_{style}", weights, persistent=False)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - the interface's
         """Losses of one micro-step on the streams `source` and `target`; the same in every step."""
@@ -120,12 +126,11 @@ class DASegNetMethod(Method):
             logs["pseudo_ratio"] = lesson.pseudo.ratio
         if target is not None and passes.target is not None and self.recipe.adversarial is not None:
             sizes = (source.images.shape[-2:], target.images.shape[-2:])
-            alignments = {
-                "source": Alignment(passes.source.source[-1], passes.target.source[-1], *sizes),
-                "target": Alignment(passes.target.target[-1], passes.source.target[-1], *reversed(sizes)),
-            }
-            for style, alignment in alignments.items():
-                discriminator = self.get_submodule(f"disc_{style}")
+            alignments = (
+                Alignment(passes.source.source[-1], passes.target.source[-1], *sizes),
+                Alignment(passes.target.target[-1], passes.source.target[-1], *reversed(sizes)),
+            )
+            for (style, discriminator), alignment in zip(self._discriminators(), alignments, strict=True):
                 terms = adversarial_terms(discriminator, alignment, self.recipe.adversarial)
                 losses |= {f"adv_{style}": terms.align, f"disc_{style}": terms.real + terms.fake}
                 logs |= {f"disc_{style}_real": terms.real.detach(), f"disc_{style}_fake": terms.fake.detach()}
@@ -146,9 +151,8 @@ class DASegNetMethod(Method):
             ]
         }
         groups["main"] = [group for group in groups["main"] if group.params]
-        for style, discriminator in (("source", self.disc_source), ("target", self.disc_target)):
-            if discriminator is not None:
-                groups[f"disc_{style}"] = [ParamGroup(list(discriminator.parameters()))]
+        for style, discriminator in self._discriminators():
+            groups[f"disc_{style}"] = [ParamGroup(list(discriminator.parameters()))]
         return groups
 
     def deployable(self) -> DASegNet:
@@ -180,6 +184,11 @@ class DASegNetMethod(Method):
             seen = self._decode(*self.segmenter.styles(images))
             lessons.append(Lesson("masked", config.weight * masked.weight, seen, pseudo))
         return tuple(lessons)
+
+    def _discriminators(self) -> Sequence[tuple[str, PatchDiscriminator]]:
+        """Style -> discriminator; none without adversarial training."""
+        styles = (("source", self.disc_source), ("target", self.disc_target))
+        return [(style, discriminator) for style, discriminator in styles if discriminator is not None]
 
     def _decode(self, view: Styles) -> Logits:
         return Logits(
@@ -231,3 +240,117 @@ def _harder(
         torch.where(pasted, 1.0, pseudo.weights),
         pseudo.ratio,
     )
+
+
+FreshPart = Callable[[str], nn.Module]
+"""Name of a part of the student ("" for all of it) -> such a module with random weights."""
+
+
+def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
+    """Both students with the weights that the recipe names, the rest untrained.
+
+    Raises:
+        RecipeError: class weights of the wrong length, crops too small for the discriminators, batches too small.
+        WeightsError: weights are missing, foreign or may not be fetched.
+    """
+    check_class_weights(recipe, task)
+    segmenter = build_segmenter(recipe, task, load_weights=True)
+
+    def fresh(part: str) -> nn.Module:
+        match part:
+            case "backbone_target":
+                return create_backbone(recipe.backbone, task, load_weights=False)
+            case "decoder_source" | "decoder_target":
+                return build_decoder(recipe.decoder, segmenter.decoder_channels, task.num_classes)
+            case _:
+                return build_segmenter(recipe, task)
+
+    return assemble_method(recipe, segmenter, fresh)
+
+
+def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPart) -> DASegNetMethod:
+    """Discriminators and teacher as the recipe says, round a given network; see `build_method`."""
+    check_batches(recipe)
+    info = segmenter.backbone_source.info
+    discriminators = None
+    if recipe.adversarial is not None:
+        config = recipe.adversarial
+        first, second = (
+            PatchDiscriminator(info.channels[-1], base_channels=config.base_channels, convs=config.convs)
+            for _ in range(2)
+        )
+        check_crops(recipe, stride=info.strides[-1], strides=first.strides)
+        discriminators = (first, second)
+    teacher = None
+    strong_views = 0
+    if recipe.self_training is not None:
+        teacher = Teacher(recipe.self_training.teacher, segmenter, fresh)
+        strong_views = 1 if recipe.self_training.student_view == "strong" else 0
+    streams = [
+        StreamSpec("source", split="train", masks=True, fill=segmenter.fill, rare_classes=recipe.rare_class_sampling)
+    ]
+    if recipe.uses_target:
+        streams.append(StreamSpec("target", split="train", masks=False, fill=segmenter.fill, strong_views=strong_views))
+    source_weights, target_weights = (
+        None if weights is None else torch.tensor(weights)
+        for weights in (recipe.source_decoder_weights, recipe.target_decoder_weights)
+    )
+    return DASegNetMethod(
+        recipe,
+        segmenter,
+        discriminators=discriminators,
+        teacher=teacher,
+        class_weights=(source_weights, target_weights),
+        streams=streams,
+    )
+
+
+def check_class_weights(recipe: DASegNetRecipe, task: Task) -> None:
+    """Raise `RecipeError` unless every list of class weights has one entry per class."""
+    lists = {
+        "source_decoder_weights": recipe.source_decoder_weights,
+        "target_decoder_weights": recipe.target_decoder_weights,
+    }
+    if recipe.self_training is not None:
+        weights = recipe.self_training.class_weights
+        short = weights is not None and len(weights) < task.num_classes
+        if not (short and recipe.self_training.missing_class_weights == "class_index"):
+            lists["self_training.class_weights"] = weights
+    for key, weights in lists.items():
+        if weights is not None and len(weights) != task.num_classes:
+            raise RecipeError(
+                f"{key} has {len(weights)} entries, {task.name} has {task.num_classes} classes: "
+                f"{list(task.class_names)}. Give one weight per class, in this order."
+            )
+
+
+def check_crops(recipe: DASegNetRecipe, *, stride: int, strides: tuple[int, ...]) -> None:
+    """Raise `RecipeError` for crops whose last features are too small for discriminators with these strides."""
+    for stream in recipe.stream_names():
+        crop = recipe.data.augment_of(stream).crop_size
+        side = -(-crop // stride)
+        if not accepts_map((side, side), strides):
+            raise RecipeError(
+                f"stream {stream!r}: crops of {crop} pixels give features of {side} x {side}, too small for the "
+                f"discriminators. The smallest legal crop_size is {smallest_map(strides) * stride}; or lower "
+                "adversarial.convs."
+            )
+
+
+def check_batches(recipe: DASegNetRecipe) -> None:
+    """Raise `RecipeError` for batches and crops that the decoder or ClassMix cannot use."""
+    trainer = recipe.trainer
+    used = recipe.stream_names() if recipe.uses_target else ("source",)
+    smallest = min(trainer.stream_batch_sizes.get(stream, trainer.batch_size) for stream in used)
+    if recipe.decoder.type == "deeplabv3plus" and smallest < 2:
+        raise RecipeError(
+            "trainer.batch_size: DeepLabV3+ pools each image to one value per channel, so its batch norm needs 2 or "
+            "more images per stream. Set batch_size: 2 (and grad_accum_steps lower)."
+        )
+    mixes = recipe.self_training is not None and recipe.self_training.class_mix
+    sizes = [recipe.data.augment_of(stream).crop_size for stream in recipe.stream_names()]
+    if mixes and sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"self_training.class_mix: source crops have {sizes[0]} pixels, target crops {sizes[1]}. "
+            "Give both streams the same crop_size."
+        )

@@ -67,9 +67,6 @@ class TeacherConfig(Strict):
     buffers: Literal["own", "average"] = "own"
     """Running statistics of batch norm: `own` follows the teacher's own passes (published; in `eval` mode they would
     never change), `average` averages the student's."""
-    counter: Literal["step", "process"] = "step"
-    """What t counts: optimizer steps, or steps since the process began. The published code lost its counter when a run
-    was resumed, after which the first steps overwrote the teacher: `process`. Unbroken runs are the same."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -99,13 +96,12 @@ class SelfTrainingConfig(Strict):
     confidence: Probability = 0.975
     """A pixel at least this probable is confident; the part of confident pixels in the batch weights all of them."""
     rare_confidence: Probability | None = 0.8
-    """From here on `class_weights` act; below, `unsure_weight`. None: all pixels alike."""
+    """Probability from which `class_weights` apply; pixels below it weigh 0.5 (published). None: all pixels alike."""
     class_weights: Weights | None = None
     """Per class; None: all pixels alike, whatever their probability."""
-    unsure_weight: Annotated[float, Field(ge=0)] = 0.5
     class_weight_rule: Literal["in_place", "table"] = "in_place"
     """Published: weights replace class indices in one map, class by class, so that a weight which equals a later index
-    is replaced again; hence 1.01 for 1. And a class with the weight 0 gets `unsure_weight`. `table` looks weights up,
+    is replaced again; hence 1.01 for 1. And a class with the weight 0 gets 0.5. `table` looks weights up,
     0 included."""
     missing_class_weights: Literal["error", "class_index"] = "error"
     """`class_index`: classes without an entry are weighted by their own index (published, four-class tasks)."""
@@ -153,11 +149,6 @@ class DASegNetRecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
-    batching: Literal["auto", "separate"] = "auto"
-    """`auto` passes source and target images together through students whose norms do not mix samples; the numbers are
-    the same. Batch norm always gets separate passes."""
-    side_by_side: bool = False
-    """Run both students at once on two CUDA streams."""
 
     def stream_names(self) -> tuple[str, ...]:
         """Source images with labels, target images without."""

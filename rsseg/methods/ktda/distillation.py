@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import cosine_distance, softened_kl
 from rsseg.methods.ktda.parts import fused
 from rsseg.methods.ktda.recipe import DistillationConfig
@@ -83,7 +83,7 @@ def weight_at(settings: DistillationConfig, step: int, total_steps: int) -> floa
     warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
     progress = min(1.0, max(0.0, (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)))
     left = {"none": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}[settings.decay]
-    return settings.weight * warmup * (settings.final + (1.0 - settings.final) * left)
+    return settings.weight * warmup * left
 
 
 def _level_loss(student: Tensor, teacher: Tensor, settings: DistillationConfig) -> Tensor:

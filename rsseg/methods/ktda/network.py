@@ -10,8 +10,8 @@ from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
+from rsseg.layers.blocks import resize_logits
 from rsseg.layers.decoders import SegFormerHead, UPerNet
-from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.ktda.parts import (
     BottleneckMlp,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 
 
 class FeatureAlignment(nn.Module):

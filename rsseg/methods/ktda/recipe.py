@@ -100,9 +100,7 @@ class DistillationConfig(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the weight grows linearly from 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the weight falls from the end of the warm-up to the last step."""
-    final: Probability = 0.0
-    """Part of the weight that is left at the last step, if it decays."""
+    """How the weight falls to 0 from the end of the warm-up to the last step."""
 
 
 class KTDARecipe(BaseRecipe):

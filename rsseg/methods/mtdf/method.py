@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
@@ -12,15 +13,65 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
-from rsseg.layers.batch_norm import has_batch_norm, unrecorded_statistics
-from rsseg.layers.ema import Ema
+from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
+from rsseg.layers.ema import Ema, Frozen
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
-from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import Task
+
+
+class Teacher(nn.Module):
+    """A frozen backbone with the way in which it sees images and is compared."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        input_size: int | None = None,
+        bands: Sequence[int] | None = None,
+        student_normalized: bool = False,
+        grid: Literal["teacher", "student"] = "teacher",
+        standardize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
+        super().__init__()
+        self.frozen = Frozen(backbone)
+        self.input_size = input_size
+        self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
+        self.student_normalized = student_normalized
+        self.grid = grid
+        self.standardize = standardize
+        self.loss_weight = loss_weight
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, student: Backbone) -> Tensor:
+        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without a graph."""
+        backbone = cast(Backbone, self.frozen.module)
+        if self.student_normalized:
+            images = student.normalize(images)
+        if self.bands is not None:
+            images = images.index_select(1, cast(Tensor, self.bands))
+        if self.input_size is not None:
+            images = resize(images, (self.input_size, self.input_size), align_corners=True)
+        maps = backbone.forward_normalized(images) if self.student_normalized else backbone(images)
+        target = maps[-1].float()
+        if self.standardize:
+            target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
+        return target
+
+    def loss(self, translated: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of the predicted map (B, D, h, w) and the teacher's, on the grid that was chosen."""
+        with torch.autocast(translated.device.type, enabled=False):
+            translated = translated.float()
+            if self.grid == "teacher":
+                translated = resize(translated, target.shape[-2:], align_corners=True)
+            else:
+                target = resize(target, translated.shape[-2:], align_corners=True)
+            return F.mse_loss(translated, target)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
-from rsseg.layers.batch_norm import unrecorded_statistics
+from rsseg.layers.blocks import resize, resize_logits, unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
-from rsseg.layers.resize import resize, resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task, task_with_bands

@@ -11,7 +11,7 @@ from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import RecipeError
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from rsseg.layers.lora import LowRankAdapters
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput

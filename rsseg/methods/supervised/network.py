@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.zoo import create_backbone, find_entry
+from rsseg.backbones.table import find_entry
+from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
-from rsseg.layers.aspp import SeparableASPPHead
-from rsseg.layers.decoders import LinearHead, SegFormerHead, UPerNet
+from rsseg.layers.blocks import resize_logits
+from rsseg.layers.decoders import LinearHead, SegFormerHead, SeparableASPPHead, UPerNet
 from rsseg.layers.dpt import PYRAMID_FACTORS, DPTHead, TokenPyramid
-from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.supervised.recipe import DecoderConfig, SupervisedRecipe
 from rsseg.task import Task
