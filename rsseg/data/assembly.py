@@ -31,6 +31,8 @@ from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX
 
 _CROP_TRIES = 10
+_RARE_SHARE = 0.01
+"""Of a crop's pixels, for the class that it was drawn for."""
 
 
 class Crop(NamedTuple):
@@ -100,9 +102,12 @@ class StreamReader:
     def crop(self, position: int) -> Crop:
         """The sample at a position, augmented."""
         plan = self.plan
-        item = plan.items[self._order[position]]
+        number, wanted = self._order[position], None
+        if isinstance(self._order, RareClassOrder):
+            number, wanted = self._order.draw(position)
+        item = plan.items[number]
         rng = sample_generator(plan.seed, plan.name, position)
-        geometry, mask = self._geometry(rng, item)
+        geometry, mask = self._geometry(rng, item, wanted)
         pixels, valid = self._reader.image(item, geometry.window)
         image = transform_image(pixels.transpose(1, 2, 0), geometry)
         valid = np.ones(image.shape[:2], np.bool_) if valid.all() else transform_mask(valid, geometry)
@@ -116,8 +121,12 @@ class StreamReader:
         mix = np.stack([box_mask(draw_box(rng, size, plan.strong), size) for _ in range(plan.strong_views)])
         return crop._replace(strong=strong, mix=mix)
 
-    def _geometry(self, rng: np.random.Generator, item: IndexItem) -> tuple[Geometry, NDArray[np.uint8] | None]:
-        """Draw a crop, and again while one class fills too much of it; with the labels of its window."""
+    def _geometry(
+        self, rng: np.random.Generator, item: IndexItem, wanted: int | None
+    ) -> tuple[Geometry, NDArray[np.uint8] | None]:
+        """Draw a crop, and again while one class fills too much of it, or the wanted class hardly shows; with the
+        labels of its window.
+        """
         plan, augment = self.plan, self.plan.augment
         size = self._reader.size(item)
         scaled = draw_scaled_size(rng, zoomed(size, plan.zoom), augment)
@@ -130,7 +139,7 @@ class StreamReader:
             else:
                 window, out = draw_window(rng, size, scaled, augment.crop_size)
             mask = self._reader.mask(item, window) if plan.masks else None
-            if mask is None or limit >= 1 or not one_class_dominates(mask, limit):
+            if mask is None or (_shows(mask, wanted) and not (limit < 1 and one_class_dominates(mask, limit))):
                 break
         return draw_geometry(rng, window, out, augment, cut), mask
 
@@ -142,6 +151,10 @@ class StreamReader:
                 return self.plan.space.apply(image, draw_fast_distortion(rng, self.plan.space))
             case "none":
                 return image
+
+
+def _shows(mask: NDArray[np.uint8], wanted: int | None) -> bool:
+    return wanted is None or int(np.count_nonzero(mask == wanted)) >= _RARE_SHARE * mask.size
 
 
 def _order(plan: StreamPlan) -> Order | RareClassOrder:

@@ -39,7 +39,7 @@ class RareClassOrder:
         self._seed, self._key = seed, stream_key(stream)
         counts = np.asarray(pixels, np.float64)
         totals = counts.sum(0)
-        shown = np.flatnonzero(totals)
+        self._shown = shown = np.flatnonzero(totals)
         logits = (1.0 - totals[shown] / totals.sum()) / temperature
         weights = np.exp(logits - logits.max())
         self._probabilities = weights / weights.sum()
@@ -47,8 +47,13 @@ class RareClassOrder:
 
     def __getitem__(self, position: int) -> int:
         """A function of seed, stream and position alone."""
+        return self.draw(position)[0]
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """Item number, and the class that it was drawn for."""
         rng = np.random.default_rng([self._seed, self._key, position, 2])
-        return int(rng.choice(self._items[rng.choice(len(self._items), p=self._probabilities)]))
+        drawn = rng.choice(len(self._items), p=self._probabilities)
+        return int(rng.choice(self._items[drawn])), int(self._shown[drawn])
 
 
 class Order:

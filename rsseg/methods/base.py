@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
+from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
 
 
@@ -109,6 +110,10 @@ class Method(nn.Module, ABC):
     """
 
     streams: tuple[StreamSpec, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label_loss = LabelLoss()  # on labeled streams; the registry puts the recipe's in its place
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:

@@ -38,7 +38,16 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
 
     Raises:
         WeightsError: weights are missing, foreign or may not be fetched.
+        RecipeError: parts of the recipe do not fit together.
     """
+    from rsseg.layers.losses import LabelLoss
+
+    method = _method_for(recipe, task)
+    method.label_loss = LabelLoss(recipe.loss, task)
+    return method
+
+
+def _method_for(recipe: Recipe, task: Task) -> "Method":
     match recipe.method:
         case "supervised":
             from rsseg.methods.supervised.method import build_method as build_supervised

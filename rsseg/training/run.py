@@ -25,12 +25,14 @@ from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.norm_statistics import check_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
     Hardware,
     TrainPlan,
     absent_classes,
     choose_hardware,
+    class_pixels,
     find_weights,
     make_plan,
     open_streams,
@@ -114,6 +116,8 @@ def train(
             for warning in absent_classes(built.method, built.streams, built.task):
                 listener.on_message(warning)
             reason = trainer.fit()
+            if recipe.norm_statistics is not None and ranks.is_main and not reason.startswith("SIG"):
+                ship_statistics(recipe, recipe.norm_statistics, run.model, str(built.hardware.device))
         result = _result(run, recipe, counters, reason, recorder)
         listener.on_end(result)
         if result.state == "interrupted":
@@ -186,6 +190,9 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
     streams = open_streams(recipe, method, task)
+    if recipe.loss.class_weights == "auto":
+        method.label_loss.weigh(class_pixels(method, streams), hardware.device)
+    check_statistics(recipe, method.deployable(), task)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
     return _Built(task, hardware, method, streams, plan)
 

@@ -140,9 +140,6 @@ class DASegNetRecipe(BaseRecipe):
     """The same for the target-style decoder."""
     loss_divisor: Literal["all", "valid"] = "all"
     """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
-    rare_class_sampling: Annotated[float, Field(gt=0)] | None = None
-    """Temperature of drawing source images by how rare their classes are (DAFormer: 0.01); None draws uniformly, as
-    published."""
     head_lr_scale: Positive = 1.0
     """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
     SegFormer but never apply it; with DeepLabV3+ 2 is applied."""

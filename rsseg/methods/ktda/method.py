@@ -11,7 +11,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.decoders import FCNHead
-from rsseg.layers.losses import cross_entropy, pixel_accuracy
+from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
 from rsseg.methods.ktda.distillation import Distillation
 from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter
@@ -65,14 +65,14 @@ class KTDAMethod(Method):
             raise ValueError("the stream 'labeled' came without masks")
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
-        losses = {"seg": cross_entropy(logits, masks, divisor=self.rules.divisor)}
+        losses = {"seg": self.label_loss(logits, masks, divisor=self.rules.divisor)}
         logs = {"acc": pixel_accuracy(logits, masks)}
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
             logits = self._at_size(head(student.features), masks)
             share = head.weight / len(self.aux_heads)
-            losses[f"aux{suffix}"] = share * cross_entropy(logits, masks, divisor=self.rules.divisor)
+            losses[f"aux{suffix}"] = share * self.label_loss(logits, masks, divisor=self.rules.divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
         if self.distillation:
             aligned = student.aligned if self.rules.student_passes == 1 else self.segmenter.align(images)

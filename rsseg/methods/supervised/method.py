@@ -13,7 +13,7 @@ from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.ema import Frozen
 from rsseg.layers.lora import LowRankAdapters
-from rsseg.layers.losses import cross_entropy, pixel_accuracy
+from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
 from rsseg.methods.supervised.network import SupervisedSegmenter, assemble_segmenter, backbone_config
 from rsseg.methods.supervised.recipe import SupervisedRecipe
@@ -63,7 +63,7 @@ class SupervisedMethod(Method):
         if masks is None:
             raise ValueError("the stream 'labeled' came without masks")
         logits = self._shipped[0].decode(self._maps(images), masks.shape[-2:])
-        return StepOutput({"seg": cross_entropy(logits, masks)}, {"acc": pixel_accuracy(logits, masks)})
+        return StepOutput({"seg": self.label_loss(logits, masks)}, {"acc": pixel_accuracy(logits, masks)})
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`; groups by rate and weight decay."""
