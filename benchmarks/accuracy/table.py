@@ -75,6 +75,9 @@ class Profile:
     workers: int = 0
 
 
+TEACHERS = ("dinov2s-full",)
+"""Arms whose models are kept, for others to learn from."""
+
 LITE0 = (Arm("lite0-plain"), Arm("lite0-ktda", "lite0-plain"))
 DINO = (Arm("dinov2s-full"), Arm("dinov2s-frozen", "dinov2s-full"), Arm("dinov2s-lora", "dinov2s-full"))
 SEMI = (Arm("dinov2s-fixmatch", "dinov2s-full"), Arm("dinov2s-mtdf", "dinov2s-full"))
