@@ -18,15 +18,15 @@ def prepare(name: str, source: Path | None, folder: Path, *, half: bool) -> Path
     """A dataset of the table, made once.
 
     Args:
-        name: `demo`, `dubai` or `l8biome`.
-        source: folder that holds `dubai` and `l8biome_cloud`.
+        name: a key of `SOURCES`.
+        source: folder that holds `dubai`, `l8biome_cloud` and `l8biome_cloud_uda`.
         folder: where prepared datasets are kept.
         half: Dubai at half resolution.
 
     Returns:
         The prepared folder; None where the source is absent.
     """
-    out = folder / (f"{name}-half" if half and name == "dubai" else name)
+    out = folder / (f"{name}-half" if half and name.startswith("dubai") else name)
     if (out / "digest.txt").is_file():
         return out
     make, where = SOURCES[name]
@@ -58,6 +58,51 @@ def _dubai(source: Path, out: Path, half: bool) -> None:
         (out / f"labeled-{count}.txt").write_text("\n".join(chosen) + "\n")
 
 
+def _dubai_uda(source: Path, out: Path, half: bool) -> None:
+    lists = source / "splits"
+    if half:
+        smaller = out.with_name(f"{out.name}-source")
+        _halve(source, smaller)
+        source = smaller
+    suffix = "png" if half else "jpg"
+    splits = []
+    for split, name in (
+        ("train:desert", "uda_source_train"),
+        ("val:desert", "uda_source_val"),
+        ("unlabeled:town", "uda_target_unlabeled"),
+        ("test:town", "uda_target_test"),
+    ):
+        file = out.with_name(f"{out.name}-{name}.txt")
+        file.write_text((lists / f"{name}.txt").read_text().replace(".jpg", f".{suffix}"))
+        splits += ["--split-list", f"{split}={file}"]
+    layout = ["--images", f"*/images/*.{suffix}", "--masks", "*/masks/*.png", "--unlabeled", "unlabeled"]
+    classes = ["--classes", str(EXAMPLES / "dubai-classes.yaml")]
+    _call("dataset", "prepare", "folder", "--src", str(source), *classes, *layout, *splits, "--out", str(out))
+
+
+def _l8biome_uda(source: Path, out: Path, _: bool) -> None:
+    """Every fifth of the natural scenes is held out for validation."""
+    names = sorted(file.name for file in (source / "source_rgb" / "images").glob("*.png"))
+    held = set(names[2::5])
+    lists = {
+        "train:natural": [f"source_rgb/images/{name}" for name in names if name not in held],
+        "val:natural": [f"source_rgb/images/{name}" for name in names if name in held],
+    }
+    for split, folder in (
+        ("unlabeled:infrared", "target_nirswirred_train"),
+        ("test:infrared", "target_nirswirred_test"),
+    ):
+        lists[split] = [f"{folder}/images/{file.name}" for file in sorted((source / folder / "images").glob("*.png"))]
+    splits = []
+    for split, images in lists.items():
+        file = out.with_name(f"{out.name}-{split.replace(':', '-')}.txt")
+        file.write_text("\n".join(images) + "\n")
+        splits += ["--split-list", f"{split}={file}"]
+    layout = ["--images", "*/images/*.png", "--masks", "*/masks/*.png", "--unlabeled", "unlabeled"]
+    classes = ["--classes", str(EXAMPLES / "l8biome-classes.yaml"), "--bands", "red,green,blue"]
+    _call("dataset", "prepare", "folder", "--src", str(source), *classes, *layout, *splits, "--out", str(out))
+
+
 def _l8biome(source: Path, out: Path, _: bool) -> None:
     layout = ["--images", "{split}/images/*.tif", "--masks", "{split}/masks/*.png"]
     bands = ["--bands", "blue,green,red,nir,swir1,swir2,cirrus,tir1"]
@@ -68,7 +113,9 @@ def _l8biome(source: Path, out: Path, _: bool) -> None:
 SOURCES: Mapping[str, tuple[Callable[[Path, Path, bool], None], str | None]] = {
     "demo": (_demo, None),
     "dubai": (_dubai, "dubai"),
+    "dubai-uda": (_dubai_uda, "dubai"),
     "l8biome": (_l8biome, "l8biome_cloud"),
+    "l8biome-uda": (_l8biome_uda, "l8biome_cloud_uda"),
 }
 
 

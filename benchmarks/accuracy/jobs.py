@@ -21,7 +21,7 @@ CODE = ("backbones", "data", "evaluation", "inference", "layers", "methods", "tr
 """Packages that can change a score."""
 
 AUGMENT = {"scale_range": [0.7, 1.4], "hflip": 0.5, "vflip": 0.5, "rot90": 0.5, "photometric": "fast"}
-"""Of every arm."""
+"""Of every arm whose recipe does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def make_job(
     rate: float,
     score: bool,
     weights: Path | None,
+    teacher: Path | None = None,
     any_code: bool = False,
 ) -> Job:
     """The job of a cell, or of one rate of its sweep.
@@ -73,6 +74,7 @@ def make_job(
         output: holds all jobs.
         seed, rate, score: see `Job`.
         weights: folder with weights by backbone name.
+        teacher: model of the arm's teacher.
         any_code: take a result of another version of the code, if there is one.
 
     Raises:
@@ -89,6 +91,8 @@ def make_job(
                 found[role] = _sha256(local)
             elif (file := check_weights(config)) is not None:
                 found[role] = file.sha256
+    if teacher is not None:
+        values["task_teacher"] |= {"model": str(teacher)}
     recipe = recipe_from_dict(values, arm.name)
     # Places do not count, nor do values that are the code's own, which has a key of its own.
     plain = recipe.model_dump(mode="json", exclude_defaults=True) | {"title": ""}
@@ -98,6 +102,8 @@ def make_job(
     for stream in plain["data"]["streams"].values():
         stream |= {"items": Path(stream["items"]).name} if "items" in stream else {}
     facts = {"recipe": plain, "weights": found, "data": (dataset / "digest.txt").read_text()}
+    if teacher is not None:
+        plain["task_teacher"]["model"] = teacher.parent.name
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
     kind = f"seed{seed}" if score else f"rate{rate:g}"
     arm_folder = output / "cells" / setting.name / arm.name
@@ -132,12 +138,13 @@ def _merged(
     values: dict[str, Any] = yaml.safe_load(arm.recipe.read_text())
     steps = profile.steps if score else profile.sweep_steps
     every = max(steps // profile.evaluations, 1)
-    needed = {"mtdf": ("labeled", "unlabeled"), "dasegnet": ("source", "target")}.get(values["method"], ("labeled",))
+    needed = recipe_from_dict(values, arm.name).stream_names()
+    own = values["data"]
     values["seed"] = seed
-    values["data"] = {
+    values["data"] = own | {
         "path": str(dataset),
         "bands": None if setting.bands is None else list(setting.bands),
-        "augment": {"crop_size": profile.crop, **AUGMENT},
+        "augment": {"crop_size": profile.crop, **own.get("augment", AUGMENT)},
         "streams": {name: _select(setting.streams[name], dataset) for name in needed},
         "val": dict(setting.val),
         "test": dict(setting.test),

@@ -54,14 +54,14 @@ class Table:
             self.ready.append(Ready(setting, dataset, tuple(arms)))
 
     def cells(self) -> Iterator[tuple[Ready, Arm, int]]:
-        """First every arm of every setting once, then the next seed."""
-        for seed in self.profile.seeds:
-            for ready in self.ready:
-                for arm in ready.arms:
-                    yield ready, arm, seed
+        """First every arm of every setting once, then the next seed; single switches at the end."""
+        for switch in (False, True):
+            for seed in self.profile.seeds:
+                for ready in self.ready:
+                    yield from ((ready, arm, seed) for arm in ready.arms if arm.switch == switch)
 
-    def sweep(self, ready: Ready, arm: Arm) -> list[Job]:
-        """One short run per rate, on the setting whose sweep this one uses, with the first seed."""
+    def sweep(self, ready: Ready, arm: Arm) -> list[Job | None]:
+        """One short run per rate with the first seed, on the setting whose sweep is used; None: no teacher yet."""
         used = next((r for r in self.ready if r.setting.name == ready.setting.rates and arm in r.arms), ready)
         return [
             self._job(used, arm, self.profile.seeds[0], rate, score=False)
@@ -69,8 +69,8 @@ class Table:
         ]
 
     def cell(self, ready: Ready, arm: Arm, seed: int) -> Job | None:
-        """The job of a cell at the rate that its sweep chose; None while the sweep is not done."""
-        rates = [(_read(job), job.rate) for job in self.sweep(ready, arm)]
+        """The job of a cell at the rate that its sweep chose; None while the sweep or the teacher is not done."""
+        rates = [(_read(job) if job else None, job.rate if job else 1.0) for job in self.sweep(ready, arm)]
         if any(result is None for result, _ in rates):
             return None
         scored = [(result.get("val_miou") or 0.0, -abs(rate - 1.0), rate) for result, rate in rates if result]
@@ -81,10 +81,17 @@ class Table:
         for ready, arm, seed in self.cells():
             job = self.cell(ready, arm, seed)
             for wanted in self.sweep(ready, arm) if job is None else [job]:
-                if not wanted.result.is_file():
+                if wanted is not None and not wanted.result.is_file():
                     yield wanted
 
-    def _job(self, ready: Ready, arm: Arm, seed: int, rate: float, *, score: bool) -> Job:
+    def _job(self, ready: Ready, arm: Arm, seed: int, rate: float, *, score: bool) -> Job | None:
+        teacher = None
+        if arm.teacher is not None:
+            by_name = {other.name: other for other in ready.arms}
+            lesson = self.cell(ready, by_name[arm.teacher], seed) if arm.teacher in by_name else None
+            teacher = lesson.folder / "model.safetensors" if lesson else None
+            if teacher is None or not teacher.is_file():
+                return None
         known = (ready.setting.name, arm, seed, rate, score)
         if known not in self._jobs:
             self._jobs[known] = make_job(
@@ -97,6 +104,7 @@ class Table:
                 rate=rate,
                 score=score,
                 weights=self.weights,
+                teacher=teacher,
                 any_code=self.any_code,
             )
         return self._jobs[known]

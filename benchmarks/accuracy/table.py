@@ -16,12 +16,16 @@ RECIPES = Path(__file__).parent / "recipes"
 class Arm:
     """One line of a table.
 
-    name   of its recipe in `recipes/`
-    plain  arm that it is compared with: plain supervised training of the same network
+    name     of its recipe in `recipes/`
+    plain    arm that it is compared with: plain supervised training of the same network
+    teacher  arm whose model of the same setting and seed is its `task_teacher.model`
+    switch   True: one setting of a recipe that is tried on top of plain training; run after all others
     """
 
     name: str
     plain: str | None = None
+    teacher: str | None = None
+    switch: bool = False
 
     @property
     def recipe(self) -> Path:
@@ -75,12 +79,19 @@ class Profile:
     workers: int = 0
 
 
-TEACHERS = ("dinov2s-full",)
-"""Arms whose models are kept, for others to learn from."""
-
 LITE0 = (Arm("lite0-plain"), Arm("lite0-ktda", "lite0-plain"))
 DINO = (Arm("dinov2s-full"), Arm("dinov2s-frozen", "dinov2s-full"), Arm("dinov2s-lora", "dinov2s-full"))
 SEMI = (Arm("dinov2s-fixmatch", "dinov2s-full"), Arm("dinov2s-mtdf", "dinov2s-full"))
+TAUGHT = (
+    Arm("lite0-ktda-side", "lite0-plain"),
+    Arm("lite0-taught", "lite0-plain", teacher="dinov2s-full"),
+    Arm("lite0-taught-unlabeled", "lite0-plain", teacher="dinov2s-full"),
+)
+SWITCHES = tuple(
+    Arm(f"lite0-{switch}", "lite0-plain", switch=True)
+    for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
+)
+TARGET = (Arm("lite0-source"), Arm("lite0-target-statistics", "lite0-source"))
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
 
 
@@ -99,8 +110,8 @@ def _dubai(labeled: int, arms: tuple[Arm, ...], *, rates: str | None = "dubai-10
 SETTINGS = {
     setting.name: setting
     for setting in (
-        _dubai(10, (*LITE0, *DINO, *SEMI), rates=None),
-        _dubai(45, (*LITE0, *DINO)),
+        _dubai(10, (*LITE0, *DINO, *SEMI, *TAUGHT, *SWITCHES), rates=None),
+        _dubai(45, (*LITE0, *DINO, *TAUGHT[:2])),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
@@ -111,6 +122,34 @@ SETTINGS = {
         ),
         _dubai(20, (*LITE0, *DINO, *SEMI)),
         _dubai(5, (*LITE0, *DINO, *SEMI)),
+        Setting(
+            name="dubai-desert-town",
+            title="Dubai, labels of desert and coast, test in the town",
+            dataset="dubai-uda",
+            arms=TARGET,
+            streams={
+                "labeled": {"split": "train", "domain": "desert"},
+                "unlabeled": {"split": "unlabeled", "domain": "town"},
+                "source": {"split": "train", "domain": "desert"},
+                "target": {"split": "unlabeled", "domain": "town"},
+            },
+            val={"split": "val", "domain": "desert"},
+            test={"split": "test", "domain": "town"},
+        ),
+        Setting(
+            name="l8biome-natural-infrared",
+            title="Landsat 8 clouds, labels in natural colors, test in infrared bands",
+            dataset="l8biome-uda",
+            arms=TARGET,
+            streams={
+                "labeled": {"split": "train", "domain": "natural"},
+                "unlabeled": {"split": "unlabeled", "domain": "infrared"},
+                "source": {"split": "train", "domain": "natural"},
+                "target": {"split": "unlabeled", "domain": "infrared"},
+            },
+            val={"split": "val", "domain": "natural"},
+            test={"split": "test", "domain": "infrared"},
+        ),
         Setting(
             name="demo-4",
             title="The built-in dataset, 4 labeled images, networks from scratch",
@@ -125,6 +164,9 @@ SETTINGS = {
         ),
     )
 }
+
+TEACHERS = {arm.teacher for setting in SETTINGS.values() for arm in setting.arms}
+"""Arms whose models are kept, for others to learn from."""
 
 PROFILES = {
     profile.name: profile
@@ -142,7 +184,15 @@ PROFILES = {
         ),
         Profile(
             name="cpu",
-            settings=("dubai-10", "l8biome-rgb", "dubai-45", "demo-4", "dubai-20"),
+            settings=(
+                "dubai-10",
+                "l8biome-rgb",
+                "dubai-45",
+                "dubai-desert-town",
+                "l8biome-natural-infrared",
+                "demo-4",
+                "dubai-20",
+            ),
             steps=400,
             sweep_steps=120,
         ),

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsseg.errors import RecipeError
-from rsseg.recipe import Recipe
+from rsseg.errors import RecipeError, WeightsError
+from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.task import Task
 
 if TYPE_CHECKING:
@@ -33,6 +33,25 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
             return build_dasegnet(recipe, task)
 
 
+def load_model(path: Path) -> "Segmenter":
+    """The network of a model file or of a run folder, on the CPU, in eval mode.
+
+    Raises:
+        WeightsError: there is no model, or it is damaged, foreign, or of another version.
+    """
+    from rsseg.checkpoint import find_model, load_tensors, read_header
+
+    file = find_model(path)
+    header = read_header(file)
+    try:
+        segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
+    except RecipeError as error:
+        made_with = header.made_with.get("rsseg", "another version")
+        raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
+    load_tensors(segmenter, file)
+    return segmenter.eval()
+
+
 def method_for(recipe: Recipe, task: Task) -> "Method":
     """The training module with the pretrained weights that the recipe names.
 
@@ -56,7 +75,7 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "ktda":
             from rsseg.methods.ktda.method import build_method
 
-            return build_method(recipe, task)
+            return build_method(recipe, task, load_model)
         case "mtdf":
             from rsseg.methods.mtdf.method import build_method as build_mtdf
 

@@ -126,6 +126,7 @@ def test_cell_waits_for_its_sweep_and_takes_the_rate_that_validated_best(dataset
     ready, arm, seed = next(table.cells())
     assert {job.score for job in table.pending()} == {False}
     for job in table.sweep(ready, arm):
+        assert job is not None
         finish(job, miou=0.1 * job.rate)
     cell = table.cell(ready, arm, seed)
     assert cell is not None
@@ -136,13 +137,45 @@ def test_cell_waits_for_its_sweep_and_takes_the_rate_that_validated_best(dataset
     assert next(table.pending()).folder != cell.folder
 
 
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder with a stand-in for weights that are only hashed here."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "tf_efficientnet_lite0.safetensors")
+    return folder
+
+
+def test_arm_with_a_teacher_waits_for_it_and_names_its_model(dataset: Path, weights: Path, tmp_path: Path) -> None:
+    setting = replace(DEMO, arms=(ARMS["mini-plain"], replace(ARMS["lite0-taught"], teacher="mini-plain")))
+    table = Table(replace(QUICK, settings=(), rates=(1.0,)), data=None, weights=weights, output=tmp_path / "out")
+    table.ready = [Ready(setting, dataset, setting.arms)]
+    (teacher,) = table.pending()
+    finish(teacher)
+    assert list(table.pending()) == []  # scored, but its model was not kept
+    (teacher.folder / "model.safetensors").touch()
+    (taught,) = table.pending()
+    assert taught.recipe.task_teacher.model == teacher.folder / "model.safetensors"
+    assert taught.recipe.stream_names() == ("labeled",)
+
+
+def test_switch_of_an_arm_stays_in_its_recipe(dataset: Path, weights: Path) -> None:
+    switches = ("plain", "class-weights", "dice", "focal", "rare", "strong", "target-statistics")
+    recipes = {switch: job_of(dataset, f"lite0-{switch}", weights=weights).recipe for switch in switches}
+    unnamed = [recipe.model_copy(update={"name": "", "title": ""}) for recipe in recipes.values()]
+    assert len({recipe.model_dump_json() for recipe in unnamed}) == len(switches)
+    assert recipes["rare"].data.rare_class_sampling == 0.1
+    assert recipes["strong"].data.augment.scale_range == (0.5, 2.0)
+    assert recipes["strong"].data.augment.crop_size == recipes["plain"].data.augment.crop_size
+
+
 def test_page_and_csv_show_every_cell_and_the_paired_difference(dataset: Path, tmp_path: Path) -> None:
     table = table_of(dataset, tmp_path / "out")
     table.profile = replace(table.profile, seeds=(0, 1))
     scores = {"mini-plain": (0.5, 0.6), "mini-ktda": (0.55, 0.61)}
     for ready, arm, seed in table.cells():
         for job in table.sweep(ready, arm):
-            if not job.result.is_file():
+            if job is not None and not job.result.is_file():
                 finish(job)
         cell = table.cell(ready, arm, seed)
         if cell is not None and arm.name in scores:
