@@ -1,4 +1,4 @@
-"""Checkpoints of other code bases (.pth): their tensors, without running anything in the file."""
+"""Checkpoints of other code bases (.pth), read without executing anything in the file."""
 
 import pickle
 import re
@@ -14,13 +14,13 @@ from rsseg.errors import WeightsError
 
 
 def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
-    """The tensors of a .pth file under the names they have there.
+    """Read the tensors of a .pth file under their stored names.
 
-    Training logs and settings that lie beside them are objects of other libraries; inert stand-ins take their place.
+    Objects of other libraries beside the tensors, such as training logs, are replaced by inert stand-ins.
 
     Args:
         path: the file.
-        entry: key of the state dict; a file that holds nothing but a state dict is read as it is.
+        entry: key of the state dict; a file that is itself a state dict needs none.
 
     Raises:
         WeightsError: the file is missing or holds no state dict.
@@ -41,10 +41,10 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
 
 
 def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
-    """The name by the first rule (pattern, replacement) whose pattern matches all of it.
+    """Rename a tensor by the first rule (pattern, replacement) whose pattern matches the whole name.
 
     Raises:
-        WeightsError: no rule matches, so the tensor does not belong to `network`.
+        WeightsError: no rule matches; the tensor does not belong to `network`.
     """
     for pattern, replacement in rules:
         if match := re.fullmatch(pattern, name):
@@ -53,7 +53,7 @@ def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
 
 
 class _Inert:
-    """Stands in for any foreign class or function of a checkpoint: takes everything, does nothing."""
+    """Stand-in for any foreign class or function of a checkpoint: accepts all arguments and does nothing."""
 
     def __new__(cls, *_arguments: Any) -> "_Inert":
         return super().__new__(cls)

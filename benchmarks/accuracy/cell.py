@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.table import TEACHERS
+from rsseg.data.sources import Datasets
 from rsseg.errors import Interrupted, RssegError
-from rsseg.evaluation.model import evaluate_model
-from rsseg.evaluation.samples import evaluation_samples
+from rsseg.evaluation.model import evaluate_model, read_samples
 from rsseg.files import read_rows, write_json
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image
@@ -104,12 +103,11 @@ def _speed(model: Path, recipe: Recipe) -> float:
     device = resolve_device(recipe.trainer.device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     segmenter = load_segmenter(model, device=recipe.trainer.device)
-    image = np.random.default_rng(0).random((len(segmenter.task.bands), SPEED_SIDE, SPEED_SIDE), np.float32)
-    valid = np.ones((SPEED_SIDE, SPEED_SIDE), np.bool_)
+    image = torch.rand(len(segmenter.task.bands), SPEED_SIDE, SPEED_SIDE, generator=torch.Generator().manual_seed(0))
     best = float("inf")
     for _ in range(SPEED_ROUNDS):
         started = clock()
-        predict_image(segmenter, image, valid, recipe.eval, device=device)
+        predict_image(segmenter, image, None, recipe.eval, device=device)
         best = min(best, clock() - started)
     return SPEED_SIDE**2 / 1e6 / best
 
@@ -119,12 +117,12 @@ def _panels(model: Path, recipe: Recipe, folder: Path) -> None:
     segmenter = load_segmenter(model, device=recipe.trainer.device)
     task, device = segmenter.task, resolve_device(recipe.trainer.device)
     colors = np.array([c.color for c in task.classes] + [(160, 160, 160)] * (256 - task.num_classes), np.uint8)
-    samples = evaluation_samples(recipe, recipe.data.test, "test", task)
-    chosen = islice(samples, 0, None, max(len(samples) // PANELS, 1))
-    for number, sample in enumerate(islice(chosen, PANELS)):
-        prediction = predict_image(segmenter, sample.image, sample.valid, recipe.eval, device=device)
+    source = Datasets(recipe.data, recipe.seed).open(recipe.data.test, "test", task, masks=True)
+    few = source._replace(items=source.items[:: max(len(source.items) // PANELS, 1)][:PANELS])
+    for number, sample in enumerate(read_samples(few, segmenter.fill)):
+        prediction = predict_image(segmenter, sample.image, None, recipe.eval, device=device)
         views = {
-            "input": (255 * np.clip(sample.image[:3], 0, 1)).astype(np.uint8).transpose(1, 2, 0),
+            "input": (255 * sample.image[:3].clamp(0, 1)).byte().permute(1, 2, 0).numpy(),
             "truth": colors[sample.mask],
             "prediction": colors[prediction],
         }

@@ -14,14 +14,14 @@ PositionMode = Literal["timm", "dinov2", "bicubic"]
 
 
 def resample_positions(table: Tensor, grid: tuple[int, int], *, prefix: int, mode: PositionMode) -> Tensor:
-    """Resize a table of position embeddings; the entries of class and register tokens are kept as they are.
+    """Resize a table of position embeddings; the entries of class and register tokens are unchanged.
 
     Args:
         table: (1, prefix + n * n, D), the square grid row-major after the prefix entries.
-        grid: rows and columns wanted. The stored grid is returned untouched.
-        prefix: entries that belong to no position.
+        grid: rows and columns of the result. A table of this grid is returned unchanged.
+        prefix: number of entries without a position.
         mode: `timm`: bicubic with antialiasing. `bicubic`: without, to an explicit size (mmpretrain). `dinov2`:
-            without, and the scale factor (n_new + 0.1) / n_old itself places the samples, as in the DINOv2 repository:
+            without, at samples placed by the scale factor (n_new + 0.1) / n_old, as in the DINOv2 repository:
             source = (i + 0.5) * n_old / (n_new + 0.1) - 0.5.
 
     Returns:
@@ -33,7 +33,7 @@ def resample_positions(table: Tensor, grid: tuple[int, int], *, prefix: int, mod
     side = math.isqrt(table.shape[1] - prefix)
     if side * side != table.shape[1] - prefix:
         raise WeightsError(
-            f"a position table of {table.shape[1]} entries, {prefix} of them for prefix tokens, is not square. "
+            f"a position table of {table.shape[1]} entries, {prefix} of them without a position, is not square. "
             "Give weights with a square grid."
         )
     if grid == (side, side):
@@ -49,7 +49,7 @@ def resample_positions(table: Tensor, grid: tuple[int, int], *, prefix: int, mod
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of each position of an NCHW map; eps 1e-6 as in ConvNeXt and ViT."""
+    """LayerNorm over the channels at each position of an NCHW map; eps 1e-6 as in ConvNeXt and ViT."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -61,9 +61,9 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Pyramid(nn.Module):
-    """Levels of a network, each with a LayerNorm of its own where asked.
+    """Levels of a network, optionally each with its own LayerNorm.
 
-    The norm acts on the returned copy only; the next stage gets the plain map.
+    The norm acts on the returned map only; the next stage gets the map without it.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Pyramid(nn.Module):
         normed: Sequence[int],
         stages: Sequence[Sequence[nn.Module]],
     ) -> None:
-        """Take a network apart from its head.
+        """Wrap a network without head.
 
         Args:
             network: has timm's `forward_intermediates`.
-            indices: level -> index among the network's own intermediates, in the order in which maps are returned.
+            indices: level -> index of the network's intermediate map, in the order of the returned maps.
             channels: of each of these levels.
             normed: levels that get a LayerNorm.
-            stages: the parts of `network` that compute level 0 (stem included), then level 1, and so on.
+            stages: the parts of `network` that compute level 0 (with the stem), then level 1, and so on.
         """
         super().__init__()
         self.network = network
@@ -92,9 +92,9 @@ class Pyramid(nn.Module):
         self._frozen: tuple[nn.Module, ...] = ()
 
     def freeze(self, stages: int) -> None:
-        """Keep the first `stages` levels as they are, stem included: no gradient, always in eval mode.
+        """Freeze stem and first `stages` levels: no gradients, always in eval mode.
 
-        The levels' own norms go on training, as mmpretrain's ConvNeXt has it.
+        The norms of the levels still train, as in mmpretrain's ConvNeXt.
         """
         self._frozen = tuple(part for parts in self._stages[:stages] for part in parts)
         for part in self._frozen:
@@ -108,7 +108,7 @@ class Pyramid(nn.Module):
         return levels
 
     def train(self, mode: bool = True) -> Self:
-        """Switch everything but the frozen stages."""
+        """Set the mode of all but the frozen stages."""
         super().train(mode)
         for part in self._frozen:
             part.eval()
@@ -132,13 +132,13 @@ class TokenMaps(nn.Module):
     def __init__(
         self, network: Any, *, out_indices: Sequence[int], normed: Sequence[int], position: PositionMode | None
     ) -> None:
-        """Take a network apart from its head.
+        """Wrap a network without head.
 
         Args:
             network: timm's VisionTransformer, or if `position` is None any network with `forward_intermediates`.
-            out_indices: zero-based blocks, in the order in which maps are returned.
+            out_indices: zero-based blocks, in the order of the returned maps.
             normed: those of them that pass the final norm.
-            position: how the position table is resampled; None leaves positions to the network.
+            position: resampling of the position table; None leaves positions to the network.
         """
         super().__init__()
         self.network = network
@@ -149,11 +149,11 @@ class TokenMaps(nn.Module):
 
     @property
     def position_prefix(self) -> int:
-        """Entries of the position table that belong to no position."""
+        """Number of entries of the position table without a position."""
         return 0 if self.network.no_embed_class else int(self.network.num_prefix_tokens)
 
     def freeze(self, blocks: int) -> None:
-        """Keep the first `blocks` blocks and all before them as they are; with the last block also the final norm."""
+        """Freeze the first `blocks` blocks and all before them; with the last block also the final norm."""
         if not blocks:
             return
         network = self.network
@@ -175,7 +175,7 @@ class TokenMaps(nn.Module):
         return [[p for p in self.network.parameters() if id(p) not in later], *blocks]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch everything but the frozen blocks."""
+        """Set the mode of all but the frozen blocks."""
         super().train(mode)
         for part in self._frozen:
             part.eval()
@@ -196,7 +196,7 @@ class TokenMaps(nn.Module):
 
     def _block_maps(self, images: Tensor, ascending: Sequence[int], position: PositionMode) -> list[Tensor]:
         network = self.network
-        # the projection alone: patch_embed as a whole insists on the size that the network was made for
+        # patch_embed as a whole accepts only the image size that the network was built for
         patches = network.patch_embed.norm(network.patch_embed.proj(images).permute(0, 2, 3, 1))
         batch, rows, columns, _ = patches.shape
         tokens = self._positioned(patches.flatten(1, 2), (rows, columns), position)

@@ -59,8 +59,7 @@ _RENAMINGS = tuple(
 def mit_to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a MiT, or of a whole model around it, under timm's `pvt_v2` names.
 
-    Heads are left out, names in timm's form stay, and so do names that no library is known for: whoever loads the
-    result reports them.
+    Heads are dropped; timm's own and unknown names are unchanged, and the latter are reported on loading.
     """
     renamed: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}

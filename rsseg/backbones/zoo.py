@@ -1,4 +1,4 @@
-"""A backbone from an entry of the zoo and a recipe's options."""
+"""Build a backbone from an entry of the zoo and a recipe's options."""
 
 from types import MappingProxyType
 
@@ -22,12 +22,11 @@ def create_backbone(config: BackboneConfig, task: Task, *, load_weights: bool = 
 
     Args:
         config: the recipe's part.
-        task: its bands choose kernels and statistics.
-        load_weights: False leaves the tensors random and touches neither files nor network, for a caller that loads
-            a checkpoint.
+        task: its bands determine kernels and statistics.
+        load_weights: False keeps random tensors and reads no file, for callers that load a checkpoint.
 
     Raises:
-        RecipeError: unknown name, or options that the network does not have.
+        RecipeError: unknown name, or options that the network does not support.
         WeightsError: weights are missing or do not fit.
         DataError: `statistics: data` without measured statistics.
     """
@@ -36,7 +35,7 @@ def create_backbone(config: BackboneConfig, task: Task, *, load_weights: bool = 
 
 def assemble(entry: ZooEntry, config: BackboneConfig, task: Task, *, load_weights: bool) -> Backbone:
     """`create_backbone` for an entry that need not be in the zoo."""
-    weights = check_weights(config) if load_weights else None  # before the network takes its time
+    weights = check_weights(config) if load_weights else None  # fail before building the network
     architecture = Architecture(
         entry.timm_name,
         bands=len(task.bands),
@@ -67,7 +66,7 @@ def _build(entry: ZooEntry, config: BackboneConfig, architecture: Architecture) 
                 f"{entry.name} has no position table. Leave out pos_embed, its round trip and image_size."
             )
         return build_pyramid(architecture, levels=out_indices, out_norm=out_norm)
-    # laying the table out anew is a second resampling of pretrained weights, so it is done only where asked for
+    # a resized table resamples pretrained weights a second time, so only on request
     relaid = config.pos_embed_round_trip or config.weights == "random"
     return build_vit(
         architecture,

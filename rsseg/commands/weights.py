@@ -61,7 +61,7 @@ def import_checkpoint(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a checkpoint that the authors published into a model; nothing in the file is executed."""
-    from rsseg.data.task import open_task
+    from rsseg.data.sources import Datasets
     from rsseg.datasets.cards import find_card
     from rsseg.methods.registry import import_checkpoint as import_for
     from rsseg.recipe import load_recipe
@@ -69,7 +69,7 @@ def import_checkpoint(
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
     loaded = load_recipe(recipe, [f"data.path={data}"] if data else (), method=method)
-    task = open_task(loaded.data) if data else find_card(loaded.data.path.name).task()
+    task = Datasets(loaded.data).task if data else find_card(loaded.data.path.name).task()
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")
     print_result(str(output))

@@ -10,14 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Bilinear, without antialiasing: (B, C, H, W) -> (B, C, *size). Returns `maps` itself where the size agrees."""
+    """Bilinear, without antialiasing: (B, C, H, W) -> (B, C, *size). Returns `maps` itself if the size agrees."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def resize_logits(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Like `resize`, float32 whatever comes in: softmax and argmax ask for it, and a CPU is twice as fast in it."""
+    """`resize` in float32 for any input type, as softmax needs it and CPUs are twice as fast in it."""
     return resize(logits.float(), size, align_corners=align_corners)
 
 
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether some part of `module` normalizes over the batch."""
+    """Whether any part of `module` normalizes over the batch."""
     return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
@@ -77,7 +77,7 @@ def measure_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def unrecorded_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms of `module` normalize as ever, but what they see does not enter their running statistics."""
+    """Keep batch norms of `module` from updating their running statistics, without changing their outputs."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -14,7 +14,7 @@ class UPerNet(nn.Module):
     """Pyramid pooling on the last level, then a top-down feature pyramid.
 
     Source: Xiao et al. 2018 (arXiv 1807.10221). With one level it is the pyramid pooling and one more convolution.
-    In train mode a pool scale of 1 needs a batch of two or more: its batch norm sees one value per sample and channel.
+    In train mode a pool scale of 1 needs two samples: its batch norm gets one value per sample and channel.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class SegFormerHead(nn.Module):
     """Every level to one width, resized to the first and fused by a 1x1 convolution.
 
     Source: Xie et al. 2021 (arXiv 2105.15203). The paper resizes, stacks and convolves. A 1x1 convolution and bilinear
-    resizing commute, so each level is convolved by its part of the weight first, at its own size: the same up to
-    rounding, less to compute, and the stack of full-size maps is never held.
+    resizing commute, so each level is first convolved by its part of the weight at its own size: equal up to rounding,
+    faster, and without storing the stack of full-size maps.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class FCNHead(nn.Module):
         concat_input: bool = False,
         dropout: float = 0.1,
     ) -> None:
-        """`concat_input` joins the input to the last output by one more convolution; `num_convs` come before."""
+        """Apply `num_convs` convolutions; `concat_input` then concatenates the input and applies one more."""
         super().__init__()
         widths = [in_channels, *[channels] * num_convs]
         self.convs = nn.Sequential(*(ConvBNReLU(a, b, kernel=3) for a, b in pairwise(widths)))
@@ -174,8 +174,8 @@ class SeparableConv(nn.Module):
 class SeparableASPPHead(nn.Module):
     """Atrous pyramid on the last level, refined with the first.
 
-    Source: Chen et al. 2018 (arXiv 1802.02611). In train mode it needs two samples per batch norm: the pooled branch
-    has one value per sample and channel.
+    Source: Chen et al. 2018 (arXiv 1802.02611). In train mode the batch norm of the pooled branch, with one value per
+    sample and channel, needs two samples.
     """
 
     def __init__(

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Ema(nn.Module):
-    """An averaged copy of a module: no gradient, in eval mode whatever its owner's mode.
+    """Exponential moving average of a module, without gradients and in eval mode independent of its owner.
 
-    Parameters are averaged. Floating-point buffers (batch-norm statistics) are averaged or copied, as `buffers` says;
-    integer buffers (counters) are always copied. `keep` leaves all buffers to the average's own passes.
+    Parameters are averaged. `buffers` says whether floating-point buffers (batch norm statistics) are averaged or
+    copied; integer buffers (counters) are then copied. `keep` updates no buffer.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class Ema(nn.Module):
         """average <- decay * average + (1 - decay) * source.
 
         Args:
-            source: always the same module, of the architecture that this was made from; not moved between updates.
-            decay: of this update; None takes the constructor's.
+            source: always the same module of the averaged architecture; not moved between updates.
+            decay: of this update; None uses the constructor's.
         """
         if self._pairs is None:
             self._pairs = _Pairs(self.module, source, buffers=self.buffers_policy)
@@ -41,7 +41,7 @@ class Ema(nn.Module):
             torch._foreach_copy_(self._pairs.copied, self._pairs.copied_from)
 
     def train(self, mode: bool = True) -> Self:
-        """Leave the average in its mode; `module.train()` changes it where a method wants that."""
+        """Do not change the mode of the average; `module.train()` does."""
         self.training = mode
         return self
 
@@ -52,7 +52,7 @@ class Ema(nn.Module):
 
 
 class _Pairs:
-    """Flat lists of tensors, built once: one fused kernel over a list beats a loop over names three to five times."""
+    """Flat lists of tensors, built once; fused kernels over lists are three to five times faster than a loop."""
 
     def __init__(self, average: nn.Module, source: nn.Module, *, buffers: Literal["average", "copy", "keep"]) -> None:
         self.averaged: list[Tensor] = [p.data for p in average.parameters()]
@@ -68,7 +68,7 @@ class _Pairs:
 
 
 class Frozen(nn.Module):
-    """Holds a module outside the tree of parameters: no optimizer, state dict, DDP wrapper or `train()` can reach it.
+    """Holds a module out of reach of optimizers, state dicts, DDP and `train()`.
 
     It moves with its owner (`to`, `cuda`), stays in eval mode and runs under no_grad.
     """
@@ -83,7 +83,7 @@ class Frozen(nn.Module):
         return self._held[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped module's output, without a graph."""
+        """The wrapped module's output, without gradients."""
         with torch.no_grad():
             return self.module(*args, **kwargs)
 

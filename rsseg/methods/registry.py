@@ -1,4 +1,4 @@
-"""Method name -> classes, explicitly. Imports are local, so that a command loads only the method that it runs."""
+"""Method name -> builders. Imports are local, so that a command loads only the method that it runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
-    """The shipped network with untrained weights; nothing is downloaded and no weight file is opened."""
+    """Build the network that ships, untrained, without downloading or opening a weights file."""
     match recipe.method:
         case "supervised":
             from rsseg.methods.supervised.network import build_segmenter as build_supervised
@@ -53,10 +53,10 @@ def load_model(path: Path) -> "Segmenter":
 
 
 def method_for(recipe: Recipe, task: Task) -> "Method":
-    """The training module with the pretrained weights that the recipe names.
+    """Build the training module with the pretrained weights that the recipe names.
 
     Raises:
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
         RecipeError: parts of the recipe do not fit together.
     """
     from rsseg.layers.losses import LabelLoss
@@ -87,10 +87,10 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
 
 
 def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path) -> "ModelHeader":
-    """Write the authors' checkpoint `source` as a model file of ours; see the method's importer.
+    """Convert the authors' checkpoint `source` into a model file; see the method's importer.
 
     Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe.
+        WeightsError: not a checkpoint of the authors' code, or one of another recipe.
         RecipeError: the method has no published checkpoints.
     """
     match recipe.method:

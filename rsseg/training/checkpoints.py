@@ -4,17 +4,15 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import rsseg
-from rsseg.backbones.backbone import Backbone
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import BaseRecipe
 from rsseg.errors import MachineError
-from rsseg.methods.base import Segmenter
+from rsseg.methods.base import Segmenter, backbone_infos
 from rsseg.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
 
@@ -80,11 +78,10 @@ class Checkpoints:
 
 def model_header(recipe: BaseRecipe, segmenter: Segmenter, training: dict[str, Any]) -> ModelHeader:
     """The metadata of a saved network."""
-    backbones = {name: asdict(m.info) for name, m in segmenter.named_modules() if isinstance(m, Backbone)}
     return ModelHeader(
         recipe=recipe.model_dump(mode="json"),
         task=segmenter.task,
-        backbones=backbones,
+        backbones=backbone_infos(segmenter),
         training={"weights": recipe.ship, **training},
         made_with=versions(),
     )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import BackboneConfig, SelectConfig, TrainerConfig
 from rsseg.data.index import digest_of
-from rsseg.data.sources import Source, open_source
+from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
@@ -154,25 +154,24 @@ def find_weights(recipe: Recipe) -> dict[str, WeightsFile]:
     return {role: file for role, file in found.items() if file is not None}
 
 
-def open_validation(recipe: Recipe, task: Task) -> Source | None:
+def open_validation(recipe: Recipe, task: Task, datasets: Datasets) -> Source | None:
     """The validation images; None if there are none and the recipe ships the last weights anyway.
 
     Raises:
         DataError: the validation split is empty or has no masks.
     """
     try:
-        return open_source(recipe, recipe.data.val, "val", task, masks=recipe.trainer.monitor != "entropy")
+        return datasets.open(recipe.data.val, "val", task, masks=recipe.trainer.monitor != "entropy")
     except DataError as error:
         if recipe.trainer.monitor == "last":
             return None
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
 
 
-def open_streams(recipe: Recipe, method: Method, task: Task) -> dict[str, Source]:
+def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> dict[str, Source]:
     """The images of every training stream; raises `DataError` for a stream without images."""
     return {
-        spec.name: open_source(recipe, _select(recipe, spec), spec.split, task, masks=spec.masks)
-        for spec in method.streams
+        spec.name: datasets.open(_select(recipe, spec), spec.split, task, masks=spec.masks) for spec in method.streams
     }
 
 

@@ -32,12 +32,15 @@ class Recorder(Progress):
         self._run, self._folder, self._recipe, self._listener = run, run.path, recipe, listener
         self._class_names = class_names
 
-    def begin(self, plan: TrainPlan, frozen: Mapping[str, str], *, source: str | None, resumed: bool) -> None:
+    def begin(
+        self, plan: TrainPlan, frozen: Mapping[str, str], index: SegmentationIndex, *, source: str | None, resumed: bool
+    ) -> None:
         """Write recipe, manifest and data description; a resumed run drops the rows of steps it repeats.
 
         Args:
             plan: what the run does.
             frozen: module of a teacher -> SHA-256 of its weights.
+            index: of the training data.
             source: the recipe's text as given.
             resumed: the folder has these files already.
         """
@@ -51,7 +54,6 @@ class Recorder(Progress):
             self._drop_after(plan.start_step)
         else:
             write_text(self._folder / "recipe.yaml", source if source is not None else dump_recipe(self._recipe))
-            index = SegmentationIndex.load(self._recipe.data.path)
             write_json(self._folder / "data.json", index.model_dump(mode="json", exclude={"items"}))
         self._run.write_manifest(manifest)
 

@@ -11,9 +11,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.data.sources import Source
+from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
-from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
 from rsseg.inference.device import keep_heap, resolve_device
@@ -25,7 +24,7 @@ from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.norm_statistics import check_statistics, ship_statistics
+from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
     Hardware,
@@ -49,9 +48,12 @@ class _Built:
     """Everything a recipe describes, checked and on the device."""
 
     task: Task
+    datasets: Datasets
     hardware: Hardware
     method: Method
     streams: dict[str, Source]
+    validation: Source | None
+    statistics: Source | None
     plan: TrainPlan
 
 
@@ -91,7 +93,7 @@ def train(
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
             )
-            recorder.begin(plan, identity.frozen, source=source, resumed=resume is not None)
+            recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
                 parts,
@@ -104,6 +106,7 @@ def train(
                     built.task,
                     device=built.hardware.device,
                     start_step=step,
+                    sources=built.streams,
                     rank=ranks.rank,
                     world_size=ranks.world_size,
                 ),
@@ -116,8 +119,9 @@ def train(
             for warning in absent_classes(built.method, built.streams, built.task):
                 listener.on_message(warning)
             reason = trainer.fit()
-            if recipe.norm_statistics is not None and ranks.is_main and not reason.startswith("SIG"):
-                ship_statistics(recipe, recipe.norm_statistics, run.model, str(built.hardware.device))
+            if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
+                device = str(built.hardware.device)
+                ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
         result = _result(run, recipe, counters, reason, recorder)
         listener.on_end(result)
         if result.state == "interrupted":
@@ -183,18 +187,19 @@ def _out_of_memory(error: BaseException) -> MachineError:
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
-    task = open_task(recipe.data)
-    weights, validation = find_weights(recipe), open_validation(recipe, task)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
+    weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task)
+    streams = open_streams(recipe, method, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
-    check_statistics(recipe, method.deployable(), task)
+    statistics = open_statistics(recipe, method.deployable(), task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
-    return _Built(task, hardware, method, streams, plan)
+    return _Built(task, datasets, hardware, method, streams, validation, statistics, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
@@ -208,16 +213,10 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
 
 
 def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
-    if built.plan.validation is None:
+    if built.validation is None:
         return None
-    return partial(
-        evaluate,
-        recipe=recipe,
-        select=recipe.data.val,
-        split="val",
-        device=built.hardware.device,
-        labels=recipe.trainer.monitor != "entropy",
-    )
+    labels = recipe.trainer.monitor != "entropy"
+    return partial(evaluate, recipe=recipe, source=built.validation, device=built.hardware.device, labels=labels)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:

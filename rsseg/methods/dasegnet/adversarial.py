@@ -18,8 +18,8 @@ from rsseg.methods.dasegnet.recipe import AdversarialConfig
 class Alignment:
     """Features (B, C, h, w) of one student.
 
-    own          of images of the domain whose style the student has, and other of the other domain's
-    own_size     (H, W) of the images behind them
+    own       of images of the domain whose style the student learns; `other`: of the other domain
+    own_size  (H, W) of these images; `other_size` likewise
     """
 
     own: Tensor
@@ -38,7 +38,7 @@ class AdversarialTerms:
 
 
 def adversarial_terms(discriminator: nn.Module, alignment: Alignment, config: AdversarialConfig) -> AdversarialTerms:
-    """The student makes the other domain's features look like its own; the discriminator tells them apart."""
+    """Losses by which the student aligns the other domain's features with its own, against the discriminator."""
     own, other = spatial_softmax(alignment.own.detach()), spatial_softmax(alignment.other)
     fooled = upsampled(without_param_grad(discriminator, other), alignment.other_size)
     if own.shape[1:] == other.shape[1:]:
@@ -81,19 +81,19 @@ def gan_loss(
 
 
 def upsampled(logits: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Patch logits at image size, float32. A 1x1 map stays: resized it is constant, and the loss is a mean."""
+    """Patch logits at image size, float32. A 1x1 map stays 1x1, as resizing would not change the mean loss."""
     return logits if logits.shape[-2:] == (1, 1) else resize_logits(logits, image_size)
 
 
 def without_param_grad(module: nn.Module, inputs: Tensor) -> Tensor:
-    """`module(inputs)` whose gradient reaches the inputs and not the module's parameters."""
+    """`module(inputs)` with gradients for the inputs but not for the module's parameters."""
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (inputs,))  # type: ignore[no-any-return]
 
 
 class PatchDiscriminator(nn.Module):
     """Convolutions of kernel 4: `convs` of stride 2 and two of stride 1; the last one gives one logit per patch.
 
-    Instance norm after all but the first and the last, so that samples do not mix. Source: ST-DASegNet's AdapSeg.
+    Instance norm after all but the first and the last, so that samples stay independent. Source: ST-DASegNet's AdapSeg.
     """
 
     def __init__(self, in_channels: int, *, base_channels: int = 64, convs: int = 2) -> None:
@@ -108,7 +108,7 @@ class PatchDiscriminator(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> logits (B, 1, h', w'); raises `RecipeError` for a map too small for an instance norm."""
+        """(B, C, h, w) -> logits (B, 1, h', w'); raise `RecipeError` for a map too small for an instance norm."""
         if not accepts_map(features.shape[-2:], self.strides):
             smallest = smallest_map(self.strides)
             raise RecipeError(
@@ -123,7 +123,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def accepts_map(size: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether kernel-4 convolutions with padding 1 fit a map of `size`, and instance norms see more than one value."""
+    """Whether kernel-4 convolutions with padding 1 fit a map of `size` and instance norms get several values."""
     height, width = size
     for layer, stride in enumerate(strides):
         height, width = ((side - 2) // stride + 1 for side in (height, width))

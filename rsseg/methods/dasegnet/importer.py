@@ -1,4 +1,4 @@
-"""The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
+"""Import of the authors' checkpoints (.pth of their mmsegmentation fork)."""
 
 import re
 from collections.abc import Mapping
@@ -59,14 +59,14 @@ _PARTS = {
     "cross_EMA_decoder": "decoder_target",
     "cross_EMA_backbone": "backbone_target",
 }
-"""The authors' module names -> ours; those of the teacher name what is averaged."""
+"""The authors' module names -> ours; parts of the teacher map to the module they average."""
 
 
 @dataclass(frozen=True)
 class AuthorsTensors:
-    """A checkpoint in our names.
+    """A checkpoint under our names.
 
-    segmenter       what ships, names as in its state dict
+    segmenter       the network that ships, names as in its state dict
     discriminators  `disc_source...`, `disc_target...`
     teacher         `decoder_source...` and so on, of the averaged copies
     """
@@ -77,19 +77,13 @@ class AuthorsTensors:
 
 
 def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, output: Path) -> ModelHeader:
-    """Turn an authors' checkpoint into a model.safetensors. Teacher and discriminators do not ship.
+    """Convert an authors' checkpoint into a model.safetensors, without teacher and discriminators.
 
     Args:
-        source: the .pth file. It is read without running any code in it.
+        source: the .pth file; no code in it is executed.
         recipe: describes the network.
-        task: classes in the checkpoint's order, bands red, green, blue as the authors' loader makes them.
-        output: file to write.
-
-    Returns:
-        The header that was written.
-
-    Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+        task: classes in the checkpoint's order, bands red, green, blue.
+        output: file to write, see `write_imported`.
     """
     tensors = rename_tensors(read_state_dict(source)).segmenter
     check_classes(tensors, "decoder_source.classifier.conv.weight", task, source)
@@ -101,7 +95,7 @@ def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, outpu
 
 
 def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
-    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors' files have them all."""
+    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors store all levels."""
 
     def level(name: str) -> str | None:
         found = re.match(r"neck\.levels\.\d+\.", name)
@@ -112,10 +106,10 @@ def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts, under our names; nothing is dropped.
+    """Sort an authors' state dict into our parts under our names, dropping nothing.
 
     Raises:
-        WeightsError: a name that the networks of ST-DASegNet do not have.
+        WeightsError: a name that does not belong to ST-DASegNet.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():

@@ -37,7 +37,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Target images that the students learn from: their logits on them, and what the teacher says."""
+    """A view of the target images for self-training: the students' logits and the pseudo-labels."""
 
     name: str
     weight: float
@@ -47,7 +47,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Passes:
-    """Everything that one step computes before its losses; `target` is None where no loss and no teacher needs it."""
+    """Results of all forward passes of a step; `target` is None if neither a loss nor the teacher needs it."""
 
     source: Styles
     logits: Logits
@@ -56,9 +56,9 @@ class Passes:
 
 
 class DASegNetMethod(Method):
-    """One backward trains all: discriminators see detached features, features see detached discriminators.
+    """Trains all parts in one backward pass: discriminators get detached features, students detached discriminators.
 
-    So every parameter gets gradient from its own losses only, which equals the published alternation of optimizers.
+    Each parameter thus gets gradients from its own losses only, which equals the published alternation of optimizers.
     """
 
     class_weights_source: Tensor | None
@@ -95,11 +95,11 @@ class DASegNetMethod(Method):
             self.register_buffer(f"class_weights_{style}", weights, persistent=False)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - the interface's
-        """Losses of one micro-step on the streams `source` and `target`; the same in every step."""
+        """Losses of one micro-step on the streams `source` and `target`."""
         return self.losses_of(self.passes(batch), batch)
 
     def passes(self, batch: Batch) -> Passes:
-        """Students on both domains, then the teacher, then the students on whatever else they learn from."""
+        """Run the students on both domains, the teacher, then the students on further views of the target."""
         source, target = batch["source"], batch.get("target")
         if target is None or not self.recipe.students_see_target:
             (view,), target_view = self.segmenter.styles(source.images), None
@@ -110,8 +110,8 @@ class DASegNetMethod(Method):
         return Passes(view, logits, target_view, lessons)
 
     def losses_of(self, passes: Passes, batch: Batch) -> StepOutput:
-        """Weighted losses, which the trainer adds up. Logged are each decoder's cross-entropies before their weights,
-        the discriminators' losses, and the part of confident pixels.
+        """Weighted losses of a step. Logs: unweighted cross-entropies per decoder, losses of the discriminators, and
+        the fraction of confident pixels.
         """
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
@@ -137,7 +137,7 @@ class DASegNetMethod(Method):
         return StepOutput(losses, logs)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """`main` trains students, neck and decoders; each discriminator has an optimizer of its own."""
+        """`main` trains students, neck and decoders; each discriminator has its own optimizer."""
         net = self.segmenter
         decayed, exempt = split_norms((net.backbone_source, net.backbone_target), self.recipe.weight_decay_exempt)
         neck = [] if net.neck is None else list(net.neck.parameters())
@@ -156,20 +156,20 @@ class DASegNetMethod(Method):
         return groups
 
     def deployable(self) -> DASegNet:
-        """Students, neck and decoders."""
+        """The segmenter: students, neck and decoders."""
         return self.segmenter
 
     def after_optimizer_step(self, step: int) -> None:
-        """Move the teacher."""
+        """Update the teacher's averages."""
         if self.teacher is not None:
             self.teacher.update(self.segmenter, step)
 
     def _lessons(self, source: Samples, target: Samples, view: Styles | None) -> tuple[Lesson, ...]:
-        """What the students are to learn from target images; `view` is what they make of them as they are."""
+        """Lessons from target images; `view` holds the students' maps of the unchanged images, if they were run."""
         config = self.recipe.self_training
         if config is None or self.teacher is None:
             return ()
-        # the students' own pass comes first: a teacher that uses their decoders moves their running statistics too
+        # before the teacher, which may use the students' decoders and so change their running statistics
         same = self._decode(view) if view is not None and config.learns_from_teachers_image else None
         logits = self.teacher(self.segmenter, target.images, view)
         pseudo = pseudo_labels(logits, target.images.shape[-2:], target.valid, config)
@@ -224,7 +224,7 @@ class DASegNetMethod(Method):
 def split_norms(
     backbones: Sequence[nn.Module], rule: Literal["names_with_norm", "norms", "none"]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters with and without weight decay, by `DASegNetRecipe.weight_decay_exempt`."""
+    """Trainable parameters with and without weight decay; see `DASegNetRecipe.weight_decay_exempt`."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for backbone in backbones:
@@ -244,7 +244,7 @@ def split_norms(
 def _harder(
     source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
 ) -> tuple[Tensor, PseudoLabels]:
-    """Target images (B, C, H, W) with other colours and pasted source classes, and the labels that go with them."""
+    """Target images (B, C, H, W) in a strong view, with pasted source classes, and the matching labels."""
     images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
     if not config.class_mix or source.masks is None:
         return images, pseudo
@@ -258,15 +258,15 @@ def _harder(
 
 
 FreshPart = Callable[[str], nn.Module]
-"""Name of a part of the student ("" for all of it) -> such a module with random weights."""
+"""Name of a part of the student ("" for all of it) -> a new such module with random weights."""
 
 
 def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
-    """Both students with the weights that the recipe names, the rest untrained.
+    """Build both students with the weights that the recipe names, everything else untrained.
 
     Raises:
         RecipeError: class weights of the wrong length, crops too small for the discriminators, batches too small.
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
     """
     check_class_weights(recipe, task)
     segmenter = build_segmenter(recipe, task, load_weights=True)
@@ -284,7 +284,7 @@ def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
 
 
 def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPart) -> DASegNetMethod:
-    """Discriminators and teacher as the recipe says, round a given network; see `build_method`."""
+    """Build discriminators and teacher of a recipe for a given network; see `build_method`."""
     check_batches(recipe)
     info = segmenter.backbone_source.info
     discriminators = None

@@ -1,4 +1,4 @@
-"""The shipped network: two students, the disentangled neck, two decoders whose logits are averaged."""
+"""The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Maps = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Styles:
-    """What both students see in the same images, one map per level: raw, and refined by the neck for the decoders."""
+    """Feature maps of both students for the same images, one per level: raw, and refined by the neck."""
 
     source: Maps
     target: Maps
@@ -29,7 +29,7 @@ class Styles:
 
 
 class DASegNet(Segmenter):
-    """Students in source style and target style; both see every image."""
+    """Two students, in source style and target style, that both process every image."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class DASegNet(Segmenter):
             task: classes and bands.
             backbones: of the same architecture.
             decoders: refined maps of all levels -> logits.
-            neck: None hands the students' maps to their decoders as they are.
+            neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
         """
         info = backbones[0].info
@@ -70,8 +70,8 @@ class DASegNet(Segmenter):
     def styles(self, *batches: Tensor) -> list[Styles]:
         """Maps of several image batches, such as source and target.
 
-        Students with token norms get all batches of one shape as one; others get one after the other, in the order
-        given, because batch norm must not mix domains.
+        Batches of the same shape are concatenated, except for students with batch norm, which must not mix domains and
+        process them in the given order.
         """
         if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
             (joint,) = self.styles(torch.cat(batches))
@@ -85,7 +85,7 @@ class DASegNet(Segmenter):
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
-    """A decoder with fresh weights."""
+    """Build an untrained decoder."""
     match config.type:
         case "segformer":
             return SegFormerHead(in_channels, num_classes, channels=config.channels, dropout=config.dropout)
@@ -101,7 +101,7 @@ def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes
 
 
 def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
-    """The network that a recipe describes; `load_weights` reads the students' pretrained file, else all is random."""
+    """Build the network of a recipe; `load_weights` loads the students' pretrained weights, else all are random."""
     backbones = (
         create_backbone(recipe.backbone, task, load_weights=load_weights),
         create_backbone(recipe.backbone, task, load_weights=load_weights),
@@ -110,7 +110,7 @@ def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = 
 
 
 def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
-    """Neck and decoders for two given students."""
+    """Build neck and decoders for two given students."""
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
@@ -124,7 +124,7 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
             used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
         )
     refined = channels if neck is None else neck.out_channels
-    # the DUM's attention depends on the size of its map: without another word, tiles are as large as crops
+    # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size
     decoders = tuple(build_decoder(recipe.decoder, refined, task.num_classes) for _ in range(2))
     return DASegNet(

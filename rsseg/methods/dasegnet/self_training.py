@@ -20,8 +20,12 @@ UNSURE_WEIGHT = 0.5
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """labels int64 (B, H, W), IGNORE_INDEX where the image has no data; weights float32 (B, H, W); ratio: scalar,
-    the confident part of the pixels."""
+    """Labels of target images.
+
+    labels   int64 (B, H, W), IGNORE_INDEX where the image has no data
+    weights  float32 (B, H, W)
+    ratio    scalar, fraction of confident pixels
+    """
 
     labels: Tensor
     weights: Tensor
@@ -32,12 +36,12 @@ class PseudoLabels:
 def pseudo_labels(
     logits: Tensor, image_size: Sequence[int], valid: Tensor | None, config: SelfTrainingConfig
 ) -> PseudoLabels:
-    """The teacher's most probable class, weighted by how much of the whole batch it is sure of.
+    """The most probable class of each pixel, weighted by the fraction of confident pixels in the batch.
 
     Args:
         logits: float (B, K, h, w); resized to `image_size` before the softmax.
         image_size: (H, W).
-        valid: bool (B, H, W), False where there is no data; None if all has.
+        valid: bool (B, H, W), False where there is no data; None if all pixels have.
         config: thresholds and class weights.
     """
     with torch.autocast(logits.device.type, enabled=False):
@@ -53,7 +57,7 @@ def pseudo_labels(
         weighted = ratio * torch.tensor(by_class, device=logits.device)[labels]
         sure = probability >= config.rare_confidence
         if in_place:
-            sure &= weighted != 0  # published: every weight that is 0 by then is taken for that of an unsure pixel
+            sure &= weighted != 0  # published: a weight of 0 is treated as that of an unsure pixel
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
     return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
@@ -62,10 +66,10 @@ def class_weight_table(weights: Sequence[float], num_classes: int, *, in_place: 
     """Weight per class index.
 
     Args:
-        weights: per class; classes beyond the end keep their index as weight, as the published code does.
+        weights: per class; classes beyond the end keep their index as weight, as published.
         num_classes: length of the result.
-        in_place: as published: weights replace indices in one map, class by class, so that a weight equal to a later
-            class's index is replaced again by that class's weight (1.0 becomes the weight of class 1, and so on).
+        in_place: as published, replace indices by weights in one map, class by class, so that a weight equal to a later
+            class's index is replaced again (1.0 becomes the weight of class 1).
     """
     table = [float(index) for index in range(num_classes)]
     for index, weight in enumerate(weights):
@@ -83,19 +87,19 @@ AVERAGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "whole": ("",),
     }
 )
-"""Kind -> the parts of the student that are averaged, by name; "" is all of it."""
+"""Teacher type -> names of the averaged parts of the student; "" is all of it."""
 
 
 class Teacher(nn.Module):
-    """Averaged parts of the student, and the rule by which they follow it."""
+    """Averaged parts of the student and the rule of their updates."""
 
     def __init__(self, config: TeacherConfig, student: DASegNet, fresh: Callable[[str], nn.Module]) -> None:
         """Start the averages.
 
         Args:
-            config: see there.
-            student: what is averaged.
-            fresh: makes a part with random weights, given its name in `AVERAGED`.
+            config: see `TeacherConfig`.
+            student: the averaged network.
+            fresh: builds a part with random weights, given its name in `AVERAGED`.
         """
         super().__init__()
         self.config = config
@@ -108,30 +112,30 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, student: DASegNet, images: Tensor, view: Styles | None) -> Tensor:
-        """Logits (B, K, h, w) of target images (B, C, H, W), given what the student made of the same images.
+        """Logits (B, K, h, w) of target images (B, C, H, W), given the student's maps of the same images.
 
-        Only the kind `whole` does without the student's view; others raise `ValueError`.
+        Only type `whole` works without these maps; others raise `ValueError`.
         """
         match self.config.type:
             case "whole":
                 return self.averaged("segmenter")(images)  # type: ignore[no-any-return]
             case kind if view is None:
-                raise ValueError(f"a teacher of kind {kind!r} needs what the student made of the images")
+                raise ValueError(f"a teacher of type {kind!r} needs the student's maps of the images")
             case "decoder_only_t":
                 source = self.averaged("decoder_source")(view.refined_source)
                 target = self.averaged("decoder_target")(view.refined_target)
                 return (source + target) / 2  # type: ignore[no-any-return]
             case "single_t":
-                # a second pass through batch norm leaves other running statistics, and evaluation uses them
+                # as published: a second pass, which batch norm records in the running statistics
                 again = has_batch_norm(student.backbone_source)
                 maps = student.backbone_source(images) if again else view.source
                 refined = student.refine(maps, self.averaged("backbone_target")(images))
                 return (student.decoder_source(refined[0]) + self.averaged("decoder_target")(refined[1])) / 2  # type: ignore[no-any-return]
 
     def update(self, student: DASegNet, step: int) -> None:
-        """Move every average towards the student, after optimizer step `step` (from 0).
+        """Update all averages after optimizer step `step` (from 0).
 
-        Equals the published update at the beginning of the step that follows.
+        Equals the published update at the beginning of the following step.
         """
         decay = min(1.0 - 1.0 / (step + 2), self.config.decay)
         for part in AVERAGED[self.config.type]:
@@ -139,14 +143,14 @@ class Teacher(nn.Module):
             average.update(student.get_submodule(part), decay=decay)
 
     def averaged(self, part: str) -> nn.Module:
-        """The averaged module of this name (`segmenter` for all)."""
+        """The averaged module of this name (`segmenter` for the whole network)."""
         return self.averages[part].module  # type: ignore[return-value]
 
 
 def class_mix(masks: Tensor) -> Tensor:
-    """Where to paste: the pixels of a random half (rounded up) of each image's classes.
+    """Pixels to paste: those of a random half (rounded up) of each image's classes.
 
-    Drawn from torch's global generator, which the trainer seeds for every step.
+    Uses torch's global generator, which the trainer seeds for every step.
 
     Args:
         masks: int64 (B, H, W), class index or IGNORE_INDEX.
@@ -163,7 +167,7 @@ def class_mix(masks: Tensor) -> Tensor:
 
 
 def hide_patches(images: Tensor, fill: Sequence[float], *, patch: int, ratio: float) -> Tensor:
-    """A copy of images (B, C, H, W) in which squares of `patch` pixels hold `fill`, each with probability `ratio`."""
+    """Images (B, C, H, W) with squares of `patch` pixels replaced by `fill`, each with probability `ratio`."""
     height, width = images.shape[-2:]
     grid = torch.rand(len(images), 1, -(-height // patch), -(-width // patch), device=images.device) < ratio
     hidden = F.interpolate(grid.float(), scale_factor=patch, mode="nearest")[..., :height, :width] > 0

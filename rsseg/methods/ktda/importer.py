@@ -1,4 +1,4 @@
-"""The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
+"""Import of the authors' checkpoints (.pth of their mmsegmentation fork)."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ _AUX_RULES = (
 
 @dataclass(frozen=True)
 class AuthorsTensors:
-    """A checkpoint in our names: the shipped network's, the auxiliary heads' (`0.head...`), the teacher backbone's."""
+    """A checkpoint under our names: shipped network, auxiliary heads (`0.head...`) and teacher backbone."""
 
     segmenter: dict[str, Tensor] = field(default_factory=dict)
     aux_heads: dict[str, Tensor] = field(default_factory=dict)
@@ -49,19 +49,13 @@ class AuthorsTensors:
 
 
 def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: Path) -> ModelHeader:
-    """Turn an authors' checkpoint into a model.safetensors. Teacher and auxiliary heads do not ship.
+    """Convert an authors' checkpoint into a model.safetensors, without teacher and auxiliary heads.
 
     Args:
-        source: the .pth file. It is read without running any code in it.
-        recipe: describes the network. FAM's grid is not in a checkpoint: the recipe's is taken.
+        source: the .pth file; no code in it is executed.
+        recipe: describes the network; also gives FAM's grid, which a checkpoint does not store.
         task: classes in the checkpoint's order, bands red, green, blue.
-        output: file to write.
-
-    Returns:
-        The header that was written.
-
-    Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+        output: file to write, see `write_imported`.
     """
     tensors = rename_tensors(read_state_dict(source)).segmenter
     check_classes(tensors, "decoder.classifier.conv.weight", task, source)
@@ -71,10 +65,10 @@ def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: P
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts, under our names; nothing is dropped.
+    """Sort an authors' state dict into our parts under our names, dropping nothing.
 
     Raises:
-        WeightsError: a name that KTDA's networks do not have.
+        WeightsError: a name that does not belong to KTDA's networks.
     """
     student = dict(_below(state, "backbone."))
     teacher = dict(_below(state, "teach_backbone."))
@@ -96,15 +90,15 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tens
 
 
 def _check_modulation(tensors: Mapping[str, Tensor], recipe: KTDARecipe, source: Path) -> None:
-    """Name the setting that differs; strict loading alone would name tensors only."""
+    """Raise if the FMM differs from the recipe's, naming the setting; strict loading would name only tensors."""
     found, stated = _fmm_of(tensors), (recipe.fmm.type, recipe.fmm.depth) if recipe.fmm else None
     if found != stated:
         wanted = f"fmm: {{type: {found[0]}, depth: {found[1]}}}" if found else "fmm: null"
-        raise WeightsError(f"{source}: was trained with `{wanted}`, the recipe differs there. Set it so.")
+        raise WeightsError(f"{source}: was trained with `{wanted}`, unlike the recipe. Set it in the recipe.")
 
 
 def _fmm_of(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Type and depth of a checkpoint's FMM."""
+    """Type and depth of a checkpoint's FMM; None without one."""
     blocks = {int(name.split(".")[3]) for name in tensors if name.startswith("fmm.stacks.0.")}
     if not blocks:
         return None

@@ -1,9 +1,8 @@
-"""KTDA's training: segmentation, auxiliary and distillation losses from one pass of the student."""
+"""Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -22,17 +21,8 @@ from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
 from rsseg.task import Task
 
 
-@dataclass(frozen=True)
-class TrainingRules:
-    """How the losses are taken and what decays; meanings as in `KTDARecipe`."""
-
-    divisor: Literal["all", "valid"] = "all"
-    weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
-    student_passes: Literal[1, 2] = 1
-
-
 class AuxHead(nn.Module):
-    """An FCN head on one level, with the weight of its loss."""
+    """An FCN head on one level, and the weight of its loss."""
 
     def __init__(self, head: FCNHead, *, level: int, weight: float) -> None:
         super().__init__()
@@ -50,22 +40,21 @@ class KTDAMethod(Method):
 
     def __init__(
         self,
+        recipe: KTDARecipe,
         segmenter: KTDASegmenter,
         *,
-        aux_heads: Sequence[AuxHead] = (),
-        distillation: Distillation | None = None,
+        aux_heads: Sequence[AuxHead],
+        distillation: Distillation | None,
         side: FeatureAlignment | None = None,
         task_teacher: TaskTeacher | None = None,
-        rules: TrainingRules = TrainingRules(),
     ) -> None:
         """Join the parts; `side` aligns the student's levels for the distillation where the network has no FAM."""
         super().__init__()
-        self.segmenter = segmenter
+        self.recipe, self.segmenter = recipe, segmenter
         self.aux_heads = nn.ModuleList(aux_heads)
         self.distillation = distillation
         self.side = side
         self.task_teacher = task_teacher
-        self.rules = rules
         self.streams: tuple[StreamSpec, ...] = (StreamSpec("labeled", "train", masks=True, fill=segmenter.fill),)
         if task_teacher is not None and task_teacher.settings.unlabeled:
             self.streams += (StreamSpec("unlabeled", "train", masks=False, fill=segmenter.fill, strong_views=1),)
@@ -77,17 +66,17 @@ class KTDAMethod(Method):
             raise ValueError("the stream 'labeled' came without masks")
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
-        losses = {"seg": self.label_loss(logits, masks, divisor=self.rules.divisor)}
+        losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}
         logs = {"acc": pixel_accuracy(logits, masks)}
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
             logits = self._at_size(head(student.features), masks)
             share = head.weight / len(self.aux_heads)
-            losses[f"aux{suffix}"] = share * self.label_loss(logits, masks, divisor=self.rules.divisor)
+            losses[f"aux{suffix}"] = share * self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
         if self.distillation:
-            aligned = student.aligned if self.rules.student_passes == 1 else self.segmenter.align(images)
+            aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
             losses["distill"] = self.distillation(images, aligned, step)
@@ -109,7 +98,7 @@ class KTDAMethod(Method):
         return self.task_teacher.loss(logits, samples.images, samples.valid)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """One optimizer, `main`; one rate; exempt parameters in a group without weight decay."""
+        """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""
         decayed: list[nn.Parameter] = []
         exempt: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
@@ -119,11 +108,11 @@ class KTDAMethod(Method):
         return {"main": [group for group in groups if group.params]}
 
     def deployable(self) -> Segmenter:
-        """Student to decoder; auxiliary heads and the teacher stay behind."""
+        """The segmenter, without auxiliary heads and teacher."""
         return self.segmenter
 
     def _is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        match self.rules.weight_decay_exempt:
+        match self.recipe.weight_decay_exempt:
             case "names_with_norm":
                 return "norm" in name
             case "norms_and_biases":
@@ -132,12 +121,12 @@ class KTDAMethod(Method):
                 return False
 
     def _at_size(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """float32 logits on the masks' pixels, for loss and accuracy alike."""
+        """float32 logits at the size of the masks, for loss and accuracy."""
         return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
 def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Segmenter] | None = None) -> KTDAMethod:
-    """Student and teachers with the weights that the recipe names, the rest untrained.
+    """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Args:
         recipe: describes them.
@@ -146,7 +135,7 @@ def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Se
 
     Raises:
         RecipeError: parts of the recipe do not fit together, or the task teacher has another task.
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
     """
     taught_by = None
     if recipe.task_teacher is not None and load_model is not None:
@@ -161,7 +150,7 @@ def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Se
 def assemble_method(
     recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None, task_teacher: Segmenter | None = None
 ) -> KTDAMethod:
-    """Losses and auxiliary heads as the recipe says, round given networks; see `build_method`."""
+    """Build losses and auxiliary heads of a recipe for given networks; see `build_method`."""
     distillation = side = None
     if teacher is None and task_teacher is not None and recipe.side:
         teacher = next(part for part in task_teacher.modules() if isinstance(part, Backbone))
@@ -176,12 +165,12 @@ def assemble_method(
         )
         side = make_fam(recipe.fam, segmenter.student.info, teacher.info) if recipe.side else None
     return KTDAMethod(
+        recipe,
         segmenter,
         aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
         side=side,
         task_teacher=TaskTeacher(task_teacher, recipe.task_teacher) if task_teacher and recipe.task_teacher else None,
-        rules=TrainingRules(recipe.loss_divisor, recipe.weight_decay_exempt, recipe.student_passes),
     )
 
 
@@ -204,9 +193,9 @@ def _shown(values: Sequence[object]) -> str:
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:
-    """An auxiliary head on one of the decoder's inputs, whose widths are given."""
+    """Build an auxiliary head on one of the decoder's inputs, which have `widths` channels."""
     if config.level >= len(widths):
-        raise RecipeError(f"aux.level: {config.level} of {len(widths)} levels; they count from 0. Give a lower one.")
+        raise RecipeError(f"aux.level: {config.level}, but the decoder has {len(widths)} levels. Give a lower one.")
     head = FCNHead(
         widths[config.level],
         num_classes,
@@ -219,7 +208,7 @@ def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) ->
 
 
 def _check_grid(recipe: KTDARecipe, teacher: Backbone) -> None:
-    """A fixed FAM grid must be the teacher's for the training crops."""
+    """Raise unless a fixed FAM grid equals the teacher's grid for the training crops."""
     crop, patch = recipe.data.augment_of("labeled").crop_size, teacher.info.patch_size
     if recipe.fam is None or recipe.fam.grid == "auto" or patch is None:
         return

@@ -1,4 +1,4 @@
-"""The authors' checkpoints (`best.pth`, `latest.pth`) as models of ours."""
+"""Import of the authors' checkpoints (`best.pth`, `latest.pth`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,24 +27,18 @@ _BLOCK_PARTS = (("out_conv", "project"), ("resConfUnit1", "skip"), ("resConfUnit
 
 _NOT_SHIPPED = ("Dino_teacher_model.", "clip_model.")
 _NEVER_USED = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1.")
-"""Parameters that the authors' networks hold but do not compute with."""
+"""Parameters that the authors' networks contain but do not use."""
 
 
 def import_checkpoint(source: Path, recipe: MTDFRecipe, task: Task, *, output: Path) -> ModelHeader:
-    """Turn an authors' checkpoint into a model.safetensors. The teachers that it holds twice are left out.
+    """Convert an authors' checkpoint into a model.safetensors, without the teachers that it contains twice.
 
     Args:
-        source: the .pth file. It is read without running any code in it. The recipe's `ship` chooses between the
-            student's weights and their average.
+        source: the .pth file; no code in it is executed. The recipe's `ship` selects the student's weights or their
+            average.
         recipe: describes the network; its teachers are named `dino` and `clip`, as in the file.
         task: classes in the checkpoint's order, bands red, green, blue.
-        output: file to write.
-
-    Returns:
-        The header that was written.
-
-    Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+        output: file to write, see `write_imported`.
     """
     entry = "model" if recipe.ship == "student" else "model_ema"
     state = read_state_dict(source, entry)
@@ -55,10 +49,10 @@ def import_checkpoint(source: Path, recipe: MTDFRecipe, task: Task, *, output: P
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The student's tensors under our names; teachers and parameters that take part in nothing are left out.
+    """The student's tensors under our names, without teachers and unused parameters.
 
     Raises:
-        WeightsError: a name that RS-MTDF's networks do not have.
+        WeightsError: a name that does not belong to RS-MTDF's networks.
     """
     return {
         _rename(name): tensor for name, tensor in state.items() if not name.startswith((*_NOT_SHIPPED, *_NEVER_USED))
