@@ -310,6 +310,12 @@ class EvalConfig(Strict):
     ignore_classes: tuple[str, ...] = ()
     """Classes left out of the score: their labeled pixels are not counted."""
 
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if self.tile is not None and self.overlap is not None and self.overlap >= self.tile:
+            raise ValueError(f"overlap: {self.overlap} pixels do not fit tiles of {self.tile}")
+        return self
+
 
 class BaseRecipe(Strict):
     """What every recipe has, whatever its method."""

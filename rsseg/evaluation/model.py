@@ -17,7 +17,8 @@ from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
-from rsseg.distributed import current_ranks, sum_over_ranks
+from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
+from rsseg.errors import Interrupted
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
@@ -120,6 +121,7 @@ def evaluate(
     device: torch.device | str,
     progress: Advance | None = None,
     labels: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score a network on selected images; the ranks of a process group share the images, and all get the result.
 
@@ -130,9 +132,11 @@ def evaluate(
         device: where the network runs.
         progress: called after every image of this process.
         labels: False reads no mask and measures the entropy instead.
+        stop: asked after every image; ends the evaluation on all ranks once it returns True on any.
 
     Raises:
         DataError: unreadable files, an ignored class that does not exist.
+        Interrupted: `stop` returned True.
     """
     started = time.monotonic()
     ranks, task = current_ranks(), segmenter.task
@@ -149,6 +153,10 @@ def evaluate(
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, share)
+        if stop():
+            break
+    if max_over_ranks(int(stop())):
+        raise Interrupted("The evaluation was stopped.")
     total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([share])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()

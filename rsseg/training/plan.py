@@ -1,5 +1,6 @@
 """The plan of a run: device, weights and images are looked up before anything is built."""
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RecipeError
 from rsseg.inference.device import own_device, resolve_precision
-from rsseg.methods.base import Method
+from rsseg.inference.predict import choose_tiling
+from rsseg.methods.base import Method, Segmenter
 from rsseg.recipe import Recipe
 from rsseg.task import Task
 
@@ -29,12 +31,13 @@ class Hardware:
 
 
 def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; a device without a number means one GPU per process.
+    """Resolve `auto` for device and autocast type; each of several processes gets a GPU of its own.
 
     Raises:
         MachineError: the device does not exist here.
+        UsageError: several processes would share a device.
     """
-    device = own_device(config.device, ranks.local)
+    device = own_device(config.device, ranks.local if ranks.world_size > 1 else None)
     match config.amp_dtype:
         case "none":
             return Hardware(device)
@@ -166,6 +169,20 @@ def open_validation(recipe: Recipe, task: Task, datasets: Datasets) -> Source | 
         if recipe.trainer.monitor == "last":
             return None
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
+
+
+def check_evaluation(recipe: Recipe, segmenter: Segmenter) -> None:
+    """Raise `RecipeError` if `eval` names an unknown class or an overlap that does not fit the network's tile."""
+    config, names = recipe.eval, segmenter.task.class_names
+    if unknown := [name for name in config.ignore_classes if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The classes are {', '.join(names)}."
+        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is no class of this dataset. {hint}")
+    tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
+    if tiling.overlap >= tiling.tile:
+        raise RecipeError(
+            f"eval.overlap: {tiling.overlap} pixels do not fit tiles of {tiling.tile}. Choose 0 to {tiling.tile - 1}."
+        )
 
 
 def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> dict[str, Source]:

@@ -5,7 +5,6 @@ when it is complete; an interrupted call can be repeated and resumes.
 """
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rsseg import __version__
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
 from rsseg.datasets.layouts import Layout
 from rsseg.datasets.prepare.archives import gather, is_archive
@@ -124,9 +124,8 @@ def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[s
         files += [options.folder.classes, *options.folder.split_lists.values()]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(repr(states).encode()).hexdigest()
-    made_with = importlib.metadata.version("rsseg")
     request = {"dataset": plan.card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
-    return request | {"made_with": made_with}
+    return request | {"made_with": __version__}
 
 
 def _generate(
