@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import MachineError
+from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
 
 
@@ -149,6 +150,10 @@ class Method(nn.Module, ABC):
     """
 
     streams: tuple[StreamSpec, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label_loss = LabelLoss()  # on labeled streams; the registry puts the recipe's in its place
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:

@@ -176,6 +176,22 @@ def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets)
     }
 
 
+def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:
+    """Pixels of each class in the images of the labeled streams, as counted when their dataset was prepared.
+
+    Raises:
+        DataError: the index has no counts.
+    """
+    items = [item for spec in method.streams if spec.masks for item in streams[spec.name].items]
+    counts = [item.classes for item in items if item.classes is not None]
+    if len(counts) < len(items):
+        raise DataError(
+            "loss.class_weights: auto goes by the classes of the labeled images, but the index does not count them. "
+            "Prepare the dataset again."
+        )
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
 def absent_classes(method: Method, streams: Mapping[str, Source], task: Task) -> list[str]:
     """One warning per labeled stream that lacks a class, by the counts made when the dataset was prepared."""
     warnings = []

@@ -25,12 +25,14 @@ from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
     Hardware,
     TrainPlan,
     absent_classes,
     choose_hardware,
+    class_pixels,
     find_weights,
     make_plan,
     open_streams,
@@ -54,6 +56,7 @@ class _Built:
     method: Method
     streams: dict[str, Source]
     validation: Source | None
+    statistics: Source | None
     plan: TrainPlan
 
 
@@ -128,6 +131,9 @@ def train(
             for warning in warnings:
                 listener.on_message(warning)
             reason = trainer.fit()
+            if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
+                device = str(built.hardware.device)
+                ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
         result = _result(run, recipe, counters, reason, recorder)
         listener.on_end(result)
         if result.state == "interrupted":
@@ -212,8 +218,11 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
     streams = open_streams(recipe, method, task, datasets)
+    if recipe.loss.class_weights == "auto":
+        method.label_loss.weigh(class_pixels(method, streams), hardware.device)
+    statistics = open_statistics(recipe, method.deployable(), task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
-    return _Built(task, datasets, hardware, method, streams, validation, plan)
+    return _Built(task, datasets, hardware, method, streams, validation, statistics, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsseg.checkpoint import load_tensors, write_model
+from rsseg.config import LossConfig
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
 from rsseg.layers.blocks import resize_logits
 from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
-from rsseg.methods.registry import segmenter_for
+from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
@@ -108,6 +109,20 @@ def test_step_does_not_wait_for_the_device(method: Method, batches: Iterator[Bat
         output = method(batch, 1)
         torch.stack(list(output.losses.values())).sum().backward()
         method.after_optimizer_step(1)
+
+
+def test_what_a_recipe_adds_to_the_loss_on_labels_acts_in_every_method(case: Case) -> None:
+    def seg(**loss: object) -> float:
+        torch.manual_seed(0)
+        method = method_for(case.recipe.model_copy(update={"loss": LossConfig.model_validate(loss)}), case.task).train()
+        return backward(method, batch)["seg"].item()
+
+    batch = next(training_batches(case.recipe, case.method().streams, case.task, device="cpu", start_step=0))
+    plain = seg()
+    assert seg(dice=1.0) > plain
+    assert seg(focal_gamma=2.0) < plain
+    if getattr(case.recipe, "source_decoder_weights", None) is None:
+        assert seg(class_weights=(2.0, 2.0, 2.0)) == pytest.approx(2 * plain, rel=1e-5)
 
 
 def test_frozen_parts_stay_as_they_are(case: Case, method: Method, batches: Iterator[Batch]) -> None:

@@ -231,11 +231,6 @@ def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
         assert all(loss.isfinite() for loss in method(batch, 0).losses.values())
 
 
-def test_rare_classes_are_drawn_more_often_only_in_the_source() -> None:
-    assert [spec.rare_classes for spec in make_method(rare_class_sampling=0.01).streams] == [0.01, None]
-    assert [spec.rare_classes for spec in make_method().streams] == [None, None]
-
-
 def test_students_look_at_plain_target_images_only_if_a_loss_or_the_teacher_needs_it() -> None:
     seen: list[int] = []
     for kind, forwards in (("whole", 2), ("decoder_only_t", 2)):

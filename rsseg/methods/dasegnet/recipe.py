@@ -139,9 +139,6 @@ class DASegNetRecipe(BaseRecipe):
     """The same for the target-style decoder."""
     loss_divisor: Literal["all", "valid"] = "all"
     """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
-    rare_class_sampling: Annotated[float, Field(gt=0)] | None = None
-    """Temperature of sampling source images by the rarity of their classes (DAFormer: 0.01); None samples uniformly, as
-    published."""
     head_lr_scale: Positive = 1.0
     """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
     SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
