@@ -1,0 +1,198 @@
+"""One golden case: its settings, its tensors, and the comparison of results with what it recorded."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from tests.golden.comparison import Comparison
+from tests.golden.generated import DIGESTS, SPELLINGS, STATISTICS, Generator, cut, digest, slices_in
+from tests.golden.settings import Settings, plain
+
+RESULTS = ("out", "logits", "feat_", "grad", "after", "final", "end_", "negative", "state_after")
+"""How the keys of recorded results begin, as far as they are the same in many kinds."""
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Recorded tensors, which know which of them were used."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.used.add(key)
+        return self._tensors[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`detail` is what follows the first comma of a module that is a phrase (`..., grass geometry`)."""
+
+    name: str
+    kind: str
+    detail: str
+    meta: Settings
+    tensors: Tensors
+    comparison: Comparison = field(default_factory=Comparison)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose key starts with `prefix.`, the prefix taken off."""
+        return {
+            key.removeprefix(f"{prefix}."): self.tensors[key] for key in self.tensors if key.startswith(f"{prefix}.")
+        }
+
+    def sequence(self, prefix: str) -> list[Tensor]:
+        """Tensors `prefix.0`, `prefix.1`, ... in order."""
+        numbers = sorted(int(key.rpartition(".")[2]) for key in self._numbered(prefix))
+        assert numbers == list(range(len(numbers))), f"{self.name}: {prefix} has the numbers {numbers}"
+        return [self.tensors[f"{prefix}.{i}"] for i in numbers]
+
+    def has(self, key: str) -> bool:
+        """Whether a tensor was recorded, whole or as statistics."""
+        return key in self.tensors or key in self.statistics
+
+    def tolerance(self, what: str) -> dict[str, float]:
+        """rtol and atol of `what`, else of results in general; the one that is missing is 0."""
+        stated = self.meta["tolerance"]
+        if stated == "exact" or stated.get("exact") is True:
+            return {"rtol": 0.0, "atol": 0.0}
+        names = {name: stated[f"{what}_{name}"] for name in ("rtol", "atol") if f"{what}_{name}" in stated}
+        if names:
+            return {"rtol": float(names.get("rtol", 0.0)), "atol": float(names.get("atol", 0.0))}
+        for name in (what, "forward", "logits"):
+            if isinstance(stated.get(name), Mapping):
+                stated = stated[name]
+                break
+        assert "rtol" in stated or "atol" in stated, f"{self.name}: no tolerance for {what}"
+        return {"rtol": float(stated.get("rtol", 0.0)), "atol": float(stated.get("atol", 0.0))}
+
+    def close(self, label: str, actual: Any, expected: Any, what: str = "forward", **tolerance: float) -> None:
+        """Compare numbers or tensors within the case's tolerance for `what`, or within the one that is given."""
+        self.comparison.close(label, actual, expected, **(tolerance or self.tolerance(what)))
+
+    def check(self, actual: Tensor | None, key: str, what: str = "forward") -> None:
+        """Compare with the recorded tensor, with the slices of it that were recorded, or with its statistics."""
+        assert actual is not None, f"{self.name}: nothing was computed for {key}"
+        assert self.has(key), f"{self.name}: {key} is not recorded"
+        if key in self.tensors:
+            expected = self.tensors[key]
+            if actual.shape != expected.shape:
+                actual_part = cut(actual, self._slices(key), expected.shape)
+                if _without_ones(actual_part) == _without_ones(expected):
+                    actual_part = actual_part.reshape(expected.shape)
+            else:
+                actual_part = actual
+            self.close(key, actual_part.to(expected.dtype), expected, what)
+        for name, recorded in self.statistics.get(key, {}).items():
+            self._check_statistic(actual, key, name, recorded, what)
+
+    def check_maps(self, maps: Sequence[Tensor], prefix: str, what: str = "forward") -> int:
+        """Compare those of `prefix.0`, `prefix.1`, ... that were recorded; returns how many these are."""
+        recorded = {i for i in range(len(maps)) if self.has(f"{prefix}.{i}")}
+        for i in sorted(recorded):
+            self.check(maps[i], f"{prefix}.{i}", what)
+        stored = self._numbered(prefix)
+        assert len(stored) <= len(recorded), f"{self.name}: {len(maps)} maps were computed for {stored}"
+        return len(recorded)
+
+    def check_named(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "grad") -> None:
+        """Compare every expected tensor with the one of its name."""
+        for name, tensor in expected.items():
+            assert name in actual, f"{self.name}: there is no {name}"
+            self.close(f"{what} {name}", actual[name], tensor, what)
+
+    def check_classes(self, label: str, actual: Tensor, expected: Tensor, share: float = 0.999) -> None:
+        """At least this part of the pixels must have the recorded class: near-ties differ between machines."""
+        assert actual.numel() == expected.numel(), f"{self.name} {label}: {actual.shape}, recorded {expected.shape}"
+        equal = (actual.reshape(expected.shape).long() == expected.long()).double().mean()
+        self.comparison.close(label, float(equal), 1.0, atol=1 - share)
+
+    def check_differs(self, actual: Tensor, key: str, least: float = 1e-2) -> None:
+        """A negative control: the result must be far from what was recorded."""
+        far = float((actual.detach().reshape(self.tensors[key].shape) - self.tensors[key]).abs().max())
+        assert far > least, f"{self.name}: {key} must not be what is computed, but is within {far}"
+        self.comparison.count += 1
+
+    @cached_property
+    def generator(self) -> Generator | None:
+        """What makes tensors that are not stored."""
+        if "generator" not in self.meta:
+            return None
+        return Generator(self.meta["generator"], int(self.meta["case_number"]))
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Recorded statistics by key of the tensor: of sections of such, of the list of tensors, and of lists."""
+        found: dict[str, dict[str, Any]] = {}
+        for section, entries in self.meta.items() if self.meta else ():
+            if isinstance(entries, Mapping):
+                for key in entries:
+                    named = _statistics_of(entries[key], in_list=section == "tensors") if "." in key else {}
+                    if named:
+                        found.setdefault(key, {}).update(named)
+            elif section.startswith("out_") and _is_statistic(section.removeprefix("out_")):
+                keys = [key for key in self.meta["tensors"] if key.startswith("out.")]
+                assert len(keys) == len(entries), f"{self.name}: {section} has {len(entries)} values for {keys}"
+                for key, value in zip(keys, entries, strict=True):
+                    found.setdefault(key, {})[section.removeprefix("out_")] = value
+        return found
+
+    def unread_settings(self) -> list[str]:
+        """Hyper-parameters that the driver of the case did not read."""
+        sections = ("hyper", "hyper_parameters", "module", "segmentor", "optimizers", "optimiser", "hook")
+        named = [self.meta[name] for name in sections if isinstance(self.meta.get(name), Settings)]
+        return [path for section in named for path in section.unread()]
+
+    def unread_results(self) -> list[str]:
+        """Recorded results that were compared with nothing."""
+        return [key for key in self.tensors if key.startswith(RESULTS) and key not in self.tensors.used]
+
+    def _numbered(self, prefix: str) -> list[str]:
+        return [key for key in self.tensors if re.fullmatch(rf"{re.escape(prefix)}\.\d+", key)]
+
+    def _slices(self, key: str) -> tuple[slice, ...]:
+        texts = [self.meta[name] for name in ("keys", "key_notes", "note", "notes") if name in self.meta]
+        stated: dict[str, tuple[slice, ...]] = {}
+        for text in texts:
+            stated |= slices_in("; ".join(text) if isinstance(text, list) else text)
+        return stated.get(key) or stated.get(re.sub(r"\.\d+$", "", key)) or ()
+
+    def _check_statistic(self, actual: Tensor, key: str, name: str, recorded: Any, what: str) -> None:
+        label, known = f"{key} {name}", SPELLINGS.get(name, name)
+        if known == "shape":
+            self.close(label, list(actual.shape), plain(recorded), rtol=0.0, atol=0.0)
+        elif known in DIGESTS:
+            assert digest(actual, known) == str(recorded).lower().removeprefix("0x"), f"{self.name}: {label} differs"
+            self.comparison.count += 1
+        else:
+            self.close(label, STATISTICS[known](actual.detach().double()), recorded, what)
+
+
+def _statistics_of(entry: Any, *, in_list: bool) -> dict[str, Any]:
+    """Of one tensor, by name. The list of tensors also has the shapes of what is stored, which may be slices."""
+    if not isinstance(entry, Mapping):
+        return {}
+    named = {name: entry[name] for name in entry if name != "dtype" and not (in_list and name == "shape")}
+    unknown = [name for name in named if not _is_statistic(name)]
+    return {} if unknown else named
+
+
+def _is_statistic(name: str) -> bool:
+    return SPELLINGS.get(name, name) in {*STATISTICS, *DIGESTS, "shape"}
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [side for side in tensor.shape if side != 1]

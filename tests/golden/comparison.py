@@ -1,0 +1,109 @@
+"""Comparison of results with recorded values, and what to think of a recorded value that is not exact itself."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST_EXCESS = 10.0
+"""Tolerances by which a float32 value may miss the float64 result before it is simply wrong."""
+LARGEST_SHARE = 0.01
+"""Part of a tensor's values that may do so (one value always may)."""
+LARGEST_NOISE_RATIO = 16.0
+"""How many times larger than our own float32 error, in the same tensor, the recorded error may be."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A result that is not within tolerance of the recorded value; float64 copies."""
+
+    label: str
+    actual: Tensor
+    expected: Tensor
+    rtol: float
+    atol: float
+
+    def __str__(self) -> str:
+        if self.actual.shape != self.expected.shape:
+            return f"{self.label}: shape {tuple(self.actual.shape)}, recorded {tuple(self.expected.shape)}"
+        error = (self.actual - self.expected).abs()
+        bound = self.atol + self.rtol * self.expected.abs()
+        wrong = ~(error <= bound)
+        return (
+            f"{self.label}: {int(wrong.sum())} of {wrong.numel()} values differ, by up to {float(error.max()):.3g} "
+            f"where {float(bound.flatten()[error.argmax()]):.3g} is allowed"
+        )
+
+
+@dataclass
+class Comparison:
+    """Everything that one run of a case compared."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def close(self, label: str, actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+        """Note a difference of more than atol + rtol * |expected|.
+
+        Where NaN was recorded any finite value is accepted: there the original overflows or divides by zero.
+        """
+        self.count += 1
+        label = self._unique(label)
+        result, recorded = (_as_float64(value) for value in (actual, expected))
+        self.values[label] = result
+        if result.shape != recorded.shape:
+            self.differences.append(Difference(label, result, recorded, rtol, atol))
+            return
+        undefined = recorded.isnan()
+        if undefined.any():
+            self.notes.append(f"{label}: {int(undefined.sum())} of {undefined.numel()} recorded values are NaN")
+            recorded = torch.where(undefined & result.isfinite(), result, recorded)
+        near = (result - recorded).abs() <= atol + rtol * recorded.abs()
+        if not (near | (result == recorded)).all():  # infinities are equal, but have no difference
+            self.differences.append(Difference(label, result, recorded, rtol, atol))
+
+    def _unique(self, label: str) -> str:
+        number = 1
+        unique = label
+        while unique in self.values:
+            number += 1
+            unique = f"{label} (comparison {number})"
+        return unique
+
+
+def _as_float64(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def explain(difference: Difference, exact: Tensor) -> str | None:
+    """Why a difference is no more than rounding, or None if it is more.
+
+    `exact` is the same result computed in float64. Where the recorded float32 value is itself outside the tolerance of
+    `exact`, ours is compared with `exact` instead, within the same tolerance; where only ours is outside, the recorded
+    value is compared with `exact`. To be taken for rounding, such values must be few and near the bound, and a recorded
+    one not much worse than our own float32 error in the same tensor.
+    """
+    actual, expected = difference.actual, difference.expected
+    if actual.shape != expected.shape or actual.shape != exact.shape or not exact.isfinite().all():
+        return None
+    disputed = ~((actual - expected).abs() <= difference.atol + difference.rtol * expected.abs())
+    bound = difference.atol + difference.rtol * exact.abs()
+    recorded_error, own_error = ((value - exact).abs() / bound for value in (expected, actual))
+    recorded, own = recorded_error[disputed], own_error[disputed]
+    believable = (
+        bool((torch.minimum(recorded, own) <= 1).all())
+        and bool((torch.maximum(recorded, own) <= LARGEST_EXCESS).all())
+        and int(disputed.sum()) <= max(1, LARGEST_SHARE * disputed.numel())
+        and bool((recorded[recorded > 1] <= LARGEST_NOISE_RATIO * float(own_error.max())).all())
+    )
+    if not believable:
+        return None
+    return (
+        f"{difference.label}: {int(disputed.sum())} of {disputed.numel()} values differ by rounding; from the float64 "
+        f"result recorded ones are up to {float(recorded.max()):.2f} tolerances away, ours {float(own.max()):.2f}"
+    )
