@@ -24,6 +24,16 @@ class Difference:
     rtol: float
     atol: float
 
+    @property
+    def may_be_rounding(self) -> bool:
+        """Whether it is small and rare enough for a look at the float64 result."""
+        if self.actual.shape != self.expected.shape:
+            return False
+        error, bound = (self.actual - self.expected).abs(), self.atol + self.rtol * self.expected.abs()
+        disputed = ~(error <= bound)
+        few = int(disputed.sum()) <= max(1, LARGEST_SHARE * disputed.numel())
+        return few and bool((error[disputed] <= 2 * LARGEST_EXCESS * bound[disputed]).all())
+
     def __str__(self) -> str:
         if self.actual.shape != self.expected.shape:
             return f"{self.label}: shape {tuple(self.actual.shape)}, recorded {tuple(self.expected.shape)}"

@@ -91,7 +91,8 @@ def _judge(case: Case, path: Path, drivers: Drivers) -> list[str]:
     differences = case.comparison.differences
     if not differences:
         return []
-    exact, problem = _run_in_float64(path, drivers)
+    possible = all(difference.may_be_rounding for difference in differences)
+    exact, problem = _run_in_float64(path, drivers) if possible else (None, "")
     values = exact.comparison.values if exact else {}
     reasons = [explain(d, values[d.label]) if d.label in values else None for d in differences]
     wrong = [str(difference) for difference, reason in zip(differences, reasons, strict=True) if reason is None]

@@ -1,0 +1,129 @@
+"""Cases made from recorded ones, for situations of their siblings, and with wrong values, which must fail."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.golden.harness import GOLDENS, Drivers, run_case
+
+Meta = dict[str, Any]
+Edit = Callable[[Meta, dict[str, Tensor]], None]
+
+FAILURES = (Exception, pytest.fail.Exception)
+
+
+def recorded(method: str, name: str) -> Path:
+    """JSON file of a recorded case; skips the test where it is absent."""
+    path = GOLDENS / method / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"no golden case {path}; set RSSEG_GOLDENS")
+    return path
+
+
+def read(path: Path) -> tuple[Meta, dict[str, Tensor]]:
+    """Settings and tensors of a case."""
+    stored = path.with_suffix(".safetensors")
+    return json.loads(path.read_text(encoding="utf-8")), load_file(stored) if stored.exists() else {}
+
+
+def derive(source: Path, folder: Path, *edits: Edit, name: str | None = None) -> Path:
+    """Write a copy of a case after some edits, under its own name unless another is given."""
+    meta, tensors = read(source)
+    for edit in edits:
+        edit(meta, tensors)
+    return write(folder / f"{name or source.stem}.json", meta, tensors)
+
+
+def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write a case; returns its JSON file."""
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    if tensors:
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path.with_suffix(".safetensors")
+        )
+    return path
+
+
+def fails(path: Path, drivers: Drivers, match: str | None = None) -> None:
+    """Pass if the case fails."""
+    with pytest.raises(FAILURES, match=match):
+        run_case(path, drivers)
+
+
+def drop(*prefixes: str) -> Edit:
+    """Leave out the tensors whose keys begin so."""
+
+    def edit(_meta: Meta, tensors: dict[str, Tensor]) -> None:
+        found = [key for key in tensors if key.startswith(prefixes)]
+        assert found, f"nothing begins with {prefixes}"
+        for key in found:
+            del tensors[key]
+
+    return edit
+
+
+def spoil(key: str) -> Edit:
+    """Change one value of a tensor by more than any tolerance."""
+
+    def edit(_meta: Meta, tensors: dict[str, Tensor]) -> None:
+        tensors[key] = spoilt(tensors[key])
+
+    return edit
+
+
+def spoilt(tensor: Tensor) -> Tensor:
+    """A copy whose middle value is wrong."""
+    changed = tensor.contiguous().clone()
+    flat = changed.view(-1)
+    place = flat.numel() // 2
+    if changed.is_floating_point():
+        flat[place] += 1 + flat.abs().max()
+    else:
+        flat[place] = 1 - flat[place] if flat[place] <= 1 else flat[place] - 1
+    return changed
+
+
+def put(path: str, value: Any) -> Edit:
+    """Set an entry of the JSON, given as `hyper.arch.depths` or with numbers for places in lists."""
+
+    def edit(meta: Meta, _tensors: dict[str, Tensor]) -> None:
+        *parents, last = path.split(".")
+        owner: Any = meta
+        for parent in parents:
+            owner = owner[int(parent)] if isinstance(owner, list) else owner[parent]
+        owner[int(last) if isinstance(owner, list) else last] = value
+
+    return edit
+
+
+def statistics_of(tensor: Tensor) -> dict[str, float]:
+    """What a case may hold in place of a large tensor."""
+    values = tensor.detach().double()
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "abs_mean": float(values.abs().mean()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
+
+
+def one_wrong(values: Mapping[str, float]) -> dict[str, float]:
+    """Statistics of which the mean magnitude is wrong."""
+    return dict(values) | {"abs_mean": 1.1 * values["abs_mean"] + 0.1}
+
+
+def exact_sum(x: Tensor) -> float:
+    """Sum in float64."""
+    return float(x.double().sum())
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
