@@ -112,10 +112,11 @@ def readings(case: Case, key: str, views: int, window: Window | None) -> Iterato
     elif "whole" in key or window is None:
         windows = [None]
     everything = tuple(range(views))
-    groups = [everything] if any(word in key for word in SEVERAL_VIEWS) else [(0,), *((i,) for i in everything[1:])]
-    if views > 1 and everything not in groups:
-        groups.append(everything)
-    assert len(groups[0]) > 1 or groups[0] != everything or views == 1, f"{case.name}: {key} needs several views"
+    if any(word in key for word in SEVERAL_VIEWS):
+        assert views > 1, f"{case.name}: {key} is of several views, but one is recorded"
+        groups = [everything]
+    else:
+        groups = [*((i,) for i in everything), *([everything] if views > 1 else [])]
     for group in groups:
         for chosen in windows:
             yield Reading(group, chosen)

@@ -1,4 +1,4 @@
-"""Situations of the siblings of KTDA's recorded cases, made from these; each passes, and fails with a wrong value."""
+"""Situations of the siblings of KTDA's recorded cases; each passes, and fails with a wrong value."""
 
 from pathlib import Path
 from typing import Any
