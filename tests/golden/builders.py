@@ -28,7 +28,7 @@ def make_task(num_classes: int) -> Task:
     )
 
 
-def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None = None) -> Backbone:
+def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None = None, bands: int = 3) -> Backbone:
     """A backbone that takes images as recorded, which are normalized already."""
     info = BackboneInfo(
         name="golden",
@@ -38,8 +38,8 @@ def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None
         strides=built.strides,
         input_multiple=multiple or patch or max(built.strides),
         patch_size=patch,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
+        mean=(0.0,) * bands,
+        std=(1.0,) * bands,
         license="none",
     )
     return as_precise(Backbone(info, built.body))

@@ -32,7 +32,8 @@ def make_backbone(config: Settings) -> Backbone:
     config.expect("pretrained", None)
     make = {"MixVisionTransformer": mit, "ResNetV1c": resnet}
     assert config["type"] in make, f"there is no backbone {config['type']!r}"
-    return unnormalized(make[config["type"]](config), multiple=INPUT_MULTIPLE)
+    bands = config.get("in_channels", 3)
+    return unnormalized(make[config["type"]](config), multiple=INPUT_MULTIPLE, bands=bands)
 
 
 def mit(config: Settings) -> Built:

@@ -1,5 +1,6 @@
 """ST-DASegNet's golden cases outside the network: tiling, label colours, metrics, learning rates."""
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -81,12 +82,13 @@ def scene_named(card: str, file: str) -> str:
 def check_label_colours(case: Case) -> None:
     """Classes of a colour-coded mask; what no tile covers holds 255."""
     script = case.meta["script"]
-    stated = re.search(r"tiled (\d+)/(\d+)", case.meta["description"])
-    assert stated, f"{case.name}: the tiling is described in an unknown way"
+    stated = re.search(r"tiled (\d+)/(\d+)", case.meta.get("description", ""))
+    assert stated or "clip" in case.meta, f"{case.name}: the tiling is described in an unknown way"
+    tile, stride = map(int, stated.groups()) if stated else (case.meta["clip"], case.meta["stride"])
     image = case.tensors["rgb"].numpy().transpose(2, 0, 1)
     expected = case.tensors["label"]
     covered = np.full(expected.shape, False)
-    for window in published_grid(script, *map(int, stated.groups())).windows(*expected.shape):
+    for window in published_grid(script, tile, stride).windows(*expected.shape):
         covered[window.row : window.row + window.height, window.col : window.col + window.width] = True
     name, values = published(script)
     labels, rule = CARDS[name].choose_labels(None), CARDS[name].choose_rule(RULE)
@@ -116,6 +118,7 @@ def check_metrics(case: Case) -> None:
 def check_values(case: Case, key: str, actual: Iterable[float | None], expected: Iterable[float | None]) -> None:
     """Values of classes; None where the score is undefined."""
     ours, theirs = list(actual), list(expected)
+    theirs = [None if value is None or math.isnan(value) else value for value in theirs]
     assert [value is None for value in ours] == [value is None for value in theirs], f"{case.name} {key}: {ours}"
     known = [[v for v in values if v is not None] for values in (ours, theirs)]
     case.close(key, *(torch.tensor(values, dtype=torch.float64) for values in known), "result")

@@ -20,12 +20,13 @@ _STEPS = "32 8 32 1 2654435761 40503 2 32 16 73244475 2 32 16 73244475 2 32 16 2
 def uniform(name: str, shape: Sequence[int], case_number: int) -> np.ndarray:
     """float64 numbers in [-0.5, 0.5), a function of the key's name and the element's place."""
     seed = zlib.crc32(name.encode()) ^ case_number
-    index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
-    x = (index * np.uint64(2654435761) + np.uint64(seed * 40503 % 2**32)) & np.uint64(0xFFFFFFFF)
+    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)  # arithmetic of this type is modulo 2**32
+    x *= np.uint32(2654435761)
+    x += np.uint32(seed * 40503 % 2**32)
     for _ in range(2):
-        x ^= x >> np.uint64(16)
-        x = (x * np.uint64(73244475)) & np.uint64(0xFFFFFFFF)
-    x ^= x >> np.uint64(16)
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(73244475)
+    x ^= x >> np.uint32(16)
     return (x / 2.0**32 - 0.5).reshape(tuple(shape))
 
 
@@ -135,9 +136,13 @@ def slices_in(text: str) -> dict[str, tuple[slice, ...]]:
 
 
 def cut(tensor: Tensor, parts: tuple[slice, ...], shape: Sequence[int]) -> Tensor:
-    """The slices of the first or of the last dimensions, whichever give the recorded shape."""
-    for index in (parts, (..., *parts)):
-        if len(parts) <= tensor.ndim and tensor[index].shape == tuple(shape):
+    """The part that was recorded: the slices of the first or of the last dimensions, whichever give its shape.
+
+    Without fitting slices, every k-th element of each dimension, if there is such a k; else the whole.
+    """
+    every = tuple(slice(None, None, -(-own // max(side, 1))) for own, side in zip(tensor.shape, shape, strict=False))
+    for index in (parts, (..., *parts), every if tensor.ndim == len(shape) else ()):
+        if len(index) <= tensor.ndim + 1 and tensor[index].shape == tuple(shape):
             return tensor[index]
     return tensor
 

@@ -98,6 +98,9 @@ def fill(case: Case, parts: Iterable[tuple[str, nn.Module]]) -> None:
         for name, tensor in state.items():
             reference = references[prefix + name]
             tensor.copy_(made.setdefault(reference, case.generator.parameter(reference, tensor)))
+            for key in (reference, f"sd.{reference}"):
+                if key in case.statistics:
+                    case.check(tensor, key)
     for key, expected in case.meta.get("self_check", {}).items():
         name, _, end = key.partition("[:")
         values = made.get(name)

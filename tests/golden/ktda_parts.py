@@ -36,7 +36,8 @@ Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def convnext(case: Case) -> None:
-    backbone = unnormalized(student_body(case.meta["hyper"]))
+    hyper = case.meta["hyper"]
+    backbone = unnormalized(student_body(hyper), bands=hyper.get("in_channels", 3))
     tensors = student_names(case.group("sd"))
     load_backbone(backbone, tensors)
     check_backbone(case, backbone, student_names)
@@ -44,7 +45,8 @@ def convnext(case: Case) -> None:
 
 def vision_transformer(case: Case) -> None:
     hyper = case.meta["hyper"]
-    backbone = unnormalized(teacher_body(hyper), patch=hyper.get("patch_size", 16)).eval()
+    patch, bands = hyper.get("patch_size", 16), hyper.get("in_channels", 3)
+    backbone = unnormalized(teacher_body(hyper), patch=patch, bands=bands).eval()
     tensors = teacher_names(case.group("sd"))
     load_backbone(backbone, tensors)
     images = check_backbone(case, backbone, teacher_names)

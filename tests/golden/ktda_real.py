@@ -18,12 +18,12 @@ from tests.golden.ktda_generated import fill, published_backbone, published_reci
 from tests.golden.ktda_whole import image_of, whole_model
 from tests.golden.settings import plain
 
-STUDENT = {"convnext-b", "student", "backbone", "fam"}
-TEACHER = {"vit-b/14", "vit-b", "dinov2-b", "dinov2-b/14", "teacher"}
+STUDENT = {"convnext-b", "convnext", "student", "backbone", "fam"}
+TEACHER = {"vit-b/14", "vit-b", "vit", "visiontransformer", "dinov2-b", "dinov2-b/14", "dinov2", "teacher"}
 REST = {
     "whole", "full", "complete", "model", "ktda", "distillencoderdecoder", "neck", "multilevelneck", "fmm", "vitblock",
     "uperhead", "upernet", "decode", "auxiliary", "fcnhead", "head", "heads", "and", "with", "all", "losses", "loss",
-    "grass", "cloud", "published", "configuration", "geometry", "a", "the", "of",
+    "grass", "cloud", "published", "configuration", "geometry", "a", "the", "of", "mmpretrain", "base", "frozen",
 }  # fmt: skip
 """Words that a module may consist of."""
 

@@ -1,6 +1,6 @@
 """KTDA's assembled models: a recipe from the case's settings, weights by the importer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def whole_model(case: Case) -> None:
         check_trajectory(case, loaded_method(case))
     else:
         plain(case.meta.get("optimiser"))  # nothing is optimized
-    if case.group("after") and passes_before_averages(case) > steps:
+    if case.recorded("after") and passes_before_averages(case) > steps:
         method = loaded_method(case)
         for _ in range(passes_before_averages(case)):
             step_output(case, method)
@@ -78,7 +78,7 @@ def check_eval(case: Case, method: KTDAMethod) -> None:
             "out.neck": segmenter.neck(run.aligned) if segmenter.neck else run.aligned,
             "out.feat": run.features,
             "out.fmm": run.features,
-            "out.teacher": method.distillation.teacher_maps(images) if method.distillation else (),
+            "out.teacher": teacher_maps(case, method, images),
         }
         for i, head in enumerate(method.aux_heads):
             made[f"out.aux_logits.{i}"] = [head(run.features)]
@@ -100,17 +100,30 @@ def check_eval(case: Case, method: KTDAMethod) -> None:
             case.check_classes(key, full.argmax(dim=1), case.tensors[key])
 
 
+def teacher_maps(case: Case, method: KTDAMethod, images: Tensor) -> Sequence[Tensor]:
+    """Also of a teacher that is described, but not used."""
+    if method.distillation:
+        return method.distillation.teacher_maps(images)
+    hyper = case.meta.get("hyper", {})
+    if not hyper.get("teach_backbone") or "out.teacher.0" not in case.tensors:
+        return ()
+    teacher = unnormalized(teacher_body(hyper["teach_backbone"]), patch=hyper["teach_backbone"]["patch_size"]).eval()
+    load_backbone(teacher, rename_tensors(case.group("sd")).teacher)
+    return teacher(images)
+
+
 def check_losses_and_gradients(case: Case, method: KTDAMethod) -> None:
     """Losses, and gradients of their sum."""
     sections = [key for key in case.meta if key.startswith("losses")]
-    evaluated = [key for key in sections if "eval" in key or len(image_of(case)) == 1]
+    trains = len(image_of(case)) > 1 or any("train" in key for key in sections)
+    evaluated = [key for key in sections if "eval" in key or not trains]
     if evaluated:
         with torch.no_grad():
             output = step_output(case, method, train=False)
         for key in evaluated:
             check_losses(case, key, output, case.meta[key], "losses")
     trained = [key for key in sections if key not in evaluated]
-    recorded = {own_name(name): tensor for name, tensor in case.group("grad.sd").items()}
+    recorded = case.recorded("grad.sd")
     if not (trained or recorded or "grad_norm_total_loss" in case.meta):
         return
     output = step_output(case, method)
@@ -119,8 +132,9 @@ def check_losses_and_gradients(case: Case, method: KTDAMethod) -> None:
     total(output.losses).backward()
     for part, expected in case.meta.get("grad_norm_total_loss", {}).items():
         check_norm(case, method, part, expected, "total")
-    parameters = dict(_full_names(method, grads=True))
-    case.check_named(parameters, recorded)
+    found = _full_names(method, grads=True)
+    for name in recorded:
+        case.check(found.get(own_name(name)), f"grad.sd.{name}", "grad")
 
 
 def check_gradients_by_loss(case: Case, method: KTDAMethod) -> None:
@@ -138,7 +152,7 @@ def check_trajectory(case: Case, method: KTDAMethod) -> None:
     steps = case.meta["trajectory"]
     if "steps" in case.meta["optimiser"]:
         assert len(steps) == case.meta["optimiser"]["steps"]
-    passes = passes_before_averages(case) if case.group("after") else 0
+    passes = passes_before_averages(case) if case.recorded("after") else 0
     for number, expected in enumerate(steps):
         output = step_output(case, method)
         if number + 1 == passes:
@@ -156,17 +170,22 @@ def check_trajectory(case: Case, method: KTDAMethod) -> None:
 
 def passes_before_averages(case: Case) -> int:
     """How many passes batch norm's recorded averages saw, by their own counters; one where there are none."""
-    counters = {int(value) for name, value in case.group("after").items() if name.endswith("num_batches_tracked")}
-    started = {int(value) for name, value in case.group("sd").items() if name.endswith("num_batches_tracked")} or {0}
-    assert len(counters) <= 1
-    assert len(started) == 1
-    return counters.pop() - started.pop() if counters else 1
+    counts = []
+    for prefix in ("sd", "after"):
+        keys = [f"{prefix}.{name}" for name in case.recorded(prefix) if name.endswith("num_batches_tracked")]
+        found = {
+            int(case.tensors[k]) if k in case.tensors else int(next(iter(case.statistics[k].values()))) for k in keys
+        }
+        assert len(found) <= 1, f"{case.name}: {prefix} has several counts {found}"
+        counts.append(found.pop() if found else None)
+    return 1 if counts[1] is None else counts[1] - (counts[0] or 0)
 
 
 def check_buffers(case: Case, method: KTDAMethod) -> None:
     """Batch norm's averages after a pass."""
-    recorded = {own_name(name): value for name, value in case.group("after").items()}
-    case.check_named(dict(_full_names(method)), recorded, "forward")
+    state = _full_names(method)
+    for name in case.recorded("after"):
+        case.check(state.get(own_name(name)), f"after.{name}")
 
 
 def _full_names(method: KTDAMethod, *, grads: bool = False) -> Mapping[str, Tensor]:

@@ -64,8 +64,10 @@ def unsup(case: Case) -> None:
 
 def check_boxes(hyper: Settings, mix: Tensor) -> None:
     """The stated boxes are those of the map."""
+    if "boxes_y_x_h_w" not in hyper:
+        return
     stated = torch.zeros_like(mix)
-    for sample, box in zip(stated, hyper.get("boxes_y_x_h_w", []), strict=True):
+    for sample, box in zip(stated, hyper["boxes_y_x_h_w"], strict=True):
         if box is not None:
             y, x, height, width = box
             sample[y : y + height, x : x + width] = True
