@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid
-from rsseg.methods.dasegnet.build import assemble_method
 from rsseg.methods.dasegnet.importer import rename_tensors, unread_neck_levels
-from rsseg.methods.dasegnet.method import DASegNetMethod
+from rsseg.methods.dasegnet.method import DASegNetMethod, assemble_method
 from rsseg.methods.dasegnet.network import assemble, build_decoder
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, DecoderConfig
 from tests.golden.builders import check_loss, check_norm, make_task, unnormalized
@@ -100,11 +99,11 @@ def decoder_config(config: Settings) -> DecoderConfig:
         config.expect(key, value)
     plain([config["in_channels"], config.get("c1_in_channels")])  # strict loading checks the widths
     values: dict[str, Any] = {
-        "kind": DECODERS[config["type"]],
+        "type": DECODERS[config["type"]],
         "channels": config["channels"],
         "dropout": config["dropout_ratio"],
     }
-    if values["kind"] == "deeplabv3plus":
+    if values["type"] == "deeplabv3plus":
         config.expect("in_index", 3, -1)
         values |= {"dilations": plain(config["dilations"]), "low_channels": config["c1_channels"]}
     else:
@@ -117,7 +116,7 @@ def neck_values(config: Settings) -> dict[str, Any]:
     config.expect("type", "ML_DSKNeck")
     config.expect("in_index", list(range(len(config["in_channels"]))))
     plain(config.get("r"))  # the authors' neck of several levels hands on L but not r, whose default is 8
-    return {"kind": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
+    return {"type": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
 
 
 def gan_values(config: Settings) -> dict[str, Any]:
@@ -176,12 +175,12 @@ def make_recipe(segmentor: Settings, optimizers: Mapping[str, Settings]) -> DASe
             "rare_confidence": ema["pseudo_rare_threshold"],
             "class_weights": plain(ema["pseudo_class_weight"]),
             "missing_class_weights": "class_index",
-            "teacher": {"kind": ema["type"], "decay": ema["decay"]},
+            "teacher": {"type": ema["type"], "decay": ema["decay"]},
         },
         "source_decoder_weights": plain(weights[0]["class_weight"]),
         "target_decoder_weights": plain(weights[1]["class_weight"]),
-        "decoder_lr_scale": head["lr"] / main["lr"],
-        "norm_weight_decay": "published" if exempts_norms(main) else "all",
+        "head_lr_scale": head["lr"] / main["lr"],
+        "weight_decay_exempt": "names_with_norm" if exempts_norms(main) else "none",
         "optimizers": {name: {"name": "adamw", "lr": 1e-4} for name in ("main", "disc_source", "disc_target")},
     }
     plain(segmentor["dsk_neck"]["in_channels"])

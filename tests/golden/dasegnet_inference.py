@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsseg.inference.blend import Tile, blend_scores
-from rsseg.inference.predict import Compute, predict_scores
+from rsseg.inference.blend import Tile, blend_logits
+from rsseg.inference.predict import Compute, predict_tile_logits
 from rsseg.inference.tiling import plan_tiles, tile_origins
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
 from rsseg.methods.dasegnet.network import DASegNet
 from tests.golden.builders import images_of
 from tests.golden.case import Case
@@ -195,8 +195,8 @@ def check_tiling(case: Case, net: DASegNet, images: Tensor, window: Window) -> N
     plan = plan_tiles(*images.shape[-2:], tile=side, overlap=side - stride)
     maps = []
     for image in images:
-        scored = predict_scores(net, _tiles(image, plan), Compute(torch.device("cpu")))
-        maps.append(torch.cat([strip.scores for strip in blend_scores(scored, plan, "mean", net.task.num_classes)]))
+        scored = predict_tile_logits(net, _tiles(image, plan), Compute(torch.device("cpu")))
+        maps.append(torch.cat([strip.logits for strip in blend_logits(scored, plan, "mean", net.task.num_classes)]))
     blended = torch.stack(maps).permute(0, 3, 1, 2)
     case.close("windows blended by the product", blended, slide(net, images, window), "logits")
 

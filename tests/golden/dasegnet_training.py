@@ -103,7 +103,7 @@ def modules(method: DASegNetMethod) -> dict[str, nn.Module]:
         "discriminator_t": method.disc_target,
         "dsk_neck": net.neck,
     }
-    if teacher.config.kind == "single_t":
+    if teacher.config.type == "single_t":
         averaged = {"cross_EMA_backbone": "backbone_target", "cross_EMA_decoder": "decoder_target"}
     else:
         averaged = {"cross_EMA_decoder_s": "decoder_source", "cross_EMA_decoder_t": "decoder_target"}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.methods.ktda.importer import rename_tensors
 from rsseg.methods.ktda.recipe import AuxConfig, DecoderConfig, DistillationConfig, FmmConfig
@@ -57,7 +57,7 @@ def student_body(hyper: Settings) -> Built:
         arguments=arguments,
     )
     levels = [level % 4 for level in plain(hyper.get("out_indices", [3]))]
-    built = build_pyramid(architecture, levels=levels, norm_taps="all")
+    built = build_pyramid(architecture, levels=levels, out_norm="all")
     built.body.freeze(hyper.get("frozen_stages", 0))
     return built
 
@@ -88,8 +88,8 @@ def teacher_body(hyper: Settings) -> Built:
     }
     built = build_vit(
         Architecture("vit_base_patch14_dinov2", bands=hyper.get("in_channels", 3), arguments=arguments),
-        taps=[tap % depth for tap in plain(hyper.get("out_indices", [-1]))],
-        norm_taps="last" if hyper.get("final_norm", True) else "none",
+        out_indices=[tap % depth for tap in plain(hyper.get("out_indices", [-1]))],
+        out_norm="last" if hyper.get("final_norm", True) else "none",
         position="bicubic",
         image_size=_side(hyper.get("img_size", 224)),
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.position import resample_positions
+from rsseg.backbones.bodies import resample_positions
+from rsseg.layers.blocks import resize
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
-from rsseg.layers.resize import resize
 from rsseg.methods.ktda.distillation import distillation_loss
 from rsseg.methods.ktda.method import make_aux_head
 from rsseg.methods.ktda.network import make_decoder, make_fmm

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.assembly import assemble
 from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.table import ZooEntry
+from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.dpt import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
+from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator
-from rsseg.methods.mtdf.teacher import Teacher
 from tests.golden.builders import as_precise, make_task
 from tests.golden.case import Case
 from tests.golden.settings import Settings, plain
@@ -47,10 +47,10 @@ def dinov2(hyper: Settings, *, image_size: int) -> Backbone:
         kind="vit",
         millions=0,
         strides=(PATCH,) * len(out_indices),
-        taps=tuple(out_indices),
+        out_indices=tuple(out_indices),
         arguments=arguments | ({"mlp_ratio": hyper["mlp_ratio"]} if "mlp_ratio" in hyper else {}),
     )
-    config = BackboneConfig(name="small", norm_taps="all", pos_embed="dinov2", statistics="data", pad="error")
+    config = BackboneConfig(name="small", out_norm="all", pos_embed="dinov2", statistics="data", pad="error")
     return as_precise(assemble(entry, config, make_task(2), load_weights=False))
 
 

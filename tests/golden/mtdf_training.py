@@ -19,8 +19,7 @@ from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
 from rsseg.methods.mtdf.method import Settings as MethodSettings
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.optimizers import build_optimizers
-from rsseg.training.schedule import lr_at
+from rsseg.training.optimizers import build_optimizers, lr_at
 from tests.golden.builders import grad_of, total
 from tests.golden.case import Case
 from tests.golden.harness import Drivers

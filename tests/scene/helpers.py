@@ -11,7 +11,7 @@ import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
@@ -83,7 +83,7 @@ def write_tiny_model(folder: Path) -> Path:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many threads of torch, and so many lanes where memory suffices."""
+    """Set the number of torch threads, and so of parallel batches where memory suffices."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

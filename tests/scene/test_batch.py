@@ -16,7 +16,7 @@ from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.batch import JOURNAL, Outcome, Target, choose_targets, find_scenes, predict_scenes
-from rsseg.scene.plan import Ready
+from rsseg.scene.memory import PreparedNetwork, prepare_network
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import RECIPE, files_in, options, random_pixels, write_tiny_model
@@ -30,8 +30,8 @@ def scenes(tmp_path: Path) -> list[Path]:
     ]
 
 
-def ready_for(segmenter: Segmenter) -> Ready:
-    return Ready.of(segmenter, options())
+def ready_for(segmenter: Segmenter) -> PreparedNetwork:
+    return prepare_network(segmenter, options())
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
@@ -69,7 +69,7 @@ def test_parts_share_the_scenes() -> None:
 def test_broken_scene_does_not_stop_the_rest_and_is_in_the_journal(tmp_path: Path, scenes: list[Path]) -> None:
     scenes[1].write_bytes(scenes[1].read_bytes()[:300])
     targets = choose_targets([str(s) for s in scenes], tmp_path / "out")
-    outcomes = list(predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options(), journal=True))
+    outcomes = list(predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options()))
     assert statuses(outcomes) == ["done", "failed", "done"]
     assert [t.output.exists() for t in targets] == [True, False, True]
     lines = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
@@ -149,7 +149,7 @@ def test_predict_command_ends_a_batch_with_its_own_exit_code(
         (["--blend", "foo"], "--blend foo"),
         (["--max-memory", "much"], "--max-memory much"),
         (["--part", "2"], "--part 2"),
-        (["--polygons", "out.shp"], ".gpkg"),
+        (["--polygons", "out.dxf"], ".gpkg"),
         (["--tile", "0"], "--tile 0"),
     ],
 )
@@ -169,13 +169,16 @@ def test_cog_command_tells_a_plain_file_by_its_exit_code(tmp_path: Path, capsys:
 
 def test_scores_of_written_files_are_those_of_eval(tmp_path: Path, uint16_dataset: Path) -> None:
     from rsseg.config import SelectConfig
-    from rsseg.evaluation.model import evaluate, evaluate_rasters
+    from rsseg.data.sources import Datasets
+    from rsseg.evaluation.model import evaluate
+    from rsseg.evaluation.rasters import evaluate_rasters
 
     recipe = parse_recipe(RecipeSource("tiny", RECIPE.replace("path: none", f"path: {uint16_dataset}")))
     index = SegmentationIndex.load(uint16_dataset)
     torch.manual_seed(0)
     segmenter = segmenter_for(recipe, index.task).eval()
-    direct = evaluate(segmenter, recipe, SelectConfig(split="train"), split="train", device="cpu")
+    source = Datasets(recipe.data).open(SelectConfig(), "train", index.task, masks=True)
+    direct = evaluate(segmenter, recipe, source, device="cpu")
     for item in index.items:
         if item.split == "train":
             target = Target(str(uint16_dataset / item.image), tmp_path / "out" / Path(item.mask).name)
