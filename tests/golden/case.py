@@ -12,8 +12,16 @@ from tests.golden.comparison import Comparison
 from tests.golden.generated import DIGESTS, SPELLINGS, STATISTICS, Generator, cut, digest, slices_in
 from tests.golden.settings import Settings, plain
 
-RESULTS = ("out", "logits", "feat_", "grad", "after", "final", "end_", "negative", "state_after")
-"""How the keys of recorded results begin, as far as they are the same in many kinds."""
+RESULTS = (
+    "out", "logits", "feat_", "grad", "after", "final", "end_", "negative", "state_after", "loss", "disc_", "acc_",
+    "prob", "softmax", "argmax",
+)  # fmt: skip
+"""How the keys of recorded results begin."""
+DESCRIPTIVE = (
+    "tensors", "tolerance", "environment", "versions", "notes", "objective", "out_shapes", "seed", "observed",
+    "float32", "palette", "num_classes", "scalars",
+)  # fmt: skip
+"""How the names of sections begin that hold no result of their own."""
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -39,7 +47,10 @@ class Tensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Case:
-    """`detail` is what follows the first comma of a module that is a phrase (`..., grass geometry`)."""
+    """A recorded case and what has been compared with it.
+
+    detail  what follows the first comma of a module that is a phrase (`..., grass geometry`)
+    """
 
     name: str
     kind: str
@@ -155,10 +166,15 @@ class Case:
                 entries = dict(zip(keys, entries, strict=True))
             for key, entry in entries.items() if isinstance(entries, Mapping) else ():
                 if "." in key and isinstance(entry, Mapping):
-                    found.setdefault(key, {}).update(_statistics_of(entry, in_list=section == "tensors"))
+                    named = self._statistics_of(key, entry, in_list=section == "tensors")
                 elif "." in key and _is_statistic(name):
-                    found.setdefault(key, {})[name] = entry
-        return {key: statistics for key, statistics in found.items() if statistics}
+                    named = {name: entry}
+                else:
+                    continue
+                if named:
+                    found.setdefault(key, {}).update(named)
+                    plain(self.meta[section])
+        return found
 
     def unread_settings(self) -> list[str]:
         """Hyper-parameters that the driver of the case did not read."""
@@ -169,6 +185,19 @@ class Case:
     def unread_results(self) -> list[str]:
         """Recorded results that were compared with nothing."""
         return [key for key in self.tensors if key.startswith(RESULTS) and key not in self.tensors.used]
+
+    def unread_sections(self) -> list[str]:
+        """Sections of the JSON that nobody looked at, text and descriptions left out."""
+        sections = [key for key in self.meta.unread() if "." not in key and not key.startswith(DESCRIPTIVE)]
+        return [key for key in sections if not isinstance(self.meta.untracked()[key], str)]
+
+    def _statistics_of(self, key: str, entry: Mapping[str, Any], *, in_list: bool) -> dict[str, Any]:
+        """Of one tensor, by name. The list of tensors also has the shapes of what is stored, which may be slices."""
+        named = {name: entry[name] for name in entry if name != "dtype" and not (in_list and name == "shape")}
+        known = {name: value for name, value in named.items() if _is_statistic(name)}
+        if known and len(known) < len(named):
+            self.comparison.notes.append(f"{key}: unknown statistics {sorted(set(named) - set(known))}")
+        return known
 
     def _numbered(self, prefix: str) -> list[str]:
         return [key for key in self.tensors if re.fullmatch(rf"{re.escape(prefix)}\.\d+", key)]
@@ -191,13 +220,6 @@ class Case:
             self.comparison.count += 1
         else:
             self.close(label, STATISTICS[known](actual.detach().double()), recorded, what)
-
-
-def _statistics_of(entry: Mapping[str, Any], *, in_list: bool) -> dict[str, Any]:
-    """Of one tensor, by name. The list of tensors also has the shapes of what is stored, which may be slices."""
-    named = {name: entry[name] for name in entry if name != "dtype" and not (in_list and name == "shape")}
-    unknown = [name for name in named if not _is_statistic(name)]
-    return {} if unknown else named
 
 
 def _is_statistic(name: str) -> bool:

@@ -1,5 +1,6 @@
-"""Comparison of results with recorded values, and what to think of a recorded value that is not exact itself."""
+"""Comparison of results with recorded values, which are float32 and so have rounding errors of their own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,9 @@ LARGEST_EXCESS = 10.0
 LARGEST_SHARE = 0.01
 """Part of a tensor's values that may do so (one value always may)."""
 LARGEST_NOISE_RATIO = 16.0
-"""How many times larger than our own float32 error, in the same tensor, the recorded error may be."""
+"""How many times larger than our own largest float32 error of the same kind the recorded error may be."""
+SMALL = 64
+"""Number of values below which a tensor alone does not tell how large such errors are."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Comparison:
     """Everything that one run of a case compared."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    tolerances: dict[str, tuple[float, float]] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     count: int = 0
@@ -63,7 +67,7 @@ class Comparison:
         self.count += 1
         label = self._unique(label)
         result, recorded = (_as_float64(value) for value in (actual, expected))
-        self.values[label] = result
+        self.values[label], self.tolerances[label] = result, (rtol, atol)
         if result.shape != recorded.shape:
             self.differences.append(Difference(label, result, recorded, rtol, atol))
             return
@@ -74,6 +78,15 @@ class Comparison:
         near = (result - recorded).abs() <= atol + rtol * recorded.abs()
         if not (near | (result == recorded)).all():  # infinities are equal, but have no difference
             self.differences.append(Difference(label, result, recorded, rtol, atol))
+
+    def noise(self, exact: Mapping[str, Tensor], difference: Difference) -> float:
+        """Our largest float32 error in tolerances: of a tensor, and if it is small of all results with its tolerance."""
+        tolerance = self.tolerances[difference.label]
+        alone = difference.actual.numel() >= SMALL
+        labels = [difference.label] if alone else [label for label, t in self.tolerances.items() if t == tolerance]
+        pairs = [(self.values[label], exact[label]) for label in labels if label in exact]
+        errors = [_in_tolerances(own, value, *tolerance) for own, value in pairs if own.shape == value.shape]
+        return max((float(error.nan_to_num(posinf=0.0).max()) for error in errors if error.numel()), default=0.0)
 
     def _unique(self, label: str) -> str:
         number = 1
@@ -90,26 +103,31 @@ def _as_float64(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def explain(difference: Difference, exact: Tensor) -> str | None:
+def _in_tolerances(value: Tensor, exact: Tensor, rtol: float, atol: float) -> Tensor:
+    """Error of every value over what is allowed there."""
+    return (value - exact).abs() / (atol + rtol * exact.abs())
+
+
+def explain(difference: Difference, exact: Tensor, noise: float) -> str | None:
     """Why a difference is no more than rounding, or None if it is more.
 
     `exact` is the same result computed in float64. Where the recorded float32 value is itself outside the tolerance of
     `exact`, ours is compared with `exact` instead, within the same tolerance; where only ours is outside, the recorded
     value is compared with `exact`. To be taken for rounding, such values must be few and near the bound, and a recorded
-    one not much worse than our own float32 error in the same tensor.
+    one not much worse than `noise`, our own largest float32 error in tolerances.
     """
     actual, expected = difference.actual, difference.expected
     if actual.shape != expected.shape or actual.shape != exact.shape or not exact.isfinite().all():
         return None
     disputed = ~((actual - expected).abs() <= difference.atol + difference.rtol * expected.abs())
-    bound = difference.atol + difference.rtol * exact.abs()
-    recorded_error, own_error = ((value - exact).abs() / bound for value in (expected, actual))
-    recorded, own = recorded_error[disputed], own_error[disputed]
+    recorded, own = (
+        _in_tolerances(value, exact, difference.rtol, difference.atol)[disputed] for value in (expected, actual)
+    )
     believable = (
         bool((torch.minimum(recorded, own) <= 1).all())
         and bool((torch.maximum(recorded, own) <= LARGEST_EXCESS).all())
         and int(disputed.sum()) <= max(1, LARGEST_SHARE * disputed.numel())
-        and bool((recorded[recorded > 1] <= LARGEST_NOISE_RATIO * float(own_error.max())).all())
+        and bool((recorded[recorded > 1] <= LARGEST_NOISE_RATIO * noise).all())
     )
     if not believable:
         return None

@@ -91,15 +91,15 @@ def check_discriminator(case: Case) -> None:
     feature = case.tensors["feature"].requires_grad_()
     softened = spatial_softmax(feature)
     logits = module(softened)
-    judged = upsampled(logits, plain(case.meta["image_size"]))
+    resized = upsampled(logits, plain(case.meta["image_size"]))
     for key, actual in {"sw_softmax": softened, "disc_out": logits}.items():
         if case.has(key):
             case.check(actual, key)
     if case.has("disc_out_resized"):
-        case.check(judged.expand_as(case.tensors["disc_out_resized"]), "disc_out_resized")
+        case.check(resized.expand_as(case.tensors["disc_out_resized"]), "disc_out_resized")
 
     def loss(real: bool, *, for_discriminator: bool) -> Tensor:
-        value = gan_loss(judged, real=real, for_discriminator=for_discriminator, **gan)
+        value = gan_loss(resized, real=real, for_discriminator=for_discriminator, **gan)
         return value if for_discriminator else weight * value
 
     losses = {

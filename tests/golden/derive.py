@@ -127,3 +127,24 @@ def exact_sum(x: Tensor) -> float:
 def seeded(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers, always the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generator_rules() -> dict[str, Any]:
+    """Rules for tensors that are not stored, in the words of the recorded case that has such."""
+    return {
+        "steps": [
+            "s = crc32(utf-8 key name) xor case_number (32 bits)",
+            "for element index i = 1..n in row-major order: x = (i*2654435761 + s*40503) mod 2^32",
+            "x ^= x>>16; x = x*73244475 mod 2^32; x ^= x>>16; x = x*73244475 mod 2^32; x ^= x>>16",
+            "u = x/2^32 - 0.5 in float64",
+        ],
+        "rules_in_order": [
+            "key ends with num_batches_tracked: 0",
+            "two or more dimensions: 2*u/sqrt(n/shape[0])",
+            "key contains gamma: 0.1",
+            "key ends with running_var: 1+u",
+            "otherwise: u",
+        ],
+        "input_rule": "sqrt(12)*u with key name image, row-major NCHW",
+        "label_rule": "floor((u+0.5)*5) with key name label",
+    }

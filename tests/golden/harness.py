@@ -77,16 +77,16 @@ def run_case(path: Path, drivers: Drivers) -> None:
     if case.kind not in drivers:
         pytest.fail(f"{path.name}: no driver for the kind {case.kind!r}")
     drivers[case.kind](case)
-    for note in [*case.comparison.notes, *_judge(case, path, drivers)]:
+    for note in [*case.comparison.notes, *_explain_differences(case, path, drivers)]:
         warnings.warn(f"{case.name}: {note}", GoldenWarning, stacklevel=2)
     if unread := case.unread_settings():
         pytest.fail(f"{path.name}: the driver of {case.kind!r} does not know the settings {', '.join(unread)}")
-    if unread := case.unread_results():
+    if unread := case.unread_results() + case.unread_sections():
         warnings.warn(f"{case.name}: not compared: {', '.join(unread)}", GoldenWarning, stacklevel=2)
     assert case.comparison.count, f"{path.name}: the driver of {case.kind!r} compared nothing"
 
 
-def _judge(case: Case, path: Path, drivers: Drivers) -> list[str]:
+def _explain_differences(case: Case, path: Path, drivers: Drivers) -> list[str]:
     """Fail on differences that are our fault; explain the others."""
     differences = case.comparison.differences
     if not differences:
@@ -94,7 +94,8 @@ def _judge(case: Case, path: Path, drivers: Drivers) -> list[str]:
     possible = all(difference.may_be_rounding for difference in differences)
     exact, problem = _run_in_float64(path, drivers) if possible else (None, "")
     values = exact.comparison.values if exact else {}
-    reasons = [explain(d, values[d.label]) if d.label in values else None for d in differences]
+    noise = {difference.label: case.comparison.noise(values, difference) for difference in differences}
+    reasons = [explain(d, values[d.label], noise[d.label]) if d.label in values else None for d in differences]
     wrong = [str(difference) for difference, reason in zip(differences, reasons, strict=True) if reason is None]
     if wrong:
         pytest.fail("\n".join([f"{path.name}:", *wrong, *([problem] if problem else [])]))

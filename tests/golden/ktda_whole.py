@@ -1,6 +1,6 @@
 """KTDA's assembled models: a recipe from the case's settings, weights by the importer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from rsseg.data.streams import Samples
 from rsseg.methods.base import StepOutput
 from rsseg.methods.ktda.importer import rename_tensors
 from rsseg.methods.ktda.method import KTDAMethod, assemble_method
-from rsseg.methods.ktda.network import assemble_segmenter
+from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
 from tests.golden.builders import load_exactly, make_task, norm, optimizer_options, per_level, total, unnormalized
 from tests.golden.case import Case
@@ -39,15 +39,13 @@ PARTS = {
 }
 """The reference's parts -> ours that train."""
 
-MAPS = ("out.student", "out.fam", "out.fused", "out.neck", "out.feat", "out.fmm", "out.teacher")
-
 
 def whole_model(case: Case) -> None:
     """Whatever is recorded of: maps, logits and prediction in eval mode; losses, gradients and their norms of the first
     step; gradient norms of single losses; the losses of further steps."""
-    check_eval(case, loaded_method(case))
-    if any(key.startswith(("losses", "grad_norm")) for key in case.meta):
-        check_losses_and_gradients(case, loaded_method(case))
+    method = loaded_method(case)
+    check_eval(case, method)
+    check_losses_and_gradients(case, method)
     if "grad_norm_by_loss" in case.meta:
         check_gradients_by_loss(case, loaded_method(case))
     steps = len(case.meta.get("trajectory", ()))
@@ -67,37 +65,37 @@ def check_eval(case: Case, method: KTDAMethod) -> None:
     method.eval()
     segmenter, images = method.segmenter, image_of(case)
     with torch.no_grad():
-        levels = list(segmenter.student(images))
         run = segmenter.run(images)
-        full = segmenter(images)
-        aligned = segmenter.fam(levels, images.shape[-2:]) if segmenter.fam else levels
-        made = {
-            "out.student": levels,
-            "out.fam": aligned,
-            "out.fused": run.aligned,
-            "out.neck": segmenter.neck(run.aligned) if segmenter.neck else run.aligned,
-            "out.feat": run.features,
-            "out.fmm": run.features,
-            "out.teacher": teacher_maps(case, method, images),
+        full = segmenter.to_size(run.logits, images.shape[-2:])
+        made: dict[str, Callable[[], Sequence[Tensor]]] = {
+            "out.student": lambda: segmenter.student(images),
+            "out.fam": lambda: aligned_maps(segmenter, images),
+            "out.fused": lambda: run.aligned,
+            "out.neck": lambda: segmenter.neck(run.aligned) if segmenter.neck else run.aligned,
+            "out.feat": lambda: run.features,
+            "out.fmm": lambda: run.features,
+            "out.teacher": lambda: teacher_maps(case, method, images),
+            "out.aux_logits": lambda: [head(run.features) for head in method.aux_heads],
+            "out.eval_logits": lambda: [run.logits],
+            "out.logits": lambda: [run.logits],
+            "out.eval_logits_full": lambda: [full],
+            "out.logits_full": lambda: [full],
         }
-        for i, head in enumerate(method.aux_heads):
-            made[f"out.aux_logits.{i}"] = [head(run.features)]
-    for prefix, maps in made.items():
-        case.check_maps(maps, prefix)
-        if len(maps) == 1 and case.has(prefix):
-            case.check(maps[0], prefix)
-    for key, logits in {
-        "out.eval_logits": run.logits,
-        "out.logits": run.logits,
-        "out.eval_logits_full": full,
-        "out.logits_full": full,
-        "out.aux_logits": made.get("out.aux_logits.0", [None])[0],
-    }.items():
-        if case.has(key):
-            case.check(logits, key)
+        for prefix, make in made.items():
+            if case.has(prefix):
+                (only,) = make()
+                case.check(only, prefix)
+            elif case.recorded(prefix):
+                case.check_maps(make(), prefix)
     for key in ("out.pred", "out.eval_pred"):
         if key in case.tensors:
             case.check_classes(key, full.argmax(dim=1), case.tensors[key])
+
+
+def aligned_maps(segmenter: KTDASegmenter, images: Tensor) -> Sequence[Tensor]:
+    """FAM's maps before any fusion; without FAM the student's."""
+    levels = list(segmenter.student(images))
+    return segmenter.fam(levels, images.shape[-2:]) if segmenter.fam else levels
 
 
 def teacher_maps(case: Case, method: KTDAMethod, images: Tensor) -> Sequence[Tensor]:
@@ -141,7 +139,7 @@ def check_gradients_by_loss(case: Case, method: KTDAMethod) -> None:
     output = step_output(case, method)
     for key, norms in case.meta["grad_norm_by_loss"].items():
         method.zero_grad(set_to_none=True)
-        output.losses[own_loss(key)].backward(retain_graph=True)
+        loss_of(output, key).backward(retain_graph=True)
         for part, expected in norms.items():
             check_norm(case, method, part, expected, key)
 
@@ -197,14 +195,12 @@ def _full_names(method: KTDAMethod, *, grads: bool = False) -> Mapping[str, Tens
 def check_losses(case: Case, label: str, output: StepOutput, expected: Settings, what: str) -> None:
     heads = sum(name.startswith("aux") for name in output.losses)
     for key, value in expected.items():
-        if key == "loss":
-            actual = total(output.losses)
-        elif key.endswith(".acc_seg"):
+        if key.endswith(".acc_seg"):
             name = key.removesuffix(".acc_seg")
             # the original divides the accuracy of each of several auxiliary heads by their number too
             actual = output.logs["acc"] if name == "decode" else output.logs[f"{name}_acc"] / heads
         else:
-            actual = output.losses[own_loss(key)]
+            actual = loss_of(output, key)
         case.close(f"{label} {key}", actual, value, what)
 
 
@@ -223,8 +219,12 @@ def check_norm(case: Case, method: KTDAMethod, part: str, expected: float | None
         case.close(f"gradient norm of {part}, {what}", norm(found), expected, "grad_norm")
 
 
-def own_loss(key: str) -> str:
-    return {"decode.loss_ce": "seg", "distill_loss": "distill"}.get(key, key.removesuffix(".loss_ce"))
+def loss_of(output: StepOutput, key: str) -> Tensor:
+    """The loss that the reference has under a key; `loss` is the sum of all."""
+    if key == "loss":
+        return total(output.losses)
+    ours = {"decode.loss_ce": "seg", "distill_loss": "distill"}.get(key, key.removesuffix(".loss_ce"))
+    return output.losses[ours]
 
 
 def step_output(case: Case, method: KTDAMethod, *, train: bool = True) -> StepOutput:

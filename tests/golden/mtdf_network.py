@@ -152,6 +152,7 @@ def dinov2_maps(case: Case) -> None:
     network.blocks[-1].register_forward_hook(lambda _module, _inputs, tokens: classes.append(tokens[:, 0]))
     last = hyper["depth"] - 1
     compared = 0
+    check_sizes(hyper, batch=len(next(tensor for key, tensor in case.tensors.items() if key.startswith("in."))))
     for height, width in hyper["sizes"]:
         size, grid = f"{height}x{width}", (height // PATCH, width // PATCH)
         if case.has(f"out.{size}.pos_embed"):
@@ -218,6 +219,7 @@ def comp_dropout(case: Case) -> None:
     hyper.expect("dropout_prob", 0.5)
     maps = tuple(tokens_to_map(case.tensors[f"in.tap{i}"], grid) for i in range(4))
     given = case.tensors["in.dropout_mask"]
+    check_sizes(hyper, batch=len(given))
     student = MTDFSegmenter(
         recorded_backbone(lambda _: maps, [width] * 4),
         _loaded_head(case, hyper, width, prefix=""),

@@ -20,7 +20,7 @@ from rsseg.methods.mtdf.method import Settings as MethodSettings
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.optimizers import build_optimizers, lr_at
-from tests.golden.builders import grad_of, total
+from tests.golden.builders import grad_of, norm, total
 from tests.golden.case import Case
 from tests.golden.harness import Drivers
 from tests.golden.mtdf_parts import check_sizes, compare_scalars, grid_of, make_student, recorded_teachers
@@ -136,6 +136,8 @@ def _check_steps(case: Case, name: str) -> None:
     )
     optimizer = build_optimizers(method, {"main": config})["main"]
     batch = _batch(case)
+    start = case.group("start")
+    unused = [tensor for key, tensor in start.items() if not rename_tensors({key: tensor})]
     for step, expected in enumerate(case.meta["scalars"][name]["steps"]):
         rate = lr_at(config.schedule, config.lr, step, hyper["total_iters"])
         for group, lr in zip(optimizer.param_groups, expected["lr_used"], strict=True):
@@ -157,8 +159,14 @@ def _check_steps(case: Case, name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         method.after_optimizer_step(step)
-        ratio = ema_ratio(step, published_decay())
-        case.close(f"{name} step {step} ratio", ratio, expected.get("ema_ratio", ratio), rtol=1e-10, atol=0.0)
+        assert method.average is not None
+        after = {
+            "ema_ratio": ema_ratio(step, published_decay()),
+            "student_param_norm": norm([*method.student.parameters(), *unused]),
+            "ema_param_norm": norm([*method.average.module.parameters(), *unused]),
+        }
+        for key in after.keys() & set(expected):
+            case.close(f"{name} step {step} {key}", after[key], expected[key], rtol=tolerance["param_rtol"], atol=0.0)
     assert method.average is not None
     for network, part in ((method.student, "student"), (method.average.module, "ema")):
         expected_end = rename_tensors(case.group(f"end_{name}.{part}"))

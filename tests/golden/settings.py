@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-INERT = frozenset({"seed", "init_cfg", "with_cp", "note", "notes", "description"})
-"""Entries that change no number: initial weights are recorded, recomputation in backward is exact, the rest is text."""
+INERT = ("seed", "init_cfg", "with_cp", "note", "comment", "description")
+"""Parts of the names of entries that change no number: seeds and initial values of weights, which are recorded;
+recomputation in backward, which is exact; and text."""
 
 
 class Settings(Mapping[str, Any]):
@@ -48,7 +49,7 @@ class Settings(Mapping[str, Any]):
         """Paths of the entries that nobody read; entries that change nothing and those without a value are left out."""
         paths: list[str] = []
         for key, value in self._values.items():
-            if key in INERT or value is None:
+            if value is None or any(part in key for part in INERT):
                 continue
             if key not in self._read:
                 paths.append(self._path_of(key))

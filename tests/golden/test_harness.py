@@ -1,6 +1,5 @@
 """The harness itself: kinds, unread settings, unread results, rounding, generated tensors; each path can fail."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import torch
 
 from tests.golden import test_dasegnet, test_ktda, test_mtdf
 from tests.golden.case import Case
-from tests.golden.comparison import Difference, explain
-from tests.golden.derive import derive, exact_sum, fails, put, read, recorded, seeded, spoilt, write
+from tests.golden.comparison import Comparison, Difference, explain
+from tests.golden.derive import derive, exact_sum, fails, generator_rules, put, read, recorded, seeded, spoilt, write
 from tests.golden.generated import Generator, evaluate, slices_in
 from tests.golden.harness import GoldenWarning, case_paths, is_slow, kind_of, load_case, run_case
 from tests.golden.settings import Settings
@@ -53,7 +52,7 @@ def test_a_driver_compares_every_result_and_reads_every_setting(method: str, pat
     DRIVERS[method][case.kind](case)
     assert bool(case.comparison.differences) == bool(results)
     assert case.comparison.count
-    assert not case.unread_results()
+    assert not case.unread_results() + case.unread_sections()
     assert case.unread_settings() == ([] if section is None else [f"{section}.unheard_of"])
 
 
@@ -143,12 +142,25 @@ def test_rounding_is_believed_only_where_it_is_small_and_rare() -> None:
     zeros = [0.0] * 199
     noisy = [0.5, *zeros[1:]]
     exact = torch.zeros(200, dtype=torch.float64)
-    assert explain(difference([-0.5, *noisy], [1.5, *zeros]), exact) is not None
-    assert explain(difference([1.5, *noisy], [-0.5, *zeros]), exact) is not None  # ours is off, the recorded one is not
-    assert explain(difference([1.5, *noisy], [-1.5, *zeros]), exact) is None  # both are off
-    assert explain(difference([20.0, *zeros], [0.0, *zeros]), exact) is None  # ours is wrong
-    assert explain(difference([-0.01, *zeros], [1.5, *zeros]), exact) is None  # ours has not nearly as large an error
-    assert explain(difference([-0.5] * 200, [1.5] * 200), exact) is None  # all of them
+    assert explain(difference([-0.5, *noisy], [1.5, *zeros]), exact, 0.5) is not None
+    assert (
+        explain(difference([1.5, *noisy], [-0.5, *zeros]), exact, 1.5) is not None
+    )  # ours is off, not the recorded one
+    assert explain(difference([1.5, *noisy], [-1.5, *zeros]), exact, 1.5) is None  # both are off
+    assert explain(difference([20.0, *zeros], [0.0, *zeros]), exact, 20.0) is None  # ours is wrong
+    assert explain(difference([-0.01, *zeros], [1.5, *zeros]), exact, 0.01) is None  # ours is much more exact
+    assert explain(difference([-0.5] * 200, [1.5] * 200), exact, 0.5) is None  # all of them
+
+
+def test_rounding_of_a_scalar_is_judged_by_that_of_its_like() -> None:
+    comparison = Comparison()
+    comparison.close("scalar", -0.01, 1.2, atol=1.0)
+    comparison.close("of the same tolerance", torch.tensor([0.5]), torch.tensor([0.0]), atol=1.0)
+    comparison.close("of another", torch.tensor([0.9]), torch.tensor([0.0]), atol=2.0)
+    exact = {label: torch.zeros_like(value) for label, value in comparison.values.items()}
+    (only,) = comparison.differences
+    assert comparison.noise(exact, only) == 0.5
+    assert explain(only, exact["scalar"], 0.5) is not None
 
 
 def test_where_nan_was_recorded_any_finite_value_is_accepted_and_said(tmp_path: Path) -> None:
@@ -189,27 +201,8 @@ def test_tolerances_in_every_form(tolerance: object, what: str, expected: tuple[
     assert tuple(case.tolerance(what).values()) == expected
 
 
-GENERATOR = {
-    "steps": [
-        "s = crc32(utf-8 key name) xor case_number (32 bits)",
-        "for element index i = 1..n in row-major order: x = (i*2654435761 + s*40503) mod 2^32",
-        "x ^= x>>16; x = x*73244475 mod 2^32; x ^= x>>16; x = x*73244475 mod 2^32; x ^= x>>16",
-        "u = x/2^32 - 0.5 in float64",
-    ],
-    "rules_in_order": [
-        "key ends with num_batches_tracked: 0",
-        "two or more dimensions: 2*u/sqrt(n/shape[0])",
-        "key contains gamma: 0.1",
-        "key ends with running_var: 1+u",
-        "otherwise: u",
-    ],
-    "input_rule": "sqrt(12)*u with key name image, row-major NCHW",
-    "label_rule": "floor((u+0.5)*5) with key name label",
-}
-
-
 def test_generated_tensors_follow_the_rules_that_a_case_states() -> None:
-    generator = Generator(GENERATOR, 7)
+    generator = Generator(generator_rules(), 7)
     assert generator.parameter("bn.num_batches_tracked", torch.tensor(3)).item() == 0
     variance = generator.parameter("bn.running_var", torch.empty(1000))
     assert variance.min() >= 0.5
@@ -217,7 +210,7 @@ def test_generated_tensors_follow_the_rules_that_a_case_states() -> None:
     assert generator.parameter("gamma", torch.empty(2)).tolist() == pytest.approx([0.1, 0.1])
     weight = generator.parameter("conv.weight", torch.empty(4, 25))
     assert weight.abs().max() <= 0.2
-    assert not torch.equal(weight, Generator(GENERATOR, 8).parameter("conv.weight", torch.empty(4, 25)))
+    assert not torch.equal(weight, Generator(generator_rules(), 8).parameter("conv.weight", torch.empty(4, 25)))
     assert generator.input("image", (1, 3, 8, 8)).std() == pytest.approx(1, abs=0.1)
     assert set(generator.input("label", (50,)).tolist()) == {0, 1, 2, 3, 4}
 
@@ -231,7 +224,7 @@ def test_generated_tensors_follow_the_rules_that_a_case_states() -> None:
     ],
 )
 def test_a_rule_that_is_not_understood_fails(path: str, value: str) -> None:
-    changed = copy.deepcopy(GENERATOR)
+    changed = generator_rules()
     put(path, value)(changed, {})
     with pytest.raises(AssertionError):
         Generator(changed, 7)

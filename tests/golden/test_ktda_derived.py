@@ -17,6 +17,7 @@ from tests.golden.derive import (
     derive,
     drop,
     fails,
+    generator_rules,
     one_wrong,
     put,
     read,
@@ -31,7 +32,6 @@ from tests.golden.ktda_generated import published_method, reference_names
 from tests.golden.ktda_networks import load_backbone
 from tests.golden.ktda_whole import described_method, image_of, label_of, loaded_method, step_output
 from tests.golden.settings import Settings
-from tests.golden.test_harness import GENERATOR
 from tests.golden.test_ktda import DRIVERS
 
 
@@ -182,7 +182,7 @@ def generated_case(folder: Path) -> tuple[Meta, dict[str, Tensor]]:
     The expected values come from the parameters under the reference's names, loaded by the importer.
     """
     meta, tensors = read(recorded("ktda", WHOLE))
-    rules = GENERATOR | {"label_rule": "floor((u+0.5)*5) with key name label"}
+    rules = generator_rules()
     kept = {key: meta[key] for key in ("case", "module", "hyper")}
     meta = kept | {
         "generator": rules,
@@ -212,11 +212,13 @@ def generated_case(folder: Path) -> tuple[Meta, dict[str, Tensor]]:
     return meta, outputs
 
 
-def load_reference(method: KTDAMethod, stored: dict[str, Tensor]) -> None:
+def load_reference(method: KTDAMethod, stored: dict[str, Tensor], *, strict: bool = True) -> None:
+    """Load a checkpoint under the reference's names; if not `strict`, of the teacher alone."""
     renamed = rename_tensors(stored)
     assert method.distillation
-    load_backbone(method.segmenter, renamed.segmenter)
-    load_backbone(method.aux_heads, renamed.aux_heads)
+    if strict:
+        load_backbone(method.segmenter, renamed.segmenter)
+        load_backbone(method.aux_heads, renamed.aux_heads)
     load_backbone(method.distillation.teacher.module, renamed.teacher)
 
 
@@ -262,37 +264,47 @@ def test_every_name_of_a_published_checkpoint_is_found_from_ours() -> None:
 
 
 @pytest.mark.slow
-def test_published_model_of_real_size_with_generated_parameters(tmp_path: Path) -> None:
-    """All parts of the published model, batch norm's averages and counters included, at 256 pixels."""
+@pytest.mark.parametrize(
+    ("module", "results"),
+    [("whole model", ("out.eval_logits", "out.feat.2")), ("ViT-B/14 teacher", ("out.teacher.3",))],
+)
+def test_published_networks_of_real_size_with_generated_parameters(
+    module: str, results: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The published model, batch norm's averages and counters included, and its teacher's last map, at 256 pixels."""
     entries, _ = read(recorded("ktda", "state_dict_keys_grass"))
     meta: Meta = {
-        "module": "whole model at real size, grass geometry",
-        "generator": GENERATOR,
+        "module": f"{module} at real size, grass geometry",
+        "generator": generator_rules(),
         "case_number": 9,
         "input_shape": [1, 3, 256, 256],
         "tolerance": {"forward": {"rtol": 1e-3, "atol": 1e-3}, "losses": {"rtol": 1e-3}},
     }
     case = load_case(write(tmp_path / "expected.json", meta, {}), DRIVERS)
     method = published_method(case)
-    generator = Generator(GENERATOR, 9)
-    load_reference(
-        method,
-        {
-            name: generator.parameter(name, torch.empty(shape, dtype=getattr(torch, dtype)))
-            for name, shape, dtype in entries["entries"]
-        },
-    )
-    method.eval()
-    with torch.no_grad():
-        run = method.segmenter.run(generator.input("image", (1, 3, 256, 256)))
-    meta["statistics"] = {
-        "out.eval_logits": one_wrong(statistics_of(run.logits)),
-        "out.feat.2": statistics_of(run.features[2]),
+    generator = Generator(generator_rules(), 9)
+    stored = {
+        name: generator.parameter(name, torch.empty(shape, dtype=getattr(torch, dtype)))
+        for name, shape, dtype in entries["entries"]
+        if module == "whole model" or name.startswith("teach_backbone.")
     }
-    meta["losses"] = eval_losses(case, method)
-    del method
-    real = load_case(write(tmp_path / "real.json", meta, {"out.feat.3": run.features[3]}), DRIVERS)
+    load_reference(method, stored, strict=module == "whole model")
+    images = generator.input("image", (1, 3, 256, 256))
+    method.eval()
+    assert method.distillation
+    with torch.no_grad():
+        if module == "whole model":
+            run = method.segmenter.run(images)
+            made = {"out.eval_logits": run.logits, "out.feat.2": run.features[2]}
+            meta["losses"] = eval_losses(case, method)
+        else:
+            made = {"out.teacher.3": method.distillation.teacher_maps(images)[3]}
+    del method, stored
+    meta["statistics"] = {key: statistics_of(made[key]) for key in results}
+    wrong = results[0]
+    meta["statistics"][wrong] = one_wrong(meta["statistics"][wrong])
+    real = load_case(write(tmp_path / "real.json", meta, {}), DRIVERS)
     DRIVERS[real.kind](real)
-    # generating the parameters takes a minute, so that one run must show that right values pass and a wrong one fails
-    assert [difference.label for difference in real.comparison.differences] == ["out.eval_logits abs_mean"]
-    assert real.comparison.count == 1 + 2 * len(statistics_of(run.logits)) + len(meta["losses"])
+    # generating the parameters takes long, so one run must show that right values pass and a wrong one fails
+    assert [difference.label for difference in real.comparison.differences] == [f"{wrong} abs_mean"]
+    assert real.comparison.count == 5 * len(results) + len(meta.get("losses", {}))
