@@ -80,7 +80,7 @@ class Comparison:
             self.differences.append(Difference(label, result, recorded, rtol, atol))
 
     def noise(self, exact: Mapping[str, Tensor], difference: Difference) -> float:
-        """Our largest float32 error in tolerances: of a tensor, and if it is small of all results with its tolerance."""
+        """Our largest float32 error in tolerances, of a tensor; of a small one, of all results with its tolerance."""
         tolerance = self.tolerances[difference.label]
         alone = difference.actual.numel() >= SMALL
         labels = [difference.label] if alone else [label for label, t in self.tolerances.items() if t == tolerance]
