@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+"""Channels of a layer."""
+Depth = Annotated[int, Field(ge=1, le=64)]
+"""Layers of one kind, heads of an attention, or levels."""
+Side = Annotated[int, Field(ge=1, le=16384)]
+"""Side of an image, a crop or a grid."""
+Index = Annotated[int, Field(ge=0, lt=64)]
+"""Level of a pyramid or block of a ViT, from 0."""
 
 
 class Strict(BaseModel):
@@ -28,12 +36,12 @@ class BackboneConfig(Strict):
     """Name in the zoo, such as `convnext_base` or `vit_base_patch14_dinov2`."""
     weights: str = "pretrained"
     """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
-    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    out_indices: Annotated[tuple[Index, ...], Field(max_length=64)] | None = None
     """Indices of the pyramid levels or ViT blocks to return, from 0; None uses the zoo's default."""
     out_norm: Literal["all", "last", "none"] | None = None
     """Which returned maps pass a LayerNorm: for a ViT the network's final norm (`last` as in mmpretrain, `all` as in
     DINOv2), for a pyramid one norm per level. None uses the zoo's default."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Image side in pixels that random weights and `pos_embed_round_trip` lay the position table out for; None keeps
     the network's own."""
     pos_embed: Literal["timm", "dinov2", "bicubic"] = "timm"
@@ -53,6 +61,19 @@ class BackboneConfig(Strict):
     training data."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage and compute type of a frozen teacher."""
+
+
+def _trains_in_float32(config: BackboneConfig) -> BackboneConfig:
+    if config.dtype != "float32":
+        raise ValueError(
+            f"dtype: {config.dtype} is for frozen teachers, a network that trains is stored in float32. Leave it out; "
+            "trainer.amp_dtype computes in 16 bits"
+        )
+    return config
+
+
+TrainedBackbone = Annotated[BackboneConfig, AfterValidator(_trains_in_float32)]
+"""A backbone whose weights are optimized."""
 
 
 class ScheduleConfig(Strict):
@@ -258,6 +279,12 @@ class EvalConfig(Strict):
     """Also average a horizontal mirror image."""
     ignore_classes: tuple[str, ...] = ()
     """Classes left out of the score: their labeled pixels are not counted."""
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if self.tile is not None and self.overlap is not None and self.overlap >= self.tile:
+            raise ValueError(f"overlap: {self.overlap} pixels do not fit tiles of {self.tile}")
+        return self
 
 
 class BaseRecipe(Strict):

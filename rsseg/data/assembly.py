@@ -198,7 +198,11 @@ class StreamReader:
             else:
                 window, out = draw_window(rng, size, scaled, augment.crop_size)
             mask = self._reader.mask(item, window) if plan.masks else None
-            if mask is None or limit >= 1 or not one_class_dominates(mask, limit):
+            if mask is None or limit >= 1:
+                break
+            # Pillow scales the whole image: the crop is only a part of its mask.
+            crop = mask if cut is None else transform_mask(mask, Geometry(window, out, False, False, 0, cut))
+            if not one_class_dominates(crop, limit):
                 break
         return draw_geometry(rng, window, out, augment, cut), mask
 

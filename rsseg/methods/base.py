@@ -1,15 +1,20 @@
 """Interfaces of a method: `Segmenter`, the network that ships, and `Method`, which trains it."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
+from rsseg.errors import MachineError
 from rsseg.task import Task
 
 
@@ -96,6 +101,40 @@ class Segmenter(nn.Module, ABC):
             return images
         mode = "reflect" if bottom < height and right < width else "replicate"
         return F.pad(images, (0, right, 0, bottom), mode=mode)
+
+
+LARGEST_NETWORK = 4_000_000_000
+"""Parameters; the zoo's largest network has 1.1e9."""
+
+
+@contextmanager
+def bounded_parameters() -> Iterator[None]:
+    """Raise `MachineError` as soon as the modules built within have more parameters than this machine can hold."""
+    largest = LARGEST_NETWORK
+    if hasattr(os, "sysconf"):
+        largest = min(largest, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # 4 bytes each
+    refusal = MachineError(
+        f"the recipe describes a network of more than {largest / 1e9:.2g} billion parameters, which is too large for "
+        "this machine. Choose a smaller backbone, or fewer channels or blocks."
+    )
+    count = 0
+
+    def add(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        if parameter is not None and not parameter.is_meta:
+            count += parameter.numel()
+        if count > largest:
+            raise refusal
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise refusal from None
+        raise
+    finally:
+        handle.remove()
 
 
 def backbone_infos(segmenter: Segmenter) -> dict[str, dict[str, Any]]:

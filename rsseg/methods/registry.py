@@ -1,7 +1,9 @@
 """Method name -> builders. Imports are local, so that a command loads only the method that it runs."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from rsseg.recipe import Recipe
 from rsseg.task import Task
@@ -10,7 +12,24 @@ if TYPE_CHECKING:
     from rsseg.checkpoint import ModelHeader
     from rsseg.methods.base import Method, Segmenter
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _bounded(build: Callable[P, T]) -> Callable[P, T]:
+    """`build` that raises `MachineError` instead of building a network that this machine cannot hold."""
+
+    @wraps(build)
+    def bounded(*args: P.args, **kwargs: P.kwargs) -> T:
+        from rsseg.methods.base import bounded_parameters
+
+        with bounded_parameters():
+            return build(*args, **kwargs)
+
+    return bounded
+
+
+@_bounded
 def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
     """Build the network that ships, untrained, without downloading or opening a weights file."""
     match recipe.method:
@@ -28,6 +47,7 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
             return build_dasegnet(recipe, task)
 
 
+@_bounded
 def method_for(recipe: Recipe, task: Task) -> "Method":
     """Build the training module with the pretrained weights that the recipe names.
 
@@ -49,6 +69,7 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
             return build_dasegnet(recipe, task)
 
 
+@_bounded
 def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path) -> "ModelHeader":
     """Convert the authors' checkpoint `source` into a model file; see the method's importer.
 

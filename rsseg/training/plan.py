@@ -29,12 +29,13 @@ class Hardware:
 
 
 def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; a device without a number means one GPU per process.
+    """Resolve `auto` for device and autocast type; each of several processes gets a GPU of its own.
 
     Raises:
         MachineError: the device does not exist here.
+        UsageError: several processes would share a device.
     """
-    device = own_device(config.device, ranks.local)
+    device = own_device(config.device, ranks.local if ranks.world_size > 1 else None)
     match config.amp_dtype:
         case "none":
             return Hardware(device)

@@ -70,6 +70,11 @@ class KTDASegmenter(Segmenter):
         """See `Segmenter.low_resolution_logits`."""
         return self(images) if self.decoder.align_corners else self.run(images).logits
 
+    def padded(self, images: Tensor) -> Tensor:
+        """See `Segmenter.padded`. With a fixed grid, which spans the whole input, only tiny images are padded."""
+        fixed = self.fam is not None and self.fam.grid is not None
+        return images if fixed and min(images.shape[-2:]) >= self.input_multiple else super().padded(images)
+
     def run(self, images: Tensor) -> StudentPass:
         """Forward pass with all tensors that losses need; images as in `forward`."""
         aligned = self.align(images)

@@ -7,25 +7,41 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import (
+    BackboneConfig,
+    BaseRecipe,
+    Depth,
+    Index,
+    Positive,
+    Probability,
+    Side,
+    Strict,
+    TrainedBackbone,
+    Width,
+)
 
 
 class FamConfig(Strict):
     """Feature alignment: projects student levels to the teacher's width and grid."""
 
-    grid: Count | Literal["auto"] = "auto"
+    grid: Side | Literal["auto"] = "auto"
     """Side of the square grid in cells for images of any shape (published: 19 for 256 pixels, 37 for 512), or `auto`:
     one cell per started patch of the image."""
-    width: Count | None = None
+    width: Width | None = None
     """Channels of every level; None uses the teacher's."""
 
 
 class NeckConfig(Strict):
     """Multi-level neck: builds a pyramid from maps of one size."""
 
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4, 2, 1, 0.5)
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1, max_length=64)] = (
+        4,
+        2,
+        1,
+        0.5,
+    )
     """Size factor per level."""
-    width: Count | None = None
+    width: Width | None = None
     """Channels of every level; None keeps the width of the first input."""
     sampling: Literal["factor", "ratio"] = "factor"
     """If a size was rounded down, `factor` (published) samples at multiples of 1/scale, which omits the end of the map;
@@ -37,11 +53,11 @@ class FmmConfig(Strict):
 
     type: Literal["mlp", "vit_block"] = "mlp"
     """`mlp`: bottleneck without residual; `vit_block`: transformer block (the published models use four)."""
-    depth: Count = 1
+    depth: Depth = 1
     """Blocks per level."""
-    rank_dim: Count = 4
+    rank_dim: Width = 4
     """`mlp` only: the bottleneck has channels // rank_dim."""
-    heads: Count = 8
+    heads: Depth = 8
     """`vit_block` only."""
     norm_eps: Positive = 1e-5
     """`vit_block` only: eps of the layer norms. Published weights need 1e-5; newer timm blocks use 1e-6."""
@@ -51,9 +67,9 @@ class DecoderConfig(Strict):
     """The segmentation head."""
 
     type: Literal["upernet", "segformer"] = "upernet"
-    channels: Count = 512
+    channels: Width = 512
     """Published: 512 for `upernet`, 256 for `segformer`."""
-    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
+    pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids in cells."""
     dropout: Probability = 0.1
     align_corners: bool = False
@@ -63,10 +79,10 @@ class DecoderConfig(Strict):
 class AuxConfig(Strict):
     """One auxiliary FCN head, used in training only. Fields are those of the common FCN head configurations."""
 
-    level: Annotated[int, Field(ge=0)] = 2
+    level: Index = 2
     """Index of the decoder input that it reads."""
-    channels: Count = 256
-    num_convs: Count = 1
+    channels: Width = 256
+    num_convs: Depth = 1
     concat_input: bool = False
     """Concatenate the input to the output of the convolutions and apply one more."""
     dropout: Probability = 0.1
@@ -112,7 +128,7 @@ class KTDARecipe(BaseRecipe):
     """
 
     method: Literal["ktda"]
-    student: BackboneConfig
+    student: TrainedBackbone
     teacher: BackboneConfig | None = None
     """None trains without distillation."""
     teacher_input: Literal["own", "student_normalized"] = "own"
@@ -125,7 +141,7 @@ class KTDARecipe(BaseRecipe):
     neck: NeckConfig | None = None
     fmm: FmmConfig | None = None
     decoder: DecoderConfig = DecoderConfig()
-    aux: tuple[AuxConfig, ...] = ()
+    aux: Annotated[tuple[AuxConfig, ...], Field(max_length=64)] = ()
     distillation: DistillationConfig = DistillationConfig()
     """Unused without a teacher."""
     loss_divisor: Literal["all", "valid"] = "all"
