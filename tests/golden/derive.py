@@ -43,10 +43,10 @@ def derive(source: Path, folder: Path, *edits: Edit, name: str | None = None) ->
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write a case; returns its JSON file."""
     path.write_text(json.dumps(meta), encoding="utf-8")
+    stored = path.with_suffix(".safetensors")
+    stored.unlink(missing_ok=True)  # of an earlier case of this name
     if tensors:
-        save_file(
-            {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path.with_suffix(".safetensors")
-        )
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, stored)
     return path
 
 
