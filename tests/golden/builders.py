@@ -48,7 +48,7 @@ def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None
 class _Float64Backbone(Backbone):
     """Computes in float64; the product's own backbones have narrower types only."""
 
-    def taps_of_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.body(self._padded(images).double()))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def _explain_differences(case: Case, path: Path, drivers: Drivers) -> list[str]:
     if not differences:
         return []
     possible = all(difference.may_be_rounding for difference in differences)
-    exact, problem = _run_in_float64(path, drivers) if possible else (None, "")
+    exact, problem = run_in_float64(path, drivers) if possible else (None, "")
     values = exact.comparison.values if exact else {}
     noise = {difference.label: case.comparison.noise(values, difference) for difference in differences}
     reasons = [explain(d, values[d.label], noise[d.label]) if d.label in values else None for d in differences]
@@ -102,10 +103,11 @@ def _explain_differences(case: Case, path: Path, drivers: Drivers) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
-def _run_in_float64(path: Path, drivers: Drivers) -> tuple[Case | None, str]:
+def run_in_float64(path: Path, drivers: Drivers) -> tuple[Case | None, str]:
+    """The case after a run in float64, or None and the reason why there is none."""
     case = load_case(path, drivers, torch.float64)
     try:
-        with default_dtype(torch.float64):
+        with float64():
             drivers[case.kind](case)
     except Exception as error:  # whatever does not run in float64; the float32 differences stand
         return None, f"(no float64 results: {type(error).__name__}: {error})"
@@ -113,12 +115,13 @@ def _run_in_float64(path: Path, drivers: Drivers) -> tuple[Case | None, str]:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new floating-point tensors of this dtype."""
+def float64() -> Iterator[None]:
+    """Make new tensors float64, and let the code under test, which asks for float32 in places, stay there."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with patch.object(Tensor, "float", Tensor.double):
+            yield
     finally:
         torch.set_default_dtype(before)
 

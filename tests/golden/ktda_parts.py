@@ -140,7 +140,6 @@ def check_backward(
 def check_gradients(case: Case, module: nn.Module, inputs: Mapping[int, Tensor], rename: Rename) -> None:
     """Recorded gradients: of parameters, and of those inputs that got one."""
     recorded = rename(case.group("grad.sd"))
-    assert recorded, f"{case.name} has no gradients of parameters"
     case.check_named(gradients(module), recorded)
     for i, level in inputs.items():
         if case.has(f"grad.in.{i}"):
