@@ -1,4 +1,4 @@
-"""What the drivers of several methods build or measure: tasks, backbones for normalized images, gradients, norms."""
+"""Shared by the drivers of several methods: tasks, backbones for normalized images, gradients, norms."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ BATCH_NORM = {"BN", "SyncBN", "BN2d"}
 
 
 def make_task(num_classes: int) -> Task:
-    """Three bands that normalization by the data's statistics leaves as they are."""
+    """Task with three bands of mean 0 and standard deviation 1."""
     return Task(
         name="golden",
         classes=tuple(ClassInfo(name=f"c{i}", value=i, color=(i, i, i)) for i in range(num_classes)),
@@ -29,7 +29,7 @@ def make_task(num_classes: int) -> Task:
 
 
 def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None = None, bands: int = 3) -> Backbone:
-    """A backbone that takes images as recorded, which are normalized already."""
+    """Backbone without normalization: recorded images are normalized already."""
     info = BackboneInfo(
         name="golden",
         timm_name="golden",
@@ -46,14 +46,14 @@ def unnormalized(built: Built, *, patch: int | None = None, multiple: int | None
 
 
 class _Float64Backbone(Backbone):
-    """Computes in float64; the product's own backbones have narrower types only."""
+    """Backbone that computes in float64, which the recipe's types do not include."""
 
     def forward_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.body(self._padded(images).double()))
 
 
 def as_precise(backbone: Backbone) -> Backbone:
-    """The backbone itself, or one of float64 while that is the default type."""
+    """The backbone itself, or a float64 version if that is the default type."""
     if torch.get_default_dtype() != torch.float64:
         return backbone
     precise = _Float64Backbone(backbone.info, backbone.body, pad=backbone.pad)
@@ -62,12 +62,12 @@ def as_precise(backbone: Backbone) -> Backbone:
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load copies; every name must fit."""
+    """Load copies of tensors strictly."""
     module.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True)
 
 
 def gradients(module: nn.Module, *, missing: str = "zero") -> dict[str, Tensor]:
-    """Gradient of every parameter by name; where there is none, zeros, or nothing with `missing="leave out"`."""
+    """Gradients by parameter name; missing ones are zeros, or absent with `missing="leave out"`."""
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
     if missing == "leave out":
         return {name: grad for name, grad in found.items() if grad is not None}
@@ -76,7 +76,7 @@ def gradients(module: nn.Module, *, missing: str = "zero") -> dict[str, Tensor]:
 
 
 def grad_of(tensor: Tensor) -> Tensor:
-    """The gradient that backward left."""
+    """Gradient of an input after backward."""
     assert tensor.grad is not None, "no gradient reached this input"
     return tensor.grad
 
@@ -102,7 +102,7 @@ def per_level(value: int | Sequence[int], levels: int) -> list[int]:
 
 
 def check_norm(config: Settings) -> None:
-    """A head's norm must be batch norm; synchronized or not makes no difference in one process."""
+    """Fail unless a head's norm is batch norm; synchronization makes no difference in one process."""
     if config.get("norm_cfg") is not None:
         norm_cfg = plain(config["norm_cfg"])
         assert norm_cfg.pop("type") in BATCH_NORM

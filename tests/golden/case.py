@@ -25,7 +25,7 @@ DESCRIPTIVE = (
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Recorded tensors, which know which of them were used."""
+    """Recorded tensors that track their use."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
@@ -60,7 +60,7 @@ class Case:
     comparison: Comparison = field(default_factory=Comparison)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose key starts with `prefix.`, the prefix taken off."""
+        """Tensors below `prefix.`, by the rest of their keys."""
         return {
             key.removeprefix(f"{prefix}."): self.tensors[key] for key in self.tensors if key.startswith(f"{prefix}.")
         }
@@ -72,11 +72,11 @@ class Case:
         return [self.tensors[f"{prefix}.{i}"] for i in numbers]
 
     def has(self, key: str) -> bool:
-        """Whether a tensor was recorded, whole or as statistics."""
+        """Whether a key is recorded as a tensor or as statistics."""
         return key in self.tensors or key in self.statistics
 
     def tolerance(self, what: str) -> dict[str, float]:
-        """rtol and atol of `what`, else of results in general; the one that is missing is 0."""
+        """rtol and atol of `what`, with those of `forward` as fallback; a missing one is 0."""
         stated = self.meta["tolerance"]
         if stated == "exact" or stated.get("exact") is True:
             return {"rtol": 0.0, "atol": 0.0}
@@ -91,11 +91,11 @@ class Case:
         return {"rtol": float(stated.get("rtol", 0.0)), "atol": float(stated.get("atol", 0.0))}
 
     def close(self, label: str, actual: Any, expected: Any, what: str = "forward", **tolerance: float) -> None:
-        """Compare numbers or tensors within the case's tolerance for `what`, or within the one that is given."""
+        """Compare numbers or tensors within the case's tolerance for `what`, or within an explicit tolerance."""
         self.comparison.close(label, actual, expected, **(tolerance or self.tolerance(what)))
 
     def check(self, actual: Tensor | None, key: str, what: str = "forward") -> None:
-        """Compare with the recorded tensor, with the slices of it that were recorded, or with its statistics."""
+        """Compare with a recorded tensor, a recorded part of it, or its recorded statistics."""
         assert actual is not None, f"{self.name}: nothing was computed for {key}"
         assert self.has(key), f"{self.name}: {key} is not recorded"
         if key in self.tensors:
@@ -111,7 +111,7 @@ class Case:
             self._check_statistic(actual, key, name, recorded, what)
 
     def check_maps(self, maps: Sequence[Tensor], prefix: str, what: str = "forward") -> int:
-        """Compare those of `prefix.0`, `prefix.1`, ... that were recorded; returns how many these are."""
+        """Compare the recorded ones of `prefix.0`, `prefix.1`, ...; return their number."""
         recorded = {i for i in range(len(maps)) if self.has(f"{prefix}.{i}")}
         for i in sorted(recorded):
             self.check(maps[i], f"{prefix}.{i}", what)
@@ -120,31 +120,31 @@ class Case:
         return len(recorded)
 
     def check_named(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "grad") -> None:
-        """Compare every expected tensor with the one of its name."""
+        """Compare every expected tensor with the actual one of the same name."""
         for name, tensor in expected.items():
             assert name in actual, f"{self.name}: there is no {name}"
             self.close(f"{what} {name}", actual[name], tensor, what)
 
     def check_classes(self, label: str, actual: Tensor, expected: Tensor, share: float = 0.999) -> None:
-        """At least this part of the pixels must have the recorded class: near-ties differ between machines."""
+        """Compare class maps; fewer than `share` equal pixels fail (near-ties differ between machines)."""
         assert actual.numel() == expected.numel(), f"{self.name} {label}: {actual.shape}, recorded {expected.shape}"
         equal = (actual.reshape(expected.shape).long() == expected.long()).double().mean()
         self.comparison.close(label, float(equal), 1.0, atol=1 - share)
 
     def check_differs(self, actual: Tensor, key: str, least: float = 1e-2) -> None:
-        """A negative control: the result must be far from what was recorded."""
+        """Negative control: fail unless the result is far from the recorded tensor."""
         far = float((actual.detach().reshape(self.tensors[key].shape) - self.tensors[key]).abs().max())
         assert far > least, f"{self.name}: {key} must not be what is computed, but is within {far}"
         self.comparison.count += 1
 
     def recorded(self, prefix: str) -> list[str]:
-        """Names of what was recorded under `prefix.`, whole or as statistics."""
+        """Names below `prefix.` that are recorded as tensors or statistics."""
         keys = dict.fromkeys([*self.tensors, *self.statistics])
         return [key.removeprefix(f"{prefix}.") for key in keys if key.startswith(f"{prefix}.")]
 
     @cached_property
     def generator(self) -> Generator | None:
-        """What makes tensors that are not stored."""
+        """Generator of tensors that are not stored, if the case has one."""
         if "generator" not in self.meta:
             return None
         owner = self.meta if "case_number" in self.meta else self.meta["generator"]
@@ -177,22 +177,22 @@ class Case:
         return found
 
     def unread_settings(self) -> list[str]:
-        """Hyper-parameters that the driver of the case did not read."""
+        """Paths of hyper-parameters that the driver did not read."""
         sections = ("hyper", "hyper_parameters", "module", "segmentor", "optimizers", "optimiser", "hook")
         named = [self.meta[name] for name in sections if isinstance(self.meta.get(name), Settings)]
         return [path for section in named for path in section.unread()]
 
     def unread_results(self) -> list[str]:
-        """Recorded results that were compared with nothing."""
+        """Keys of recorded results that were not compared."""
         return [key for key in self.tensors if key.startswith(RESULTS) and key not in self.tensors.used]
 
     def unread_sections(self) -> list[str]:
-        """Sections of the JSON that nobody looked at, text and descriptions left out."""
+        """Unread sections of the JSON, except text and descriptions."""
         sections = [key for key in self.meta.unread() if "." not in key and not key.startswith(DESCRIPTIVE)]
         return [key for key in sections if not isinstance(self.meta.untracked()[key], str)]
 
     def _statistics_of(self, key: str, entry: Mapping[str, Any], *, in_list: bool) -> dict[str, Any]:
-        """Of one tensor, by name. The list of tensors also has the shapes of what is stored, which may be slices."""
+        """Statistics of one tensor by name. Shapes in the list of tensors are those of the stored part."""
         named = {name: entry[name] for name in entry if name != "dtype" and not (in_list and name == "shape")}
         known = {name: value for name, value in named.items() if _is_statistic(name)}
         if known and len(known) < len(named):

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 LARGEST_EXCESS = 10.0
-"""Tolerances by which a float32 value may miss the float64 result before it is simply wrong."""
+"""Largest error of a float32 value, in tolerances, that counts as rounding."""
 LARGEST_SHARE = 0.01
-"""Part of a tensor's values that may do so (one value always may)."""
+"""Largest fraction of such values in a tensor (one is always allowed)."""
 LARGEST_NOISE_RATIO = 16.0
-"""How many times larger than our own largest float32 error of the same kind the recorded error may be."""
+"""Largest ratio of the recorded error to our own largest float32 error."""
 SMALL = 64
-"""Number of values below which a tensor alone does not tell how large such errors are."""
+"""Number of values below which a tensor is too small to estimate our float32 error from."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A result that is not within tolerance of the recorded value; float64 copies."""
+    """A result outside the tolerance of the recorded value, as float64 copies."""
 
     label: str
     actual: Tensor
@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def may_be_rounding(self) -> bool:
-        """Whether it is small and rare enough for a look at the float64 result."""
+        """Whether it is small and rare enough to be compared with the float64 result."""
         if self.actual.shape != self.expected.shape:
             return False
         error, bound = (self.actual - self.expected).abs(), self.atol + self.rtol * self.expected.abs()
@@ -60,9 +60,9 @@ class Comparison:
     count: int = 0
 
     def close(self, label: str, actual: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-        """Note a difference of more than atol + rtol * |expected|.
+        """Record a difference of more than atol + rtol * |expected|.
 
-        Where NaN was recorded any finite value is accepted: there the original overflows or divides by zero.
+        Recorded NaNs accept any finite value: there the original overflows or divides by zero.
         """
         self.count += 1
         label = self._unique(label)
@@ -80,7 +80,7 @@ class Comparison:
             self.differences.append(Difference(label, result, recorded, rtol, atol))
 
     def noise(self, exact: Mapping[str, Tensor], difference: Difference) -> float:
-        """Our largest float32 error in tolerances, of a tensor; of a small one, of all results with its tolerance."""
+        """Largest float32 error of ours, in tolerances: of this tensor, or if it is small of all with its tolerance."""
         tolerance = self.tolerances[difference.label]
         alone = difference.actual.numel() >= SMALL
         labels = [difference.label] if alone else [label for label, t in self.tolerances.items() if t == tolerance]
@@ -109,7 +109,7 @@ def _in_tolerances(value: Tensor, exact: Tensor, rtol: float, atol: float) -> Te
 
 
 def explain(difference: Difference, exact: Tensor, noise: float) -> str | None:
-    """Why a difference is no more than rounding, or None if it is more.
+    """Description of a difference that is only rounding, or None if it is not.
 
     `exact` is the same result computed in float64. Where the recorded float32 value is itself outside the tolerance of
     `exact`, ours is compared with `exact` instead, within the same tolerance; where only ours is outside, the recorded

@@ -139,7 +139,7 @@ def discriminator_values(config: Settings) -> dict[str, Any]:
 
 
 def make_recipe(segmentor: Settings, optimizers: Mapping[str, Settings]) -> DASegNetRecipe:
-    """The recipe that says what the authors' settings say."""
+    """Recipe equivalent to the authors' settings."""
     segmentor.expect("type", "EncoderDecoder_forSTDASegNet")
     segmentor.expect("pretrained", None)
     segmentor.expect("train_cfg", {}, None)
@@ -223,7 +223,7 @@ def make_method(case: Case, optimizers: Mapping[str, Settings]) -> DASegNetMetho
 
 
 def our_names(method: DASegNetMethod, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' tensors under the names of the whole method's state dict; neck levels that nobody reads left out."""
+    """The authors' tensors under the names of the method's state dict, without neck levels that no decoder reads."""
     tensors = rename_tensors(state)
     unread = unread_neck_levels(tensors.segmenter, method.segmenter.state_dict())
     renamed = {f"segmenter.{name}": tensor for name, tensor in tensors.segmenter.items() if name not in unread}

@@ -32,12 +32,12 @@ RULE = "st-dasegnet"
 
 
 def published(script: str) -> tuple[str, dict[int, int]]:
-    """The entry of a script, whose name may have a suffix such as `.py`."""
+    """Entry of a script, with or without the suffix `.py`."""
     return PUBLISHED[re.sub(r"[^a-z0-9]", "", script.lower().removesuffix(".py"))]
 
 
 def published_grid(script: str, tile: int, stride: int) -> Grid:
-    """The grid of our card's rule, which cuts as the script does, for the given tile and stride."""
+    """Grid of our card's rule at the given tile and stride."""
     card, _ = published(script)
     grid = CARDS[card].choose_rule(RULE).grid
     assert grid is not None

@@ -33,7 +33,7 @@ Window = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to understand a recorded output: of which views, whole or in windows."""
+    """One interpretation of a recorded output: which views, whole images or windows."""
 
     views: tuple[int, ...]
     window: Window | None
@@ -103,7 +103,7 @@ def check_output(case: Case, net: DASegNet, views: list[Tensor], key: str, windo
 
 
 def readings(case: Case, key: str, views: int, window: Window | None) -> Iterator[Reading]:
-    """Possible readings of a key, the likeliest first."""
+    """Possible interpretations of a key, the likeliest first."""
     slides = case.meta["segmentor"].get("test_cfg", {}).get("mode") == "slide"
     windows = [window, None] if slides and "logits" not in key else [None, window]
     if "slide" in key:
@@ -133,7 +133,7 @@ def output(net: DASegNet, views: list[Tensor], reading: Reading, kind: str) -> T
 
 
 def fits(case: Case, kind: str, actual: Tensor, expected: Tensor) -> bool:
-    """Whether a result is the recorded one; sides of 1 may be missing."""
+    """Whether a result is within tolerance of the recorded one; sides of 1 may be missing."""
     if _without_ones(actual) != _without_ones(expected):
         return False
     actual = actual.reshape(expected.shape)
@@ -149,7 +149,7 @@ def share_of(case: Case) -> float:
 
 
 def window_of(case: Case) -> Window | None:
-    """The first size and stride of a window that the case states, wherever it does."""
+    """First `crop_size` and `stride` anywhere in the case."""
     found = _first_with(case.meta.untracked(), {"crop_size", "stride"})
     if found is None:
         return None
@@ -186,7 +186,7 @@ def slide(net: DASegNet, images: Tensor, window: Window) -> Tensor:
 
 
 def check_tiling(case: Case, net: DASegNet, images: Tensor, window: Window) -> None:
-    """The product's tiling and blending agree with the plain mean of windows, where a tile needs no padding."""
+    """Compare the product's tiling and blending with the mean of windows, where tiles need no padding."""
     (side, width), (stride, other) = window
     multiple = net.input_multiple
     tiles = [min(side, length) for length in images.shape[-2:]]

@@ -37,7 +37,7 @@ Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def check_gradients(case: Case, module: nn.Module, rename: Rename, inputs: Mapping[str, Tensor]) -> None:
-    """Recorded gradients of inputs and parameters; what has none recorded was not to get one, or nothing was."""
+    """Compare recorded gradients of inputs, and of all parameters or none."""
     recorded = {key for key in inputs if case.has(f"grad.{key}")}
     for key in sorted(recorded):
         case.check(grad_of(inputs[key]), f"grad.{key}", "grad")
@@ -124,7 +124,7 @@ def weighted_sum(text: str, terms: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_gan_loss(case: Case) -> None:
-    """Every row's value; the stated weight is the generator's only."""
+    """Compare the value of every row; the weight applies to generator losses only."""
     for i, row in enumerate(case.meta["values"]):
         values = gan_values(row)
         weight = values.pop("weight")
@@ -165,7 +165,7 @@ def check_pseudo_labels(case: Case) -> None:
 
 
 class Bag(nn.Module):
-    """Any module's tensors under their names: parameters those that `trained` lists, the others buffers."""
+    """Module that holds given tensors by name: those in `trained` as parameters, the others as buffers."""
 
     def __init__(self, state: Mapping[str, Tensor], trained: set[str]) -> None:
         super().__init__()

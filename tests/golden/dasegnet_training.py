@@ -111,7 +111,7 @@ def modules(method: DASegNetMethod) -> dict[str, nn.Module]:
 
 
 def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: Batch) -> dict[str, Tensor]:
-    """The numbers that the authors log, under their names; `loss` is by mistake the last of the adversarial ones."""
+    """Numbers under the names that the authors log; their `loss` is the last adversarial one, a quirk of their code."""
     (lesson,) = passes.lessons
     losses, logs = output.losses, output.logs
     masks, labels = batch["source"].masks, lesson.pseudo.labels
@@ -136,7 +136,7 @@ def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: B
 
 
 def check_pseudo_labels(case: Case, passes: Passes, step: int, expected: Settings) -> None:
-    """Labels, and weights where the labels agree."""
+    """Compare labels, and weights where the labels agree."""
     pseudo = passes.lessons[0].pseudo
     if f"step{step}.pseudo_label" in case.tensors:
         labels = case.tensors[f"step{step}.pseudo_label"].reshape(pseudo.labels.shape).long()

@@ -1,4 +1,4 @@
-"""Cases made from recorded ones, for situations of their siblings, and with wrong values, which must fail."""
+"""Cases derived from recorded ones: other situations of the same kinds, and wrong values, which must fail."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -51,13 +51,13 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def fails(path: Path, drivers: Drivers, match: str | None = None) -> None:
-    """Pass if the case fails."""
+    """Fail unless running the case fails."""
     with pytest.raises(FAILURES, match=match):
         run_case(path, drivers)
 
 
 def drop(*prefixes: str) -> Edit:
-    """Leave out the tensors whose keys begin so."""
+    """Drop the tensors whose keys start with one of the prefixes."""
 
     def edit(_meta: Meta, tensors: dict[str, Tensor]) -> None:
         found = [key for key in tensors if key.startswith(prefixes)]
@@ -78,7 +78,7 @@ def spoil(key: str) -> Edit:
 
 
 def spoilt(tensor: Tensor) -> Tensor:
-    """A copy whose middle value is wrong."""
+    """Copy with a wrong value in the middle."""
     changed = tensor.contiguous().clone()
     flat = changed.view(-1)
     place = flat.numel() // 2
@@ -103,7 +103,7 @@ def put(path: str, value: Any) -> Edit:
 
 
 def statistics_of(tensor: Tensor) -> dict[str, float]:
-    """What a case may hold in place of a large tensor."""
+    """Statistics that a case may store in place of a large tensor."""
     values = tensor.detach().double()
     return {
         "mean": float(values.mean()),
@@ -115,22 +115,22 @@ def statistics_of(tensor: Tensor) -> dict[str, float]:
 
 
 def one_wrong(values: Mapping[str, float]) -> dict[str, float]:
-    """Statistics of which the mean magnitude is wrong."""
+    """Statistics with a wrong mean magnitude."""
     return dict(values) | {"abs_mean": 1.1 * values["abs_mean"] + 0.1}
 
 
 def exact_sum(x: Tensor) -> float:
-    """Sum in float64."""
+    """Float64 sum."""
     return float(x.double().sum())
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers, always the same."""
+    """Seeded normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def generator_rules() -> dict[str, Any]:
-    """Rules for tensors that are not stored, in the words of the recorded case that has such."""
+    """Rules for tensors that are not stored, worded as in the recorded cases."""
     return {
         "steps": [
             "s = crc32(utf-8 key name) xor case_number (32 bits)",

@@ -31,7 +31,7 @@ def uniform(name: str, shape: Sequence[int], case_number: int) -> np.ndarray:
 
 
 class Generator:
-    """Makes tensors by the rules that a case states; a rule that cannot be understood fails."""
+    """Tensors by the rules that a case states; unknown rules fail."""
 
     def __init__(self, description: Mapping[str, Any], case_number: int) -> None:
         """`description` is the case's `generator`: `steps` of the hash, `rules_in_order`, and `input_rule` and others
@@ -98,7 +98,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {"sqrt": np.sqrt, "floor": np.flo
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
-    """Value of an arithmetic expression in the given names; anything but arithmetic fails."""
+    """Value of an arithmetic expression over the given names; anything else fails."""
 
     def value(node: ast.AST) -> Any:
         match node:
@@ -136,7 +136,7 @@ def slices_in(text: str) -> dict[str, tuple[slice, ...]]:
 
 
 def cut(tensor: Tensor, parts: tuple[slice, ...], shape: Sequence[int]) -> Tensor:
-    """The part that was recorded: the slices of the first or of the last dimensions, whichever give its shape.
+    """Part with the recorded shape, by slices of the first or of the last dimensions.
 
     Without fitting slices, every k-th element of each dimension, if there is such a k; else the whole.
     """
@@ -172,6 +172,6 @@ DIGESTS = ("sha256", "sha1", "md5", "crc32")
 
 
 def digest(tensor: Tensor, algorithm: str) -> str:
-    """Of the values as little-endian bytes in row-major order; hexadecimal, in lower case."""
+    """Hexadecimal digest of the values as little-endian bytes in row-major order."""
     content = np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes()
     return f"{zlib.crc32(content):08x}" if algorithm == "crc32" else hashlib.new(algorithm, content).hexdigest()

@@ -25,7 +25,7 @@ from tests.golden.settings import Settings
 
 GOLDENS = Path(os.environ.get("RSSEG_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens")).resolve()
 REAL_SIZE = " at real size"
-"""How a module ends that names parts of a published network; its kind are these words."""
+"""Ending of modules that name parts of a published network; the kind of such a case."""
 LARGE_INPUT = 512 * 512
 """Pixels of generated input from which a case is marked slow; so are whole models whose parameters are generated."""
 
@@ -34,7 +34,7 @@ Drivers = Mapping[str, Driver]
 
 
 class GoldenWarning(UserWarning):
-    """Something about a recorded case that its reader should know, though the case passes."""
+    """Noteworthy property of a recorded case that passes."""
 
 
 def case_paths(method: str) -> list[Path]:
@@ -88,7 +88,7 @@ def run_case(path: Path, drivers: Drivers) -> None:
 
 
 def _explain_differences(case: Case, path: Path, drivers: Drivers) -> list[str]:
-    """Fail on differences that are our fault; explain the others."""
+    """Fail on differences that are not rounding; describe the others."""
     differences = case.comparison.differences
     if not differences:
         return []
@@ -116,7 +116,7 @@ def run_in_float64(path: Path, drivers: Drivers) -> tuple[Case | None, str]:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Make new tensors float64, and let the code under test, which asks for float32 in places, stay there."""
+    """Make new tensors float64, and make `Tensor.float()` in the code under test keep it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -142,7 +142,7 @@ def parametrize_cases(method: str) -> pytest.MarkDecorator:
 
 
 def is_slow(path: Path) -> bool:
-    """Whether a case has a network of real size for a large image, or a whole one; its parameters are not stored."""
+    """Whether a case has generated parameters and a large image or a whole network."""
     meta = json.loads(path.read_text(encoding="utf-8"))
     shape = meta.get("input_shape", ())
     pixels = shape[0] * shape[-1] * shape[-2] if len(shape) == 4 else 0

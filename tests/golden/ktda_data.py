@@ -1,4 +1,4 @@
-"""KTDA's golden cases outside the networks: distortion, what reaches the first layer, learning rates, scores."""
+"""KTDA's golden cases outside the networks: distortion, preprocessing, learning rates, scores."""
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def photometric(case: Case) -> None:
 
 
 def preprocessor(case: Case) -> None:
-    """Pixels of any height and width, normalized, padded right and bottom to the case's size if it has one."""
+    """Normalized images of any height and width, padded right and bottom to the case's size."""
     hyper = case.meta["hyper"]
     for key, value in (("bgr_to_rgb", True), ("rgb_to_bgr", False), ("pad_val", 0), ("seg_pad_val", 255)):
         hyper.expect(key, value)
@@ -69,7 +69,7 @@ def preprocessor(case: Case) -> None:
 
 
 def padded_size(case: Case, hyper: Settings, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Of the batch: in training the stated size, or the largest image's rounded up; else images stay as they are."""
+    """Size of the batch: in training the stated one or the largest image's, rounded up; else that of the images."""
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if case.detail != "training":
         assert case.detail in ("test", "testing", "inference", "validation"), f"{case.name}: unknown {case.detail!r}"

@@ -89,7 +89,7 @@ def generate_parameters(case: Case, method: KTDAMethod) -> None:
 
 
 def fill(case: Case, parts: Iterable[tuple[str, nn.Module]]) -> None:
-    """Fill modules, given with what comes before their tensors' names in a whole model."""
+    """Fill modules, given with the prefix of their tensors' names in a whole model."""
     assert case.generator is not None, f"{case.name} stores no parameters and has no rule for them"
     states = {prefix: module.state_dict() for prefix, module in parts}
     references = reference_names([prefix + name for prefix, state in states.items() for name in state])

@@ -157,7 +157,7 @@ def distillation_config(hyper: Settings) -> DistillationConfig:
 
 
 def own_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """A part's tensors under our names, by the importer's renaming of whole checkpoints."""
+    """Tensors of one part under our names, by the importer's renaming of whole checkpoints."""
     names = {name: own_name(f"{prefix}.{name}") for name in tensors}
     return {names[n].removeprefix("aux_heads.").partition(".")[2]: tensor for n, tensor in tensors.items()}
 
@@ -174,7 +174,7 @@ def own_name(name: str) -> str:
 
 
 def without_unused_parts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what lies behind the last returned stage or block of a backbone: the original keeps it, ours does not."""
+    """Drop stages and blocks after the last returned one: the original keeps them, ours does not."""
     return {name: tensor for name, tensor in tensors.items() if name in own or "body.network." not in name}
 
 

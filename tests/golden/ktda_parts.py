@@ -71,7 +71,7 @@ def check_backbone(case: Case, backbone: nn.Module, rename: Rename) -> list[Tens
 def check_loaded_positions(
     case: Case, backbone: nn.Module, tensors: Mapping[str, Tensor], images: list[Tensor]
 ) -> None:
-    """The position table of a checkpoint as it becomes on loading, and the maps with it."""
+    """Compare a checkpoint's position table after loading, and maps with it."""
     if "in.ckpt_pos_embed" not in case.tensors:
         return
     rows, columns = case.meta["fixed_grid_from_img_size"]
@@ -138,7 +138,7 @@ def check_backward(
 
 
 def check_gradients(case: Case, module: nn.Module, inputs: Mapping[int, Tensor], rename: Rename) -> None:
-    """Recorded gradients: of parameters, and of those inputs that got one."""
+    """Compare recorded gradients of parameters and inputs."""
     recorded = rename(case.group("grad.sd"))
     case.check_named(gradients(module), recorded)
     for i, level in inputs.items():

@@ -29,7 +29,7 @@ REST = {
 
 
 def real_size(case: Case) -> None:
-    """The parts that the module names, with generated parameters. What is recorded decides how much is built."""
+    """Compare the networks that the module names, with generated parameters; the results decide what is built."""
     words = set(re.findall(r"[a-z0-9/-]+", f"{case.meta['module'].partition(REAL_SIZE)[0]} {case.detail}".lower()))
     unknown = words - STUDENT - TEACHER - REST
     assert not unknown, f"{case.name}: no network is called {sorted(unknown)}"
@@ -57,7 +57,7 @@ def check_student(case: Case) -> None:
 
 
 def check_teacher(case: Case) -> None:
-    """Any of the four maps may be recorded, such as the last one alone."""
+    """Compare the teacher's maps; any subset may be recorded, such as the last one alone."""
     recipe, task = published_recipe(case)
     teacher = published_backbone(recipe.teacher, task).eval()
     fill(case, [("teacher.", teacher)])
@@ -72,7 +72,7 @@ def check_teacher(case: Case) -> None:
 
 
 def state_dict_keys(case: Case) -> None:
-    """Every tensor of a published checkpoint has its place in the networks of the packaged recipe, and none is over."""
+    """Compare names, shapes and types of a published checkpoint with the networks of the packaged recipe."""
     recipe = load_recipe(case.name.removeprefix("state_dict_keys_"))
     stored = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")

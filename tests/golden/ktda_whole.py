@@ -99,7 +99,7 @@ def aligned_maps(segmenter: KTDASegmenter, images: Tensor) -> Sequence[Tensor]:
 
 
 def teacher_maps(case: Case, method: KTDAMethod, images: Tensor) -> Sequence[Tensor]:
-    """Also of a teacher that is described, but not used."""
+    """Maps of the method's teacher, or of a teacher that the settings describe but do not use."""
     if method.distillation:
         return method.distillation.teacher_maps(images)
     hyper = case.meta.get("hyper", {})
@@ -167,7 +167,7 @@ def check_trajectory(case: Case, method: KTDAMethod) -> None:
 
 
 def passes_before_averages(case: Case) -> int:
-    """How many passes batch norm's recorded averages saw, by their own counters; one where there are none."""
+    """Number of forward passes in batch norm's recorded averages, by their counters; 1 without counters."""
     counts = []
     for prefix in ("sd", "after"):
         keys = [f"{prefix}.{name}" for name in case.recorded(prefix) if name.endswith("num_batches_tracked")]
@@ -249,7 +249,7 @@ def label_of(case: Case) -> Tensor:
 
 
 def optimizer_of(settings: Settings, method: KTDAMethod) -> torch.optim.Optimizer:
-    """AdamW as stated over the method's own parameter groups; the authors' numbers are constant here."""
+    """The stated AdamW over the method's own parameter groups, at a constant rate."""
     for key, value in {
         "type": "AdamW",
         "same_batch": True,

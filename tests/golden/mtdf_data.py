@@ -80,7 +80,7 @@ def geometry_of(hyper: Settings, size: tuple[int, int], crop: int) -> Geometry:
 
 
 def class_indices(case: Case, dataset: str) -> np.ndarray:
-    """Of the stored mask, which may repeat its values in three channels."""
+    """Class indices of the stored mask, whose three channels, if it has them, are equal."""
     stored = case.tensors["in.mask_uint8"].numpy()
     if stored.ndim == 3:
         assert (stored == stored[..., :1]).all()

@@ -142,7 +142,7 @@ def fusion(case: Case) -> None:
 
 
 def dinov2_maps(case: Case) -> None:
-    """Position tables, maps and gradients at several image sizes; of the maps any may be recorded."""
+    """Compare position tables, maps and gradients at several image sizes; any subset of the maps may be recorded."""
     hyper = case.meta["hyper_parameters"]
     backbone = dinov2(hyper, image_size=hyper["img_size"])
     hyper.expect("native_grid", hyper["img_size"] // PATCH)
@@ -213,7 +213,7 @@ def clip_patch(case: Case) -> None:
 
 
 def comp_dropout(case: Case) -> None:
-    """Recorded channel masks before the head, and the rules that ours keep."""
+    """Compare logits under recorded channel masks, and check the rules of our own masks."""
     hyper = case.meta["hyper_parameters"]
     grid, pairs, width = grid_of(hyper), hyper["batch_pairs"], hyper["dim"]
     hyper.expect("dropout_prob", 0.5)
@@ -274,7 +274,7 @@ def model(case: Case) -> None:
 
 
 class _LastMap(nn.Module):
-    """Stands for a head: returns the last map."""
+    """Head that returns the last map."""
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
         return maps[-1]

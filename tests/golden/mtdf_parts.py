@@ -35,7 +35,7 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 
 
 def dinov2(hyper: Settings, *, image_size: int) -> Backbone:
-    """A small DINOv2 that takes normalized images; every map passes the final norm."""
+    """Small DINOv2 without normalization of its images, with the final norm on every map."""
     for key, value in (("interpolate_offset", 0.1), ("antialias", False), ("layer_scale", True), ("ffn", "mlp")):
         hyper.expect(key, value)
     hyper.expect("patch_size", PATCH)
@@ -66,7 +66,7 @@ class Recorded(nn.Module):
 
 
 def recorded_backbone(maps: Callable[[Tensor], tuple[Tensor, ...]], channels: Sequence[int]) -> Backbone:
-    """A backbone whose maps are recorded ones."""
+    """Backbone that returns recorded maps."""
     count = len(channels)
     info = BackboneInfo(
         "recorded", "recorded", "vit", tuple(channels), (PATCH,) * count, PATCH, PATCH, (0.0,) * 3, (1.0,) * 3, "none"
@@ -75,7 +75,7 @@ def recorded_backbone(maps: Callable[[Tensor], tuple[Tensor, ...]], channels: Se
 
 
 def recorded_teacher(tokens: Tensor, grid: Sequence[int], **options: Any) -> Teacher:
-    """A teacher that always returns the recorded tokens; one row stands for the whole batch."""
+    """Teacher that returns recorded tokens; a single row is repeated over the batch."""
     target = tokens_to_map(tokens, grid)
     backbone = recorded_backbone(lambda images: (target.expand(len(images), -1, -1, -1),), [target.shape[1]])
     return Teacher(backbone, student_normalized=True, **options)
@@ -133,13 +133,13 @@ def grid_of(hyper: Settings) -> tuple[int, int]:
 
 
 def check_sizes(hyper: Settings, **actual: int) -> None:
-    """Stated sizes must be those of the tensors, where they are stated."""
+    """Fail if a stated size differs from that of the tensors."""
     for name, size in actual.items():
         hyper.expect(name, size)
 
 
 def compare_scalars(case: Case, found: Mapping[str, Tensor]) -> None:
-    """Scalars that the JSON repeats."""
+    """Compare the scalars that the JSON repeats."""
     scalars = case.meta.get("scalars", {})
     for name, value in found.items():
         if name in scalars:

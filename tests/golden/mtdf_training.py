@@ -62,7 +62,7 @@ def unsup(case: Case) -> None:
 
 
 def check_boxes(hyper: Settings, mix: Tensor) -> None:
-    """The stated boxes are those of the map."""
+    """Fail unless the stated boxes are those of the map."""
     if "boxes_y_x_h_w" not in hyper:
         return
     stated = torch.zeros_like(mix)
@@ -74,7 +74,7 @@ def check_boxes(hyper: Settings, mix: Tensor) -> None:
 
 
 def check_padding(hyper: Settings, valid: Tensor) -> None:
-    """The stated padding, in rows at the bottom and columns at the right, is that of the map."""
+    """Fail unless the stated padding, rows at the bottom and columns at the right, is that of the map."""
     if "padding_bottom_right" not in hyper:
         return
     height, width = valid.shape[-2:]
@@ -218,7 +218,7 @@ def _batch(case: Case) -> Mapping[str, Samples]:
 
 
 def _without_key_bias(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Leave out what Adam makes of a gradient that is zero but for rounding."""
+    """Drop the key biases: their true gradient is zero, and Adam amplifies its rounding errors."""
     return {
         name: torch.cat([tensor[:width], tensor[2 * width :]]) if name.endswith("qkv.bias") else tensor
         for name, tensor in state.items()
@@ -226,7 +226,7 @@ def _without_key_bias(state: Mapping[str, Tensor], width: int) -> dict[str, Tens
 
 
 def published_decay() -> float:
-    """The published cap of the average's ratio."""
+    """Published upper bound of the average's ratio."""
     return float(_recipe().ema_decay)
 
 
@@ -240,7 +240,7 @@ def _recipe() -> Any:
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module with the given tensors; those named `buf...`, running averages and counters become buffers."""
+    """Module that holds the given tensors; `buf...`, running averages and counters are buffers."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")

@@ -1,4 +1,4 @@
-"""JSON objects that know which of their entries were read, so that no recorded setting is ignored in silence."""
+"""JSON objects that track which entries were read, so that no recorded setting is ignored silently."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ recomputation in backward, which is exact; and text."""
 
 
 class Settings(Mapping[str, Any]):
-    """A JSON object. Looking an entry up marks it as read; asking whether it is there does not."""
+    """A JSON object that marks entries as read on lookup; `in` does not mark them."""
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self._values, self._path = values, path
@@ -36,17 +36,17 @@ class Settings(Mapping[str, Any]):
         return f"Settings({self._path or 'case'}: {dict(self._values)!r})"
 
     def expect(self, key: str, *allowed: Any) -> None:
-        """Fail if an entry has another value than those that the code under test can have; it may be absent."""
+        """Fail if an entry is present with a value that the code under test does not support."""
         if key in self:
             value = plain(self[key])
             assert value in allowed, f"{self._path_of(key)}: {value!r} is not supported, only {list(allowed)}"
 
     def untracked(self) -> Mapping[str, Any]:
-        """The values themselves, for a search that is no reading."""
+        """Raw values, for searches that must not mark entries as read."""
         return self._values
 
     def unread(self) -> list[str]:
-        """Paths of the entries that nobody read; entries that change nothing and those without a value are left out."""
+        """Paths of unread entries, except inert ones and null values."""
         paths: list[str] = []
         for key, value in self._values.items():
             if value is None or any(part in key for part in INERT):
@@ -62,7 +62,7 @@ class Settings(Mapping[str, Any]):
 
 
 def plain(value: Any) -> Any:
-    """The value without tracking; everything in it counts as read."""
+    """Untracked copy of a value; everything in it counts as read."""
     if isinstance(value, Mapping):
         return {key: plain(value[key]) for key in value}
     return [plain(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Situations of the siblings of ST-DASegNet's recorded cases; each passes, and fails with a wrong value."""
+"""Cases derived from ST-DASegNet\'s recorded ones: each passes, and fails with a wrong value."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ SEGMENTOR = "encode_decode_resnet"
 
 
 def windows(net: DASegNet, images: Tensor, crop: list[int], stride: list[int]) -> Tensor:
-    """Sliding windows written out after mmsegmentation's description, as a second opinion."""
+    """Independent implementation of mmsegmentation's sliding windows."""
     height, width = images.shape[-2:]
     total = torch.zeros(len(images), net.task.num_classes, height, width)
     count = torch.zeros(1, 1, height, width)
@@ -34,7 +34,7 @@ def windows(net: DASegNet, images: Tensor, crop: list[int], stride: list[int]) -
 
 
 def sliding(crop: list[int], stride: list[int], names: dict[str, str], *, stored_as: torch.dtype) -> Edit:
-    """A test configuration of windows, and a second, smaller view of the images; results of both, under some names."""
+    """Add a sliding-window test configuration, a second, smaller view of the images, and results under given names."""
 
     def edit(meta: Meta, tensors: dict[str, Tensor]) -> None:
         meta["segmentor"]["test_cfg"] = {"mode": "slide", "crop_size": crop, "stride": stride}
@@ -131,7 +131,7 @@ GAN_FORMULAS = {
         lambda x, real: sum(math.log1p(math.exp(-v if real else v)) for v in x) / len(x),
     ),
 }
-"""Loss -> mean over values for the discriminator, and for the network that has to fool it."""
+"""Loss -> formulas for the discriminator and for the generator."""
 
 
 def gan_rows(meta: Meta, tensors: dict[str, Tensor]) -> None:

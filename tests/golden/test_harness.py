@@ -1,4 +1,4 @@
-"""The harness itself: kinds, unread settings, unread results, rounding, generated tensors; each path can fail."""
+"""Harness of the golden cases: kinds, unread settings and results, rounding, generated tensors."""
 
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_rounding_is_believed_only_where_it_is_small_and_rare() -> None:
     ],
 )
 def test_networks_run_in_float64(method: str, name: str) -> None:
-    """The code under test asks for float32 in places; nearly all results must still be more exact than that."""
+    """The code under test casts to float32 in places; nearly all results must still have float64 precision."""
     case, problem = run_in_float64(recorded(method, name), DRIVERS[method])
     assert case is not None, problem
     assert not case.comparison.differences

@@ -1,4 +1,4 @@
-"""Situations of the siblings of KTDA's recorded cases; each passes, and fails with a wrong value."""
+"""Cases derived from KTDA\'s recorded ones: each passes, and fails with a wrong value."""
 
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,13 @@ def test_preprocess_without_padding_outside_of_training(tmp_path: Path) -> None:
 
 
 def last_map_only(meta: Meta, tensors: dict[str, Tensor]) -> None:
-    """As a teacher's case that stores what is distilled alone."""
+    """Keep the last of four maps."""
     for key in [key for key in tensors if key.startswith("out.") and key[-1] in "012" and "pos" not in key]:
         del tensors[key]
 
 
 def only_one_returned(meta: Meta, tensors: dict[str, Tensor]) -> None:
-    """As a case whose network returns the last map only."""
+    """Make the network return the last map only."""
     last_map_only(meta, tensors)
     meta["hyper"]["out_indices"] = [11]
     for key in [key for key in tensors if key.startswith("out.") and key.endswith(".3")]:
@@ -177,7 +177,7 @@ def test_a_changed_setting_of_a_whole_model_fails(path: str, value: object, tmp_
 
 
 def generated_case(folder: Path) -> tuple[Meta, dict[str, Tensor]]:
-    """The recorded whole model with other parameters, which the rules make; maps as slices, the rest as statistics.
+    """The recorded whole model with generated parameters, and results as slices and statistics.
 
     The expected values come from the parameters under the reference's names, loaded by the importer.
     """
@@ -213,7 +213,7 @@ def generated_case(folder: Path) -> tuple[Meta, dict[str, Tensor]]:
 
 
 def load_reference(method: KTDAMethod, stored: dict[str, Tensor], *, strict: bool = True) -> None:
-    """Load a checkpoint under the reference's names; if not `strict`, of the teacher alone."""
+    """Load a checkpoint with the reference's names; without `strict`, the teacher only."""
     renamed = rename_tensors(stored)
     assert method.distillation
     if strict:

@@ -1,4 +1,4 @@
-"""Situations of the siblings of RS-MTDF's recorded cases; each passes, and fails with a wrong value."""
+"""Cases derived from RS-MTDF\'s recorded ones: each passes, and fails with a wrong value."""
 
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def test_whole_model_with_gradients_alone(tmp_path: Path) -> None:
 
 
 def last_map_only(meta: Meta, tensors: dict[str, Tensor]) -> None:
-    """As a teacher's case: of four maps the last is stored."""
+    """Keep the last of four maps."""
     for key in [key for key in tensors if key.startswith("out.") and "tap" in key and key[-1] != "3"]:
         del tensors[key]
 
 
 def only_one_returned(meta: Meta, tensors: dict[str, Tensor]) -> None:
-    """As a teacher's network that returns its last map only; gradients would be those of one map."""
+    """Make the network return the last map only, and drop gradients, which are those of all maps."""
     last_map_only(meta, tensors)
     meta["hyper_parameters"]["taps"] = [3]
     for key in [key for key in tensors if key.startswith("grad.") or "cotangent" in key]:
@@ -131,7 +131,7 @@ def test_a_changed_setting_fails(source: str, path: str, value: object, tmp_path
 
 
 def test_an_image_that_is_only_normalized(tmp_path: Path) -> None:
-    """As in validation: no draws, and the whole image, which is not square."""
+    """Validation: no draws, the whole image, not square."""
 
     def whole(meta: Meta, tensors: dict[str, Tensor]) -> None:
         hyper = meta["hyper_parameters"]
