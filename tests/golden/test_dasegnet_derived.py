@@ -1,4 +1,4 @@
-"""Cases derived from ST-DASegNet\'s recorded ones: each passes, and fails with a wrong value."""
+"""Cases derived from ST-DASegNet's recorded ones: each passes, and fails with a wrong value."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cases derived from KTDA\'s recorded ones: each passes, and fails with a wrong value."""
+"""Cases derived from KTDA's recorded ones: each passes, and fails with a wrong value."""
 
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,35 @@ def test_whole_model_of_which_parameters_are_rules_and_results_statistics(tmp_pa
     fails(wrong(put("generator.rules_in_order.3", "key ends with running_var: 2+u")), DRIVERS)
     fails(wrong(put("self_check", {"backbone.norm3.weight[:2]": [0.0, 0.0]})), DRIVERS, match="self check")
     fails(wrong(put("case_number", 13)), DRIVERS)
+
+
+def test_learning_rates_of_the_other_published_recipe(tmp_path: Path) -> None:
+    """Warm-up and decay overlap there; the rates are those of the published schedulers to six digits."""
+    rates = {0: 6e-7, 1000: 3.004499e-4, 1500: 4.478086e-4, 1999: 5.931670e-4, 40000: 3.251891e-4, 79999: 0.0}
+
+    def change(meta: Meta, tensors: dict[str, Tensor]) -> None:
+        meta |= {"iterations": 80000, "peak": {"lr": 5.93167e-4, "iteration": 1999}, "tolerance": {"rtol": 1e-6}}
+        tensors["in.iteration"] = torch.tensor(list(rates))
+        tensors["out.lr"] = torch.tensor(list(rates.values()), dtype=torch.float64)
+
+    source = recorded("ktda", "lr_schedule_grass")
+    run_case(derive(source, tmp_path, change, name="lr_schedule_cloud"), DRIVERS)
+    fails(derive(source, tmp_path, change, name="lr_schedule_grass"), DRIVERS)
+    fails(derive(source, tmp_path, change, spoil("out.lr"), name="lr_schedule_cloud"), DRIVERS)
+
+
+def test_names_of_the_other_published_checkpoint(tmp_path: Path) -> None:
+    """It differs in the number of classes only."""
+
+    def four_classes(meta: Meta, _tensors: dict[str, Tensor]) -> None:
+        for name, shape, _ in meta["entries"]:
+            if "conv_seg" in name:
+                shape[0] = 4
+
+    source = recorded("ktda", "state_dict_keys_grass")
+    run_case(derive(source, tmp_path, four_classes, name="state_dict_keys_cloud"), DRIVERS)
+    wrong = put("entries.0.1", [128, 4, 4, 4])
+    fails(derive(source, tmp_path, four_classes, wrong, name="state_dict_keys_cloud"), DRIVERS)
 
 
 def test_every_name_of_a_published_checkpoint_is_found_from_ours() -> None:

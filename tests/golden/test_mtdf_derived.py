@@ -1,4 +1,4 @@
-"""Cases derived from RS-MTDF\'s recorded ones: each passes, and fails with a wrong value."""
+"""Cases derived from RS-MTDF's recorded ones: each passes, and fails with a wrong value."""
 
 from pathlib import Path
 
