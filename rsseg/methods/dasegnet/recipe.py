@@ -9,6 +9,9 @@ from rsseg.config import BaseRecipe, Positive, Probability, Side, Strict, Traine
 DISCRIMINATORS = ("disc_source", "disc_target")
 """Names of the discriminators' optimizers."""
 
+GanLoss = Literal["vanilla", "lsgan", "l1", "hinge", "wgan", "wgan-logistic-ns"]
+"""Losses of the published code; only `vanilla` was used for published numbers."""
+
 Weights = tuple[Annotated[float, Field(ge=0)], ...]
 
 
@@ -43,7 +46,9 @@ class AdversarialConfig(Strict):
     """Feature alignment: one discriminator per style, on the spatial softmax of the last backbone level."""
 
     weight: Positive = 0.005
-    loss: Literal["vanilla", "lsgan", "l1"] = "vanilla"
+    loss: GanLoss = "vanilla"
+    """`vanilla` (published): cross-entropy. `lsgan`, `l1`: squared and absolute error. `hinge`; `wgan` and
+    `wgan-logistic-ns`: Wasserstein, plain and through a softplus, without the penalties that usually go with them."""
     convs: Annotated[int, Field(ge=1, le=5)] = 2
     """Strided convolutions: 2 for stride-32 features (crops of 384 or more), 3 for ResNet's stride 8."""
     base_channels: Width = 64
