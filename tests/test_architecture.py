@@ -23,7 +23,7 @@ methods.base
 data | backbones | layers | runs
 checkpoint | metrics | vector
 foreign | raster
-task | config | files | distributed
+task | config | files | distributed | text
 errors
 """
 

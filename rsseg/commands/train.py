@@ -37,7 +37,7 @@ def train(
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
     """
-    from rsseg.recipe import find_recipe, load_recipe
+    from rsseg.recipe import load_recipe, read_recipe
 
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise typer.Exit(start_workers(gpus))
@@ -50,7 +50,7 @@ def train(
         "trainer.device": device,
         "seed": seed,
     }
-    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    settings = [*(overrides or ()), *((key, value) for key, value in flags.items() if value is not None)]
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
@@ -71,7 +71,7 @@ def train(
     if check:
         print_note(run.check(loaded))
         return
-    source = find_recipe(recipe).read_text(encoding="utf-8")
+    source = read_recipe(recipe).text
     progress = training_progress()
     try:
         result = run.train(loaded, output=output, name=name, resume=resume, progress=progress, source=source)

@@ -11,6 +11,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.config import check_eval
 from rsseg.data.streams import Batch, training_batches
 from rsseg.data.task import open_task
 from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
@@ -176,6 +177,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
+    check_eval(recipe.eval, task.class_names, method.deployable().tile.size)
     return _Built(task, hardware, method, make_plan(recipe, task, hardware, method, weights, ranks))
 
 

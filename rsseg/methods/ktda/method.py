@@ -25,7 +25,7 @@ class TrainingRules:
 
     divisor: Literal["all", "valid"] = "all"
     weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
-    student_passes: Literal[1, 2] = 1
+    student_passes: int = 1
 
 
 class AuxHead(nn.Module):

@@ -133,7 +133,7 @@ class KTDARecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
     """Parameters without weight decay. `names_with_norm` (published) goes by the parameter's name, so batch norms,
     layer norms without a name of their own, layer scales and biases decay; `norms_and_biases` exempts all vectors."""
-    student_passes: Literal[1, 2] = 1
+    student_passes: Annotated[int, Field(ge=1, le=2)] = 1
     """The published code runs the student once more for the distillation. With stochastic depth the two passes draw
     different sub-networks; without it 2 costs time and changes nothing but batch norm's running averages."""
 
