@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.device import keep_heap
+from rsseg.layers.blocks import resize
 from rsseg.layers.decoders import SegFormerHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax
-from rsseg.methods.dasegnet.build import build_method
-from rsseg.methods.dasegnet.method import DASegNetMethod
-from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
+from rsseg.methods.dasegnet.method import DASegNetMethod, build_method
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.methods.dasegnet.self_training import pseudo_labels
 from rsseg.task import ClassInfo, Task
 from rsseg.training.optimizers import build_optimizers
 

@@ -45,28 +45,30 @@ class BackboneConfig(Strict):
     weights: str = "pretrained"
     """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
     out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Pyramid levels or ViT blocks to return, zero-based; None takes the zoo's default."""
+    """Indices of the pyramid levels or ViT blocks to return, from 0; None uses the zoo's default."""
     out_norm: Literal["all", "last", "none"] | None = None
-    """Which returned maps pass a LayerNorm. For a ViT it is the network's final norm (`last` is what mmpretrain does,
-    `all` what DINOv2 does); for a pyramid each level has a norm of its own. None takes the zoo's default."""
+    """Which returned maps pass a LayerNorm: for a ViT the network's final norm (`last` as in mmpretrain, `all` as in
+    DINOv2), for a pyramid one norm per level. None uses the zoo's default."""
     image_size: Count | None = None
-    """Side in pixels that the position embedding is laid out for; None keeps the weights' own."""
+    """Image side in pixels that random weights and `pos_embed_round_trip` lay the position table out for; None keeps
+    the network's own."""
     pos_embed: Literal["timm", "dinov2", "bicubic"] = "timm"
-    """Resampling of position embeddings: timm (antialiased), DINOv2 (scale factor with offset 0.1), or plain bicubic
-    without antialiasing (mmpretrain)."""
+    """Resampling of position embeddings: timm (antialiased), DINOv2 (scale factor with offset 0.1), or bicubic without
+    antialiasing (mmpretrain)."""
     pos_embed_round_trip: bool = False
-    """Resize the stored table to `image_size` at load and again at every other size (mmpretrain, KTDA's cloud run)."""
+    """Resize the stored table to `image_size` at load, and that one to other sizes (mmpretrain, KTDA's cloud run)."""
     pad: Literal["corner", "error"] = "corner"
-    """An input that is no multiple of the patch: zeros after normalization at right and bottom, or an error."""
+    """Inputs that are not a multiple of the patch: pad with zeros at right and bottom after normalization, or raise."""
     drop_path: Probability = 0.0
     """Stochastic depth rate of the last block."""
     frozen_stages: Annotated[int, Field(ge=0)] = 0
-    """Stages (pyramid, the stem counts with stage 0) or blocks (ViT) from the input that do not train."""
+    """Number of first stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for fine-tuning
+    on few images."""
     statistics: Literal["pretrained", "data"] = "pretrained"
-    """Normalize with the statistics of the weights (other bands than red, green, blue take their mean), or with the
-    mean and standard deviation of the training data."""
+    """Normalize with the statistics of the weights (their mean for other bands than red, green, blue) or of the
+    training data."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Storage and compute type of a frozen network; trained ones stay float32."""
+    """Storage and compute type of a frozen teacher."""
 
 
 class ScheduleConfig(Strict):
@@ -110,6 +112,7 @@ class TrainerConfig(Strict):
     stream_batch_sizes: Mapping[str, Batch] = {}
     """Exceptions to `batch_size` by stream name."""
     grad_accum_steps: Batch = 1
+    """Batches whose gradients are summed per optimizer step, for batches that do not fit in memory."""
     amp_dtype: Literal["auto", "bf16", "fp16", "none"] = "none"
     """Autocast type; `auto` takes bf16 where the device computes with it and none elsewhere."""
     clip_grad: Positive | None = None
@@ -129,7 +132,9 @@ class TrainerConfig(Strict):
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
+    """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
     compile: bool = False
+    """Compile the method with torch.compile: faster steps after a first one of minutes."""
     deterministic: bool = False
     """Use torch's deterministic kernels on a GPU too (those of the CPU always are)."""
     device: str = "auto"

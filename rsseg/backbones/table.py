@@ -1,9 +1,12 @@
-"""The networks of the zoo, as data. Free of torch and timm, so that listing them is instant."""
+"""The networks of the zoo. Imports neither torch nor timm, so that listing them is fast."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
+
+from rsseg.errors import RecipeError
 
 OutNorm = Literal["all", "last", "none"]
 
@@ -14,17 +17,17 @@ PYRAMID_STRIDES = (4, 8, 16, 32)
 class ZooEntry:
     """One network and its pretrained weights.
 
-    name       ours, as recipes write it
-    timm_name  architecture, with the tag of the weights after a dot; no tag means that there are none
-    millions   parameters of the complete network, head included, as its weights file has them
+    name       our name, used in recipes
+    timm_name  architecture and, after a dot, tag of the weights if there are any
+    millions   parameters of the complete network with head, as in its weights file
     strides    of a pyramid's levels, or the patch of a ViT
-    out_indices returned unless the recipe says otherwise: pyramid levels or ViT blocks
-    out_norm   which of them pass a LayerNorm unless the recipe says otherwise
+    out_indices  default pyramid levels or ViT blocks to return
+    out_norm   default selection of returned maps that pass a LayerNorm
     license    of the weights
     hub        Hugging Face repository of the weights, None if there are none
-    arguments  for timm, where the network differs from the architecture's own defaults
-    norm_eps   eps of every LayerNorm where it differs from timm's
-    final_norm name of the classifier's norm, which becomes the last level's
+    arguments  for timm, if the network differs from the architecture's defaults
+    norm_eps   eps of every LayerNorm if it differs from timm's
+    final_norm name of the classifier's norm, which initializes the last level's
     """
 
     name: str
@@ -223,3 +226,16 @@ ENTRIES: tuple[ZooEntry, ...] = (
 )
 
 ZOO: Mapping[str, ZooEntry] = MappingProxyType({entry.name: entry for entry in ENTRIES})
+
+
+def find_entry(name: str) -> ZooEntry:
+    """The entry of a name.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    near = difflib.get_close_matches(name, ZOO, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"unknown backbone {name!r}. {hint}`rsseg backbone ls` lists them.")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsseg.inference.tiling import AxisPlan, Span, TilePlan
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
 
 Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""

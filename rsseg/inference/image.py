@@ -22,7 +22,7 @@ from rsseg.inference.predict import (
     predict_tile_logits,
 )
 from rsseg.inference.tiling import TilePlan, plan_tiles
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
 

@@ -16,17 +16,16 @@ from rsseg.checkpoint import load_tensors, write_model
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
-from rsseg.layers.frozen import Frozen
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
+from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.describe import model_header
+from rsseg.training.checkpoints import model_header
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
-from rsseg.training.results import StepReport
+from rsseg.training.progress import Silent, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import frozen_hashes
 from rsseg.training.trainer import seed_everything

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
-from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax, upsampled
-from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
+from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, gan_loss, spatial_softmax, upsampled
 from rsseg.methods.dasegnet.importer import (
     rename_backbone,
     rename_decoder,
@@ -18,9 +17,8 @@ from rsseg.methods.dasegnet.importer import (
 )
 from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
 from rsseg.methods.dasegnet.network import build_decoder
-from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
 from rsseg.methods.dasegnet.recipe import SelfTrainingConfig, TeacherConfig
-from rsseg.methods.dasegnet.teacher import AVERAGED, Teacher
+from rsseg.methods.dasegnet.self_training import AVERAGED, Teacher, pseudo_labels
 from tests.golden.dasegnet_build import decoder_config, grads, load_exactly, make_backbone, neck_values
 from tests.golden.harness import Case, Handler
 

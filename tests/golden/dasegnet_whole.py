@@ -16,9 +16,8 @@ from rsseg.inference.predict import Compute, predict_tile_logits
 from rsseg.inference.tiling import plan_tiles
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import StepOutput
-from rsseg.methods.dasegnet.build import assemble_method
 from rsseg.methods.dasegnet.importer import rename_tensors, unread_neck_levels
-from rsseg.methods.dasegnet.method import DASegNetMethod, Passes
+from rsseg.methods.dasegnet.method import DASegNetMethod, Passes, assemble_method
 from rsseg.methods.dasegnet.network import DASegNet, assemble, build_decoder
 from tests.golden.dasegnet_build import grads, image_of, make_backbone, make_recipe, make_task
 from tests.golden.harness import Case, Handler

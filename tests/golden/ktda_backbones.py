@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.position import resample_positions
-from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.bodies import resample_positions
+from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rsseg.backbones.assembly import assemble
-from rsseg.backbones.position import resample_positions
+from rsseg.backbones.bodies import resample_positions
 from rsseg.backbones.table import ZooEntry
+from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
+from rsseg.layers.blocks import resize
 from rsseg.layers.dpt import DPTHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.network import MTDFSegmenter

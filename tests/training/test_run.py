@@ -19,8 +19,7 @@ from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.runs import RunFolder, choose_model, find_run, list_runs
-from rsseg.training.progress import Silent
-from rsseg.training.results import EvaluationReport, StepReport
+from rsseg.training.progress import EvaluationReport, Silent, StepReport
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
 
@@ -127,7 +126,7 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
 def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"clip_grad": 1.0}, ship="average", ema_decay=0.5)
     unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
-    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* on with `rsseg train --resume"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* Continue with `rsseg train --resume"):
         train(recipe, output=tmp_path / "b", progress=SignalAt(step))
     stopped = find_run(None, tmp_path / "b")
     assert stopped.manifest().state == "interrupted"

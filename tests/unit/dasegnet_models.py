@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from rsseg.data.streams import Batch, Samples
-from rsseg.methods.dasegnet.build import build_method
-from rsseg.methods.dasegnet.method import DASegNetMethod
+from rsseg.methods.dasegnet.method import DASegNetMethod, build_method
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.task import Task
 from tests.conftest import rgb_task

@@ -16,7 +16,7 @@ from rsseg.backbones.timm_adapter import Architecture, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from tests.golden.harness import GOLDENS
 from tests.unit.backbone_tasks import task_of
 

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rsseg.backbones.mit_keys import mit_to_timm
+from rsseg.backbones.keys import mit_to_timm
 from rsseg.backbones.zoo import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
@@ -192,7 +192,7 @@ def test_authors_checkpoint_becomes_a_model_file_with_the_same_logits(tmp_path: 
     source = tmp_path / "authors.pth"
     torch.save({"state_dict": authors_checkpoint(segmenter.state_dict()), "meta": {"iter": 1}}, source)
     header = import_checkpoint(source, recipe, task, output=tmp_path / "model.safetensors")
-    assert header.training == {"imported_from": "authors.pth"}
+    assert header.training == {"imported_from": "authors.pth", "weights": "student"}
     loaded = load_segmenter(tmp_path / "model.safetensors")
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():

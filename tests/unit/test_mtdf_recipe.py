@@ -95,7 +95,7 @@ def test_convolutional_teacher_takes_the_crop_of_a_patch_that_it_does_not_divide
 
 def test_pretrained_teacher_wants_three_bands() -> None:
     teacher = {"name": "dino", "backbone": {"name": "vit_base_patch14_dinov2"}}
-    with pytest.raises(RecipeError, match=r"'dino' was trained on red, green and blue.*Name three bands"):
+    with pytest.raises(RecipeError, match=r"'dino' was pretrained on red, green and blue.*Name three bands"):
         build_segmenter(recipe_of(teachers=[teacher]), MULTISPECTRAL)
     with pytest.raises(DataError, match="'swir'"):
         build_segmenter(recipe_of(teachers=[teacher | {"bands": ["red", "green", "swir"]}]), MULTISPECTRAL)
