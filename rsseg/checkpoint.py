@@ -1,4 +1,8 @@
-"""Model files: safetensors with one JSON metadata entry, written under a temporary name. Free of methods."""
+"""Model files: safetensors with one JSON metadata entry, written under a temporary name.
+
+Knows no method, and imports torch only where tensors are read or written, so that `rsseg info` and `rsseg runs` start
+in a fraction of a second.
+"""
 
 import json
 import os
@@ -6,22 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from rsseg.errors import MachineError, WeightsError
 from rsseg.task import Task
 from rsseg.text import load_json, shortened
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 FORMAT = 1
 METADATA_KEY = "rsseg"
 MODEL_NAME = "model.safetensors"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ModelHeader:
 _HEADER = TypeAdapter(ModelHeader)
 
 
-def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) -> None:
+def write_model(path: Path, tensors: "Mapping[str, Tensor]", header: ModelHeader) -> None:
     """Write a model; `path` is always the old file or the complete new one.
 
     Raises:
@@ -55,12 +59,14 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) 
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(values)})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, flush it to the disk, and rename it.
 
     Raises:
         MachineError: the folder cannot be written or the disk is full.
     """
+    from safetensors.torch import save_file
+
     owned: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -88,7 +94,7 @@ def read_header(path: Path) -> ModelHeader:
     Raises:
         WeightsError: the file is missing, damaged, foreign, or of a newer format.
     """
-    with _opened(path) as file:
+    with _opened(path, "numpy") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         raise WeightsError(
@@ -134,27 +140,31 @@ def find_model(path: Path) -> Path:
         raise WeightsError(f"{shortened(str(path))}: {error.strerror}. {remedy}") from None
 
 
-def load_tensors(module: nn.Module, path: Path) -> None:
+def load_tensors(module: "nn.Module", path: Path) -> None:
     """Copy a model's tensors into `module`, strictly; names and shapes are compared before any tensor is read.
 
     Raises:
         WeightsError: the file is unreadable, keys differ (the first missing and the first unexpected one are named),
             a shape or a kind of number differs, or a value is not finite.
     """
-    with _opened(path) as file:
+    with _opened(path, "pt") as file:
         names = file.keys()
         _check_shapes(module.state_dict(), {name: tuple(file.get_slice(name).get_shape()) for name in names}, str(path))
         stored = {name: file.get_tensor(name) for name in names}
     load_into(module, stored, str(path))
 
 
-def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> None:
+def load_into(module: "nn.Module", stored: "Mapping[str, Tensor]", label: str) -> None:
     """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`."""
     own = module.state_dict()
     _check_shapes(own, {name: tuple(tensor.shape) for name, tensor in stored.items()}, label)
     for name, tensor in stored.items():
         floating = own[name].is_floating_point()
-        if tensor.is_floating_point() != floating or tensor.is_complex() or (floating and tensor.dtype not in _FLOATS):
+        if (
+            tensor.is_floating_point() != floating
+            or tensor.is_complex()
+            or (floating and str(tensor.dtype) not in _FLOATS)
+        ):
             kind = "a floating-point" if floating else "an integer"
             raise WeightsError(f"{label}: {name!r} is of type {tensor.dtype}, the network needs {kind} type.")
         if floating and not tensor.isfinite().all():
@@ -162,7 +172,7 @@ def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> No
     module.load_state_dict(dict(stored))
 
 
-def _check_shapes(own: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], label: str) -> None:
+def _check_shapes(own: "Mapping[str, Tensor]", stored: Mapping[str, tuple[int, ...]], label: str) -> None:
     problems = [
         f"{what} {shortened(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         for what, names in (
@@ -183,12 +193,12 @@ def _check_shapes(own: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file."""
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """An open safetensors file; opening it for `pt` imports torch."""
     problem: object
     try:
         if path.is_file():
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework=framework) as file:
                 yield file
             return
         problem = "no such regular file"
