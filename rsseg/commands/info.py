@@ -31,11 +31,11 @@ def _show_model(model: Path, *, as_json: bool) -> None:
         return
     task = header.task
     facts = [
-        ("method", header.recipe["method"]),
-        ("recipe", header.recipe["name"]),
+        ("method", header.recipe.get("method")),
+        ("recipe", header.recipe.get("name")),
         ("bands", ", ".join(task.bands)),
         ("pixel type", task.dtype),
-        *((f"backbone {role}", f"{b['name']} ({b['license']})") for role, b in header.backbones.items()),
+        *((f"backbone {role}", f"{b.get('name')} ({b.get('license')})") for role, b in header.backbones.items()),
         *((f"training {key}", str(value)) for key, value in header.training.items()),
         *((f"made with {key}", value) for key, value in header.made_with.items()),
     ]
