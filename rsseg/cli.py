@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rsseg import __version__
-from rsseg.commands import backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
+from rsseg.commands import assess, backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
 from rsseg.commands.console import print_error
 from rsseg.errors import RssegError
 
@@ -30,6 +30,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("sample")(assess.sample)
+app.command("assess")(assess.assess)
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(runs.app, name="runs")

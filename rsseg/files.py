@@ -1,14 +1,18 @@
 """Small text files, written atomically: JSON, CSV, logs."""
 
 import csv
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsseg.errors import MachineError
+from rsseg.errors import MachineError, UsageError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,3 +78,99 @@ def _csv_line(values: Sequence[Any]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()
+
+
+PRODUCT_ENDING = "_rsseg"
+"""Added to the stem of a scene for the name of its class raster."""
+_LONGEST = 120
+"""Bytes of an output's name that the names of its temporary files repeat; file systems allow 255 in all."""
+
+
+def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path | str], *, overwrite: bool) -> None:
+    """Raise if writing would replace an input, another output of the same call, or an existing file.
+
+    Links are followed, and names that differ only in spelling are one file.
+
+    Args:
+        outputs: for each output the option that asks for it, such as "--output", and its path.
+        inputs: all files that are read, side files and the sources of a VRT included. Other names, such as URLs, are
+            ignored.
+        overwrite: existing files may be replaced, but never an input.
+
+    Raises:
+        UsageError: see above; or a path is a folder, is too long, or lies in no writable folder.
+    """
+    read = {key: str(path) for path in inputs for key in _file_keys(Path(path))}
+    written: dict[object, str] = {}
+    for option, path in outputs:
+        exists = _exists(path)
+        keys = _file_keys(path)
+        if source := next((read[key] for key in keys if key in read), None):
+            raise UsageError(f"{path}: {option} would replace the input {source}. Choose another {option}.")
+        if other := next((written[key] for key in keys if key in written), None):
+            raise UsageError(f"{path}: {option} and {other} name the same file. Choose another {option}.")
+        written |= dict.fromkeys(keys, option)
+        if path.is_dir():
+            raise UsageError(f"{path}: {option} is a folder. Give a file name.")
+        if exists and not overwrite:
+            raise UsageError(f"{path}: exists already. Choose another {option}, or replace it with --overwrite.")
+        folder = next(folder for folder in path.absolute().parents if _exists(folder))
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"{path}: cannot be written, {folder} is no writable folder. Choose another {option}.")
+
+
+def _file_keys(path: Path) -> tuple[object, ...]:
+    """Equal for two names of one file: the resolved path and, of an existing file, its place on the disk."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return (os.path.normcase(path.resolve()),)
+    return os.path.normcase(path.resolve()), (status.st_dev, status.st_ino)
+
+
+def _exists(path: Path) -> bool:
+    """Also true for a link to nowhere."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be a file: {error.strerror}. Choose another name.") from None
+    return True
+
+
+def hidden_path(output: Path, ending: str) -> Path:
+    """A hidden file beside an output, `.NAME` and the ending; long names are shortened."""
+    name = output.name
+    if len(name.encode()) > _LONGEST:
+        name = f"{name[: _LONGEST // 5]}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return output.with_name(f".{name}{ending}")
+
+
+def temporary_path(output: Path, ending: str = "") -> Path:
+    """A hidden name beside an output that tells which process uses it: `.NAME.HOST-PID.tmp` and the ending."""
+    return hidden_path(output, f".{_host()}-{os.getpid()}.tmp{ending}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what ended processes of this machine left in a folder under names of `temporary_path`."""
+    made = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.tmp.*")
+    for path in folder.glob(".*.tmp*"):
+        if (match := made.fullmatch(path.name)) and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to someone else
+        return True
+    return True

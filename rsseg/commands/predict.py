@@ -12,14 +12,11 @@ from pydantic import ValidationError
 
 from rsseg.commands.console import print_error, print_json, print_note, print_result, print_table
 from rsseg.commands.launch import silent, start_workers
-from rsseg.errors import Interrupted, PartialFailure, RssegError, UsageError
+from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
     from rsseg.scene.batch import Outcome, Target
     from rsseg.scene.options import SceneOptions
-    from rsseg.scene.plan import Ready
-    from rsseg.scene.share import Share
-    from rsseg.task import Task
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -45,9 +42,9 @@ def predict(
     ] = None,
     zero_collar: Annotated[bool, typer.Option("--zero-collar", help="No data where all bands are 0.")] = False,
     aoi: Annotated[
-        Path | None, typer.Option("--aoi", help="Only within these polygons (.geojson, .gpkg), in any CRS.")
+        Path | None, typer.Option("--aoi", help="Only within the polygons of this vector file, in any CRS.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Tiles at once; by memory.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Tiles per forward; by memory.")] = None,
     max_memory: Annotated[str | None, typer.Option("--max-memory", help="Beside the libraries: 800M or 2GiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     file_format: Annotated[str, typer.Option("--format", help="cog or gtiff.")] = "cog",
@@ -59,10 +56,10 @@ def predict(
     ] = "none",
     polygons: Annotated[
         Path | None,
-        typer.Option("--polygons", help="Also polygons: .gpkg, .geojson or .parquet; several scenes: the ending only."),
+        typer.Option("--polygons", help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the ending only."),
     ] = None,
     min_area: Annotated[
-        float, typer.Option("--min-area", min=0, help="Leave out smaller polygons: m2, or pixels without a map CRS.")
+        float, typer.Option("--min-area", min=0, help="Leave out smaller polygons: m2, or pixels without coordinates.")
     ] = 0.0,
     simplify: Annotated[
         float, typer.Option("--simplify", min=0, help="Pixels by which common borders of polygons may move.")
@@ -73,7 +70,7 @@ def predict(
         bool, typer.Option("--skip-existing", help="Skip outputs made from same scene, model, options.")
     ] = False,
     resume_scene: Annotated[
-        bool, typer.Option("--resume-scene", help="Keep finished rows; after an interruption, go on from them.")
+        bool, typer.Option("--resume-scene", help="Keep finished rows; after an interruption, continue from them.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
@@ -81,17 +78,15 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
+    from rsseg.commands.progress import stage_bar
     from rsseg.inference.device import own_device
     from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import choose_targets, find_scenes
-    from rsseg.scene.plan import Ready, settle
+    from rsseg.scene.batch import choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.memory import prepare_network
+    from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
-    from rsseg.vector.write import PolygonOptions
 
-    share = Share.from_environment(os.environ)
-    found = find_scenes(scenes)
-    targets = choose_targets(found, output, _part(part))
     options = _options(
         tile=tile,
         overlap=overlap,
@@ -103,135 +98,68 @@ def predict(
         aoi=aoi,
         batch_size=batch_size,
         max_memory=_bytes(max_memory),
-        device=str(own_device(device, int(os.environ["LOCAL_RANK"]) if share.count > 1 else None)),
+        device=device,
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
+        polygons=polygons,
+        min_area=min_area,
+        simplify=simplify,
+        preview=preview,
         resume=resume_scene,
         overwrite=overwrite,
     )
-    extras = _Extras(polygons, PolygonOptions(min_area, simplify), preview, len(found), overwrite=overwrite)
+    share = Share.from_environment(os.environ)
+    found = find_scenes(scenes)
+    targets = choose_targets(found, output, _part(part))
     if not targets:
         print_note(f"No scene belongs to part {part}.")
         return
     file = choose_model(model, runs)
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
-    with silent(not share.is_main):
+    own = own_device(device, int(os.environ["LOCAL_RANK"]) if share.count > 1 else None)
+    options = options.model_copy(update={"device": str(own)})
+    inputs: list[Path | str] = [file, *scenes, *found]
+    outcomes: list[Outcome] = []
+    with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        ready = Ready.of(load_segmenter(file), options)
+        network = prepare_network(load_segmenter(file), options)
         if dry_run:
-            for target in targets:
-                print_result(settle(ready, target.scene, target.output, options).describe().text())
+            plans = [prepare_scene(network, t.scene, t.output, options, inputs).describe() for t in targets]
+            print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
-        with _interruptible(resume_scene=resume_scene, several=len(found) > 1):
-            outcomes = _run(ready, targets, options, extras, skip_existing=skip_existing, share=share)
+        with stage_bar() as advance:
+
+            def progress(target: "Target") -> Any:
+                number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
+                return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
+
+            for outcome in predict_scenes(
+                network,
+                targets,
+                options,
+                inputs=inputs,
+                skip_existing=skip_existing,
+                on_plan=lambda plan: print_note(plan.text()),
+                progress=progress,
+                share=share,
+            ):
+                outcomes.append(outcome)
+                if outcome.exception is not None and len(targets) == 1 and not skip_existing:
+                    raise outcome.exception  # one scene fails with its own exit code
+                if outcome.error is not None:
+                    print_error(outcome.error)
+                elif outcome.status == "skipped":
+                    print_note(f"{outcome.scene}: {outcome.output} is up to date.")
     if not share.is_main:
         return
     if as_json:
         print_json([o.result for o in outcomes if o.result] if len(found) == 1 else outcomes)
-    failures = [str(o.error) for o in outcomes if o.status == "failed"]
-    if failures:
-        raise PartialFailure(f"{len(failures)} of {len(outcomes)} scenes failed:\n" + "\n".join(failures))
-    if not as_json:
+    else:
         _print(outcomes)
-
-
-class _Extras:
-    """What is made from a finished class raster."""
-
-    def __init__(
-        self, polygons: Path | None, settings: Any, preview: Path | None, scenes: int, *, overwrite: bool
-    ) -> None:
-        from rsseg.vector.write import SUFFIXES, check_polygon_output
-
-        self._polygons, self._settings, self._preview, self._overwrite = polygons, settings, preview, overwrite
-        if preview is not None and scenes > 1:
-            raise UsageError("--preview draws one scene; give one scene.")
-        self._ending = polygons is not None and polygons.name.lower() in SUFFIXES
-        if polygons is None:
-            return
-        if scenes > 1 and not self._ending:
-            raise UsageError(f"--polygons {polygons}: for several scenes give the ending only, such as .gpkg.")
-        # An ending alone has no file to look for yet.
-        check_polygon_output(polygons.with_name(f"x{polygons.name}") if self._ending else polygons, overwrite=overwrite)
-
-    def make(self, target: "Target", task: "Task") -> None:
-        """Polygons and picture of one scene."""
-        if self._polygons is not None:
-            from rsseg.vector.write import write_polygons
-
-            file = target.output.with_suffix(self._polygons.name) if self._ending else self._polygons
-            count = write_polygons(target.output, task, file, self._settings, overwrite=self._overwrite)
-            print_note(f"{count} polygons: {file}")
-        if self._preview is not None:
-            from rsseg.scene.preview import draw_preview
-
-            draw_preview(target.scene, target.output, task, self._preview)
-
-
-def _run(
-    ready: "Ready",
-    targets: "list[Target]",
-    options: "SceneOptions",
-    extras: _Extras,
-    *,
-    skip_existing: bool,
-    share: "Share",
-) -> "list[Outcome]":
-    from rsseg.commands.progress import stage_bar
-    from rsseg.scene.batch import Outcome, predict_scenes
-    from rsseg.scene.plan import settle
-    from rsseg.scene.predict import run
-
-    task = ready.network.task
-    with stage_bar() as advance:
-
-        def progress(target: "Target") -> Any:
-            number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
-            return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
-
-        if len(targets) == 1 and not skip_existing:
-            # One scene fails with its own exit code.
-            (target,) = targets
-            with share.of_scene(target.output, resume=options.resume):
-                setup = settle(ready, target.scene, target.output, options)
-                print_note(setup.describe().text())
-                result = run(setup, progress=progress(target), share=share)
-                if result is not None:
-                    extras.make(target, task)
-                    return [Outcome.of(target, result)]
-            return []
-        outcomes = []
-        for target, outcome in zip(
-            targets,
-            predict_scenes(
-                ready,
-                targets,
-                options,
-                skip_existing=skip_existing,
-                journal=len(targets) > 1,
-                on_plan=lambda plan: print_note(plan.text()),
-                progress=progress,
-                share=share,
-            ),
-            strict=True,
-        ):
-            if outcome.status == "skipped":
-                print_note(f"{target.scene}: {target.output} is up to date.")
-            outcomes.append(_with_extras(outcome, target, task, extras))
-        return outcomes
-
-
-def _with_extras(outcome: "Outcome", target: "Target", task: "Task", extras: _Extras) -> "Outcome":
-    try:
-        if outcome.result is not None:
-            extras.make(target, task)
-    except RssegError as error:
-        outcome = outcome.model_copy(update={"status": "failed", "error": str(error)})
-    if outcome.error is not None:
-        print_error(outcome.error)
-    return outcome
+    if failed := [outcome.scene for outcome in outcomes if outcome.status == "failed"]:
+        raise PartialFailure(f"{len(failed)} of {len(outcomes)} scenes failed: {', '.join(failed)}.")
 
 
 def _print(outcomes: "list[Outcome]") -> None:
@@ -242,13 +170,15 @@ def _print(outcomes: "list[Outcome]") -> None:
             print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
             for file in outcome.result.extra_outputs:
                 print_note(f"{file}")
+            if outcome.result.polygons is not None:
+                print_note(f"{outcome.result.polygons} polygons")
         if outcome.status != "failed":
             print_result(f"{outcome.output}")
 
 
 @contextmanager
 def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
-    """Let SIGTERM, which schedulers send, end the work like Ctrl-C does, and say how to go on."""
+    """Treat SIGTERM, which schedulers send, like Ctrl-C, and say how to continue."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -257,7 +187,7 @@ def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        lost = "its finished rows are kept" if resume_scene else "what was done of it is discarded"
+        lost = "its finished rows are kept" if resume_scene else "its finished rows are discarded"
         hints = ["--resume-scene"] if resume_scene else []
         hints += ["--skip-existing"] if several else []
         again = f" with {' '.join(hints)}" if hints else ""
@@ -273,7 +203,7 @@ def _options(**values: Any) -> "SceneOptions":
         return SceneOptions.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-")
+        name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
         raise UsageError(f"{name} {first['input']}: {first['msg'].lower()}.") from None
 
 
@@ -286,7 +216,7 @@ def _bytes(text: str | None) -> int | None:
         size = int(float(number.removesuffix(unit)) * _UNITS[unit])
         if size < 1:
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise UsageError(f"--max-memory {text}: write 800M or 2GiB.") from None
     return size
 

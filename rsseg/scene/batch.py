@@ -1,22 +1,22 @@
-"""Many scenes: which ones, where their outputs go, what is done already, and what became of each."""
+"""Many scenes: which ones, their outputs, and predicting one after the other."""
 
 import glob
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-import rasterio
-from pydantic import BaseModel, ConfigDict
-from rasterio.errors import RasterioError
+from pydantic import BaseModel, ConfigDict, Field
 
-from rsseg.errors import RssegError, UsageError
-from rsseg.scene.identity import TAG
+from rsseg.errors import DataError, RssegError, UsageError
+from rsseg.files import PRODUCT_ENDING, append_line, check_outputs
+from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
-from rsseg.scene.plan import Ready, Setup, settle
-from rsseg.scene.predict import identity_of, run
+from rsseg.scene.plan import PreparedScene, is_ending, list_outputs, prepare_scene
+from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
+from rsseg.scene.source import is_local, local_file, made_from, source_files
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -24,67 +24,84 @@ JOURNAL = "rsseg_journal.jsonl"
 
 
 class Target(NamedTuple):
-    """A scene and the class raster to make from it."""
+    """A scene and its class raster."""
 
     scene: str
     output: Path
 
 
 class Outcome(BaseModel):
-    """What became of a scene."""
+    """How the prediction of a scene ended."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     scene: str
     output: Path
     status: Literal["done", "skipped", "failed"]
-    """`skipped`: the output was there, made from the same scene, model and options."""
+    """`skipped`: the output exists, made from the same scene, model and options."""
     seconds: float
     error: str | None = None
     result: SceneResult | None = None
-
-    @classmethod
-    def of(cls, target: Target, result: SceneResult) -> "Outcome":
-        """Of a scene that is done."""
-        return cls(scene=target.scene, output=target.output, status="done", seconds=result.seconds, result=result)
+    exception: Annotated[Exception | None, Field(exclude=True)] = None
+    """Of a failed scene."""
 
 
 def find_scenes(names: Sequence[str]) -> list[str]:
-    """Files and URLs as they are, folders as the rasters in them, `*` patterns, and text files with a scene per line.
+    """Expand folders, `*` patterns and text files with a scene per line; other files and URLs stay as they are.
 
-    Names in a text file count from its folder.
+    Names in a text file count from its folder. Outputs of earlier predictions are left out.
 
     Raises:
-        UsageError: a folder, a pattern or a list without a scene.
+        UsageError: a folder, a pattern or a list without a scene; nothing but outputs of predictions.
+        DataError: a list that is not UTF-8.
     """
     found: list[str] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if not is_local(name) or len(path.name.encode()) > 255:
+            inside, what = [name], ""
+        elif path.is_dir():
             inside = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
             what = f"no raster in this folder (looked for {', '.join(SUFFIXES)})"
         elif path.suffix.lower() == ".txt" and path.is_file():
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            inside = [_from(path.parent, line) for line in lines if line and not line.startswith("#")]
+            inside = [line if not is_local(line) else str(path.parent / line) for line in read_list(path)]
             what = "no scene in this list"
-        elif any(c in name for c in "*?[") and "://" not in name and not path.exists():
-            inside = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - patterns may be absolute
+        elif any(c in name for c in "*?[") and not path.exists():
+            inside = sorted(glob.glob(_pattern(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
             what = "no file has such a name"
         else:
             inside, what = [name], ""
         if not inside:
             raise UsageError(f"{name}: {what}.")
         found += inside
-    return list(dict.fromkeys(found))
+    scenes = [scene for scene in dict.fromkeys(found) if not _is_output(scene)]
+    if not scenes:
+        raise UsageError(f"{found[0]}: an output of an earlier prediction, not a scene. Give other files.")
+    return scenes
+
+
+def read_list(path: Path) -> list[str]:
+    """Lines of a text file in UTF-8, with or without byte order mark, but empty ones and those that begin with #.
+
+    Raises:
+        DataError: another encoding.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the list is not in UTF-8. Save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, int] = (1, 1)) -> list[Target]:
-    """Where each output goes: `output` itself for one scene, `STEM_rsseg.tif` in the folder `output` for several.
+    """Outputs of scenes: `output` itself for one scene, `STEM_rsseg.tif` in the folder `output` for several.
 
     Args:
-        scenes: as `find_scenes` gives them.
+        scenes: as `find_scenes` returns them.
         output: file or folder; None is the current folder.
-        part: number of this part, from 1, and of how many: every n-th scene belongs to it, so that machines can share.
+        part: number of this part, from 1, and of parts: every n-th scene belongs to it, so that machines can share.
 
     Raises:
         UsageError: two scenes would write one file, or no such part.
@@ -92,7 +109,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     number, parts = part
     if not 1 <= number <= parts:
         raise UsageError(f"--part {number}/{parts}: write 1/{parts} to {parts}/{parts}.")
-    names = [f"{Path(scene).stem}_rsseg.tif" for scene in scenes]
+    names = [f"{Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two scenes would be written to {twice[0]}; predict them into different folders.")
     is_folder = output is not None and (len(scenes) > 1 or output.is_dir() or output.suffix == "")
@@ -102,89 +119,125 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     return targets[number - 1 :: parts]
 
 
+def check_targets(
+    prepared: PreparedNetwork, targets: Sequence[Target], options: SceneOptions, inputs: Iterable[Path | str]
+) -> None:
+    """Raise if outputs of a batch would replace one another or an input of any scene.
+
+    Raises:
+        UsageError: see above; or one file is asked for that several scenes would write.
+    """
+    for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
+        if len(targets) > 1 and name is not None and not is_ending(name):
+            raise UsageError(f"{option} {name}: for several scenes give the ending only, such as {name.suffix}.")
+    outputs = [pair for t in targets for pair in list_outputs(prepared.network.task, t.output, options)]
+    read = source_files([str(name) for name in inputs] + [target.scene for target in targets])
+    check_outputs(outputs, [file for name in read if (file := local_file(name))], overwrite=True)
+
+
 def predict_scenes(
-    ready: Ready,
+    prepared: PreparedNetwork,
     targets: Sequence[Target],
     options: SceneOptions,
     *,
+    inputs: Sequence[Path | str] = (),
     skip_existing: bool = False,
-    journal: bool = False,
     on_plan: Callable[[ScenePlan], None] | None = None,
     progress: Callable[[Target], Progress] | None = None,
     share: Share = ALONE,
 ) -> Iterator[Outcome]:
     """Predict one scene after the other; one that fails does not stop the rest.
 
+    Of several scenes, the outcomes are appended to `JOURNAL` beside the outputs.
+
     Args:
-        ready: the network.
+        prepared: the network.
         targets: scenes and outputs.
         options: of all scenes.
-        skip_existing: leave out scenes whose outputs are there and were made from the same scene, model and options.
-        journal: append what became of each scene to `JOURNAL` beside its output.
-        on_plan: told before each scene.
-        progress: asked for a `Progress` before each scene.
+        inputs: further files that no output may replace: the model, scenes of other parts.
+        skip_existing: leave out scenes whose outputs exist and were made from the same scene, model and options.
+        on_plan: called before each scene.
+        progress: returns the `Progress` of a scene.
         share: this process's part of every scene; only the main one has results.
+
+    Raises:
+        UsageError: see `check_targets`.
     """
+    check_targets(prepared, targets, options, inputs)
     for target in targets:
         start = time.monotonic()
-        status: Literal["done", "skipped", "failed"] = "done"
-        result, message = None, None
+        result, skipped = None, False
+        failure: Exception | None = None
         try:
             with share.of_scene(target.output, resume=options.resume):
-                setup = settle(ready, target.scene, target.output, _tolerant(options, skip_existing))
-                if skip_existing and target.output.exists() and _is_done(setup, overwrite=options.overwrite):
-                    status = "skipped"
+                # An existing output is compared before it is refused.
+                tolerant = options.model_copy(update={"overwrite": options.overwrite or skip_existing})
+                scene = prepare_scene(prepared, target.scene, target.output, tolerant, inputs)
+                skipped = skip_existing and _is_done(scene, options)
+                if skipped:
+                    if share.is_main:
+                        make_extras(scene, only_missing=True)
                 else:
                     if on_plan is not None:
-                        on_plan(setup.describe())
+                        on_plan(scene.describe())
                     told = None if progress is None else progress(target)
-                    result = run(setup, progress=told, share=share)
-        except RssegError as error:
-            status, message = "failed", str(error)
+                    result = predict_prepared(scene, progress=told, share=share)
         except Exception as error:  # a night's work must not end with one odd file
-            status, message = "failed", f"{target.scene}: unexpected {type(error).__name__}: {error}"
-        seconds = time.monotonic() - start
+            failure = error
+        message = None
+        if failure is not None:
+            message = str(failure) if isinstance(failure, RssegError) else f"{target.scene}: unexpected {failure!r}"
         outcome = Outcome(
-            scene=target.scene, output=target.output, status=status, seconds=seconds, error=message, result=result
+            scene=target.scene,
+            output=target.output,
+            status="skipped" if skipped and not failure else "failed" if failure else "done",
+            seconds=time.monotonic() - start,
+            error=message,
+            result=result,
+            exception=failure,
         )
-        if journal and share.is_main:
-            _note(outcome)
+        if len(targets) > 1 and share.is_main:
+            _append_to_journal(outcome)
         yield outcome
 
 
-def _from(folder: Path, name: str) -> str:
-    return name if "://" in name or name.startswith("/vsi") else str(folder / name)
+def _is_done(scene: PreparedScene, options: SceneOptions) -> bool:
+    """Whether all rasters exist and are what the prediction would give.
 
-
-def _tolerant(options: SceneOptions, skip_existing: bool) -> SceneOptions:
-    """An output that is there is looked at before it is refused."""
-    return options.model_copy(update={"overwrite": True}) if skip_existing else options
-
-
-def _is_done(setup: Setup, *, overwrite: bool) -> bool:
-    with setup.open() as raster:
-        identity = identity_of(setup, raster)
-    if all(_made_from(name) == identity for name, _ in setup.products):
+    Raises:
+        UsageError: another file has the name of an output, and may not be replaced.
+    """
+    identity = scene.identity()
+    same = {name for name, _ in scene.products if name.exists() and made_from(name) == identity}
+    if len(same) == len(scene.products):
         return True
-    if overwrite:
-        return False
-    raise UsageError(
-        f"{setup.output}: exists already and was made from another scene, model or options, or by something else. "
-        "Replace it with --overwrite."
-    )
+    if scene.output.exists() and not options.overwrite:
+        raise UsageError(
+            f"{scene.output}: exists already and was made from another scene, model or options, or by something else. "
+            "Replace it with --overwrite."
+        )
+    # Rasters of a prediction that was killed before the class raster, the last one, may be replaced.
+    others = [pair for pair in list_outputs(scene.network.task, scene.output, options) if pair[1] not in same]
+    check_outputs(others, (), overwrite=options.overwrite)
+    return False
 
 
-def _made_from(path: Path) -> str | None:
-    try:
-        with rasterio.open(path) as file:
-            return str(file.tags().get(TAG))
-    except RasterioError:
-        return None
+def _is_output(name: str) -> bool:
+    return is_local(name) and Path(name).is_file() and made_from(name) is not None
 
 
-def _note(outcome: Outcome) -> None:
+def _pattern(path: Path) -> str:
+    """The pattern with its literal part escaped: folders may have brackets in their names."""
+    literal = Path()
+    for number, part in enumerate(path.parts):
+        if not (literal / part).exists():
+            return str(Path(glob.escape(str(literal)), *path.parts[number:]))
+        literal /= part
+    return str(path)
+
+
+def _append_to_journal(outcome: Outcome) -> None:
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | outcome.model_dump(mode="json", exclude={"result"})
     path = outcome.output.parent / JOURNAL
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path, json.dumps(line))

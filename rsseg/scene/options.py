@@ -1,58 +1,66 @@
-"""What a user can ask of a scene prediction, and what comes back."""
+"""Options, plan and result of a scene prediction."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Progress = Callable[[int, int], None]
-"""Called with how many of how many tiles are done."""
+"""Called with the number of finished tiles and of all tiles."""
 
 
 class SceneOptions(BaseModel):
-    """How a scene is predicted. None takes what suits the network and the machine."""
+    """How a scene is predicted. None chooses what suits the network and the machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tile: Annotated[int, Field(ge=1)] | None = None
+    tile: Annotated[int, Field(ge=16, le=32768)] | None = None
     """Side in pixels."""
     overlap: Annotated[int, Field(ge=0)] | None = None
     """Pixels that neighbouring tiles share."""
     blend: Literal["crop", "hann", "mean"] = "crop"
     """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average logits."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Tiles at once."""
-    bands: tuple[str, ...] | None = None
+    """Tiles per forward."""
+    bands: tuple[Annotated[str, BeforeValidator(str.strip)], ...] | None = None
     """Names or 1-based numbers of the file's bands, in the model's order."""
     nodata: float | None = None
-    """Value without data, if the file does not declare one."""
+    """Value without data, instead of what the file declares."""
     zero_collar: bool = False
     """Pixels that are 0 in every band have no data."""
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the device computes with it, and float32 elsewhere."""
     tta: Literal["none", "flip", "d4"] = "none"
-    """Average each tile with its mirror image, or over the eight turns and mirrorings of a square."""
+    """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
-    """GeoJSON or GeoPackage of polygons in any coordinate system; outside of them there is no data."""
+    """Vector file with polygons in any coordinate system; outside of them the output has no data."""
     confidence: bool = False
     """Also write the probability of the class to `STEM_confidence.tif`."""
     probabilities: Literal["none", "uint8", "float16"] = "none"
     """Also write the probability of each class to `STEM_probabilities.tif`."""
+    polygons: Path | None = None
+    """Also write polygons of the classes to this file; an ending alone, such as `.gpkg`, names it after the output."""
+    min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Smaller polygons are left out; square metres, or pixels where the scene has no coordinates."""
+    simplify: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Pixels by which borders of polygons may move; neighbours keep their common border."""
+    preview: Path | None = None
+    """Also draw scene, classes and legend to this PNG file; an ending alone as for `polygons`."""
     max_memory: Annotated[int, Field(ge=1)] | None = None
-    """Bytes beyond what the libraries take; batch, buffers and at last tiles are made smaller to fit."""
+    """Bytes beside those of the libraries; parallel batches, the batch and at last the tile are reduced to fit."""
     resume: bool = False
-    """Keep finished rows in `.NAME.resume` beside the output until it is complete, and go on from there."""
+    """Keep finished rows in `.NAME.resume` beside the output until it is complete, and continue from there."""
     format: Literal["cog", "gtiff"] = "cog"
     """Cloud-optimized GeoTIFF with overviews, or a plain tiled GeoTIFF."""
     overwrite: bool = False
-    """Replace an existing output."""
+    """Replace existing outputs."""
 
 
 class ClassArea(BaseModel):
-    """How much of a scene is of one class."""
+    """Area of one class in a scene."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -63,12 +71,12 @@ class ClassArea(BaseModel):
     share: float
     """Of the pixels with data, 0..1."""
     square_meters: float | None
-    """None unless the coordinate system is a projected one."""
+    """On the ellipsoid; None without known coordinates."""
     hectares: float | None
 
 
 class SceneResult(BaseModel):
-    """What was written."""
+    """The outputs of a prediction and what they show."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,20 +84,22 @@ class SceneResult(BaseModel):
     height: int
     width: int
     valid_share: float
-    """Part of the pixels that have data, 0..1."""
+    """Part of the pixels that have a class, 0..1."""
     areas: tuple[ClassArea, ...]
     """In the order of the task's classes."""
     tiles: int
     seconds: float
-    """From the first read to the finished file."""
+    """From the first read to the finished files."""
     megapixels_per_second: float
-    """Of the scene, without what overlaps."""
+    """Pixels of the scene, overlap not counted."""
     device: str
     dtype: str
     resumed: float
     """Part of the rows that an earlier run had finished, 0..1."""
+    polygons: int | None
+    """Number of polygons, if they were asked for."""
     extra_outputs: tuple[Path, ...]
-    """Confidence and probabilities, as asked for."""
+    """Confidence, probabilities, polygons and preview, as asked for."""
     warnings: tuple[str, ...]
 
 
@@ -103,7 +113,7 @@ class ScenePlan(BaseModel):
     height: int
     width: int
     bands: tuple[tuple[str, str], ...]
-    """The model's band and the file's band that it takes."""
+    """Each band of the model and the band of the file for it."""
     tile: int
     overlap: int
     tiles: int
@@ -111,8 +121,8 @@ class ScenePlan(BaseModel):
     """Pixels computed per pixel of the scene."""
     blend: str
     batch_size: int
-    lanes: int
-    """Batches that a CPU computes at once."""
+    parallel_batches: int
+    """Batches that a CPU computes in parallel."""
     device: str
     dtype: str
     views: int
@@ -120,10 +130,10 @@ class ScenePlan(BaseModel):
     panels: int
     """Ranges of columns that are computed one after the other, so that wide scenes need no more memory."""
     memory_bytes: int
-    """What the prediction takes beyond the libraries, an estimate: weights, a forward, and rows of the scene. Does not
-    depend on the size of the scene."""
+    """Estimate of the memory beside that of the libraries: weights, a forward, and rows of the scene. Does not depend
+    on the size of the scene."""
     seconds: float
-    """A guess from one small tile."""
+    """Estimate from one small tile."""
     warnings: tuple[str, ...]
 
     def text(self) -> str:
@@ -133,7 +143,8 @@ class ScenePlan(BaseModel):
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
             f"  {self.tiles} tiles of {self.tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
-            f"merged by {self.blend}, {self.batch_size * self.lanes} at once"
+            f"blend {self.blend}, batches of {self.batch_size}"
+            + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
             f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB beside the libraries, "

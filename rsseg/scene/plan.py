@@ -1,64 +1,52 @@
-"""What is settled before the first pixel is read: bands, tiles, panels, memory."""
+"""The plan of a prediction, made before the first pixel is read: files, bands, tiles, panels, memory."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from rsseg.errors import DataError, MachineError
+from rsseg.errors import DataError, UsageError
+from rsseg.files import check_outputs
 from rsseg.inference.blend import PixelOutputs
-from rsseg.inference.device import (
-    Cost,
-    keep_heap,
-    measure_tile,
-    resident_bytes,
-    resolve_device,
-    resolve_precision,
-)
-from rsseg.inference.network import ready_to_predict
-from rsseg.inference.predict import Compute, Tiling, choose_tiling, poses_of
-from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
+from rsseg.inference.predict import Compute, Tiling, poses_of
+from rsseg.inference.tiling import Panel, TilePlan
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
-from rsseg.scene.identity import identify_model
+from rsseg.scene.memory import PreparedNetwork, fit_memory, memory_errors
 from rsseg.scene.options import SceneOptions, ScenePlan
-from rsseg.scene.products import Product, class_product, confidence_product, probability_product
-from rsseg.scene.writer import check_output
+from rsseg.scene.source import identify_files, local_file, open_scene, source_files
+from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
 from rsseg.task import Task
+from rsseg.vector.aoi import Region, read_region, region_files
+from rsseg.vector.write import polygon_files
 
-_BATCH_PIXELS = 1024 * 1024
-"""Pixels of a batch on a CPU: more gain nothing there, and take memory."""
-_GPU_BATCH = 16
-_GPU_SHARE = 0.7
-"""Most tiles at once on a GPU, and the part of its free memory that they may take."""
-_BUFFER_BYTES = 32 << 20
-"""What rows of the scene may take, input and output together; wider scenes are computed in panels."""
-_BASE_BYTES = 96 << 20
-"""What does not depend on anything: caches of GDAL, kernels, threads."""
-_USUAL_BYTES = 500 << 20
-"""Unless more is allowed, no more tiles are computed at once than this holds."""
 _TRIM_AT = 0.9
-"""Part of the estimate, or of what is allowed, at which free memory is given back; it may grow between two looks."""
-_LEAST_TILE = 128
+"""Part of the estimate, or of `max_memory`, at which free memory is given back; it may grow between two checks."""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A prediction, ready to run.
+class PreparedScene:
+    """A planned prediction.
 
+    files: everything that is read for the scene, the area of interest included
+    region: the area of interest
     network: on the device, in eval mode
     model: hash of its weights
     panels: of `plan`
-    products: final name and content of each output, the class raster first
+    products: final name and content of each raster, the class raster first
+    polygons, preview: final names, None if not asked for
+    memory_bytes: estimate beside the libraries
     trim_above: bytes of the process at which free memory is given back
+    seconds: estimate
     """
 
     scene: str
     options: SceneOptions
+    files: tuple[str, ...]
     info: RasterInfo
     bands: tuple[int, ...]
+    region: Region | None
     network: Segmenter
     model: str
     compute: Compute
@@ -66,6 +54,9 @@ class Setup:
     plan: TilePlan
     panels: tuple[Panel, ...]
     products: tuple[tuple[Path, Product], ...]
+    polygons: Path | None
+    preview: Path | None
+    parallel_batches: int
     memory_bytes: int
     trim_above: int
     seconds: float
@@ -78,33 +69,37 @@ class Setup:
 
     @property
     def wanted(self) -> PixelOutputs:
-        """What each tile must give."""
+        """Values to compute for each pixel."""
         return PixelOutputs(self.options.confidence, self.options.probabilities)
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, those counted twice that two panels need."""
+        """Number of tiles; those of two panels count twice."""
         return sum(panel.plan.count for panel in self.panels)
 
     def open(self) -> Raster:
         """The scene with the bands that are used."""
         return open_scene(self.scene, self.options, self.bands, max(p.plan.cols.length for p in self.panels))
 
-    def settings(self) -> dict[str, object]:
-        """Whatever can change a pixel of the output, beside the scene and the network."""
+    def identity(self) -> str:
+        """Hash of everything that can change a pixel of the outputs: equal hashes, equal outputs.
+
+        How many tiles are computed at a time is left out: it changes last digits of scores at most.
+        """
         names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
-        return self.options.model_dump(mode="json", include=names) | {
+        settings = self.options.model_dump(mode="json", include=names) | {
             "bands": self.bands,
             "tile": self.tiling.tile,
             "overlap": self.tiling.overlap,
-            "batch_size": self.compute.batch_size,
-            "panels": len(self.panels),
             "dtype": str(self.compute.dtype),
             "device": self.compute.device.type,
         }
+        parts = [identify_files(self.files), self.model, settings]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def describe(self) -> ScenePlan:
-        """For the user."""
+        """The plan for the user."""
         return ScenePlan(
             scene=self.scene,
             output=self.output,
@@ -117,7 +112,7 @@ class Setup:
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,
             batch_size=self.compute.batch_size,
-            lanes=self.compute.parallel_batches,
+            parallel_batches=self.parallel_batches,
             device=str(self.compute.device),
             dtype=str(self.compute.dtype).removeprefix("torch."),
             views=len(self.compute.poses),
@@ -128,92 +123,112 @@ class Setup:
         )
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A network on its device, ready for any number of scenes.
+def prepare_scene(
+    prepared: PreparedNetwork, scene: Path | str, output: Path, options: SceneOptions, inputs: Iterable[Path | str] = ()
+) -> PreparedScene:
+    """Open a scene, check the outputs, and choose what the options leave open.
 
-    network: in eval mode
-    model: hash of the weights that it was made from
-    held_before: bytes that the process held before
-    """
-
-    network: Segmenter
-    device: torch.device
-    dtype: torch.dtype
-    model: str
-    held_before: int
-    _costs: dict[int, Cost] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, segmenter: Segmenter, options: SceneOptions) -> "Ready":
-        """Copy a network, which is not changed, to the device of the options.
-
-        Raises:
-            MachineError: the device is not there.
-        """
-        keep_heap()
-        held = resident_bytes()
-        device = resolve_device(options.device)
-        network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
-        return cls(network, device, dtype, identify_model(segmenter), held)
-
-    def cost(self, side: int) -> Cost:
-        """Of a square tile."""
-        if side not in self._costs:
-            self._costs[side] = measure_tile(self.network, side, self.device, self.dtype)
-        return self._costs[side]
-
-
-def settle(ready: Ready, scene: Path | str, output: Path, options: SceneOptions) -> Setup:
-    """Open the scene, check the output, and choose what the user left open.
+    Args:
+        prepared: the network.
+        scene: whatever GDAL reads.
+        output: the class raster.
+        options: see there.
+        inputs: further files that no output may replace, such as the model.
 
     Raises:
-        UsageError: the output exists already or cannot be written there; overlap and tile do not fit.
-        DataError: the scene is missing, damaged, or lacks bands.
+        UsageError: an output exists, would replace an input, or cannot be written; overlap and tile do not fit.
+        DataError: the scene is missing, damaged, or lacks bands; the area of interest cannot be read or lies outside.
         MachineError: the memory that is allowed does not suffice.
     """
-    task = ready.network.task
+    network = prepared.network
     with open_scene(scene, options, None) as raster:
         try:
-            bands = match_bands(raster.info, task.bands, options.bands)
+            bands = match_bands(raster.info, network.task.bands, options.bands)
         except DataError as error:
-            raise DataError(f"{scene}: {error}") from None
+            message = str(error)
+            raise DataError(message if message.startswith(str(scene)) else f"{scene}: {message}") from None
     with open_scene(scene, options, bands) as raster:
-        info, files = raster.info, raster.files
-    products = _products(task, output, options)
-    for name, _ in products:
-        check_output(name, files, overwrite=options.overwrite)
-    fit = _fit(ready, info, products, options)
-    warnings = []
-    if info.dtype != task.dtype:
-        warnings.append(
-            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled as those were"
-        )
+        info, files = raster.info, source_files(raster.files)
+    region = None
+    if options.aoi is not None:
+        region = read_region(options.aoi, info)
+        files += tuple(str(file) for file in region_files(options.aoi))
+    products = _products(network.task, output, options)
+    polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
+    read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
+    check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
+    check_outputs([("--output", output.with_name(f"{output.name}.aux.xml"))], read, overwrite=True)
+    with memory_errors():
+        fit = fit_memory(prepared, info, [product for _, product in products], options)
     poses = poses_of(options.tta)
-    return Setup(
+    return PreparedScene(
         scene=str(scene),
         options=options,
+        files=files,
         info=info,
         bands=bands,
-        network=ready.network,
-        model=ready.model,
-        compute=Compute(ready.device, fit.batch_size, ready.dtype, fit.tiling.least, poses, fit.lanes),
+        region=region,
+        network=network,
+        model=prepared.model,
+        compute=Compute(prepared.device, fit.batch_size, prepared.dtype, fit.tiling.least, poses, fit.parallel_batches),
         tiling=fit.tiling,
         plan=fit.plan,
         panels=fit.panels,
         products=products,
+        polygons=polygons,
+        preview=preview,
+        parallel_batches=fit.parallel_batches,
         memory_bytes=fit.memory_bytes,
-        trim_above=ready.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
+        trim_above=prepared.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
-        warnings=tuple(warnings),
+        warnings=(*_band_warnings(info, network.task, options), *fit.warnings),
     )
 
 
-def open_scene(
-    scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None, columns: int | None = None
-) -> Raster:
-    """The scene as the options say; `columns` is the widest window that will be read."""
-    return Raster(scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar, columns=columns)
+def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[str, Path]]:
+    """All files that a prediction writes, each with the option that asks for it.
+
+    Raises:
+        UsageError: the format of the polygons or of the preview is unknown.
+    """
+    outputs = [("--output", path) for path, _ in _products(task, output, options)]
+    if (polygons := _named_after(output, options.polygons)) is not None:
+        outputs += [("--polygons", file) for file in polygon_files(polygons)]
+    if (preview := _named_after(output, options.preview)) is not None:
+        if preview.suffix.lower() != ".png":
+            raise UsageError(f"{preview}: --preview writes a PNG. Give a name that ends in .png.")
+        outputs.append(("--preview", preview))
+    return outputs
+
+
+def _named_after(output: Path, name: Path | None) -> Path | None:
+    """An ending alone, such as `.gpkg`, stands for the name of the output with this ending."""
+    return output.with_suffix(name.name) if name is not None and is_ending(name) else name
+
+
+def is_ending(name: Path) -> bool:
+    """Whether a name is nothing but an ending."""
+    return name.parent == Path() and name.suffix == "" and name.name[:1] == "." and len(name.name) > 1
+
+
+def _band_warnings(info: RasterInfo, task: Task, options: SceneOptions) -> list[str]:
+    warnings = []
+    if info.dtype != task.dtype:
+        warnings.append(
+            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled in the same way"
+        )
+    named = [
+        (wanted, name)
+        for wanted, name, color, number in zip(task.bands, info.band_names, info.colors, info.numbers, strict=True)
+        if name not in (color, f"band_{number}")
+    ]
+    if options.bands is None and (wrong := [pair for pair in named if pair[0].casefold() not in pair[1].casefold()]):
+        wanted, name = wrong[0]
+        warnings.append(
+            f"the file calls its band {name!r} that is taken as {wanted}; bands were not matched by their names. "
+            f"Give the order with --bands {','.join(f'NAME_OF_{band.upper()}' for band in task.bands)}"
+        )
+    return warnings
 
 
 def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Path, Product], ...]:
@@ -224,88 +239,3 @@ def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Pa
         name = output.with_name(f"{output.stem}_probabilities.tif")
         products.append((name, probability_product(task, options.probabilities)))
     return tuple(products)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Tiles, batch and panels, and what they take."""
-
-    tiling: Tiling
-    plan: TilePlan
-    panels: tuple[Panel, ...]
-    batch_size: int
-    lanes: int
-    cost: Cost
-    memory_bytes: int
-
-
-def _fit(ready: Ready, info: RasterInfo, products: tuple[tuple[Path, Product], ...], options: SceneOptions) -> _Fit:
-    """The usual choice, or with `max_memory` the largest that fits: one lane, one tile, smaller tiles."""
-    network, device = ready.network, ready.device
-    tile, batch = options.tile, options.batch_size
-    while True:
-        tiling = choose_tiling(network, tile, options.overlap, options.blend)
-        plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
-        side = max(plan.rows.tile, plan.cols.tile)
-        cost = ready.cost(side)
-        size = batch or _batch_size(side, cost, device)
-        # A row is cut into equal batches: full ones with a small rest would compute no faster.
-        columns = len(plan.cols.origins)
-        size = -(-columns // -(-columns // size))
-        per_column = _bytes_per_column(plan, info, products, network, options)
-        allowed = _BUFFER_BYTES if options.max_memory is None else min(_BUFFER_BYTES, options.max_memory // 8)
-        panels = split_panels(plan, max(allowed // per_column, 1), shared=options.blend != "crop")
-        buffers = per_column * max(panel.plan.cols.length for panel in panels)
-        pixels = plan.rows.tile * plan.cols.tile
-        lane = size * (cost.peak_bytes + 4 * pixels * _values_per_pixel(info, network, options))
-        fixed, lanes = _BASE_BYTES + buffers, 1
-        if device.type == "cpu":
-            fixed += _weights(network)
-            fitting = ((options.max_memory or _USUAL_BYTES) - fixed) // lane
-            lanes = max(1, min(torch.get_num_threads(), fitting))
-        fit = _Fit(tiling, plan, panels, size, lanes, cost, fixed + lanes * lane)
-        if options.max_memory is None or fit.memory_bytes <= options.max_memory:
-            return fit
-        if size > 1 and options.batch_size is None:
-            batch = 1
-        elif network.tile.flexible and options.tile is None and side // 2 >= _LEAST_TILE:
-            tile = max(side // 2 // network.input_multiple, 1) * network.input_multiple
-        else:
-            raise MachineError(
-                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {tiling.tile}; "
-                f"{options.max_memory / 2**20:.0f} MB are allowed. Raise --max-memory or give a smaller --tile."
-            )
-
-
-def _batch_size(side: int, cost: Cost, device: torch.device) -> int:
-    if device.type == "cpu":
-        return max(1, _BATCH_PIXELS // side**2)
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(_GPU_BATCH, int(free * _GPU_SHARE) // max(cost.peak_bytes, 1)))
-
-
-def _bytes_per_column(
-    plan: TilePlan,
-    info: RasterInfo,
-    products: Iterable[tuple[Path, Product]],
-    network: Segmenter,
-    options: SceneOptions,
-) -> int:
-    """Of everything that holds rows of a panel: a row of tiles, two finished strips, a row of blocks per output."""
-    written = sum(product.pixel_bytes for _, product in products)
-    read = plan.rows.tile * (info.count * np.dtype(info.dtype).itemsize + 1)
-    finished = 2 * plan.rows.tile * (written + 1) + 2 * 512 * written
-    canvas = 0 if options.blend == "crop" else 2 * 4 * plan.rows.tile * network.task.num_classes
-    return read + finished + canvas
-
-
-def _values_per_pixel(info: RasterInfo, network: Segmenter, options: SceneOptions) -> int:
-    """Of a tile, in float32, beside the forward: its image, and its scores where all of them are wanted at once."""
-    classes = network.task.num_classes
-    if options.tta != "none":
-        return info.count + 3 * classes  # of a view, their softmax, their sum
-    return info.count + (0 if options.blend == "crop" else classes)
-
-
-def _weights(network: Segmenter) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())

@@ -1,4 +1,4 @@
-"""The pipeline of a scene: reader thread -> tiles -> network -> merge -> writer thread, in bounded memory."""
+"""The pipeline of a scene: reader thread -> tiles -> network -> blending -> writer thread, in bounded memory."""
 
 import time
 from collections import deque
@@ -18,16 +18,16 @@ from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
-from rsseg.scene.identity import TAG, identify, identify_files
+from rsseg.scene.memory import memory_errors, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
-from rsseg.scene.plan import Ready, Setup, settle
-from rsseg.scene.share import ALONE, Share, in_order
-from rsseg.scene.source import read_tiles
-from rsseg.scene.striplog import LoggedStrip, StripLog
+from rsseg.scene.plan import PreparedScene, prepare_scene
+from rsseg.scene.preview import draw_preview
+from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, in_order
+from rsseg.scene.source import TAG, read_tiles
 from rsseg.scene.writer import SceneWriter
 from rsseg.task import NODATA, Task
-from rsseg.vector.aoi import Region, read_region
 from rsseg.vector.grid import Grid
+from rsseg.vector.write import write_polygons
 
 _TILES_AHEAD = 2
 """Tiles that the reader may be ahead of the network."""
@@ -38,9 +38,9 @@ _STRIPS_BEHIND = 1
 def plan_scene(
     segmenter: Segmenter, scene: Path | str, output: Path | str, options: SceneOptions | None = None
 ) -> ScenePlan:
-    """What `predict_scene` would do; reads no pixel and writes nothing. Raises what it would raise for bad input."""
+    """The plan of `predict_scene`; reads no pixel and writes nothing. Raises its errors for bad input."""
     options = options or SceneOptions()
-    return settle(Ready.of(segmenter, options), scene, Path(output), options).describe()
+    return prepare_scene(prepare_network(segmenter, options), scene, Path(output), options).describe()
 
 
 def predict_scene(
@@ -51,7 +51,7 @@ def predict_scene(
     *,
     progress: Progress | None = None,
 ) -> SceneResult:
-    """Write the classes of a raster of any size as a GeoTIFF on the same grid.
+    """Write the classes of a raster of any size as a GeoTIFF on the same grid, and the other outputs of the options.
 
     The output holds each class's `value`, and 255 where the scene has no data, with colours and class names. The scene
     is read once, window by window.
@@ -59,68 +59,122 @@ def predict_scene(
     Args:
         segmenter: in any mode, on any device; not changed.
         scene: whatever GDAL reads, also a URL.
-        output: GeoTIFF to make; it appears when it is complete. Missing folders are made.
-        options: None in it takes what suits the network and the machine.
-        progress: called with how many of how many tiles are done.
+        output: GeoTIFF to write; it appears when it is complete. Missing folders are created.
+        options: None in it chooses what suits the network and the machine.
+        progress: called with the number of finished tiles and of all tiles.
 
     Raises:
-        UsageError: the output exists already or cannot be written there; overlap and tile do not fit.
+        UsageError: an output exists already, would replace an input or cannot be written; overlap and tile do not fit.
         DataError: the scene is missing, damaged, or lacks bands.
-        MachineError: the disk is full, memory does not suffice, or the device is not there.
+        MachineError: the disk is full, memory does not suffice, or the device does not exist.
     """
     options = options or SceneOptions()
-    result = run(settle(Ready.of(segmenter, options), scene, Path(output), options), progress=progress)
+    prepared = prepare_scene(prepare_network(segmenter, options), scene, Path(output), options)
+    result = predict_prepared(prepared, progress=progress)
     assert result is not None  # for the type checker: this process is the only one
     return result
 
 
-def run(setup: Setup, *, progress: Progress | None = None, share: Share = ALONE) -> SceneResult | None:
-    """Do what is settled.
+def predict_prepared(
+    prepared: PreparedScene, *, progress: Progress | None = None, share: Share = ALONE
+) -> SceneResult | None:
+    """Run a planned prediction.
 
     Args:
-        setup: see there.
-        progress: called with how many tiles of how many are done; those of this process.
-        share: this process's part; several need `Share.of_scene` around this.
+        prepared: the plan.
+        progress: called with the number of finished tiles and of all tiles of this process.
+        share: this process's part; several processes need `Share.of_scene` around this.
 
     Returns:
-        What was written; None from all processes but the main one.
+        The result; None from all processes but the main one.
     """
     start = time.perf_counter()
-    info, task, options = setup.info, setup.network.task, setup.options
+    with memory_errors():
+        sink = _write_rasters(prepared, progress, share)
+    if sink is None:
+        return None
+    count, extra = make_extras(prepared)
+    seconds = time.perf_counter() - start
+    info = prepared.info
+    pixels = info.height * info.width
+    return SceneResult(
+        output=prepared.output,
+        height=info.height,
+        width=info.width,
+        valid_share=1 - int(sink.counts[NODATA]) / pixels,
+        areas=sink.class_areas(prepared.network.task),
+        tiles=prepared.tiles,
+        seconds=seconds,
+        megapixels_per_second=pixels / 1e6 / seconds,
+        device=str(prepared.compute.device),
+        dtype=str(prepared.compute.dtype).removeprefix("torch."),
+        resumed=sink.resumed,
+        polygons=count,
+        extra_outputs=(*(name for name, _ in prepared.products[1:]), *extra),
+        warnings=prepared.warnings,
+    )
+
+
+def make_extras(prepared: PreparedScene, *, only_missing: bool = False) -> tuple[int | None, tuple[Path, ...]]:
+    """Write polygons and preview of a finished class raster; returns the number of polygons and the files.
+
+    Raises:
+        MachineError: a file cannot be written.
+    """
+    options, task, count = prepared.options, prepared.network.task, None
+    polygons, preview = prepared.polygons, prepared.preview
+    if polygons is not None and not (only_missing and polygons.exists()):
+        count = write_polygons(
+            prepared.output,
+            task,
+            polygons,
+            min_area=options.min_area,
+            simplify=options.simplify,
+            overwrite=options.overwrite,
+        )
+    if preview is not None and not (only_missing and preview.exists()):
+        draw_preview(prepared.scene, prepared.output, task, preview)
+    return count, tuple(file for file in (polygons, preview) if file is not None)
+
+
+def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Share) -> "_Sink | None":
+    """Write all rasters; None from all processes but the main one."""
+    options = prepared.options
     with ExitStack() as stack:
-        raster = stack.enter_context(setup.open())
-        region = None if options.aoi is None else read_region(options.aoi, info)
-        identity = identity_of(setup, raster)
+        raster = stack.enter_context(prepared.open())
+        identity = prepared.identity()
+        # Strips of other panels cannot be used, although they hold the same pixels.
+        log_identity = f"{identity} {len(prepared.panels)}"
         log = None
         if options.resume or share.count > 1:
-            log = stack.enter_context(StripLog(share.log(setup.output), identity))
+            log = stack.enter_context(StripLog(share.log(prepared.output), log_identity))
         # Entered in reverse: the class raster, which stands for all of them, is the last to appear.
         writers = [
             stack.enter_context(
-                SceneWriter(name, info, product, cloud_optimized=options.format == "cog", tags={TAG: identity})
+                SceneWriter(name, prepared.info, product, cloud_optimized=options.format == "cog", tags={TAG: identity})
             )
-            for name, product in setup.products
+            for name, product in prepared.products
             if share.is_main
         ]
-        sink = _Sink(setup, writers)
+        sink = _Sink(prepared, writers)
         # Shared rows are written when all are there: an output is written panel by panel, each from top to bottom.
         at_once = share.count == 1
-        rows = share.rows(len(setup.plan.rows.origins))
-        done = [rows.start] * len(setup.panels)
+        rows = share.rows(len(prepared.plan.rows.origins))
+        done = [rows.start] * len(prepared.panels)
         for strip in log.strips() if log is not None else ():
             done[strip.panel] = strip.row + 1
             if at_once:
                 sink.write(strip)
-        resumed = sum(row - rows.start for row in done) / max(rows.length * len(setup.panels), 1)
-        heap = HeapGuard(setup.trim_above)
-        count = _tile_counter(progress, setup, rows.length, [Span(row, rows.stop) for row in done])
+        sink.resumed = sum(row - rows.start for row in done) / max(rows.length * len(prepared.panels), 1)
+        heap = HeapGuard(prepared.trim_above)
+        count = _tile_counter(progress, prepared, rows.length, [Span(row, rows.stop) for row in done])
 
         def report() -> None:
             heap.check()
             count()
 
-        for index, panel in enumerate(setup.panels):
-            strips = _compute(setup, raster, region, panel, Span(done[index], rows.stop), report)
+        for index, panel in enumerate(prepared.panels):
+            strips = _compute(prepared, raster, panel, Span(done[index], rows.stop), report)
 
             def write(numbered: tuple[int, Strip], index: int = index, panel: Panel = panel) -> None:
                 strip = sink.finished(index, panel, *numbered)
@@ -131,48 +185,34 @@ def run(setup: Setup, *, progress: Progress | None = None, share: Share = ALONE)
 
             _in_background(write, strips)
         if share.is_main and log is not None and not at_once:
-            paths = share.wait(setup.output)
-            sink.write_shared(log, [stack.enter_context(StripLog(path, identity, anew=False)) for path in paths])
+            paths = share.wait(prepared.output)
+            sink.write_shared(log, [stack.enter_context(StripLog(path, log_identity, anew=False)) for path in paths])
     if not share.is_main:
-        share.hand_over(setup.output)
+        share.hand_over(prepared.output)
         return None
     if options.resume:
-        share.log(setup.output).unlink(missing_ok=True)
-    seconds = time.perf_counter() - start
-    pixels = info.height * info.width
-    return SceneResult(
-        output=setup.output,
-        height=info.height,
-        width=info.width,
-        valid_share=1 - int(sink.counts[NODATA]) / pixels,
-        areas=_areas(sink.counts, task, Grid(info)),
-        tiles=setup.tiles,
-        seconds=seconds,
-        megapixels_per_second=pixels / 1e6 / seconds,
-        device=str(setup.compute.device),
-        dtype=str(setup.compute.dtype).removeprefix("torch."),
-        resumed=resumed,
-        extra_outputs=tuple(name for name, _ in setup.products[1:]),
-        warnings=setup.warnings,
-    )
-
-
-def identity_of(setup: Setup, raster: Raster) -> str:
-    """Hash of all that the outputs are made from."""
-    area = identify_files([setup.options.aoi]) if setup.options.aoi is not None else ""
-    return identify(identify_files(raster.files), setup.model, area, settings=setup.settings())
+        share.log(prepared.output).unlink(missing_ok=True)
+    return sink
 
 
 class _Sink:
-    """Takes finished strips: counts their classes and hands them to the writers."""
+    """Count the classes of finished strips and pass the strips to the writers.
 
-    def __init__(self, setup: Setup, writers: list[SceneWriter]) -> None:
-        self._setup, self._writers = setup, writers
-        self._values = _pixel_values(setup.network.task)
+    counts: int64 (256,), pixels of each value
+    resumed: part of the rows that an earlier run had finished
+    """
+
+    def __init__(self, prepared: PreparedScene, writers: list[SceneWriter]) -> None:
+        self._prepared, self._writers = prepared, writers
+        self._values = np.array([c.value for c in prepared.network.task.classes], np.uint8)
+        self._pixel_areas = Grid(prepared.info).pixel_areas()
+        self._areas = np.zeros(256)
+        self._row = [0] * len(prepared.panels)
         self.counts = np.zeros(256, np.int64)
+        self.resumed = 0.0
 
     def finished(self, index: int, panel: Panel, row: int, strip: Strip) -> LoggedStrip:
-        """The strip as pixels of each product, cut to what the panel keeps."""
+        """The strip as pixels of each product, cut to the columns that the panel keeps."""
         kept, decision = panel.kept.area, strip.decision
         valid = strip.valid[:, kept]
         arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
@@ -180,56 +220,75 @@ class _Sink:
             arrays.append(np.where(valid, decision.confidence[:, kept], np.uint8(NODATA))[None])
         if decision.probabilities is not None:
             shares = decision.probabilities[:, kept].transpose(2, 0, 1)
-            arrays.append(np.where(valid, shares, shares.dtype.type(self._setup.products[-1][1].nodata)))
+            arrays.append(np.where(valid, shares, shares.dtype.type(self._prepared.products[-1][1].nodata)))
         return LoggedStrip(index, row, arrays)
 
     def write(self, strip: LoggedStrip) -> None:
-        np.add(self.counts, np.bincount(strip.arrays[0].ravel(), minlength=256), out=self.counts)
-        left = self._setup.panels[strip.panel].target
-        for writer, (_, product), array in zip(self._writers, self._setup.products, strip.arrays, strict=True):
+        """Write a strip, the next one of its panel."""
+        left, values = self._prepared.panels[strip.panel].target, strip.arrays[0][0]
+        self.counts += np.bincount(values.ravel(), minlength=256)
+        if self._pixel_areas is not None:
+            self._areas += self._pixel_areas.sums(values, self._row[strip.panel], left)
+            self._row[strip.panel] += len(values)
+        for writer, (_, product), array in zip(self._writers, self._prepared.products, strip.arrays, strict=True):
             writer.write(array.astype(product.dtype, copy=False), left)
 
     def write_shared(self, own: StripLog, others: Sequence[StripLog]) -> None:
-        """Put the parts of all processes together."""
-        for strip in in_order([own, *others], len(self._setup.panels)):
+        """Write the strips of all processes."""
+        for strip in in_order([own, *others], len(self._prepared.panels)):
             self.write(strip)
-        if self.counts.sum() != self._setup.info.height * self._setup.info.width:
-            raise MachineError(f"{self._setup.output}: rows of another process are missing. Start again.")
+        if self.counts.sum() != self._prepared.info.height * self._prepared.info.width:
+            raise MachineError(f"{self._prepared.output}: rows of another process are missing. Start again.")
+
+    def class_areas(self, task: Task) -> tuple[ClassArea, ...]:
+        """In the order of the task's classes."""
+        total = max(int(self.counts[:NODATA].sum()), 1)
+        areas = [None if self._pixel_areas is None else float(self._areas[c.value]) for c in task.classes]
+        return tuple(
+            ClassArea(
+                name=c.name,
+                value=c.value,
+                pixels=int(self.counts[c.value]),
+                share=int(self.counts[c.value]) / total,
+                square_meters=area,
+                hectares=None if area is None else area / 1e4,
+            )
+            for c, area in zip(task.classes, areas, strict=True)
+        )
 
 
 def _compute(
-    setup: Setup,
+    prepared: PreparedScene,
     raster: Raster,
-    region: Region | None,
     panel: Panel,
     wanted: Span,
     report: Callable[[], None],
 ) -> Generator[tuple[int, Strip]]:
-    """The strips of these rows of tiles of a panel, numbered."""
+    """Yield the strips of these rows of tiles of a panel, numbered."""
     rows = panel.plan.rows
     if not wanted.length:
         return
     first = wanted.start
-    if setup.options.blend != "crop":
-        # Tiles above still weigh in the rows that they share.
+    if prepared.options.blend != "crop":
+        # Tiles above contribute to the rows that they share.
         first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
     span = Span(first, wanted.stop)
-    # Closed before the raster is: the reader's thread must not read on.
-    with closing(_ahead(read_tiles(raster, panel, setup.network, rows=span, region=region))) as tiles:
+    # Closed before the raster is: the reader's thread must not continue.
+    with closing(_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
         strips = predict_strips(
-            setup.network,
+            prepared.network,
             tiles,
             panel.plan,
-            setup.options.blend,
-            setup.compute,
-            outputs=setup.wanted,
+            prepared.options.blend,
+            prepared.compute,
+            outputs=prepared.wanted,
             report=report,
         )
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)
 
 
 def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
-    """The items, made in a thread of their own, at most `_TILES_AHEAD` early."""
+    """Yield the items, made in a background thread at most `_TILES_AHEAD` early."""
     iterator = iter(items)
     end = object()
     with ThreadPoolExecutor(1, "rsseg-reader") as thread:
@@ -240,7 +299,7 @@ def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
 
 
 def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator[tuple[int, Strip]]) -> None:
-    """Write the strips in a thread of its own, at most `_STRIPS_BEHIND` late."""
+    """Write the strips in a background thread, at most `_STRIPS_BEHIND` late."""
     with ThreadPoolExecutor(1, "rsseg-writer") as thread, closing(strips):
         written: deque[Future[None]] = deque()
         for strip in strips:
@@ -251,11 +310,13 @@ def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator
             pending.result()
 
 
-def _tile_counter(progress: Progress | None, setup: Setup, own: int, missing: Sequence[Span]) -> Callable[[], None]:
-    """Counts tiles, given how many rows of them are this process's, and which of each panel are still missing."""
+def _tile_counter(
+    progress: Progress | None, prepared: PreparedScene, own: int, missing: Sequence[Span]
+) -> Callable[[], None]:
+    """Count finished tiles, given the number of this process's rows of tiles and the missing rows of each panel."""
     if progress is None:
         return lambda: None
-    per_row = [len(panel.plan.cols.origins) for panel in setup.panels]
+    per_row = [len(panel.plan.cols.origins) for panel in prepared.panels]
     total = own * sum(per_row)
     finished = total - sum(rows.length * tiles for rows, tiles in zip(missing, per_row, strict=True))
 
@@ -265,24 +326,3 @@ def _tile_counter(progress: Progress | None, setup: Setup, own: int, missing: Se
         progress(finished, total)
 
     return report
-
-
-def _pixel_values(task: Task) -> NDArray[np.uint8]:
-    """Class index -> pixel value."""
-    return np.array([c.value for c in task.classes], np.uint8)
-
-
-def _areas(counts: NDArray[np.int64], task: Task, grid: Grid) -> tuple[ClassArea, ...]:
-    total = max(int(counts[:NODATA].sum()), 1)
-    pixel_area = grid.pixel_area
-    return tuple(
-        ClassArea(
-            name=c.name,
-            value=c.value,
-            pixels=int(counts[c.value]),
-            share=int(counts[c.value]) / total,
-            square_meters=None if pixel_area is None else int(counts[c.value]) * pixel_area,
-            hectares=None if pixel_area is None else int(counts[c.value]) * pixel_area / 1e4,
-        )
-        for c in task.classes
-    )

@@ -1,16 +1,18 @@
 """A picture of a prediction: the scene, its classes and a legend, side by side."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError, MachineError
+from rsseg.files import temporary_path
+from rsseg.scene.source import TAG
 from rsseg.task import Task
 
 SIDE = 900
@@ -20,12 +22,12 @@ _CLEAR = (0, 0, 0, 0)
 
 
 def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> Path:
-    """Write a PNG with the scene (red, green, blue stretched between percentiles 2 and 98), its classes and a legend.
+    """Write a PNG with the scene (bands stretched between percentiles 2 and 98), its classes and a legend.
 
-    Where there is no data the picture is transparent.
+    The picture is transparent where there is no data.
 
     Args:
-        scene: the input raster; without red, green and blue bands the first three (or the only one) are shown.
+        scene: the input raster; its red, green and blue bands are shown, else the first three or the only one.
         classes: the class raster that was predicted from it.
         task: names and colours.
         output: PNG to write; an existing one is replaced.
@@ -48,20 +50,22 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     sheet.paste(painted, (picture.width + 2 * MARGIN, MARGIN))
     draw = ImageDraw.Draw(sheet)
     left = 2 * picture.width + 3 * MARGIN
-    # Black letters need a ground of their own where the picture lies on a dark page.
+    # Black letters on white: transparent, they could not be read on a dark page.
     draw.rectangle((left - MARGIN // 2, 0, sheet.width, sheet.height), fill="white")
     for row, info in enumerate(task.classes):
         top = MARGIN + 30 * row
         draw.rectangle((left, top, left + 24, top + 20), fill=info.color, outline="black")
         draw.text((left + 34, top), info.name, fill="black", font=font)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.png")
+    temporary = temporary_path(output, ".png")
+    about = PngInfo()
+    about.add_text(TAG, "preview")  # so that it is not taken for a scene
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary)
+        sheet.save(temporary, pnginfo=about)
         temporary.replace(output)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise MachineError(f"{output} cannot be written: {error.strerror or error}. Choose another place.") from None
+        raise MachineError(f"{output}: cannot be written: {error.strerror or error}. Choose another place.") from None
     return output
 
 

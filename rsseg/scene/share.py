@@ -1,33 +1,144 @@
-"""The rows of a scene shared out among processes, such as one per GPU.
+"""Finished rows of a scene on the disk: to resume an interrupted run, and to share a scene among processes.
 
-They need no connection: each leaves its rows in a log beside the output, and the first one, which is called the main
-one, puts them together. A log that is complete, and the message of a process that failed, get names that carry the
-start they belong to, so that what an earlier start left is never taken for it.
+A log of finished rows is only appended to; an incomplete record at its end is detected by a checksum and dropped.
+
+Processes that share a scene, such as one per GPU, need no connection: each writes its rows to a log beside the output,
+and the main one merges them. Completed logs and the messages of failed processes have names with the id of the start,
+so that files of an earlier start are never used.
 """
 
 import glob
 import json
+import os
+import struct
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rsseg import errors
-from rsseg.errors import RssegError, UsageError
+from rsseg.errors import MachineError, RssegError, UsageError
+from rsseg.files import hidden_path
 from rsseg.inference.tiling import Span
-from rsseg.scene.striplog import LoggedStrip, StripLog
 
 _PAUSE = 0.05
-"""Seconds between two looks for the others' files."""
+"""Seconds between two checks for the files of other processes."""
+_MAGIC = b"rsseg strips 1\n"
+_RECORD = struct.Struct("<IIIII")
+"""Panel, row of tiles, number of arrays, bytes that follow, their checksum."""
+_ARRAY = struct.Struct("<cIIII")
+"""Type, number of bands, rows, columns, compressed bytes."""
+_TYPES: dict[bytes, np.dtype[Any]] = {b"u": np.dtype(np.uint8), b"e": np.dtype(np.float16)}
+
+
+class LoggedStrip(NamedTuple):
+    """Finished rows of one panel: an array (bands, h, w) per product."""
+
+    panel: int
+    row: int
+    arrays: list[NDArray[np.generic]]
+
+
+class StripLog:
+    """A file of strips; use as a context manager."""
+
+    def __init__(self, path: Path, identity: str, *, anew: bool = True) -> None:
+        """Open or create; a log with another identity is replaced, or with `anew=False` refused.
+
+        Raises:
+            MachineError: it cannot be written, or is refused.
+        """
+        self.path = path
+        self._head = _MAGIC + identity.encode() + b"\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
+            if self._file.read(len(self._head)) != self._head:
+                if not anew:
+                    raise MachineError(f"{path}: made with other settings. Give all processes the same --tile.")
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(self._head)
+                self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def strips(self) -> Iterator[LoggedStrip]:
+        """Yield the strips in order and drop an incomplete end; exhaust it before appending."""
+        self._file.seek(len(self._head))
+        while True:
+            start = self._file.tell()
+            strip = self._next()
+            if strip is None:
+                self._file.seek(start)
+                self._file.truncate()
+                return
+            yield strip
+
+    def append(self, strip: LoggedStrip) -> None:
+        """Add a strip; on return it is on the disk.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        body = b"".join(_packed(array) for array in strip.arrays)
+        head = _RECORD.pack(strip.panel, strip.row, len(strip.arrays), len(body), zlib.crc32(body))
+        try:
+            self._file.write(head + body)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _next(self) -> LoggedStrip | None:
+        head = self._file.read(_RECORD.size)
+        if len(head) < _RECORD.size:
+            return None
+        panel, row, count, size, checksum = _RECORD.unpack(head)
+        body = self._file.read(size)
+        if len(body) < size or zlib.crc32(body) != checksum:
+            return None
+        arrays, at = [], 0
+        for _ in range(count):
+            kind, *shape, length = _ARRAY.unpack_from(body, at)
+            at += _ARRAY.size
+            pixels = np.frombuffer(zlib.decompress(body[at : at + length]), _TYPES[kind])
+            arrays.append(pixels.reshape(shape))
+            at += length
+        return LoggedStrip(panel, row, arrays)
+
+    def _failure(self, error: OSError) -> MachineError:
+        return MachineError(f"{self.path}: cannot be written: {error.strerror}. Make room on the disk.")
+
+
+def _packed(array: NDArray[np.generic]) -> bytes:
+    # Level 1: a strip is written once and read at most once.
+    body = zlib.compress(np.ascontiguousarray(array).tobytes(), 1)
+    return _ARRAY.pack(array.dtype.char.encode().replace(b"B", b"u"), *array.shape, len(body)) + body
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of how many processes this is.
+    """The part of one process.
 
-    number: from 0
-    start: what the processes of one start have in common, and others do not
+    number: of this process, from 0
+    count: of processes
+    start: id that all processes of one start have in common
     """
 
     number: int = 0
@@ -36,7 +147,7 @@ class Share:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> "Share":
-        """As torchrun says it; a process that it did not start is the only one.
+        """From the variables of torchrun; without them this is the only process.
 
         Raises:
             UsageError: the processes are on several machines.
@@ -53,24 +164,24 @@ class Share:
 
     @property
     def is_main(self) -> bool:
-        """True for the process that makes the outputs and talks."""
+        """True for the process that writes the outputs and prints."""
         return self.number == 0
 
     def rows(self, total: int) -> Span:
-        """This process's part of so many rows of tiles."""
+        """This process's part of `total` rows of tiles."""
         return Span(total * self.number // self.count, total * (self.number + 1) // self.count)
 
     def log(self, output: Path) -> Path:
-        """Where finished rows wait for the rest."""
-        return output.with_name(f".{output.name}{self._part()}.resume")
+        """Log of this process's finished rows."""
+        return hidden_path(output, f"{self._part()}.resume")
 
     @contextmanager
     def of_scene(self, output: Path, *, resume: bool) -> Iterator[None]:
-        """Around all that a process does for a scene: what fails in any of them fails in the main one, and only there.
+        """Context of all work on one scene: a failure in any process is raised in the main one, and only there.
 
         Args:
             output: of the scene.
-            resume: take up the rows that an earlier start left, and leave those of this one if it fails.
+            resume: use the rows of an earlier start, and keep those of this one if it fails.
         """
         if self.count == 1:
             yield
@@ -82,7 +193,7 @@ class Share:
             kept = False
         except Exception as error:
             if self.is_main:
-                # The others go on to the next scene: none may find the files of this one gone.
+                # The others continue with the next scene and must not find the files of this one gone.
                 with suppress(RssegError):
                     self.wait(output)
                 raise
@@ -96,14 +207,14 @@ class Share:
                 self.log(output).unlink(missing_ok=True)
 
     def hand_over(self, output: Path) -> None:
-        """The log is complete."""
+        """Mark the log as complete."""
         self.log(output).replace(self._named(output, self.number, "rows"))
 
     def wait(self, output: Path) -> list[Path]:
-        """The others' complete logs, when all are done.
+        """Wait for all other processes; returns their completed logs.
 
         Raises:
-            RssegError: what the first process that failed did so with.
+            RssegError: the error of the first process that failed.
         """
         logs, failures = [], []
         for number in range(1, self.count):
@@ -120,8 +231,9 @@ class Share:
         return logs
 
     def _tidy(self, output: Path, *, resume: bool) -> None:
-        """What an earlier start left of this process's part."""
-        for left in output.parent.glob(f"{glob.escape(f'.{output.name}{self._part()}.')}*.*"):
+        """Use or remove the files of this process's part that an earlier start left."""
+        start = hidden_path(output, f"{self._part()}.").name
+        for left in output.parent.glob(f"{glob.escape(start)}*.*"):
             if left.suffix == ".rows" and resume:
                 left.replace(self.log(output))
             else:
@@ -149,14 +261,14 @@ class Share:
         return f".{number + 1}-of-{self.count}" if self.count > 1 else ""
 
     def _named(self, output: Path, number: int, kind: str) -> Path:
-        return output.with_name(f".{output.name}{self._part(number)}.{self.start}.{kind}")
+        return hidden_path(output, f"{self._part(number)}.{self.start}.{kind}")
 
 
 ALONE = Share()
 
 
 def in_order(logs: Sequence[StripLog], panels: int) -> Iterator[LoggedStrip]:
-    """The strips of all logs, each of which holds rows below those of the one before: panel by panel, from the top."""
+    """Merge logs that each hold the rows below those of the one before: panel by panel, from top to bottom."""
     strips = [log.strips() for log in logs]
     heads = [next(iterator, None) for iterator in strips]
     for panel in range(panels):

@@ -1,20 +1,31 @@
-"""From a raster to tiles: each row is decoded once, and memory holds one row of tiles in the file's own type."""
+"""Input of a scene: which files it is made of, and its tiles in bounded memory, each row decoded once."""
 
-from collections.abc import Iterator
+import hashlib
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import rasterio
 import torch
 from numpy.typing import NDArray
+from rasterio.errors import RasterioError
 
+from rsseg.errors import DataError
 from rsseg.inference.blend import Tile
-from rsseg.inference.tiling import Panel, Span, mirror
+from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, Window
+from rsseg.scene.options import SceneOptions
 from rsseg.vector.aoi import Region
 
+TAG = "RSSEG_MADE_FROM"
+"""Tag of each raster that a prediction makes; holds the hash of what it was made from."""
 _LEAST_ROWS = 128
 """Least rows of one read; bounds the calls, as the read bounds the memory beside the band."""
 _QUICK_TYPES = ("uint8", "uint16", "int16", "float32")
@@ -22,55 +33,176 @@ _QUICK_BANDS = 128
 """What OpenCV can interleave, many times as fast as NumPy."""
 
 
+def open_scene(
+    scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None, columns: int | None = None
+) -> Raster:
+    """Open a scene as the options say; `columns` is the widest window that will be read.
+
+    Raises:
+        DataError: it is missing, unreadable, or a pipe or device.
+    """
+    if is_local(scene):
+        try:
+            mode = Path(scene).stat().st_mode
+        except FileNotFoundError:
+            pass  # GDAL has names that are no paths, such as those of subdatasets
+        except OSError as error:
+            raise DataError(f"{scene}: cannot be read: {error.strerror}.") from None
+        else:
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise DataError(f"{scene}: a pipe or device, not a file. Save it to a file first.")
+    return Raster(scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar, columns=columns)
+
+
+def is_local(name: Path | str) -> bool:
+    """False for URLs and GDAL's virtual file systems."""
+    return not re.match(r"/vsi|\w+://|<", str(name))
+
+
+def identify_files(files: Iterable[Path | str]) -> str:
+    """Hash of the contents of files and of the archives that hold them; of other names, such as URLs, the name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        path = local_file(file)
+        if path is None:
+            digest.update(str(file).encode())
+        else:
+            with path.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).digest())
+            if path != Path(file):
+                digest.update(str(file).encode())
+    return digest.hexdigest()
+
+
+def local_file(name: Path | str) -> Path | None:
+    """The file on this machine behind a name, which may be the archive of a virtual file system such as /vsizip/."""
+    path = Path(re.sub(r"/vsi(zip|tar|gzip|7z|rar|cached|sparse|subfile)/|[{}]", "", str(name)))
+    if is_local(name):
+        path = Path(name)
+    with suppress(OSError):  # a name that is no path may be too long for one
+        return next((part for part in (path, *path.parents) if part.is_file()), None)
+    return None
+
+
+def source_files(files: Iterable[str]) -> tuple[str, ...]:
+    """The files of a raster, and those of the VRTs among them, sorted."""
+    found: set[str] = set()
+    waiting = list(files)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            if name.lower().endswith(".vrt") and Path(name).is_file():
+                with suppress(RasterioError), rasterio.open(name) as file:
+                    waiting += file.files
+    return tuple(sorted(found))
+
+
+def made_from(path: Path | str) -> str | None:
+    """Hash in the tag of a raster that a prediction made; None for other files."""
+    try:
+        with rasterio.open(path) as file:
+            tag: str | None = file.tags().get(TAG)
+            return tag
+    except RasterioError:
+        return None
+
+
+class _Rows(NamedTuple):
+    """One row of tiles.
+
+    number: of the row
+    pixels: (C, tile, covered)
+    valid: bool (tile, covered), where the scene has data
+    wanted: bool (tile, covered), where the output has data
+    """
+
+    number: int
+    pixels: NDArray[Any]
+    valid: NDArray[np.bool_]
+    wanted: NDArray[np.bool_]
+
+
 def read_tiles(
     raster: Raster, panel: Panel, segmenter: Segmenter, *, rows: Span, region: Region | None = None
 ) -> Iterator[Tile]:
-    """Tiles of a panel, row by row, in scaled units and filled where there is no data.
+    """Yield the tiles of a panel, row by row, in scaled units and filled where there is no data.
 
     Args:
         raster: opened with the task's bands in the task's order.
         panel: of the raster.
         segmenter: gives scale, offset and fill.
-        rows: rows of tiles that are wanted.
-        region: outside of it nothing is read, and there is no data.
+        rows: rows of tiles.
+        region: tiles without a pixel of it are empty and not read; the network sees the surroundings in the others.
     """
     task, tile = segmenter.task, panel.plan.cols.tile
 
     def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(task.scaled(raw, good, segmenter.fill)).permute(2, 0, 1)
 
-    for row, pixels, valid in _bands(raster, panel, rows, region):
+    for row in _read_rows(raster, panel, rows, region):
         for col, left in enumerate(panel.plan.cols.origins):
             area = slice(left, left + tile)
-            good, raw = valid[:, area].copy(), pixels[:, :, area]
-            yield Tile(row, col, partial(scaled, _interleaved(raw), good), good)
+            wanted = row.wanted[:, area].copy()
+            if wanted.any():
+                good = wanted if region is None else row.valid[:, area].copy()
+                raw = _interleaved(row.pixels[:, :, area])
+                yield Tile(row.number, col, partial(scaled, raw, good), wanted)
+            else:
+                yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted)
 
 
-def _bands(
-    raster: Raster, panel: Panel, rows: Span, region: Region | None
-) -> Iterator[tuple[int, NDArray[Any], NDArray[np.bool_]]]:
-    """Per row of tiles its number, pixels (C, tile, covered) and where they have data; the next one overwrites them."""
+def _not_loaded(row: int, col: int) -> torch.Tensor:
+    raise AssertionError(f"tile {row}, {col} is empty")
+
+
+def _read_rows(raster: Raster, panel: Panel, rows: Span, region: Region | None) -> Iterator[_Rows]:
+    """Yield rows of tiles in buffers that the next one overwrites."""
     info, axis, width = raster.info, panel.plan.rows, panel.plan.cols.length
     tile, covered = axis.tile, max(panel.plan.cols.covered, width)
-    pixels = np.empty((info.count, tile, covered), info.dtype)
-    valid = np.empty((tile, covered), np.bool_)
-    done = axis.origins[rows.start]
+    pixels = np.zeros((info.count, tile, covered), info.dtype)
+    valid = np.zeros((tile, covered), np.bool_)
+    wanted = valid if region is None else np.zeros((tile, covered), np.bool_)
+    # The buffers hold the rows up to `done` of these columns.
+    done, held = axis.origins[rows.start], Span(0, width)
     for row in range(rows.start, rows.stop):
         top = axis.origins[row]
-        kept, end = done - top, min(top + tile, info.height)
+        end = min(top + tile, info.height)
+        needed = Span(0, width)
+        if region is not None:
+            wanted[:] = False
+            wanted[: end - top, :width] = region.mask(Window(top, panel.left, end - top, width))
+            needed = _needed(panel.plan.cols, wanted)
+            if not needed.length:
+                done, held = axis.origins[min(row + 1, len(axis.origins) - 1)], Span(0, width)
+                yield _Rows(row, pixels, valid, wanted)
+                continue
+        kept = done - top if held.start <= needed.start and needed.stop <= held.stop else 0
         pixels[:, :kept] = pixels[:, tile - kept :]
         valid[:kept] = valid[tile - kept :]
-        for window in _windows(raster, Span(done, end), Span(panel.left, panel.left + width)):
+        for window in _windows(raster, Span(top + kept, end), needed.moved(panel.left)):
             area = slice(window.row - top, window.row - top + window.height)
-            pixels[:, area, :width], valid[area, :width] = _read(raster, window, region)
+            pixels[:, area, needed.area], valid[area, needed.area] = raster.read(window)
         if covered > width:
             beyond = mirror(width, covered)[width:]
             pixels[:, :, width:], valid[:, width:] = pixels[:, :, beyond], valid[:, beyond]
         if end - top < tile:
             beyond = mirror(end - top, tile)[end - top :]
             pixels[:, end - top :], valid[end - top :] = pixels[:, beyond], valid[beyond]
-        done = end
-        yield row, pixels, valid
+        if region is not None:
+            wanted &= valid
+        done, held = end, needed
+        yield _Rows(row, pixels, valid, wanted)
+
+
+def _needed(axis: AxisPlan, wanted: NDArray[np.bool_]) -> Span:
+    """Columns of the tiles that have a wanted pixel, and of what is mirrored for them."""
+    cols = np.asarray(wanted.any(axis=0))
+    tiles = [origin for origin in axis.origins if cols[origin : origin + axis.tile].any()]
+    if not tiles:
+        return Span(0, 0)
+    mirrored = max(2 * axis.length - axis.covered - 1, 0) if tiles[-1] + axis.tile > axis.length else axis.length
+    return Span(min(tiles[0], mirrored), min(tiles[-1] + axis.tile, axis.length))
 
 
 def _interleaved(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -80,18 +212,8 @@ def _interleaved(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-def _read(raster: Raster, window: Window, region: Region | None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    if region is None:
-        return raster.read(window)
-    inside = region.mask(window)
-    if not inside.any():
-        return np.zeros((raster.info.count, window.height, window.width), raster.info.dtype), inside
-    pixels, valid = raster.read(window)
-    return pixels, valid & inside
-
-
 def _windows(raster: Raster, rows: Span, cols: Span) -> Iterator[Window]:
-    """The rows in reads that end where the file's blocks end, so that GDAL's cache need not hold more."""
+    """Split rows into reads that end where the file's blocks end, so that GDAL's cache need not hold more."""
     block, start = raster.info.block_shape[0], rows.start
     step = block * -(-_LEAST_ROWS // block)
     while start < rows.stop:

@@ -1,21 +1,20 @@
-"""The rasters of a prediction: written in whole rows of blocks, checked, and only then given their names.
+"""The rasters of a prediction: what each holds, and writing it in whole rows of blocks.
 
-Until then the data lies under temporary names in the folder of the output, which any failure removes. What a killed
-process left there, the next one for the same output removes.
+A raster is written under a temporary name beside its final one, read back, and then renamed. A failure removes the
+temporary files; those of a killed process are removed by the next prediction into the same folder.
 """
 
 import glob
 import os
 import shutil
-import socket
+import xml.etree.ElementTree as ET
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from xml.sax.saxutils import escape
+from typing import Any, Literal, Self
 
 import numpy as np
 import rasterio
@@ -24,39 +23,80 @@ from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
 import rsseg
-from rsseg.errors import MachineError, UsageError
+from rsseg.errors import MachineError
+from rsseg.files import remove_leftovers, temporary_path
+from rsseg.inference.blend import FULL
 from rsseg.raster import RasterInfo
-from rsseg.scene.products import Product
+from rsseg.task import NODATA, Task
 
 _BLOCK = 512
 """Side of a block of the output in pixels."""
 _CACHE_BYTES = 32 << 20
-"""What GDAL may cache while the file is finished."""
+"""GDAL's cache while the file is finished."""
 _CREATION = {"compress": "deflate", "bigtiff": "IF_SAFER"}
 
 
-def check_output(output: Path, scene: Iterable[str], *, overwrite: bool) -> None:
-    """Say what stands against writing `output` before any work is done; `scene` are the files that must stay.
+@dataclass(frozen=True)
+class Product:
+    """The bands of one output raster.
 
-    Raises:
-        UsageError: it is the scene itself, a folder, exists already, or its folder cannot be made or written.
+    dtype: NumPy name of the pixel type
+    resampling: of the overviews
+    band_names: one per band
+    half: stored as 16-bit floating point, which has no type of its own in GDAL before 3.11
+    scale: real value of a stored 1
+    colors: red, green, blue of pixel values; None for measured values
+    value_names: names of pixel values
     """
-    if output.exists():
-        if any(Path(file).exists() and output.samefile(file) for file in scene):
-            raise UsageError(f"{output}: the output would replace the scene itself. Choose another --output.")
-        if output.is_dir():
-            raise UsageError(f"{output}: the output is a folder. Give a file name.")
-        if not overwrite:
-            raise UsageError(f"{output}: exists already. Choose another --output, or replace it with --overwrite.")
-    folder = next(folder for folder in output.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{output}: cannot be written, {folder} is no writable folder. Choose another --output.")
+
+    dtype: Literal["uint8", "float32"]
+    nodata: float
+    resampling: Literal["mode", "average"]
+    band_names: tuple[str, ...]
+    half: bool = False
+    scale: float = 1.0
+    colors: Mapping[int, tuple[int, int, int]] | None = None
+    value_names: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Number of bands."""
+        return len(self.band_names)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a pixel over all bands, in memory."""
+        return self.count * (1 if self.dtype == "uint8" else 4)
+
+
+def class_product(task: Task) -> Product:
+    """One band with the `value` of each class."""
+    return Product(
+        dtype="uint8",
+        nodata=NODATA,
+        resampling="mode",
+        band_names=("class",),
+        colors={c.value: c.color for c in task.classes},
+        value_names={c.value: c.name for c in task.classes},
+    )
+
+
+def confidence_product() -> Product:
+    """One band with the probability of the class."""
+    return Product("uint8", NODATA, "average", ("confidence",), scale=1 / FULL)
+
+
+def probability_product(task: Task, kind: Literal["uint8", "float16"]) -> Product:
+    """A band per class with its probability."""
+    if kind == "uint8":
+        return Product("uint8", NODATA, "average", task.class_names, scale=1 / FULL)
+    return Product("float32", -1.0, "average", task.class_names, half=True)
 
 
 class SceneWriter:
-    """Writes one product onto the grid of a scene, in panels of columns from left to right, each from top to bottom.
+    """Write one product on the grid of a scene, in panels of columns from left to right, each from top to bottom.
 
-    A context manager: the file appears when it is left without an exception, and nothing is left behind otherwise.
+    A context manager: the file appears on exit without an exception; otherwise nothing is left behind.
     """
 
     def __init__(
@@ -69,16 +109,16 @@ class SceneWriter:
             info: grid of the scene, which becomes the grid of the output.
             product: bands, colours and names.
             cloud_optimized: with internal overviews in the layout of a COG.
-            tags: what else the file shall say of itself.
+            tags: further metadata of the file.
 
         Raises:
-            MachineError: the file cannot be made.
+            MachineError: the file cannot be created.
         """
         self._output, self._product, self._cloud_optimized = output, product, cloud_optimized
         self._height = info.height
-        self._file = output.with_name(f"{_temporary_start(output)}{os.getpid()}.tmp.tif")
+        self._file = temporary_path(output, ".tif")
         self._panels: list[_Written] = []
-        self._remove_dead()
+        remove_leftovers(output.parent)
         try:
             with self._writing():
                 output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +173,7 @@ class SceneWriter:
         self._held = self._held[:, :0]
 
     def _stored(self, pixels: NDArray[Any]) -> memoryview:
-        """As it is read back, for the checksum."""
+        """The values as they are read back, for the checksum."""
         return np.ascontiguousarray(pixels.astype(np.float16) if self._product.half else pixels).data
 
     def _finish(self) -> None:
@@ -144,15 +184,20 @@ class SceneWriter:
                 self._file = self._to_cog(self._file)
             self._check()
             _flush_to_disk(self._file)
+            # GDAL keeps there what GeoTIFF keys cannot hold, such as some coordinate systems.
+            side = _side_file(self._file)
             if self._product.value_names:
-                # Before the raster: a raster that is there is complete.
-                names = _side_file(self._file)
-                names.write_text(_category_names(self._product.value_names), encoding="utf-8")
-                names.replace(_side_file(self._output))
+                _add_category_names(side, self._product.value_names)
+            if self._output.exists():
+                for ending in (".aux.xml", ".ovr", ".msk"):
+                    self._output.with_name(self._output.name + ending).unlink(missing_ok=True)
+            # Before the raster: a raster under its final name is complete.
+            if side.exists():
+                side.replace(_side_file(self._output))
             self._file.replace(self._output)
 
     def _to_cog(self, source: Path) -> Path:
-        """The layout of a COG needs sizes that are only known at the end, hence a second file."""
+        """Copy to a second file: the layout of a COG needs sizes that are only known at the end."""
         # GDAL may crash on a disk that is full; overviews, one of them temporary, add at most two thirds.
         needed = 2 * source.stat().st_size + (1 << 20)
         if shutil.disk_usage(source.parent).free < needed:
@@ -183,19 +228,11 @@ class SceneWriter:
                     pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
                     checksum = zlib.crc32(self._stored(pixels), checksum)
                 if checksum != panel.checksum:
-                    raise MachineError(f"{self._output}: what was written is not what is read back. Check the disk.")
+                    raise MachineError(f"{self._output}: read back, its pixels are others. Check the disk.")
 
     def _remove(self) -> None:
-        for file in self._output.parent.glob(f"{glob.escape(_temporary_start(self._output))}{os.getpid()}.tmp.*"):
+        for file in self._output.parent.glob(f"{glob.escape(temporary_path(self._output).name)}*"):
             file.unlink(missing_ok=True)
-
-    def _remove_dead(self) -> None:
-        """What processes of this machine left that are no more."""
-        start = _temporary_start(self._output)
-        for file in self._output.parent.glob(f"{glob.escape(start)}*.tmp.*"):
-            owner = file.name[len(start) :].partition(".")[0]
-            if owner.isdecimal() and not _is_running(int(owner)):
-                file.unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -210,7 +247,7 @@ class SceneWriter:
 
 @dataclass
 class _Written:
-    """What of a panel is in the file."""
+    """The part of a panel that is in the file."""
 
     left: int
     width: int
@@ -262,36 +299,21 @@ def _bits(product: Product) -> dict[str, int]:
     return {"nbits": 16} if product.half else {}
 
 
-def _category_names(value_names: Mapping[int, str]) -> str:
-    """GDAL's side file with the name of each pixel value, which GIS programs show in the legend."""
-    lines = "\n".join(
-        f"      <Category>{escape(value_names.get(value, ''))}</Category>" for value in range(max(value_names) + 1)
-    )
-    return (
-        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
-        f"{lines}\n    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
-    )
+def _add_category_names(side: Path, value_names: Mapping[int, str]) -> None:
+    """Add the name of each pixel value, which GIS programs show in the legend, to GDAL's side file."""
+    root = ET.parse(side).getroot() if side.exists() else ET.Element("PAMDataset")
+    band = root.find("PAMRasterBand[@band='1']")
+    if band is None:
+        band = ET.SubElement(root, "PAMRasterBand", band="1")
+    categories = ET.SubElement(band, "CategoryNames")
+    for value in range(max(value_names) + 1):
+        ET.SubElement(categories, "Category").text = value_names.get(value, "")
+    ET.indent(root)
+    ET.ElementTree(root).write(side, encoding="utf-8")
 
 
 def _side_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.aux.xml")
-
-
-def _temporary_start(output: Path) -> str:
-    """Beginning of the temporary names of this machine; the process id follows."""
-    return f".{output.name}.{socket.gethostname().partition('.')[0]}-"
-
-
-def _is_running(process: int) -> bool:
-    if os.name == "nt":  # there, asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to someone else
-        return True
-    return True
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -1,17 +1,13 @@
-"""The area of interest: polygons of a vector file, as a mask of a scene's pixels."""
+"""Areas of interest: polygons of a vector file, as a mask of a scene's pixels."""
 
-import json
-import sqlite3
-import struct
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
+import shapely
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
@@ -20,142 +16,162 @@ from rasterio.transform import Affine
 
 from rsseg.errors import DataError
 from rsseg.raster import RasterInfo, Window
-from rsseg.vector.grid import Grid, Points, reproject
-from rsseg.vector.wkb import polygons_of_wkb
+from rsseg.vector.grid import Grid, Points, reproject, transformed
+from rsseg.vector.write import VECTOR_ERRORS
 
-Polygon = list[Points]
-_PIECES = 32
-"""Points per edge when an area is brought to another coordinate system, where straight lines are curves."""
-
-
-_SYSTEM_QUERY = """
-SELECT organization, organization_coordsys_id, definition FROM gpkg_spatial_ref_sys WHERE srs_id = ?
-"""
+Polygons = NDArray[np.object_]
+"""Shapely polygons and multipolygons."""
+_PIECES = 256
+"""Pieces along a scene for which a straight line stays one in another coordinate system."""
+_MARGIN = 0.02
+"""Part of its size by which the surroundings of a scene are larger."""
+_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Region:
-    """Polygons in pixels of a scene; a pixel belongs to it if its centre does."""
+    """Polygons in columns and rows of a scene; a pixel belongs to the region if its centre does."""
 
-    polygons: tuple[Polygon, ...]
+    polygons: Polygons
 
     def mask(self, window: Window) -> NDArray[np.bool_]:
         """bool (h, w) of the window."""
-        near = [
-            {"type": "Polygon", "coordinates": [ring.tolist() for ring in polygon]}
-            for polygon, (left, top, right, bottom) in zip(self.polygons, self._bounds, strict=True)
-            if left < window.col + window.width and right > window.col
-            if top < window.row + window.height and bottom > window.row
-        ]
+        left, top, right, bottom = self._bounds
+        near = (left < window.col + window.width) & (right > window.col)
+        near &= (top < window.row + window.height) & (bottom > window.row)
         shape = window.height, window.width
-        if not near:
+        if not near.any():
             return np.zeros(shape, np.bool_)
-        burnt = rasterize(near, shape, transform=Affine.translation(window.col, window.row), dtype=np.uint8)
-        return np.asarray(burnt > 0)
+        place = Affine.translation(window.col, window.row)
+        return np.asarray(rasterize(self.polygons[near], shape, transform=place, dtype=np.uint8) > 0)
+
+    def has_pixels(self, height: int, width: int) -> bool:
+        """Whether any pixel of a scene of this size belongs to it."""
+        starts = range(0, height, _ROWS)
+        return any(self.mask(Window(row, 0, min(_ROWS, height - row), width)).any() for row in starts)
 
     @cached_property
-    def _bounds(self) -> list[tuple[float, float, float, float]]:
-        return [(*ring.min(0).tolist(), *ring.max(0).tolist()) for ring, *_ in self.polygons]
+    def _bounds(self) -> tuple[NDArray[np.float64], ...]:
+        return tuple(shapely.bounds(self.polygons).T)
 
 
 def read_region(path: Path, info: RasterInfo) -> Region:
-    """The polygons of a GeoJSON or GeoPackage file on the pixels of a scene.
+    """The polygons of all layers of a vector file on the pixels of a scene.
 
     Raises:
-        DataError: no such file, no polygon in it, or no way to the scene's coordinates.
+        DataError: the file is missing or unreadable, holds no polygon, lies outside of the scene, or cannot be brought
+            to the scene's coordinates.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file.")
-    match path.suffix.lower():
-        case ".geojson" | ".json":
-            layers = [_read_geojson(path)]
-        case ".gpkg":
-            layers = _read_geopackage(path)
-        case suffix:
-            raise DataError(f"{path}: areas are read from .geojson, .json and .gpkg, not from {suffix or 'this'}.")
     grid = Grid(info)
-    placed = [_placed(polygon, crs, grid, path) for crs, polygons in layers for polygon in polygons]
-    if not placed:
-        raise DataError(f"{path}: there is no polygon in this file.")
-    return Region(tuple(placed))
+    layers = _read_layers(path)
+    if not any(len(polygons) for _, polygons in layers):
+        raise DataError(f"{path}: the file holds no polygon. Draw the area as polygons.")
+    placed = np.concatenate([_placed(polygons, crs, grid, path) for crs, polygons in layers if len(polygons)])
+    region = Region(placed)
+    if not region.has_pixels(info.height, info.width):
+        raise DataError(f"{path}: no pixel of the scene lies in this area. Check its place and its coordinate system.")
+    return region
 
 
-def _placed(polygon: Polygon, crs: CRS | None, grid: Grid, path: Path) -> Polygon:
+def region_files(path: Path) -> tuple[Path, ...]:
+    """The file of an area and its side files."""
+    if path.suffix.lower() != ".shp":
+        return (path,)
+    return tuple(sorted(file for file in path.parent.iterdir() if file.stem == path.stem))
+
+
+def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file.")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: a pipe or device, not a file.")
+    try:
+        names = [name for name, geometry in pyogrio.list_layers(path) if geometry is not None]
+        return [_read_layer(path, name) for name in names]
+    except (*VECTOR_ERRORS, shapely.GEOSException) as error:
+        reason = str(error).split("; ")[0].rstrip(".").removeprefix(f"{path}: ")
+        raise DataError(
+            f"{path}: not a vector file that can be read: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
+            "that no other program has open."
+        ) from None
+    except CRSError as error:
+        raise DataError(f"{path}: its coordinate system is unknown: {error}.") from None
+
+
+def _read_layer(path: Path, layer: str) -> tuple[CRS | None, Polygons]:
+    about, _, wkb, _ = pyogrio.raw.read(path, layer=layer, columns=[], force_2d=True)
+    shapes = shapely.from_wkb(wkb)
+    parts = shapely.get_parts(shapely.get_parts(shapes[~shapely.is_missing(shapes)]))
+    polygons = parts[(shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(parts)]
+    if not np.isfinite(shapely.get_coordinates(polygons)).all():
+        raise DataError(f"{path}: some of its coordinates are not finite. Correct them.")
+    return None if about["crs"] is None else CRS.from_user_input(about["crs"]), polygons
+
+
+def _placed(polygons: Polygons, crs: CRS | None, grid: Grid, path: Path) -> Polygons:
+    """In columns and rows of the scene."""
     if grid.crs is None and crs is not None and not grid.is_located:
         raise DataError(f"{path}: the scene has no coordinates, so that an area cannot be found in it.")
-    if crs is None or grid.crs is None or crs == grid.crs:
-        return [grid.to_pixels(ring) for ring in polygon]
-    return [grid.to_pixels(reproject(_divided(ring), crs, grid.crs, str(path))) for ring in polygon]
+    if crs is None or grid.crs is None:
+        return _mapped(polygons, grid.to_pixels)
+    box, turn = _surroundings(grid, crs, str(path))
+    near = _near(polygons, box, turns=crs.is_geographic)
+    if (shapely.area(near) > (1 - 1e-9) * shapely.area(box)).any():
+        # The corners of a box around a view of the whole globe may lie outside of the view.
+        return np.array([shapely.box(0, 0, grid.info.width, grid.info.height)], np.object_)
+    middle = grid.middle[0]
+
+    def to_scene(points: Points) -> Points:
+        assert grid.crs is not None
+        moved = reproject(points, crs, grid.crs, str(path))
+        if grid.crs.is_geographic:
+            # Longitudes that go on where those of the scene do, whatever turn of the globe they come in.
+            expected = points[:, 0] + turn if crs.is_geographic else middle
+            moved = np.stack([expected + (moved[:, 0] - expected + 180) % 360 - 180, moved[:, 1]], axis=1)
+        return grid.to_pixels(moved)
+
+    return _mapped(near, to_scene)
 
 
-def _divided(ring: Points) -> Points:
-    steps = np.linspace(0, 1, _PIECES, endpoint=False)[:, None]
-    pieces = [start + (end - start) * steps for start, end in pairwise(ring)]
-    return np.concatenate([*pieces, ring[-1:]])
+def _mapped(polygons: Polygons, function: Any) -> Polygons:
+    return np.asarray(shapely.transform(polygons, function), np.object_)
 
 
-def _read_geojson(path: Path) -> tuple[CRS | None, list[Polygon]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        # The standard knows longitude and latitude only; an older one named others.
-        name = ((content.get("crs") or {}).get("properties") or {}).get("name", "OGC:CRS84")
-        polygons = list(_geojson_polygons(content))
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError):
-        raise DataError(f"{path}: this is not GeoJSON that can be read.") from None
-    try:
-        return CRS.from_user_input(name), polygons
-    except CRSError:
-        raise DataError(f"{path}: the coordinate system {name!r} is unknown.") from None
+def _surroundings(grid: Grid, crs: CRS, what: str) -> tuple[Any, float]:
+    """Box around a scene in another coordinate system, and by how much the scene's own longitudes are larger.
+
+    Longitudes of the box go on beyond 180 degrees.
+    """
+    assert grid.crs is not None
+    points = transformed(grid.to_ground(grid.lattice(33)), grid.crs, crs, what)
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        return shapely.Polygon(), 0.0
+    turn = 0.0
+    if crs.is_geographic:
+        middle = points[len(points) // 2, 0]
+        points[:, 0] = middle + (points[:, 0] - middle + 180) % 360 - 180
+        turn = 360.0 * round((grid.middle[0] - middle) / 360) if grid.crs.is_geographic else 0.0
+    low, high = points.min(0), points.max(0)
+    margin = (high - low) * _MARGIN
+    low, high = low - margin, high + margin
+    if crs.is_geographic:
+        low[1], high[1] = max(low[1], -90.0), min(high[1], 90.0)
+    return shapely.box(*low, *high), turn
 
 
-def _geojson_polygons(item: dict[str, Any]) -> Iterator[Polygon]:
-    match item["type"]:
-        case "FeatureCollection":
-            for feature in item["features"]:
-                yield from _geojson_polygons(feature)
-        case "Feature" if item["geometry"]:
-            yield from _geojson_polygons(item["geometry"])
-        case "GeometryCollection":
-            for geometry in item["geometries"]:
-                yield from _geojson_polygons(geometry)
-        case "Polygon":
-            yield [_points(ring) for ring in item["coordinates"]]
-        case "MultiPolygon":
-            for polygon in item["coordinates"]:
-                yield [_points(ring) for ring in polygon]
-
-
-def _points(ring: list[list[float]]) -> Points:
-    points = np.array([point[:2] for point in ring], np.float64)
-    if points.ndim != 2 or len(points) < 4:
-        raise ValueError("a ring has at least four points")
-    return points
-
-
-def _read_geopackage(path: Path) -> list[tuple[CRS | None, list[Polygon]]]:
-    layers = []
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            tables = database.execute("SELECT table_name, column_name, srs_id FROM gpkg_geometry_columns").fetchall()
-            for table, column, system in tables:
-                row = database.execute(_SYSTEM_QUERY, (system,)).fetchone()
-                blobs = database.execute(f'SELECT "{column}" FROM "{table}" WHERE "{column}" IS NOT NULL')
-                polygons = [polygon for (blob,) in blobs for polygon in polygons_of_wkb(_without_header(blob))]
-                layers.append((_system(row), polygons))
-    except (sqlite3.Error, ValueError, struct.error, CRSError) as error:
-        raise DataError(f"{path}: this is not a GeoPackage that can be read: {error}.") from None
-    return layers
-
-
-def _system(row: tuple[str, int, str] | None) -> CRS | None:
-    if row is None or row[0].upper() == "NONE":
-        return None
-    return CRS.from_epsg(row[1]) if row[0].upper() == "EPSG" else CRS.from_wkt(row[2])
-
-
-def _without_header(blob: bytes) -> bytes:
-    """A GeoPackage puts its own header before the well-known binary."""
-    if blob[:2] != b"GP":
-        raise ValueError("a geometry has no GeoPackage header")
-    box = (0, 32, 48, 48, 64)[blob[3] >> 1 & 7]
-    return blob[8 + box :]
+def _near(polygons: Polygons, box: Any, *, turns: bool) -> Polygons:
+    """What of the polygons lies in the box, with more vertices; `turns`: also a turn of the globe to either side."""
+    if shapely.is_empty(box):
+        return polygons[:0]
+    low_x, low_y, high_x, high_y = shapely.bounds(box)
+    step = max(high_x - low_x, high_y - low_y) / _PIECES
+    found = []
+    for shift in (-360.0, 0.0, 360.0) if turns else (0.0,):
+        moved = shapely.transform(polygons, partial(np.add, (shift, 0)))
+        moved = moved[shapely.intersects(shapely.box(*shapely.bounds(moved).T), box)]
+        cut = shapely.intersection(shapely.make_valid(moved), box)
+        found.append(cut)
+    parts = shapely.get_parts(np.concatenate(found))
+    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+    return np.asarray(shapely.segmentize(parts, step), np.object_)

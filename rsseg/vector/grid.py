@@ -1,6 +1,8 @@
 """Between the pixels of a raster and coordinates on the ground."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,11 @@ from rsseg.raster import RasterInfo
 
 Points = NDArray[np.float64]
 """(n, 2): column and row counted from the outer corner of the first pixel, or x (longitude) and y (latitude)."""
+LONGITUDE_LATITUDE = CRS.from_epsg(4326)
+_CELLS = 128
+"""Cells along a raster within which pixels count as equally large."""
+_COUNTED = 1 << 20
+"""Pixels that are counted in one call."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +42,39 @@ class Grid:
             return self.info.crs
         if self.info.gcps:
             return self.info.gcps_crs
-        return CRS.from_epsg(4326) if self.info.rpcs else self.info.crs
+        return LONGITUDE_LATITUDE if self.info.rpcs else self.info.crs
 
     @property
-    def pixel_area(self) -> float | None:
-        """Square metres; None unless the coordinate system is a projected one. Holds for turned and oblong pixels."""
-        if not self._has_transform or self.info.crs is None or not self.info.crs.is_projected:
+    def middle(self) -> Points:
+        """Coordinates (2,) of the middle of the raster."""
+        return np.asarray(self.to_ground(np.array([[self.info.width / 2, self.info.height / 2]]))[0])
+
+    def lattice(self, count: int) -> Points:
+        """count x count points in pixels, from corner to corner."""
+        cols, rows = (np.linspace(0, length, count) for length in (self.info.width, self.info.height))
+        return np.stack(np.meshgrid(cols, rows), axis=-1).reshape(-1, 2)
+
+    def pixel_areas(self) -> "PixelAreas | None":
+        """Areas on the ellipsoid; None without coordinates on one, and for RPCs, which need heights."""
+        if self.crs is None or not (self._has_transform or self.info.gcps):
             return None
-        metres: float = self.info.crs.linear_units_factor[1]
-        return float(abs(self.info.transform.determinant)) * metres**2
+        rows, cols = (_edges(length) for length in (self.info.height, self.info.width))
+        # The area at the middle of each cell, from the diagonals of a small quadrangle.
+        half_rows, half_cols = np.diff(rows) / 16, np.diff(cols) / 16
+        x, y = (edges[:-1] + np.diff(edges) / 2 for edges in (cols, rows))
+        corners = [
+            np.stack(np.meshgrid(x + dx * half_cols, y + dy * half_rows), axis=-1)
+            for dx, dy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        ]
+        ground = self.to_ground(np.concatenate(corners).reshape(-1, 2))
+        if (places := _geocentric(ground, self.crs)) is None:
+            return None
+        a, b, c, d = places.reshape(4, len(y), len(x), 3)
+        quadrangles = np.linalg.norm(np.cross(c - a, d - b), axis=-1) / 2
+        density = quadrangles / (4 * half_rows[:, None] * half_cols)
+        if not np.isfinite(density).any():
+            return None
+        return PixelAreas(rows, cols, np.nan_to_num(density, posinf=0, neginf=0))
 
     @property
     def _has_transform(self) -> bool:
@@ -75,21 +106,148 @@ class Grid:
         return None if self.info.rpcs is None or self.info.gcps else [float(self.info.rpcs.height_off)] * count
 
 
-def reproject(points: Points, source: CRS, target: CRS, what: str) -> Points:
-    """Coordinates in another system.
+@dataclass(frozen=True)
+class PixelAreas:
+    """Area on the ground of each pixel of a raster, constant within the cells of a lattice.
+
+    rows, cols: int64 (m + 1,) and (n + 1,), first rows and columns of the cells and the end of the raster
+    square_meters: float64 (m, n), of a pixel in each cell; 0 off the globe
+    """
+
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    square_meters: NDArray[np.float64]
+
+    def at(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Square metres of single pixels, float64 (n,)."""
+        cells = (np.searchsorted(edges, where, "right") - 1 for edges, where in ((self.rows, rows), (self.cols, cols)))
+        return np.asarray(self.square_meters[tuple(cells)])
+
+    def of_ring(self, ring: NDArray[np.int64]) -> float:
+        """Signed area of a closed ring (n, 2) along the sides of pixels, positive for outer rings."""
+        x, y = ring[:, 0], ring[:, 1]
+        vertical = x[:-1] == x[1:]
+        side = x[:-1][vertical]
+        return float((self._above_left(side, y[1:][vertical]) - self._above_left(side, y[:-1][vertical])).sum())
+
+    def sums(self, values: NDArray[np.uint8], top: int, left: int) -> NDArray[np.float64]:
+        """float64 (256,): area of each value of some rows and columns (h, w) whose first pixel is given."""
+        height, width = values.shape
+        cell_of_col = (np.searchsorted(self.cols, np.arange(left, left + width), "right") - 1) * 256
+        total = np.zeros(256)
+        row = 0
+        while row < height:
+            cell = int(np.searchsorted(self.rows, top + row, "right")) - 1
+            stop = min(int(self.rows[cell + 1]) - top, height, row + max(_COUNTED // width, 1))
+            counts = np.bincount((values[row:stop] + cell_of_col).ravel(), minlength=256 * self.square_meters.shape[1])
+            total += self.square_meters[cell] @ counts.reshape(-1, 256)
+            row = stop
+        return total
+
+    def _above_left(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Area of all pixels above row y and left of column x."""
+        row, col = (
+            np.clip(np.searchsorted(edges, at, "right") - 1, 0, len(edges) - 2)
+            for edges, at in ((self.rows, y), (self.cols, x))
+        )
+        down, right = y - self.rows[row], x - self.cols[col]
+        whole, in_rows, in_cols = self._cumulative
+        return np.asarray(
+            whole[row, col]
+            + down * in_cols[row, col]
+            + right * in_rows[row, col]
+            + down * right * self.square_meters[row, col]
+        )
+
+    @cached_property
+    def _cumulative(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Sums over the cells above and to the left, above, and to the left; the last two per column and row."""
+        per_col = self.square_meters * np.diff(self.rows)[:, None]
+        per_row = self.square_meters * np.diff(self.cols)
+        whole = per_col * np.diff(self.cols)
+        above, before = ((1, 0), (0, 0)), ((0, 0), (1, 0))
+        return (
+            np.pad(whole.cumsum(0).cumsum(1), (above[0], before[1]))[:-1, :-1],
+            np.pad(per_col.cumsum(0), above)[:-1],
+            np.pad(per_row.cumsum(1), before)[:, :-1],
+        )
+
+
+def _edges(length: int) -> NDArray[np.int64]:
+    return np.linspace(0, length, min(length, _CELLS) + 1).astype(np.int64)
+
+
+def _geocentric(points: Points, crs: CRS) -> NDArray[np.float64] | None:
+    """float64 (n, 3) metres from the centre of the ellipsoid of `crs`, not finite off it; None if it has none."""
+    try:
+        ellipsoid = _find(crs.to_dict(projjson=True), "ellipsoid")
+        if ellipsoid is None:
+            return None
+        if "radius" in ellipsoid:
+            major = minor = _meters(ellipsoid["radius"])
+        else:
+            major = _meters(ellipsoid["semi_major_axis"])
+            flattening = ellipsoid.get("inverse_flattening")
+            minor = _meters(ellipsoid["semi_minor_axis"]) if flattening is None else major * (1 - 1 / flattening)
+        plain = CRS.from_string(f"+proj=longlat +a={major!r} +b={minor!r} +no_defs")
+        degrees = transformed(points, crs, plain, "")
+    except (RasterioError, CPLE_BaseError, DataError, KeyError, TypeError):
+        return None
+    degrees[~(np.abs(degrees[:, 1]) <= 90)] = np.inf
+    lon, lat = np.radians(degrees).T
+    with np.errstate(invalid="ignore"):
+        normal = major**2 / np.hypot(major * np.cos(lat), minor * np.sin(lat))
+        flat = normal * np.cos(lat)
+        return np.stack([flat * np.cos(lon), flat * np.sin(lon), (minor / major) ** 2 * normal * np.sin(lat)], axis=1)
+
+
+def _find(item: Any, key: str) -> Any:
+    """The first value of a key anywhere in nested dictionaries and lists."""
+    if isinstance(item, dict):
+        return item[key] if key in item else next((f for v in item.values() if (f := _find(v, key))), None)
+    return next((f for v in item if (f := _find(v, key))), None) if isinstance(item, list) else None
+
+
+def _meters(length: Any) -> float:
+    """A PROJJSON length: a number, or one with its unit."""
+    if isinstance(length, dict):
+        unit = length["unit"]
+        return float(length["value"]) * (float(unit["conversion_factor"]) if isinstance(unit, dict) else 1.0)
+    return float(length)
+
+
+def transformed(points: Points, source: CRS, target: CRS, what: str) -> Points:
+    """Coordinates in another system, infinite where they do not exist there.
 
     Raises:
-        DataError: there is no way from one to the other, as between two planets; `what` names the thing.
+        DataError: none exists there, as between two planets; `what` names the file.
     """
     if source == target or not len(points):
-        return points
+        return points.copy()
+    moved = _transformed(points, source, target)
+    if not np.isfinite(moved).any():
+        raise DataError(f"{what}: coordinates in {source.to_string()} cannot be brought to {target.to_string()}.")
+    return moved
+
+
+def _transformed(points: Points, source: CRS, target: CRS) -> Points:
     try:
-        x, y = warp_points(source, target, points[:, 0], points[:, 1])
+        return np.stack(warp_points(source, target, points[:, 0], points[:, 1]), axis=1)
     except (RasterioError, CPLE_BaseError):
-        raise DataError(
-            f"{what}: coordinates in {source.to_string()} cannot be brought to {target.to_string()}."
-        ) from None
-    moved = np.stack([x, y], axis=1)
+        # One point outside of a projection's domain fails the call. Few points are not worth looking for it.
+        if len(points) <= 4:
+            return np.full(points.shape, np.inf)
+        halves = np.array_split(points, 2)
+        return np.concatenate([_transformed(half, source, target) for half in halves])
+
+
+def reproject(points: Points, source: CRS, target: CRS, what: str) -> Points:
+    """Coordinates in another system; see `transformed`.
+
+    Raises:
+        DataError: also if some do not exist there.
+    """
+    moved = transformed(points, source, target, what)
     if not np.isfinite(moved).all():
         raise DataError(f"{what}: some of its coordinates do not exist in {target.to_string()}.")
     return moved

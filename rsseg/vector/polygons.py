@@ -1,7 +1,11 @@
-"""From a class raster to polygons, band by band, without cutting polygons where bands meet.
+"""Polygons of a class raster, traced band by band without cutting them where bands meet.
 
-Coordinates are corners of pixels: column to the right, row downwards. A polygon is what hangs together over the sides
-of its pixels. Memory holds one band and the polygons that reach its lower edge.
+One polygon per 4-connected component. Coordinates are corners of pixels: column to the right, row downwards. Memory
+holds one band and the polygons that reach its lower edge.
+
+Simplification keeps the common borders of neighbours. An arc is the part of a border between two junctions, points
+where three or more areas meet. Each arc is simplified by the rule of Douglas and Peucker (1973), always in the same
+direction, so that both of its polygons get the same line.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +18,13 @@ from rasterio.features import shapes
 from rasterio.transform import Affine
 
 from rsseg.task import NODATA
-from rsseg.vector.arcs import Vertex, junctions_of, simplified, split_at, without_straight
 
+Vertex = tuple[int, int]
+"""Column and row of the corner of a pixel."""
+_OUTSIDE = 256
+"""Value outside of the raster; no pixel has it."""
 BAND_ROWS = 512
-"""Rows that are traced at once."""
+"""Rows of a band."""
 
 Ring = list[Vertex]
 """Closed: the last vertex is the first one. The inside lies to the left if rows are counted upwards."""
@@ -27,29 +34,36 @@ ReadRows = Callable[[int, int], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class PixelPolygon:
-    """value: of its pixels; pixels: how many, before any simplification; rings: the outer one first, then holes."""
+    """A 4-connected component.
+
+    value: of its pixels
+    pixels: their number, before any simplification
+    area: their area by `area_of` of `trace_polygons`, before any simplification
+    rings: the outer one first, then holes
+    """
 
     value: int
     pixels: int
+    area: float | None
     rings: tuple[Ring, ...]
 
 
 @dataclass(eq=False)
 class _Piece:
-    """What one band has of a polygon, or pieces that turned out to belong together."""
+    """The part of a polygon in one band, or several parts that were joined."""
 
     value: int
     rings: list[Ring]
     corners: set[Vertex] = field(default_factory=set)
     """Junctions on its rings, which simplifying must keep."""
     sides: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    """Rows in which this piece was cut off, with first and last column of each of its sides there."""
+    """Band edges that cut this piece: row -> first and last column of each of its sides there."""
     seams: set[int] = field(default_factory=set)
-    """Rows in which it or a part of it was cut."""
+    """Rows of the band edges that cut it or a part of it."""
     joined: "_Piece | None" = None
 
     def root(self) -> "_Piece":
-        """The piece that this one became a part of."""
+        """The piece that this one was joined to."""
         piece = self
         while piece.joined is not None:
             piece = piece.joined
@@ -57,23 +71,30 @@ class _Piece:
 
 
 def trace_polygons(
-    read: ReadRows, height: int, width: int, *, simplify: float = 0.0, band_rows: int = BAND_ROWS
+    read: ReadRows,
+    height: int,
+    width: int,
+    *,
+    simplify: float = 0.0,
+    area_of: Callable[[NDArray[np.int64]], float] | None = None,
+    band_rows: int = BAND_ROWS,
 ) -> Iterator[PixelPolygon]:
-    """Polygons of all pixels that are not nodata, in no particular order.
+    """Yield the polygons of all pixels that are not nodata, in no particular order.
 
     Args:
-        read: gives rows of class values; is asked from top to bottom.
+        read: returns rows of class values; called from top to bottom.
         height: of the raster.
         width: of the raster.
         simplify: pixels by which a border may move. Polygons keep sharing their borders, since each piece of border
             between two points where three areas meet is simplified once; areas narrower than this may vanish.
-        band_rows: rows that are traced at once.
+        area_of: signed area of a closed ring (n, 2) along the sides of pixels.
+        band_rows: rows of a band.
     """
     open_pieces: list[_Piece] = []
     for top in range(0, height, band_rows):
         bottom = min(top + band_rows, height)
         pixels = read(top, bottom)
-        corners = junctions_of(read, top, bottom, height, width) if simplify else None
+        corners = _junctions_of(read, top, bottom, height, width) if simplify else None
         reaching: list[_Piece] = []
         starting: list[_Piece] = []
         for piece in _pieces(pixels, top, corners):
@@ -82,7 +103,7 @@ def trace_polygons(
             piece.sides = {row: _sides(piece.rings, row) for row, cut in ((top, up), (bottom, down)) if cut}
             piece.seams = set(piece.sides)
             if not piece.seams:
-                yield from _polygon(piece, simplify)
+                yield from _polygon(piece, simplify, area_of)
             if up:
                 starting.append(piece)
             if down:
@@ -91,7 +112,7 @@ def trace_polygons(
         still_open = {id(piece.root()) for piece in reaching}
         finished = {id(root): root for piece in (*open_pieces, *starting) if id(root := piece.root()) not in still_open}
         for root in finished.values():
-            yield from _polygon(root, simplify)
+            yield from _polygon(root, simplify, area_of)
         open_pieces = reaching
 
 
@@ -105,7 +126,7 @@ def _pieces(pixels: NDArray[np.uint8], top: int, corners: NDArray[np.bool_] | No
             if (_area(ring) > 0) != (number == 0):
                 ring.reverse()
             if corners is not None:
-                ring = split_at(ring, corners, top)
+                ring = _split_at(ring, corners, top)
                 piece.corners.update((x, y) for x, y in ring if corners[y - top, x])
             rings.append(ring)
         yield piece
@@ -116,7 +137,7 @@ def _sides(rings: list[Ring], row: int) -> list[tuple[int, int]]:
 
 
 def _join(above: list[_Piece], below: list[_Piece], seam: int, width: int) -> None:
-    """Let pieces of one value that share a side at the seam become one."""
+    """Join pieces of one value that share a side at the seam."""
     owners = np.full((2, width), -1, np.int64)
     for owner, pieces in zip(owners, (above, below), strict=True):
         for number, piece in enumerate(pieces):
@@ -132,19 +153,22 @@ def _join(above: list[_Piece], below: list[_Piece], seam: int, width: int) -> No
             second.joined, second.rings, second.corners = first, [], set()
 
 
-def _polygon(piece: _Piece, simplify: float) -> Iterator[PixelPolygon]:
+def _polygon(
+    piece: _Piece, simplify: float, area_of: Callable[[NDArray[np.int64]], float] | None
+) -> Iterator[PixelPolygon]:
     rings = _relinked(piece.rings, piece.seams, piece.corners) if piece.seams else piece.rings
     rings.sort(key=_area, reverse=True)
     pixels = sum(_area(ring) for ring in rings)
+    area = None if area_of is None else sum(area_of(np.array(ring, np.int64)) for ring in rings)
     if simplify:
-        rings = [short for ring in rings if (short := simplified(ring, piece.corners, simplify))]
+        rings = [short for ring in rings if (short := _simplified(ring, piece.corners, simplify))]
         if not rings or _area(rings[0]) <= 0:
             return
-    yield PixelPolygon(piece.value, int(pixels), tuple(rings))
+    yield PixelPolygon(piece.value, int(pixels), area, tuple(rings))
 
 
 def _relinked(rings: list[Ring], seams: set[int], corners: set[Vertex]) -> list[Ring]:
-    """The rings of the union: sides at seams that are passed in both directions lie inside and are dropped."""
+    """Rings of the union: sides at seams that occur in both directions lie inside and are dropped."""
     inner: set[tuple[Vertex, Vertex]] = set()
     follow: dict[Vertex, list[Vertex]] = {}
 
@@ -165,12 +189,12 @@ def _relinked(rings: list[Ring], seams: set[int], corners: set[Vertex]) -> list[
     found = []
     while follow:
         start = next(iter(follow))
-        found.append(without_straight(_walk(follow, start), corners))
+        found.append(_without_straight(_walk(follow, start), corners))
     return found
 
 
 def _walk(follow: dict[Vertex, list[Vertex]], start: Vertex) -> Ring:
-    """Take one ring out of the sides. Where two go on, the right one: then no ring touches itself."""
+    """Remove one ring from the sides. Where two sides follow, take the right one: then no ring touches itself."""
     ring, at, came = [start], start, None
     while True:
         ends = follow[at]
@@ -188,7 +212,7 @@ def _walk(follow: dict[Vertex, list[Vertex]], start: Vertex) -> Ring:
 
 
 def _goes_on(follow: dict[Vertex, list[Vertex]], ring: Ring) -> bool:
-    """Back at its first vertex, whether the right way from there is one that it did not begin with."""
+    """Whether a ring that is back at its first vertex must be continued to the right instead of closed."""
     ends = follow.get(ring[0])
     if not ends:
         return False
@@ -198,7 +222,118 @@ def _goes_on(follow: dict[Vertex, list[Vertex]], ring: Ring) -> bool:
 
 
 def _area(ring: Ring) -> int:
-    """Twice would be the cross products' sum; positive for an outer ring."""
+    """Pixels within the ring; positive for an outer ring."""
     points = np.array(ring, np.int64)
     x, y = points[:, 0], points[:, 1]
     return int((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) // 2
+
+
+def _junctions_of(
+    read: Callable[[int, int], NDArray[np.uint8]], top: int, bottom: int, height: int, width: int
+) -> NDArray[np.bool_]:
+    """bool (bottom - top + 1, width + 1): pixel corners at which three or more areas meet.
+
+    `read` returns rows; the row above and the row below the band are read too.
+    """
+    rows = np.full((bottom - top + 2, width + 2), _OUTSIDE, np.int16)
+    first, last = max(top - 1, 0), min(bottom + 1, height)
+    rows[first - top + 1 : last - top + 1, 1:-1] = read(first, last)
+    a, b, c, d = rows[:-1, :-1], rows[:-1, 1:], rows[1:, :-1], rows[1:, 1:]
+    values = 1 + (b != a).astype(np.int8)
+    values += (c != a) & (c != b)
+    values += (d != a) & (d != b) & (d != c)
+    crossing = (a == d) & (b == c) & (a != b)
+    return np.asarray((values > 2) | crossing)
+
+
+def _split_at(ring: list[Vertex], corners: NDArray[np.bool_], top: int) -> list[Vertex]:
+    """The ring with a vertex added at each junction on it; `corners` begins at row `top`."""
+    result = [ring[0]]
+    for (x0, y0), (x1, y1) in pairwise(ring):
+        if y0 == y1:
+            low, high = sorted((x0, x1))
+            on_line = [(int(x) + low + 1, y0) for x in np.flatnonzero(corners[y0 - top, low + 1 : high])]
+        else:
+            low, high = sorted((y0, y1))
+            on_line = [(x0, int(y) + low + 1) for y in np.flatnonzero(corners[low - top + 1 : high - top, x0])]
+        result += on_line if (x0, y0) < (x1, y1) else on_line[::-1]
+        result.append((x1, y1))
+    return result
+
+
+def _without_straight(ring: list[Vertex], corners: set[Vertex]) -> list[Vertex]:
+    """The ring without vertices at which it does not turn; junctions stay."""
+    inner = ring[:-1]
+    around = zip([inner[-1], *inner[:-1]], inner, [*inner[1:], inner[0]], strict=True)
+    kept = [b for a, b, c in around if b in corners or (a[0] == b[0]) != (b[0] == c[0])]
+    return [*kept, kept[0]]
+
+
+def _simplified(ring: list[Vertex], corners: set[Vertex], tolerance: float) -> list[Vertex] | None:
+    """The ring simplified: dropped vertices lie at most `tolerance` pixels off the new ring. None if it vanishes."""
+    inner = ring[:-1]
+    fixed = [i for i, vertex in enumerate(inner) if vertex in corners]
+    if len(fixed) < 2:
+        # One closed arc. It begins at its junction, else at the vertex that both of its polygons would choose.
+        start = fixed[0] if fixed else inner.index(min(inner))
+        result = _closed([*inner[start:], *inner[:start], inner[start]], tolerance)
+    else:
+        turned = [*inner[fixed[0] :], *inner[: fixed[0]], inner[fixed[0]]]
+        stops = [i - fixed[0] for i in fixed] + [len(inner)]
+        result = [turned[0]]
+        for start, end in pairwise(stops):
+            result += _line(turned[start : end + 1], tolerance)[1:]
+    if len(result) < 4 or not _doubled_area(result):
+        return None
+    return result
+
+
+def _closed(line: list[Vertex], tolerance: float) -> list[Vertex]:
+    forward = line if line[1] < line[-2] else line[::-1]
+    points = np.array(forward, np.float64)
+    far = int(((points - points[0]) ** 2).sum(1).argmax())
+    halves = _line(forward[: far + 1], tolerance)[:-1], _line(forward[far:], tolerance)
+    result = [*halves[0], *halves[1]]
+    if len(result) < 4:
+        # A line back and forth: a third vertex keeps the area visible.
+        third = int(_distances(points, points[0], points[far]).argmax())
+        result = [forward[i] for i in sorted({0, far, third})] + [forward[0]]
+    return result if forward is line else result[::-1]
+
+
+def _line(line: list[Vertex], tolerance: float) -> list[Vertex]:
+    """An arc simplified; the same result for the reversed arc."""
+    if len(line) < 3:
+        return line
+    turned = line[0] > line[-1]
+    forward = line[::-1] if turned else line
+    points = np.array(forward, np.float64)
+    kept = np.zeros(len(points), np.bool_)
+    kept[[0, -1]] = True
+    stack = [(0, len(points) - 1)]
+    while stack:
+        first, last = stack.pop()
+        if last - first < 2:
+            continue
+        distances = _distances(points[first + 1 : last], points[first], points[last])
+        far = int(distances.argmax())
+        if distances[far] > tolerance:
+            middle = first + 1 + far
+            kept[middle] = True
+            stack += [(first, middle), (middle, last)]
+    result = [vertex for vertex, keep in zip(forward, kept, strict=True) if keep]
+    return result[::-1] if turned else result
+
+
+def _distances(
+    points: NDArray[np.float64], start: NDArray[np.float64], end: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Distances of points (n, 2) from a segment."""
+    along = end - start
+    length = float(along @ along)
+    share = np.clip(((points - start) @ along) / length, 0, 1) if length else np.zeros(len(points))
+    return np.asarray(np.hypot(*(points - start - share[:, None] * along).T))
+
+
+def _doubled_area(ring: list[Vertex]) -> int:
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise(ring))

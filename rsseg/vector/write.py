@@ -1,263 +1,198 @@
-"""Polygons of a class raster as a GeoPackage, GeoJSON or GeoParquet file, streamed."""
+"""Polygons of a class raster as a vector file, in bounded memory."""
 
 import json
-import math
-import os
-import sqlite3
-import struct
+import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
+import shapely
 from numpy.typing import NDArray
-from rasterio.crs import CRS
+from pyogrio._err import CPLE_BaseError  # what GDAL's own errors are raised as; it has no public name
 
 from rsseg.errors import MachineError, UsageError
+from rsseg.files import check_outputs, remove_leftovers, temporary_path
 from rsseg.raster import Raster, Window
 from rsseg.task import NODATA, Task
-from rsseg.vector.grid import Grid, Points, reproject
-from rsseg.vector.polygons import trace_polygons
-from rsseg.vector.wkb import polygon_to_wkb
+from rsseg.vector.grid import LONGITUDE_LATITUDE, Grid, reproject
+from rsseg.vector.polygons import PixelPolygon, trace_polygons
 
-SUFFIXES = (".gpkg", ".geojson", ".parquet")
+# Rasters without coordinates are normal here. Once for the process: a filter around a call leaks between threads.
+warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
+
+DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".shp": "ESRI Shapefile", ".parquet": ""}
+"""GDAL's name of each format that is written; GeoParquet is written by pyarrow."""
+SHAPEFILE_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
+VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
 _BATCH = 2000
-"""Polygons that are brought to coordinates and written at once."""
+"""Polygons that are placed and written at once."""
+_FIELDS = ("value", "class", "pixels", "area_m2")
 _LAYER = "classes"
 
 
-@dataclass(frozen=True)
-class PolygonOptions:
-    """min_area: smaller polygons are left out; square metres where the raster's coordinates are, else pixels
-    simplify: pixels by which borders may move; neighbours keep their common border
-    """
-
-    min_area: float = 0.0
-    simplify: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Feature:
-    value: int
-    name: str
-    pixels: int
-    area_m2: float | None
-    rings: list[Points]
-    """In coordinates on the ground; the outer ring first, counterclockwise."""
-
-
-def check_polygon_output(path: Path, *, overwrite: bool) -> None:
-    """Say what stands against writing `path` before any work is done.
+def polygon_files(output: Path) -> tuple[Path, ...]:
+    """All files that polygons are written to; a shapefile has several.
 
     Raises:
-        UsageError: the format is unknown or needs a package that is not there, or the file exists already.
+        UsageError: the format is unknown or needs a package that is missing.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: polygons are written to {', '.join(SUFFIXES)}. Choose one of these endings.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path}: exists already. Choose another name, or replace it with --overwrite.")
-    if path.suffix.lower() == ".parquet":
-        _arrow()
+    match output.suffix.lower():
+        case ".shp":
+            return tuple(output.with_suffix(part) for part in SHAPEFILE_PARTS)
+        case ".parquet":
+            _arrow()
+        case suffix if suffix not in DRIVERS:
+            raise UsageError(f"{output}: polygons are written to {', '.join(DRIVERS)}. Choose one of these endings.")
+    return (output,)
 
 
-def write_polygons(classes: Path, task: Task, output: Path, options: PolygonOptions, *, overwrite: bool = False) -> int:
-    """Turn a class raster into polygons, one per area of one class that hangs together; returns how many.
+def write_polygons(
+    classes: Path, task: Task, output: Path, *, min_area: float = 0.0, simplify: float = 0.0, overwrite: bool = False
+) -> int:
+    """Write one polygon per 4-connected component of a class raster; returns their number.
 
-    Each has `value`, `class`, `pixels` and `area_m2` (null where the coordinates are no lengths), the last two before
-    any simplification. GeoJSON holds longitude and latitude, the others the coordinates of the raster. A raster that
-    has only ground control points is placed by their polynomial, one without coordinates in columns and rows.
+    Attributes are `value`, `class`, `pixels` and `area_m2`, the last two before any simplification. GeoJSON holds
+    longitude and latitude, cut at the antimeridian (RFC 7946); other formats hold the coordinates of the raster. A
+    raster that has only ground control points is placed by their polynomial, one without coordinates in columns and
+    rows.
 
     Args:
         classes: class raster, as predicted.
         task: names of the values.
-        output: file to make, it appears when it is complete.
-        options: what to leave out.
+        output: file to write; it appears when it is complete. The ending gives the format.
+        min_area: smaller polygons are left out; square metres, or pixels where the raster has no known area.
+        simplify: pixels by which borders may move; neighbours keep their common border.
         overwrite: replace an existing file.
 
     Raises:
-        UsageError: see `check_polygon_output`.
+        UsageError: see `polygon_files`, or the file exists already.
         DataError: the raster is damaged, or its coordinates have no longitude and latitude.
         MachineError: the file cannot be written.
     """
-    check_polygon_output(output, overwrite=overwrite)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
+    check_outputs([("--polygons", file) for file in polygon_files(output)], [classes], overwrite=overwrite)
+    work = temporary_path(output)
+    traced, made = work / "traced.gpkg", work / output.name
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True)
         with Raster(classes) as raster:
             grid = Grid(raster.info)
-            features = _features(raster, grid, task, options)
-            match output.suffix.lower():
-                case ".gpkg":
-                    count = _write_geopackage(temporary, features, grid.crs, grid.is_located)
-                case ".geojson":
-                    count = _write_geojson(temporary, features, grid.crs, str(output))
-                case _:
-                    count = _write_geoparquet(temporary, features, grid.crs)
-        temporary.replace(output)
-    except (OSError, sqlite3.Error) as error:
-        raise MachineError(f"{output}: cannot be written: {error}. Make room on the disk or choose another.") from None
+            if output.suffix.lower() == ".geojson" and grid.crs is not None:
+                # GDAL does not say why it cannot transform.
+                reproject(grid.to_ground(np.zeros((1, 2))), grid.crs, LONGITUDE_LATITUDE, str(output))
+            count = _write_traced(traced, raster, grid, task, min_area, simplify)
+        _convert(traced, made, grid)
+        for file in sorted(work.glob(f"{made.stem}.*"), key=lambda file: file == made):
+            if file != traced:
+                file.replace(output.with_suffix(file.suffix) if file != made else output)
+    except VECTOR_ERRORS as error:
+        raise MachineError(
+            f"{output}: cannot be written: {str(error).rstrip('.')}. Make room on the disk, close programs that have "
+            "the file open, or choose another name."
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        remove_leftovers(output.parent)
     return count
 
 
-def _features(raster: Raster, grid: Grid, task: Task, options: PolygonOptions) -> Iterator[_Feature]:
+def _write_traced(path: Path, raster: Raster, grid: Grid, task: Task, min_area: float, simplify: float) -> int:
+    """All polygons as a GeoPackage without an index: it can be appended to, and read as a stream."""
     names = {c.value: c.name for c in task.classes}
-    info, pixel_area = raster.info, grid.pixel_area
+    areas, info, count = grid.pixel_areas(), raster.info, 0
 
     def read(start: int, stop: int) -> NDArray[np.uint8]:
         pixels, valid = raster.read(Window(start, 0, stop - start, info.width))
         return np.where(valid, pixels[0], np.uint8(NODATA))
 
-    for polygon in trace_polygons(read, info.height, info.width, simplify=options.simplify):
-        area = None if pixel_area is None else polygon.pixels * pixel_area
-        if (polygon.pixels if area is None else area) < options.min_area:
-            continue
-        points = grid.to_ground(np.concatenate([np.array(ring, np.float64) for ring in polygon.rings]))
-        rings, at = [], 0
-        for number, ring in enumerate(polygon.rings):
-            placed = points[at : at + len(ring)]
-            at += len(ring)
-            rings.append(placed if (_area(placed) > 0) == (number == 0) else placed[::-1])
-        yield _Feature(polygon.value, names.get(polygon.value, str(polygon.value)), polygon.pixels, area, rings)
+    def wanted() -> Iterator[PixelPolygon]:
+        area_of = None if areas is None else areas.of_ring
+        for polygon in trace_polygons(read, info.height, info.width, simplify=simplify, area_of=area_of):
+            if (polygon.pixels if polygon.area is None else polygon.area) >= min_area:
+                yield polygon
 
-
-def _area(ring: Points) -> float:
-    x, y = (ring - ring[0]).T
-    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum())
-
-
-def _batches(features: Iterator[_Feature]) -> Iterator[list[_Feature]]:
-    while batch := list(islice(features, _BATCH)):
-        yield batch
-
-
-def _write_geojson(path: Path, features: Iterator[_Feature], crs: CRS | None, what: str) -> int:
-    target, count = CRS.from_epsg(4326), 0
-    with path.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        for batch in _batches(features):
-            points = np.concatenate([ring for feature in batch for ring in feature.rings])
-            placed = iter(np.round(points if crs is None else reproject(points, crs, target, what), 9).tolist())
-            for feature in batch:
-                rings = [list(islice(placed, len(ring))) for ring in feature.rings]
-                item = {
-                    "type": "Feature",
-                    "properties": _properties(feature),
-                    "geometry": {"type": "Polygon", "coordinates": rings},
-                }
-                file.write((",\n" if count else "\n") + json.dumps(item))
-                count += 1
-        file.write("\n]}\n")
-    return count
-
-
-def _properties(feature: _Feature) -> dict[str, Any]:
-    return {
-        "value": feature.value,
-        "class": feature.name,
-        "pixels": feature.pixels,
-        "area_m2": feature.area_m2,
-    }
-
-
-_TABLES = f"""
-PRAGMA application_id = {0x47504B47};
-PRAGMA user_version = 10300;
-CREATE TABLE gpkg_spatial_ref_sys (srs_name TEXT NOT NULL, srs_id INTEGER NOT NULL PRIMARY KEY,
-  organization TEXT NOT NULL, organization_coordsys_id INTEGER NOT NULL, definition TEXT NOT NULL, description TEXT);
-CREATE TABLE gpkg_contents (table_name TEXT NOT NULL PRIMARY KEY, data_type TEXT NOT NULL, identifier TEXT UNIQUE,
-  description TEXT DEFAULT '', last_change DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')),
-  min_x DOUBLE, min_y DOUBLE, max_x DOUBLE, max_y DOUBLE, srs_id INTEGER REFERENCES gpkg_spatial_ref_sys (srs_id));
-CREATE TABLE gpkg_geometry_columns (table_name TEXT NOT NULL UNIQUE REFERENCES gpkg_contents (table_name),
-  column_name TEXT NOT NULL, geometry_type_name TEXT NOT NULL, srs_id INTEGER NOT NULL
-  REFERENCES gpkg_spatial_ref_sys (srs_id), z TINYINT NOT NULL, m TINYINT NOT NULL,
-  PRIMARY KEY (table_name, column_name));
-CREATE TABLE {_LAYER} (fid INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, geom POLYGON,
-  value INTEGER, class TEXT, pixels INTEGER, area_m2 REAL);
-"""
-"""The tables that OGC 12-128r17 asks for, and the layer."""
-_OWN_SYSTEM = 100000
-"""Number for a coordinate system that has none."""
-
-
-def _write_geopackage(path: Path, features: Iterator[_Feature], crs: CRS | None, located: bool) -> int:
-    system, rows = _systems(crs, located)
-    box = [math.inf, math.inf, -math.inf, -math.inf]
-    count = 0
-    with closing(sqlite3.connect(path)) as database, database:
-        database.executescript(_TABLES)
-        database.executemany("INSERT INTO gpkg_spatial_ref_sys VALUES (?, ?, ?, ?, ?, '')", rows)
-        for batch in _batches(features):
-            values = []
-            for f in batch:
-                low, high = f.rings[0].min(0), f.rings[0].max(0)
-                box = [*np.minimum(box[:2], low).tolist(), *np.maximum(box[2:], high).tolist()]
-                # Version 0, little-endian, with the box of the geometry.
-                head = struct.pack("<2sBBi4d", b"GP", 0, 0b011, system, low[0], high[0], low[1], high[1])
-                values.append((head + polygon_to_wkb(f.rings), f.value, f.name, f.pixels, f.area_m2))
-            columns = "geom, value, class, pixels, area_m2"
-            database.executemany(f"INSERT INTO {_LAYER} ({columns}) VALUES (?, ?, ?, ?, ?)", values)
-            count += len(batch)
-        extent = box if count else [None] * 4
-        database.execute(
-            "INSERT INTO gpkg_contents (table_name, data_type, identifier, min_x, min_y, max_x, max_y, srs_id) "
-            "VALUES (?, 'features', ?, ?, ?, ?, ?, ?)",
-            (_LAYER, _LAYER, *extent, system),
+    polygons = wanted()
+    while (batch := list(islice(polygons, _BATCH))) or not count:
+        pyogrio.raw.write(
+            path,
+            shapely.to_wkb(_placed(batch, grid)),
+            [
+                np.array([p.value for p in batch], np.int32),
+                np.array([names.get(p.value, str(p.value)) for p in batch], np.object_),
+                np.array([p.pixels for p in batch], np.int64),
+                np.array([np.nan if p.area is None else p.area for p in batch], np.float64),
+            ],
+            _FIELDS,
+            layer=_LAYER,
+            driver="GPKG",
+            geometry_type="Polygon",
+            crs=None if grid.crs is None else grid.crs.to_wkt(),
+            append=count > 0,
+            **({} if count else {"SPATIAL_INDEX": "NO"}),
         )
-        database.execute("INSERT INTO gpkg_geometry_columns VALUES (?, 'geom', 'POLYGON', ?, 0, 0)", (_LAYER, system))
+        count += len(batch)
+        if not batch:
+            break
     return count
 
 
-def _systems(crs: CRS | None, located: bool) -> tuple[int, list[tuple[str, int, str, int, str]]]:
-    """Number of the layer's coordinate system, and the table of systems."""
-    rows = [
-        ("Undefined Cartesian", -1, "NONE", -1, "undefined"),
-        ("Undefined geographic", 0, "NONE", 0, "undefined"),
-        ("WGS 84", 4326, "EPSG", 4326, CRS.from_epsg(4326).to_wkt()),
-    ]
-    if crs is None or not located:
-        return -1, rows
-    code = crs.to_epsg()
-    if code is None:
-        return _OWN_SYSTEM, [*rows, ("of the raster", _OWN_SYSTEM, "RASTER", _OWN_SYSTEM, crs.to_wkt())]
-    return code, rows if code == 4326 else [*rows, (f"EPSG:{code}", code, "EPSG", code, crs.to_wkt())]
+def _placed(batch: list[PixelPolygon], grid: Grid) -> NDArray[np.object_]:
+    """Shapely polygons in coordinates on the ground, outer rings counterclockwise."""
+    if not batch:
+        return np.array([], np.object_)
+    rings = [ring for polygon in batch for ring in polygon.rings]
+    points = grid.to_ground(np.concatenate([np.array(ring, np.float64) for ring in rings]))
+    ends = np.cumsum([0, *map(len, rings)]), np.cumsum([0, *(len(polygon.rings) for polygon in batch)])
+    placed = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, ends)
+    return np.asarray(shapely.orient_polygons(placed), np.object_)
 
 
-def _write_geoparquet(path: Path, features: Iterator[_Feature], crs: CRS | None) -> int:
+def _convert(traced: Path, made: Path, grid: Grid) -> None:
+    """Copy the traced polygons to the format that was asked for, as a stream."""
+    suffix = made.suffix.lower()
+    with pyogrio.raw.open_arrow(traced, use_pyarrow=suffix == ".parquet", batch_size=_BATCH) as (about, stream):
+        if suffix == ".parquet":
+            _write_geoparquet(stream, made, about["geometry_name"], grid)
+            return
+        options = {}
+        if suffix == ".geojson":
+            options = {"COORDINATE_PRECISION": "9"} | ({} if grid.crs is None else {"RFC7946": "YES"})
+        elif suffix == ".shp":
+            options = {"ENCODING": "UTF-8"}
+        pyogrio.raw.write_arrow(
+            stream,
+            made,
+            layer=made.stem if suffix == ".shp" else _LAYER,
+            driver=DRIVERS[suffix],
+            geometry_name=about["geometry_name"],
+            geometry_type="Polygon",
+            crs=about["crs"],
+            **options,
+        )
+
+
+def _write_geoparquet(stream: Any, path: Path, geometry: str, grid: Grid) -> None:
     arrow, parquet = _arrow()
     column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"], "orientation": "counterclockwise"}
-    column["crs"] = None if crs is None else crs.to_dict(projjson=True)
+    column["crs"] = None if grid.crs is None else grid.crs.to_dict(projjson=True)
     about = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-    schema = arrow.schema(
-        {
-            "value": arrow.uint8(),
-            "class": arrow.string(),
-            "pixels": arrow.int64(),
-            "area_m2": arrow.float64(),
-            "geometry": arrow.binary(),
-        },
-        metadata={"geo": json.dumps(about)},
-    )
-    count = 0
+    fields = [("geometry", arrow.binary()) if f.name == geometry else (f.name, f.type) for f in stream.schema]
+    schema = arrow.schema(fields, metadata={"geo": json.dumps(about)})
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in _batches(features):
-            rows = [_properties(f) | {"geometry": polygon_to_wkb(f.rings)} for f in batch]
-            writer.write_table(arrow.Table.from_pylist(rows, schema=schema))
-            count += len(batch)
-    return count
+        for batch in stream:
+            writer.write_table(arrow.Table.from_arrays(batch.columns, schema=schema))
 
 
 def _arrow() -> tuple[Any, Any]:
-    """pyarrow is large and needed for this alone, so it is not among the requirements."""
+    """pyarrow is large and needed for this alone, so it is an extra."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UsageError(
-            "writing .parquet needs pyarrow: pip install 'rsseg[parquet]'. Or choose .gpkg or .geojson."
+            "writing .parquet needs pyarrow: pip install 'rsseg[parquet]'. Or choose .gpkg or .fgb."
         ) from None
     return pyarrow, pyarrow.parquet

@@ -16,7 +16,7 @@ from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.scene.batch import JOURNAL, Outcome, Target, choose_targets, find_scenes, predict_scenes
-from rsseg.scene.plan import Ready
+from rsseg.scene.memory import PreparedNetwork, prepare_network
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import RECIPE, files_in, options, random_pixels, write_tiny_model
@@ -30,8 +30,8 @@ def scenes(tmp_path: Path) -> list[Path]:
     ]
 
 
-def ready_for(segmenter: Segmenter) -> Ready:
-    return Ready.of(segmenter, options())
+def ready_for(segmenter: Segmenter) -> PreparedNetwork:
+    return prepare_network(segmenter, options())
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
@@ -69,7 +69,7 @@ def test_parts_share_the_scenes() -> None:
 def test_broken_scene_does_not_stop_the_rest_and_is_in_the_journal(tmp_path: Path, scenes: list[Path]) -> None:
     scenes[1].write_bytes(scenes[1].read_bytes()[:300])
     targets = choose_targets([str(s) for s in scenes], tmp_path / "out")
-    outcomes = list(predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options(), journal=True))
+    outcomes = list(predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options()))
     assert statuses(outcomes) == ["done", "failed", "done"]
     assert [t.output.exists() for t in targets] == [True, False, True]
     lines = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
@@ -149,7 +149,7 @@ def test_predict_command_ends_a_batch_with_its_own_exit_code(
         (["--blend", "foo"], "--blend foo"),
         (["--max-memory", "much"], "--max-memory much"),
         (["--part", "2"], "--part 2"),
-        (["--polygons", "out.shp"], ".gpkg"),
+        (["--polygons", "out.dxf"], ".gpkg"),
         (["--tile", "0"], "--tile 0"),
     ],
 )

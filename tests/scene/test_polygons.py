@@ -1,13 +1,14 @@
 """Class rasters as polygons."""
 
 import json
-import sqlite3
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,10 +20,9 @@ from rasterio.warp import transform_geom
 from rsseg.errors import DataError, UsageError
 from rsseg.scene.predict import predict_scene
 from rsseg.vector.polygons import PixelPolygon, trace_polygons
-from rsseg.vector.wkb import polygon_to_wkb, polygons_of_wkb
-from rsseg.vector.write import PolygonOptions, write_polygons
+from rsseg.vector.write import write_polygons
 from tests.conftest import write_tif
-from tests.scene.helpers import options, read_classes
+from tests.scene.helpers import files_in, options, read_classes
 from tests.toys import ConvSegmenter, make_task
 
 rasters = arrays(np.uint8, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=st.sampled_from([1, 2, 3, 255]))
@@ -83,14 +83,6 @@ def test_simplified_neighbours_keep_their_common_border() -> None:
     assert (burnt(simple, (120, 120)) != raster).mean() < 0.05
 
 
-def test_well_known_binary_is_read_back() -> None:
-    rings = [np.array([[0, 0], [4.5, 0], [4, 4], [0, 0]]), np.array([[1, 1], [2, 1], [2, 2], [1, 1.0]])]
-    (polygon,) = polygons_of_wkb(polygon_to_wkb(rings))
-    assert [r.tolist() for r in polygon] == [r.tolist() for r in rings]
-    with pytest.raises(ValueError, match="cut off"):
-        polygons_of_wkb(polygon_to_wkb(rings)[:-3])
-
-
 TURNED = Affine.translation(4e5, 5e6) @ Affine.rotation(30) @ Affine.scale(2, -3)
 
 
@@ -100,28 +92,38 @@ def class_raster(tmp_path: Path) -> Path:
     return write_tif(tmp_path / "classes.tif", raster.astype(np.uint8), nodata=255, transform=TURNED)
 
 
-def test_geopackage_holds_the_raster_exactly(tmp_path: Path, class_raster: Path) -> None:
-    count = write_polygons(class_raster, make_task(), tmp_path / "out.gpkg", PolygonOptions())
-    with sqlite3.connect(tmp_path / "out.gpkg") as database:
-        rows = database.execute("SELECT geom, value, class, pixels, area_m2 FROM classes").fetchall()
-        (system,) = database.execute("SELECT srs_id FROM gpkg_geometry_columns").fetchone()
-        assert database.execute("PRAGMA application_id").fetchone() == (0x47504B47,)
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert (len(rows), system) == (count, 32631)
-    shapes = []
-    for blob, value, name, pixels, area in rows:
-        ((rings),) = polygons_of_wkb(blob[40:])
-        assert name == {1: "water", 11: "grass"}[value]
-        assert area == pytest.approx(pixels * 6)
-        x, y = rings[0].T
-        assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 0
-        shapes.append(({"type": "Polygon", "coordinates": [r.tolist() for r in rings]}, value))
-    raster = read_classes(class_raster)
-    assert_array_equal(rasterize(shapes, raster.shape, fill=255, transform=TURNED), raster)
+def features(path: Path) -> tuple[dict[str, object], np.ndarray, dict[str, list[object]]]:
+    """What GDAL reads: metadata, polygons, and each field."""
+    about, _, wkb, values = pyogrio.raw.read(path)
+    fields = dict(zip(about["fields"], (v.tolist() for v in values), strict=True))
+    return about, shapely.from_wkb(wkb), fields
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".fgb", ".shp"])
+def test_vector_file_holds_the_raster_exactly(tmp_path: Path, class_raster: Path, suffix: str) -> None:
+    count = write_polygons(class_raster, make_task(), tmp_path / f"out{suffix}")
+    about, polygons, fields = features(tmp_path / f"out{suffix}")
+    assert about["crs"] == "EPSG:32631"
+    assert len(polygons) == count
+    assert set(zip(fields["value"], fields["class"], strict=True)) == {(1, "water"), (11, "grass")}
+    # On the ellipsoid, where the zone's projection makes pixels of 6 square metres a little larger.
+    areas = np.array(fields["area_m2"]) / np.array(fields["pixels"])
+    assert areas == pytest.approx(6 / 0.9996**2 * (1 - (100e3 / 6.381e6) ** 2), rel=1e-5)
+    burnt = rasterize(zip(polygons, fields["value"], strict=True), (45, 48), fill=255, transform=TURNED)
+    assert_array_equal(burnt, read_classes(class_raster))
+    side = {"out.shx", "out.dbf", "out.prj", "out.cpg"} if suffix == ".shp" else set()
+    assert set(files_in(tmp_path)) == {"classes.tif", f"out{suffix}"} | side
+
+
+def test_geopackage_has_a_spatial_index_and_outer_rings_counterclockwise(tmp_path: Path, class_raster: Path) -> None:
+    write_polygons(class_raster, make_task(), tmp_path / "out.gpkg")
+    assert pyogrio.read_info(tmp_path / "out.gpkg")["capabilities"]["fast_spatial_filter"]
+    _, polygons, _ = features(tmp_path / "out.gpkg")
+    assert all(polygon.exterior.is_ccw for polygon in polygons)
 
 
 def test_geojson_is_in_longitude_and_latitude(tmp_path: Path, class_raster: Path) -> None:
-    write_polygons(class_raster, make_task(), tmp_path / "out.geojson", PolygonOptions())
+    write_polygons(class_raster, make_task(), tmp_path / "out.geojson")
     content = json.loads((tmp_path / "out.geojson").read_text())
     shapes = [
         (transform_geom("EPSG:4326", "EPSG:32631", f["geometry"]), f["properties"]["value"])
@@ -133,24 +135,22 @@ def test_geojson_is_in_longitude_and_latitude(tmp_path: Path, class_raster: Path
 
 def test_geoparquet_holds_the_raster(tmp_path: Path, class_raster: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an extra")
-    write_polygons(class_raster, make_task(), tmp_path / "out.parquet", PolygonOptions())
+    write_polygons(class_raster, make_task(), tmp_path / "out.parquet")
     table = parquet.read_table(tmp_path / "out.parquet")
     about = json.loads(table.schema.metadata[b"geo"])["columns"]["geometry"]
     assert about["crs"]["id"] == {"authority": "EPSG", "code": 32631}
-    shapes = []
-    for row in table.to_pylist():
-        (rings,) = polygons_of_wkb(row["geometry"])
-        shapes.append(({"type": "Polygon", "coordinates": [r.tolist() for r in rings]}, row["value"]))
+    rows = table.to_pylist()
+    shapes = [(shapely.from_wkb(row["geometry"]), row["value"]) for row in rows]
+    assert {row["class"] for row in rows} == {"water", "grass"}
     raster = read_classes(class_raster)
     assert_array_equal(rasterize(shapes, raster.shape, fill=255, transform=TURNED), raster)
 
 
 def test_small_polygons_can_be_left_out(tmp_path: Path, class_raster: Path) -> None:
     task = make_task()
-    every = write_polygons(class_raster, task, tmp_path / "a.gpkg", PolygonOptions())
-    large = write_polygons(class_raster, task, tmp_path / "b.gpkg", PolygonOptions(min_area=200.0))
-    with sqlite3.connect(tmp_path / "b.gpkg") as database:
-        areas = [a for (a,) in database.execute("SELECT area_m2 FROM classes")]
+    every = write_polygons(class_raster, task, tmp_path / "a.gpkg")
+    large = write_polygons(class_raster, task, tmp_path / "b.gpkg", min_area=200.0)
+    areas = features(tmp_path / "b.gpkg")[2]["area_m2"]
     assert 0 < large < every
     assert min(areas) >= 200
 
@@ -160,17 +160,17 @@ def test_raster_of_another_planet_has_no_longitude(tmp_path: Path) -> None:
         tmp_path / "europa.tif", np.ones((1, 5, 5), np.uint8), crs="+proj=eqc +R=1560800 +units=m +no_defs"
     )
     with pytest.raises(DataError, match="cannot be brought"):
-        write_polygons(raster, make_task(), tmp_path / "out.geojson", PolygonOptions())
+        write_polygons(raster, make_task(), tmp_path / "out.geojson")
     assert not (tmp_path / "out.geojson").exists()
-    assert write_polygons(raster, make_task(), tmp_path / "out.gpkg", PolygonOptions()) == 1
+    assert write_polygons(raster, make_task(), tmp_path / "out.gpkg") == 1
 
 
 def test_other_endings_and_existing_files_are_refused(tmp_path: Path, class_raster: Path) -> None:
     with pytest.raises(UsageError, match=r"\.gpkg"):
-        write_polygons(class_raster, make_task(), tmp_path / "out.shp", PolygonOptions())
+        write_polygons(class_raster, make_task(), tmp_path / "out.dxf")
     (tmp_path / "out.gpkg").write_text("precious")
     with pytest.raises(UsageError, match="--overwrite"):
-        write_polygons(class_raster, make_task(), tmp_path / "out.gpkg", PolygonOptions())
+        write_polygons(class_raster, make_task(), tmp_path / "out.gpkg")
     assert (tmp_path / "out.gpkg").read_text() == "precious"
 
 
@@ -184,5 +184,5 @@ def test_real_scene_as_polygons(tmp_path: Path, shared_data: Path, name: str) ->
     classes = read_classes(tmp_path / "out.tif")
     polygons = traced(classes, 256)
     assert_array_equal(burnt(polygons, classes.shape), classes)
-    count = write_polygons(tmp_path / "out.tif", segmenter.task, tmp_path / "out.gpkg", PolygonOptions())
+    count = write_polygons(tmp_path / "out.tif", segmenter.task, tmp_path / "out.gpkg")
     assert count == len(polygons)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
 import rasterio.rpc
@@ -179,16 +180,49 @@ def toy_rpcs() -> Any:
     )
 
 
-def test_areas_are_in_square_metres_where_the_coordinates_are_projected(tmp_path: Path) -> None:
-    segmenter, pixels = ConvSegmenter(make_task()), random_pixels(40, 50)
-    turned = Affine.translation(4e5, 5e6) @ Affine.rotation(30) @ Affine.scale(2, -3)
-    for name, crs, area in (("metres", "EPSG:32631", 6.0), ("feet", "EPSG:2263", 6 * 0.3048006096**2)):
-        scene = write_tif(tmp_path / f"{name}.tif", pixels, crs=crs, transform=turned)
-        result = predict_scene(segmenter, scene, tmp_path / f"{name}_out.tif", options())
-        assert sum(a.square_meters or 0 for a in result.areas) == pytest.approx(40 * 50 * area)
-        assert result.areas[0].hectares == pytest.approx(result.areas[0].pixels * area / 1e4)
-    scene = write_tif(tmp_path / "degrees.tif", pixels, crs="EPSG:4326")
-    result = predict_scene(segmenter, scene, tmp_path / "degrees_out.tif", options())
+TURNED = Affine.translation(4e5, 5e6) @ Affine.rotation(30) @ Affine.scale(2, -3)
+MERIDIAN, PARALLEL = 6335439.327, 6378137.0
+"""Metres per radian along a meridian and along the equator, both at the equator (WGS 84)."""
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "area", "tolerance"),
+    [
+        # 100 km from the central meridian of its zone, where the projection shrinks lengths by 0.9996.
+        ("EPSG:32631", TURNED, 6 / 0.9996**2 * (1 - (100e3 / 6.381e6) ** 2), 1e-5),
+        ("EPSG:2263", Affine(2, 0, 1e6, 0, -3, 2e5), 6 * 0.3048006096**2, 1e-4),
+        # Web Mercator at 60 degrees north.
+        ("EPSG:3857", Affine(2, 0, 1113194.9, 0, -3, 8399737.9), 6 * 0.25, 5e-3),
+        ("EPSG:4326", Affine(1e-3, 0, 10, 0, -1e-3, 0.02), np.radians(1e-3) ** 2 * MERIDIAN * PARALLEL, 1e-5),
+        ("+proj=eqc +R=1560800 +units=m", Affine(20, 0, 0, 0, -30, 600), 600, 1e-5),
+    ],
+    ids=["metres", "feet", "web-mercator", "degrees", "another-planet"],
+)
+def test_areas_are_those_on_the_ellipsoid(
+    tmp_path: Path, crs: str, transform: Affine, area: float, tolerance: float
+) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(40, 50), crs=crs, transform=transform)
+    result = predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(min_area=0))
+    assert sum(a.square_meters or 0 for a in result.areas) == pytest.approx(40 * 50 * area, rel=tolerance)
+    assert result.areas[0].hectares == pytest.approx(result.areas[0].pixels * area / 1e4, rel=tolerance)
+
+
+def test_areas_of_the_whole_globe_are_its_surface(tmp_path: Path) -> None:
+    globe = Affine(2, 0, 0, 0, -2, 90)
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(90, 180), crs="EPSG:4326", transform=globe)
+    wanted = options(polygons=tmp_path / "p.gpkg")
+    result = predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", wanted)
+    assert sum(a.square_meters or 0 for a in result.areas) == pytest.approx(5.1006562e14, rel=2e-4)
+    about, _, _, values = pyogrio.raw.read(tmp_path / "p.gpkg")
+    fields = dict(zip(about["fields"], values, strict=True))
+    for a in result.areas:
+        assert fields["area_m2"][fields["value"] == a.value].sum() == pytest.approx(a.square_meters)
+
+
+@pytest.mark.parametrize("crs", [None, "EPSG:4326"])
+def test_scene_without_coordinates_on_the_globe_has_no_areas(tmp_path: Path, crs: str | None) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(40, 50), crs=crs, transform=TURNED)
+    result = predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
     assert result.areas[0].hectares is None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import shapely
 import torch
 from numpy.testing import assert_array_equal
 from rasterio.features import rasterize
@@ -14,11 +15,13 @@ from rasterio.warp import transform_geom
 
 from rsseg.errors import DataError, MachineError
 from rsseg.inference.predict import poses_of
+from rsseg.raster import Raster, Window
+from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
-from rsseg.scene.plan import Ready, settle
+from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import plan_scene, predict_scene
 from rsseg.scene.preview import draw_preview
-from rsseg.vector.write import PolygonOptions, write_polygons
+from rsseg.vector.write import write_polygons
 from tests.conftest import write_png, write_tif
 from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
 from tests.toys import ConvSegmenter, make_task
@@ -90,32 +93,59 @@ def test_only_the_area_of_interest_is_predicted_whatever_its_coordinates(tmp_pat
     (tmp_path / "aoi.geojson").write_text(json.dumps(content))
     predict_scene(segmenter, scene, tmp_path / "out.tif", options(aoi=tmp_path / "aoi.geojson"))
     inside = rasterize([{"type": "Polygon", "coordinates": AREA}], (90, 130)) > 0
-    assert_array_equal(read_classes(tmp_path / "out.tif"), expected_values(segmenter, pixels, inside))
+    # The network sees the surroundings of the area.
+    whole = expected_values(segmenter, pixels)
+    assert_array_equal(read_classes(tmp_path / "out.tif"), np.where(inside, whole, 255))
 
 
-def test_area_of_interest_may_be_a_geopackage_and_lie_outside(tmp_path: Path) -> None:
+def test_only_tiles_with_a_pixel_of_the_area_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter, pixels = ConvSegmenter(make_task()), random_pixels(700, 900)
+    place = Affine(1e-3, 0, 10, 0, -1e-3, 50)
+    scene = write_tif(tmp_path / "scene.tif", pixels, transform=place, crs="EPSG:4326")
+    boxes = [(70, 40, 90, 60), (600, 30, 640, 50), (200, 400, 210, 690), (880, 660, 899, 700)]
+    shapes = [shapely.box(*box) for box in boxes]
+    placed = [shapely.box(*(place * box[:2]), *(place * box[2:])) for box in boxes]
+    (tmp_path / "aoi.geojson").write_text(shapely.to_geojson(shapely.MultiPolygon(placed)))
+    read: list[Window] = []
+    original = Raster.read
+    monkeypatch.setattr(Raster, "read", lambda raster, window: read.append(window) or original(raster, window))
+    for blend in ("crop", "hann"):
+        wanted = options(blend=blend, aoi=tmp_path / "aoi.geojson", batch_size=1)
+        predict_scene(segmenter, scene, tmp_path / f"{blend}.tif", wanted)
+        assert sum(window.height * window.width for window in read) < 0.6 * 700 * 900
+        predict_scene(segmenter, scene, tmp_path / f"{blend}_whole.tif", options(blend=blend, batch_size=1))
+        inside = rasterize(shapes, (700, 900)) > 0
+        expected = np.where(inside, read_classes(tmp_path / f"{blend}_whole.tif"), 255)
+        assert_array_equal(read_classes(tmp_path / f"{blend}.tif"), expected)
+        read.clear()
+
+
+def test_area_of_interest_may_be_a_geopackage_but_not_lie_outside(tmp_path: Path) -> None:
     segmenter, pixels = ConvSegmenter(make_task()), random_pixels(40, 50)
     scene = write_tif(tmp_path / "scene.tif", pixels)
     classes = write_tif(
         tmp_path / "classes.tif", np.pad(np.ones((1, 20, 50), np.uint8), ((0, 0), (0, 20), (0, 0))), nodata=0
     )
-    write_polygons(classes, segmenter.task, tmp_path / "aoi.gpkg", PolygonOptions())
+    write_polygons(classes, segmenter.task, tmp_path / "aoi.gpkg")
     predict_scene(segmenter, scene, tmp_path / "out.tif", options(aoi=tmp_path / "aoi.gpkg"))
     valid = read_classes(tmp_path / "out.tif") != 255
     assert valid[:20].all()
     assert not valid[20:].any()
     far = write_tif(tmp_path / "far.tif", pixels, transform=Affine(10, 0, 9e5, 0, -10, 1e6))
-    result = predict_scene(segmenter, far, tmp_path / "far_out.tif", options(aoi=tmp_path / "aoi.gpkg"))
-    assert result.valid_share == 0
+    with pytest.raises(DataError, match="no pixel of the scene"):
+        predict_scene(segmenter, far, tmp_path / "far_out.tif", options(aoi=tmp_path / "aoi.gpkg"))
+    assert "far_out.tif" not in files_in(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.geojson", "{", "not GeoJSON"),
+        ("a.geojson", "{", "not a vector file"),
         ("a.geojson", '{"type": "FeatureCollection", "features": []}', "no polygon"),
-        ("a.gpkg", "nonsense", "not a GeoPackage"),
-        ("a.shp", "", r"read from \.geojson"),
+        ("a.geojson", '{"type": "Point", "coordinates": [3, 36]}', "no polygon"),
+        ("a.gpkg", "nonsense", "not a vector file"),
+        ("a.shp", "", "not a vector file"),
+        ("a.docx", "", "not a vector file"),
     ],
 )
 def test_area_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -135,7 +165,7 @@ def test_wide_scene_in_panels_equals_the_scene_in_one(
     pixels[:, :20, 100:400] = 0
     scene = write_tif(tmp_path / "scene.tif", pixels, nodata=0)
     predict_scene(segmenter, scene, tmp_path / "one.tif", options(blend=blend))
-    monkeypatch.setattr("rsseg.scene.plan._BUFFER_BYTES", 1 << 18)
+    monkeypatch.setattr("rsseg.scene.memory._BUFFER_BYTES", 1 << 18)
     assert plan_scene(segmenter, scene, tmp_path / "many.tif", options(blend=blend)).panels > 1
     predict_scene(segmenter, scene, tmp_path / "many.tif", options(blend=blend, confidence=True))
     assert_array_equal(read_classes(tmp_path / "many.tif"), read_classes(tmp_path / "one.tif"))
@@ -164,7 +194,9 @@ def test_plan_of_a_scene_does_not_depend_on_its_size(tmp_path: Path) -> None:
         )
         scene.write_text(f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{bands}</VRTDataset>')
     usual = SceneOptions(device="cpu", tile=1024, overlap=128)
-    first, second = (settle(Ready.of(segmenter, usual), scene, tmp_path / "out.tif", usual) for scene in scenes)
+    first, second = (
+        prepare_scene(prepare_network(segmenter, usual), scene, tmp_path / "out.tif", usual) for scene in scenes
+    )
     assert second.memory_bytes < 1.2 * first.memory_bytes
     assert len(second.panels) > len(first.panels) > 1
 
@@ -189,7 +221,7 @@ def test_pictures_without_coordinates_have_polygons_in_columns_and_rows(tmp_path
     segmenter = ConvSegmenter(make_task())
     scene = write_png(tmp_path / "scene.png", random_pixels(30, 40).transpose(1, 2, 0))
     predict_scene(segmenter, scene, tmp_path / "out.tif", options())
-    write_polygons(tmp_path / "out.tif", segmenter.task, tmp_path / "out.geojson", PolygonOptions())
+    write_polygons(tmp_path / "out.tif", segmenter.task, tmp_path / "out.geojson")
     shapes = json.loads((tmp_path / "out.geojson").read_text())["features"]
     burnt = rasterize([(s["geometry"], s["properties"]["value"]) for s in shapes], (30, 40), fill=255)
     assert_array_equal(burnt, read_classes(tmp_path / "out.tif"))

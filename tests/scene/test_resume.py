@@ -12,8 +12,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from rsseg.scene.predict import predict_scene
-from rsseg.scene.share import ALONE
-from rsseg.scene.striplog import LoggedStrip, StripLog
+from rsseg.scene.share import ALONE, LoggedStrip, StripLog
 from tests.conftest import write_tif
 from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels
 from tests.toys import ConvSegmenter, make_task
@@ -25,7 +24,7 @@ def test_interrupted_scene_goes_on_and_gives_what_an_unbroken_run_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend: str, panels: int
 ) -> None:
     if panels > 1:
-        monkeypatch.setattr("rsseg.scene.plan._BUFFER_BYTES", 1 << 18)
+        monkeypatch.setattr("rsseg.scene.memory._BUFFER_BYTES", 1 << 18)
     # The class is part of what a product is made from, so one class computes all runs.
     scene = write_tif(tmp_path / "scene.tif", random_pixels(330, 420))
     wanted = options(blend=blend, batch_size=1, confidence=True, probabilities="float16", resume=True)
@@ -81,7 +80,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rsseg.scene.predict import predict_scene
-from rsseg.scene.writer import check_output
 from tests.scene.helpers import options, read_classes
 from tests.toys import ConvSegmenter, make_task
 

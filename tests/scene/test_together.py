@@ -12,9 +12,10 @@ from numpy.testing import assert_array_equal
 
 from rsseg.errors import MachineError, UsageError
 from rsseg.methods.base import Segmenter
+from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneResult
-from rsseg.scene.plan import Ready, settle
-from rsseg.scene.predict import predict_scene, run
+from rsseg.scene.plan import prepare_scene
+from rsseg.scene.predict import predict_prepared, predict_scene
 from rsseg.scene.share import Share
 from tests.conftest import write_tif
 from tests.scene.helpers import (
@@ -88,8 +89,8 @@ def part(tmp_path: Path, number: int, start: str, segmenter: Segmenter, **choice
     """What one of two processes does for a scene."""
     share, output = Share(number, 2, start), tmp_path / "out.tif"
     with share.of_scene(output, resume=choices.get("resume", False)):
-        ready = Ready.of(segmenter, options(**choices))
-        return run(settle(ready, tmp_path / "scene.tif", output, options(**choices)), share=share)
+        ready = prepare_network(segmenter, options(**choices))
+        return predict_prepared(prepare_scene(ready, tmp_path / "scene.tif", output, options(**choices)), share=share)
     return None
 
 
@@ -107,7 +108,7 @@ def test_parts_are_put_together_in_panels_too(scene: Path, monkeypatch: pytest.M
     predict_scene(
         ConvSegmenter(make_task()), scene / "scene.tif", scene / "one.tif", options(blend=blend, overwrite=True)
     )
-    monkeypatch.setattr("rsseg.scene.plan._BUFFER_BYTES", 1 << 17)
+    monkeypatch.setattr("rsseg.scene.memory._BUFFER_BYTES", 1 << 17)
     assert part(scene, 1, "a", ConvSegmenter(make_task()), blend=blend) is None
     result = part(scene, 0, "a", ConvSegmenter(make_task()), blend=blend)
     assert result is not None
@@ -141,9 +142,9 @@ def test_failure_of_another_process_is_raised_by_the_main_one(scene: Path) -> No
 
 
 def test_parts_of_other_settings_are_refused(scene: Path) -> None:
-    part(scene, 1, "a", ConvSegmenter(make_task()), batch_size=2)
-    with pytest.raises(MachineError, match="--batch-size"):
-        part(scene, 0, "a", ConvSegmenter(make_task()), batch_size=1)
+    part(scene, 1, "a", ConvSegmenter(make_task()), tile=64)
+    with pytest.raises(MachineError, match="--tile"):
+        part(scene, 0, "a", ConvSegmenter(make_task()), tile=96)
     assert files_in(scene) == ["one.tif", "one.tif.aux.xml", "scene.tif"]
 
 

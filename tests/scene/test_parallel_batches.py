@@ -20,24 +20,24 @@ def test_lanes_give_the_pixels_of_a_single_one(tmp_path: Path, blend: str, size:
     pixels[:, :100, :200] = 0
     scene = write_tif(tmp_path / "scene.tif", pixels, nodata=0)
     choices = options(blend=blend, confidence=True, batch_size=2)
-    assert plan_scene(segmenter, scene, tmp_path / "many.tif", choices).lanes == 3
+    assert plan_scene(segmenter, scene, tmp_path / "many.tif", choices).parallel_batches == 3
     predict_scene(segmenter, scene, tmp_path / "many.tif", choices)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
-    assert plan_scene(segmenter, scene, tmp_path / "one.tif", choices).lanes == 1
+    assert plan_scene(segmenter, scene, tmp_path / "one.tif", choices).parallel_batches == 1
     predict_scene(segmenter, scene, tmp_path / "one.tif", choices)
     for end in (".tif", "_confidence.tif"):
         assert_array_equal(read_classes(tmp_path / f"many{end}"), read_classes(tmp_path / f"one{end}"))
 
 
 @threads(3)
-def test_less_memory_takes_fewer_lanes_first(tmp_path: Path) -> None:
+def test_less_memory_takes_fewer_parallel_batches_first(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
     usual = plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
     tight = plan_scene(
         ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(max_memory=usual.memory_bytes - 1)
     )
-    assert tight.lanes == usual.lanes - 1
+    assert tight.parallel_batches == usual.parallel_batches - 1
     assert (tight.tile, tight.batch_size) == (usual.tile, usual.batch_size)
 
 

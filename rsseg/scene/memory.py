@@ -1,0 +1,204 @@
+"""What fits into memory: the network on its device, tiles, batches and panels."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rsseg.errors import MachineError, UsageError
+from rsseg.inference.device import (
+    Cost,
+    keep_heap,
+    measure_tile,
+    resident_bytes,
+    resolve_device,
+    resolve_precision,
+)
+from rsseg.inference.network import ready_to_predict
+from rsseg.inference.predict import Tiling, choose_tiling
+from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
+from rsseg.methods.base import Segmenter
+from rsseg.raster import RasterInfo
+from rsseg.scene.options import SceneOptions
+from rsseg.scene.writer import Product
+
+_BATCH_PIXELS = 1024 * 1024
+"""Pixels of a batch on a CPU: more gain nothing there, and take memory."""
+_GPU_BATCH = 16
+"""Most tiles of a batch on a GPU."""
+_GPU_SHARE = 0.5
+"""Part of a GPU's memory that a batch may take. Of all of it, so that the batch does not depend on what else runs."""
+_BUFFER_BYTES = 32 << 20
+"""Memory for rows of the scene, input and output together; wider scenes are computed in panels."""
+_BASE_BYTES = 96 << 20
+"""Memory that depends on nothing: caches of GDAL, kernels, threads."""
+_USUAL_BYTES = 500 << 20
+"""Without `max_memory`, no more batches run in parallel than this holds."""
+_LEAST_TILE = 128
+_MOST_REDUNDANCY = 64
+"""Most forwards that a pixel may take part in: more are a mistake, and would run for days."""
+
+
+@dataclass(frozen=True)
+class PreparedNetwork:
+    """A network on its device, for any number of scenes.
+
+    network: in eval mode
+    model: hash of the weights that it was made from
+    held_before: bytes that the process held before
+    """
+
+    network: Segmenter
+    device: torch.device
+    dtype: torch.dtype
+    model: str
+    held_before: int
+    _costs: dict[int, Cost] = field(default_factory=dict)
+
+    def cost(self, side: int) -> Cost:
+        """Time and memory of a square tile."""
+        if side not in self._costs:
+            self._costs[side] = measure_tile(self.network, side, self.device, self.dtype)
+        return self._costs[side]
+
+
+def prepare_network(segmenter: Segmenter, options: SceneOptions) -> PreparedNetwork:
+    """Copy a network, which is not changed, to the device of the options.
+
+    Raises:
+        MachineError: the device does not exist, or its memory does not suffice.
+    """
+    keep_heap()
+    held = resident_bytes()
+    device = resolve_device(options.device)
+    with memory_errors():
+        network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
+    return PreparedNetwork(network, device, dtype, identify_model(segmenter), held)
+
+
+def identify_model(segmenter: Segmenter) -> str:
+    """Hash of the weights, the classes and the type of the network."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{type(segmenter).__qualname__} {segmenter.tile} {segmenter.fill}".encode())
+    digest.update(segmenter.task.model_dump_json().encode())
+    for name, tensor in sorted(segmenter.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise `MachineError` where memory of the device or of the machine does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short:
+            raise
+        raise MachineError(
+            "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Tiles, batch and panels, and what they cost."""
+
+    tiling: Tiling
+    plan: TilePlan
+    panels: tuple[Panel, ...]
+    batch_size: int
+    parallel_batches: int
+    cost: Cost
+    memory_bytes: int
+    warnings: tuple[str, ...]
+
+
+def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[Product], options: SceneOptions) -> Fit:
+    """The usual choice; with `max_memory` the largest that fits: fewer parallel batches, one tile, smaller tiles."""
+    network, device = prepared.network, prepared.device
+    tile, batch = options.tile, options.batch_size
+    warnings: tuple[str, ...] = ()
+    while True:
+        tiling = choose_tiling(network, tile, options.overlap, options.blend)
+        plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+        _check_redundancy(tiling)
+        side = max(plan.rows.tile, plan.cols.tile)
+        cost = prepared.cost(side)
+        size = batch or _batch_size(side, cost, device)
+        # A row is cut into equal batches: full ones with a small rest would compute no faster.
+        columns = len(plan.cols.origins)
+        size = -(-columns // -(-columns // size))
+        per_column = _bytes_per_column(plan, info, products, network, options)
+        allowed = _BUFFER_BYTES if options.max_memory is None else min(_BUFFER_BYTES, options.max_memory // 8)
+        panels = split_panels(plan, max(allowed // per_column, 1), shared=options.blend != "crop")
+        buffers = per_column * max(panel.plan.cols.length for panel in panels)
+        pixels = plan.rows.tile * plan.cols.tile
+        per_batch = size * (cost.peak_bytes + 4 * pixels * _values_per_pixel(info, network, options))
+        fixed, parallel = _BASE_BYTES + buffers, 1
+        if device.type == "cpu":
+            fixed += _weights(network)
+            fitting = ((options.max_memory or _USUAL_BYTES) - fixed) // per_batch
+            parallel = max(1, min(torch.get_num_threads(), fitting))
+        fit = Fit(tiling, plan, panels, size, parallel, cost, fixed + parallel * per_batch, warnings)
+        if options.max_memory is None or fit.memory_bytes <= options.max_memory:
+            return fit
+        if size > 1 and options.batch_size is None:
+            batch = 1
+        elif network.tile.flexible and options.tile is None and side // 2 >= _LEAST_TILE:
+            tile = max(side // 2 // network.input_multiple, 1) * network.input_multiple
+            usual = choose_tiling(network, None, options.overlap, options.blend).tile
+            warnings = (f"--max-memory makes the tiles {tile} instead of {usual} pixels, which can change classes",)
+        else:
+            raise MachineError(
+                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {tiling.tile}; "
+                f"{options.max_memory / 2**20:.0f} MB are allowed. Raise --max-memory or give a smaller --tile."
+            )
+
+
+def _check_redundancy(tiling: Tiling) -> None:
+    computed = -(-max(tiling.tile, tiling.least) // tiling.multiple) * tiling.multiple
+    redundancy = (computed / (tiling.tile - tiling.overlap)) ** 2
+    if redundancy > _MOST_REDUNDANCY:
+        raise UsageError(
+            f"tiles of {tiling.tile} with an overlap of {tiling.overlap} compute each pixel {redundancy:.0f} times. "
+            "Give a larger --tile or a smaller --overlap."
+        )
+
+
+def _batch_size(side: int, cost: Cost, device: torch.device) -> int:
+    if device.type == "cpu":
+        return max(1, _BATCH_PIXELS // side**2)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(_GPU_BATCH, int(total * _GPU_SHARE) // max(cost.peak_bytes, 1)))
+
+
+def _bytes_per_column(
+    plan: TilePlan,
+    info: RasterInfo,
+    products: Sequence[Product],
+    network: Segmenter,
+    options: SceneOptions,
+) -> int:
+    """Memory of all buffers per column of a panel: a row of tiles, two finished strips, a row of blocks per output."""
+    written = sum(product.pixel_bytes for product in products)
+    read = plan.rows.tile * (info.count * np.dtype(info.dtype).itemsize + 2)
+    finished = 2 * plan.rows.tile * (written + 1) + 2 * 512 * written
+    canvas = 0 if options.blend == "crop" else 2 * 4 * plan.rows.tile * network.task.num_classes
+    return read + finished + canvas
+
+
+def _values_per_pixel(info: RasterInfo, network: Segmenter, options: SceneOptions) -> int:
+    """Float32 values per pixel of a tile beside the forward: the image, and the scores where all are kept."""
+    classes = network.task.num_classes
+    if options.tta != "none":
+        return info.count + 3 * classes  # of a view, their softmax, their sum
+    return info.count + (0 if options.blend == "crop" else classes)
+
+
+def _weights(network: Segmenter) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
