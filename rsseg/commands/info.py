@@ -14,7 +14,7 @@ def info(
 ) -> None:
     """Show the classes and the training of a model, or the bands and the grid of a scene. Reads the header only."""
     path = Path(name)
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.is_dir():
         _show_model(path, as_json=as_json)
     else:
         _show_scene(name, as_json=as_json)

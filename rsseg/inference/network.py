@@ -43,7 +43,7 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
     file = find_model(Path(path))
     header = read_header(file)
     try:
-        with memory_errors(f"{file}: the network does not fit into memory. Use another machine or --device cpu."):
+        with memory_errors(f"{file}: the network that this header describes does not fit into the memory."):
             with _Uninitialized():
                 segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
             load_tensors(segmenter, file)

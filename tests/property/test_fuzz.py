@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rsseg.checkpoint import METADATA_KEY, ModelHeader, write_model
 from rsseg.cli import run
 from rsseg.methods.registry import segmenter_for
-from rsseg.recipe import RecipeSource, dump_recipe, load_recipe, packaged_recipes, parse_recipe
+from rsseg.recipe import dump_recipe, load_recipe, packaged_recipes, recipe_from_dict, recipe_schema
 from tests.conftest import write_tif
 from tests.toys import make_task
 
@@ -32,13 +33,6 @@ CODES = {0, 2, 3, 4, 5, 6, 7, 8}
 SLOWEST = 20
 """Seconds of the processor that one call may take, far more than any should."""
 
-RECIPE = """
-name: tiny
-method: ktda
-data: {path: nowhere}
-student: {name: resnet_mini, weights: random}
-decoder: {channels: 8}
-"""
 CLASS_FILE = """\
 name: mine
 labels: values
@@ -49,6 +43,7 @@ classes:
   - {name: field, value: 1, color: "#ff0000"}
   - {name: road, value: 2, color: [0, 255, 0], also: [3, 4]}
 """
+NETWORKS = sorted((Path(__file__).parents[1] / "conformance" / "recipes").glob("*.yaml"))
 SQUARE = [[500010, 3999990], [500200, 3999990], [500200, 3999800], [500010, 3999990]]
 AREA = {
     "type": "FeatureCollection",
@@ -60,15 +55,30 @@ AREA = {
 }
 
 texts = st.text(max_size=12)
-numbers = st.sampled_from([0, -1, 1, 2, 255, 256, 10**6, 2**31, 2**63, 10**30, -(10**12), 0.5, 1e308, -1e-320])
+numbers = st.sampled_from([0, -1, 2, 255, 256, 10**6, 2**31, 2**63, 10**30, -(10**12), 1e308, -1e-320])
+small = st.one_of(st.integers(1, 64), st.sampled_from([0.1, 0.5, 128, 512]))
+
+
+def words_in(schema: Any) -> list[str]:
+    """All words that a JSON schema allows."""
+    if isinstance(schema, list):
+        return [word for part in schema for word in words_in(part)]
+    if not isinstance(schema, dict):
+        return []
+    own = [word for word in (*schema.get("enum", ()), schema.get("const")) if isinstance(word, str)]
+    return own + [word for part in schema.values() for word in words_in(part)]
+
+
+words = st.sampled_from(sorted({*words_in(recipe_schema()), "resnet_mini", "vit_mini_patch8", "mit_mini"}))
+"""With these and small numbers, recipes stay valid that may not fit together."""
 odd_json: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([None, True, False, "", [], {}, "\0", "é" * 300, "../..", "[/x]", "\ud83d\ude00", "\x1b[2J"]),
-    st.sampled_from(
-        [float("nan"), float("inf"), [[[[]]]], {"a": {"b": {}}}, "resnet_mini", "vit_large_patch14_clip"]
-    ),
+    st.sampled_from([float("nan"), float("inf"), [[[[]]]], {"a": {"b": {}}}, "vit_large_patch14_clip"]),
     numbers,
+    small,
+    words,
     texts,
-    st.lists(numbers, max_size=5),
+    st.lists(st.one_of(numbers, small), max_size=5),
     st.dictionaries(texts, numbers, max_size=3),
 )
 odd_yaml = st.one_of(
@@ -84,16 +94,18 @@ odd_yaml = st.one_of(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder: a model, a scene, an image and its mask."""
     folder, before = tmp_path_factory.mktemp("fuzz"), Path.cwd()
-    recipe, task = parse_recipe(RecipeSource("tiny", RECIPE)), make_task()
-    header = ModelHeader(
-        recipe=recipe.model_dump(mode="json"),
-        task=task,
-        backbones={"student": {"name": "resnet_mini", "license": "none"}},
-        training={"step": 1, "weights": "student"},
-        made_with={"rsseg": "0.1.0"},
-    )
-    torch.manual_seed(0)
-    write_model(folder / "model.safetensors", segmenter_for(recipe, task).state_dict(), header)
+    task = make_task()
+    for number, file in enumerate(NETWORKS):
+        recipe = recipe_from_dict(yaml.safe_load(file.read_text()), file.name)
+        header = ModelHeader(
+            recipe=recipe.model_dump(mode="json"),
+            task=task,
+            backbones={"student": {"name": "mini", "license": "none"}},
+            training={"step": 1, "weights": "student"},
+            made_with={"rsseg": "0.1.0"},
+        )
+        torch.manual_seed(0)
+        write_model(folder / f"model{number}.safetensors", segmenter_for(recipe, task).state_dict(), header)
     pixels = np.random.default_rng(0).integers(0, 255, (3, 24, 30), np.uint8)
     for name in ("scene.tif", "images/a.tif", "images/b.tif"):
         write_tif(folder / name, pixels)
@@ -255,20 +267,20 @@ def ask_of_the_odd_model() -> None:
 
 
 def test_models_with_any_header_predict_or_are_refused(place: Path) -> None:
-    header, data = parts_of(place / "model.safetensors")
-    metadata = json.loads(header["__metadata__"][METADATA_KEY])
+    models = [parts_of(place / f"model{number}.safetensors") for number in range(len(NETWORKS))]
 
     @examples(40)
-    @given(changed=changed_json(metadata))
-    def check(changed: Any) -> None:
-        write_parts(header, data, metadata=changed)
+    @given(which=st.integers(0, len(models) - 1), draw=st.data())
+    def check(which: int, draw: st.DataObject) -> None:
+        header, data = models[which]
+        write_parts(header, data, metadata=draw.draw(changed_json(json.loads(header["__metadata__"][METADATA_KEY]))))
         ask_of_the_odd_model()
 
     repeatedly(check)
 
 
 def test_models_with_any_tensors_predict_or_are_refused(place: Path) -> None:
-    header, data = parts_of(place / "model.safetensors")
+    header, data = parts_of(place / "model0.safetensors")
 
     @examples(25)
     @given(changed=changed_json(header), cut=st.integers(0, 9), random_bytes=st.randoms(use_true_random=False))
@@ -289,7 +301,7 @@ def test_models_with_any_tensors_predict_or_are_refused(place: Path) -> None:
 
 def predict(*more: str) -> int:
     options = ("-o", "out.tif", "--overwrite", "--format", "gtiff", "--tile", "32", "--device", "cpu")
-    return answer("predict", *more, "--model", "model.safetensors", *options)
+    return answer("predict", *more, "--model", "model0.safetensors", *options)
 
 
 def test_areas_of_interest_of_any_content_are_predicted_or_refused() -> None:
@@ -331,7 +343,7 @@ def test_lists_of_scenes_of_any_content_are_predicted_or_refused() -> None:
     @given(content=lists)
     def check(content: bytes) -> None:
         Path("list.txt").write_bytes(content)
-        answer("predict", "list.txt", "--model", "model.safetensors", "--tile", "32", "--dry-run", "-o", "outputs")
+        answer("predict", "list.txt", "--model", "model0.safetensors", "--tile", "32", "--dry-run", "-o", "outputs")
 
     repeatedly(check)
 
