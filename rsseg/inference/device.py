@@ -5,7 +5,8 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,18 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Raise `MachineError` with this message in place of what torch raises where memory is exhausted."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU allocator raises.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MachineError(message) from None
+        raise
 
 
 def keep_heap() -> None:

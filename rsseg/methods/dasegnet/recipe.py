@@ -175,10 +175,12 @@ class DASegNetRecipe(BaseRecipe):
     @classmethod
     def _no_idle_optimizers(cls, values: Any) -> Any:
         """Drop the discriminators' optimizers without adversarial training, so that an ablation changes one key."""
-        if isinstance(values, dict) and values.get("adversarial", ...) is None and "optimizers" in values:
-            kept = {name: value for name, value in values["optimizers"].items() if name not in DISCRIMINATORS}
-            return values | {"optimizers": kept}
-        return values
+        if not isinstance(values, dict) or values.get("adversarial", ...) is not None:
+            return values
+        optimizers = values.get("optimizers")
+        if not isinstance(optimizers, dict):
+            return values
+        return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
     @model_validator(mode="after")
     def _optimizers(self) -> Self:
