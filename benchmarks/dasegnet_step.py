@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.device import keep_heap
+from rsseg.layers.blocks import resize
 from rsseg.layers.decoders import SegFormerHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax
-from rsseg.methods.dasegnet.build import build_method
-from rsseg.methods.dasegnet.method import DASegNetMethod
-from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
+from rsseg.methods.dasegnet.method import DASegNetMethod, build_method
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.methods.dasegnet.self_training import pseudo_labels
 from rsseg.task import ClassInfo, Task
 from rsseg.training.optimizers import build_optimizers
 
@@ -57,7 +56,7 @@ def make_method(student: str, teacher: str, *, sgd: bool = False) -> DASegNetMet
             "backbone": {"name": student, "weights": "random"},
             "decoder": {"channels": 256, "dropout": 0.0},
             "adversarial": {"convs": 1},
-            "self_training": {"confidence": 0.2, "teacher": {"kind": teacher}},
+            "self_training": {"confidence": 0.2, "teacher": {"type": teacher}},
             "optimizers": {"main": main, "disc_source": disc, "disc_target": disc},
         }
     )
@@ -132,7 +131,7 @@ class Published:
         out_s2t, out_t2t = stacked(net.decoder_target, refined_s2t), stacked(net.decoder_target, refined_t2t)
         teacher = method.teacher
         averaged = teacher.averaged
-        if config.teacher.kind == "single_t":
+        if config.teacher.type == "single_t":
             again = net.neck(net.backbone_source(target.images), averaged("backbone_target")(target.images))
             taught = stacked(net.decoder_source, again[0]), stacked(averaged("decoder_target"), again[1])
         else:

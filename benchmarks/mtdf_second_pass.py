@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from rsseg.checkpoint import find_model, read_header
+from rsseg.data.sources import Datasets
 from rsseg.evaluation.model import evaluate
-from rsseg.inference.device import ready_to_predict
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter, ready_to_predict
 from rsseg.methods.base import Segmenter
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe
@@ -49,7 +49,8 @@ def shortened(recipe: MTDFRecipe, model: Path, *, steps: int, lr_scale: float) -
 
 
 def score(segmenter: Segmenter, recipe: MTDFRecipe) -> float:
-    found = evaluate(segmenter.eval(), recipe, recipe.data.test, split="test", device="cpu")
+    source = Datasets(recipe.data, recipe.seed).open(recipe.data.test, "test", segmenter.task, masks=True)
+    found = evaluate(segmenter.eval(), recipe, source, device="cpu")
     return found.scores.miou or 0.0
 
 

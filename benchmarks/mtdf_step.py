@@ -1,6 +1,6 @@
 """A training step of RS-MTDF against the published formulation, in one process, equal weights and batches.
 
-Published: frozen teachers are parts of the student's module, so that the average updates them too; all four taps of
+Published: frozen teachers are parts of the student's module, so that the average updates them too; all four maps of
 every pass are computed and normalized; features and fusion maps are resized before they are projected; the optimizer is
 torch's default loop. Ours: teachers outside the module, layers in the cheaper order, fused optimizer and average.
 
@@ -27,7 +27,7 @@ from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import OptimizerConfig
 from rsseg.data.streams import Batch, Samples
-from rsseg.inference.device import ready_to_predict
+from rsseg.inference.network import ready_to_predict
 from rsseg.layers.dpt import FusionBlock
 from rsseg.methods.mtdf.method import MTDFMethod, assemble_method, ema_ratio
 from rsseg.methods.mtdf.network import assemble_segmenter
@@ -73,9 +73,9 @@ class Published:
         student, size = whole["student"], self.recipe.teachers[1].input_size
         assert size is not None
         x = student.backbone.normalize(images)
-        maps = list(student.backbone.taps_of_normalized(x))
+        maps = list(student.backbone.forward_normalized(x))
         small = align(x, (size, size))
-        features = {"dino": maps[-1], "clip": student.backbone.taps_of_normalized(small)[-1]}
+        features = {"dino": maps[-1], "clip": student.backbone.forward_normalized(small)[-1]}
         translated = {name: t(features[name]) for name, t in student.translators.items()}
         mixed = student.student_weight * maps[-1]
         for name, weight in student.fusion_weights.items():
@@ -85,7 +85,7 @@ class Published:
             return logits, logits.new_zeros(())
         with torch.no_grad():
             targets = {
-                name: t.taps_of_normalized(small if name == "clip" else x)[-1] for name, t in whole["teachers"].items()
+                name: t.forward_normalized(small if name == "clip" else x)[-1] for name, t in whole["teachers"].items()
             }
         return logits, torch.stack([F.mse_loss(translated[name], targets[name]) for name in targets]).mean()
 
@@ -149,13 +149,13 @@ class Ours:
 
 def make_recipe(crop: int, small_side: int, teacher_dtype: str = "float32") -> MTDFRecipe:
     """ViT-S taught by ViT-B and CLIP's ViT-L, random weights; the second pass at `small_side` pixels."""
-    small = {"weights": "random", "norm_taps": "all", "pos_embed": "dinov2"}
-    dino = small | {"name": "vit_base_patch14_dinov2", "taps": [11], "dtype": teacher_dtype}
+    small = {"weights": "random", "out_norm": "all", "pos_embed": "dinov2"}
+    dino = small | {"name": "vit_base_patch14_dinov2", "out_indices": [11], "dtype": teacher_dtype}
     clip = {
         "name": "vit_large_patch14_clip_quickgelu_224",
         "weights": "random",
-        "taps": [23],
-        "norm_taps": "none",
+        "out_indices": [23],
+        "out_norm": "none",
         "dtype": teacher_dtype,
     }
     return MTDFRecipe.model_validate(

@@ -47,7 +47,8 @@ def train(segmenter: torch.nn.Module, steps: int) -> None:
 def main() -> None:
     from benchmarks.scenes import make_segmenter
     from rsseg.config import EvalConfig
-    from rsseg.inference.predict import choose_tiling, predict_image
+    from rsseg.inference.image import predict_image
+    from rsseg.inference.predict import choose_tiling
     from rsseg.inference.tiling import plan_tiles
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

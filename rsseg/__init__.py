@@ -1,9 +1,9 @@
 """Remote-sensing image segmentation where labels are few: train, evaluate, predict.
 
-The four functions are the ones that the command line calls; importing this package loads none of them.
+The command line calls the same functions; they are imported on first use.
 
     load(path) -> Segmenter             model file or run folder -> network with `.task` and `predict_logits`
-    train(recipe) -> TrainResult        a loaded recipe (see `load_recipe`) -> run folder and scores
+    train(recipe) -> TrainResult        recipe from `load_recipe` -> run folder and scores
     evaluate(...) -> Evaluation         confusion matrix and scores of a model on a split
     predict(...) -> SceneResult         a raster of any size -> a class raster on the same grid
 """
@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rsseg.evaluation.model import evaluate
-    from rsseg.inference.load import load_segmenter as load
+    from rsseg.evaluation.model import evaluate_model as evaluate
+    from rsseg.inference.network import load_segmenter as load
     from rsseg.recipe import load_recipe
     from rsseg.scene.predict import predict_scene as predict
     from rsseg.training.run import train
@@ -22,10 +22,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "load", "load_recipe", "predict", "train"]
 
 _PUBLIC = {
-    "load": ("rsseg.inference.load", "load_segmenter"),
+    "load": ("rsseg.inference.network", "load_segmenter"),
     "load_recipe": ("rsseg.recipe", "load_recipe"),
     "train": ("rsseg.training.run", "train"),
-    "evaluate": ("rsseg.evaluation.model", "evaluate"),
+    "evaluate": ("rsseg.evaluation.model", "evaluate_model"),
     "predict": ("rsseg.scene.predict", "predict_scene"),
 }
 

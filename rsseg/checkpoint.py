@@ -1,4 +1,4 @@
-"""Models on disk: safetensors with one JSON metadata entry, written under a temporary name. Knows no method."""
+"""Model files: safetensors with one JSON metadata entry, written under a temporary name. Free of methods."""
 
 import json
 import os
@@ -22,12 +22,12 @@ MODEL_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What a model file says about itself; with it, prediction needs no other file.
+    """Metadata of a model file, complete enough that prediction needs no other file.
 
     recipe: fully resolved, as JSON values.
     task: classes, bands and scaling the network was trained for.
     backbones: role ("student") -> name, statistics, patch size and licence.
-    training: step, which weights ("raw", "ema"), score.
+    training: step, which weights ("student", "average"), score.
     made_with: package -> version.
     """
 
@@ -39,7 +39,7 @@ class ModelHeader:
 
 
 def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) -> None:
-    """Write a model; the file under `path` is always the old one or the complete new one.
+    """Write a model; `path` is always the old file or the complete new one.
 
     Raises:
         MachineError: the folder cannot be written or the disk is full.
@@ -49,7 +49,7 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to the disk, then rename.
+    """Write a safetensors file under a temporary name, flush it to the disk, and rename it.
 
     Raises:
         MachineError: the folder cannot be written or the disk is full.
@@ -76,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_header(path: Path) -> ModelHeader:
-    """The metadata of a model; no tensor is read.
+    """Read the metadata of a model and no tensor.
 
     Raises:
         WeightsError: the file is missing, damaged, foreign, or of a newer format.
@@ -106,7 +106,7 @@ def read_header(path: Path) -> ModelHeader:
 
 
 def find_model(path: Path) -> Path:
-    """The model file that a path means: the file itself, or the one to ship of a run folder.
+    """The model file at a path: the file itself, or the model of a run folder.
 
     Raises:
         WeightsError: there is none.
@@ -135,7 +135,7 @@ def load_tensors(module: nn.Module, path: Path) -> None:
 
 
 def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> None:
-    """Copy tensors into `module`'s state, strictly; `label` names their origin in messages. See `load_tensors`."""
+    """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`."""
     own = module.state_dict()
     problems = [
         f"{what} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

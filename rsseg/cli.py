@@ -1,4 +1,4 @@
-"""The command line: registers the commands and turns exceptions into messages and exit codes."""
+"""The command line: commands, error messages and exit codes."""
 
 import os
 import sys
@@ -40,8 +40,8 @@ app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"rsseg {__version__}")
         raise typer.Exit
 
@@ -54,7 +54,7 @@ def options(
     offline: Annotated[bool, typer.Option("--offline", help="Never download anything.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command hold for all commands."""
+    """Options before the command apply to all commands."""
     if offline:
         os.environ["RSSEG_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     if debug:
@@ -62,9 +62,9 @@ def options(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns the exit code.
+    """Run one command line; return the exit code.
 
-    Expected errors are printed as their message. Anything else is a bug: its traceback goes to a report file.
+    Expected errors are printed as one message. Any other exception is a bug: its traceback goes to a report file.
     """
     try:
         app(arguments)
@@ -79,10 +79,10 @@ def run(arguments: list[str] | None = None) -> int:
         print_error("Interrupted.")
         return 130
     except BrokenPipeError:
-        # The reader of a pipe, such as head, is gone; say nothing, also not when Python flushes at exit.
+        # The reader of the pipe, such as head, has closed it; Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the last line of defence: every bug ends here
+    except Exception as error:  # every bug ends here
         return _report_bug(error)
     return 0
 

@@ -28,29 +28,31 @@ class BackboneConfig(Strict):
     """Name in the zoo, such as `convnext_base` or `vit_base_patch14_dinov2`."""
     weights: str = "pretrained"
     """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
-    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Pyramid levels or ViT blocks to return, zero-based; None takes the zoo's default."""
-    norm_taps: Literal["all", "last", "none"] | None = None
-    """Which returned maps pass a LayerNorm. For a ViT it is the network's final norm (`last` is what mmpretrain does,
-    `all` what DINOv2 does); for a pyramid each level has a norm of its own. None takes the zoo's default."""
+    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Indices of the pyramid levels or ViT blocks to return, from 0; None uses the zoo's default."""
+    out_norm: Literal["all", "last", "none"] | None = None
+    """Which returned maps pass a LayerNorm: for a ViT the network's final norm (`last` as in mmpretrain, `all` as in
+    DINOv2), for a pyramid one norm per level. None uses the zoo's default."""
     image_size: Count | None = None
-    """Side in pixels that the position embedding is laid out for; None keeps the weights' own."""
+    """Image side in pixels that random weights and `pos_embed_round_trip` lay the position table out for; None keeps
+    the network's own."""
     pos_embed: Literal["timm", "dinov2", "bicubic"] = "timm"
-    """Resampling of position embeddings: timm (antialiased), DINOv2 (scale factor with offset 0.1), or plain bicubic
-    without antialiasing (mmpretrain)."""
+    """Resampling of position embeddings: timm (antialiased), DINOv2 (scale factor with offset 0.1), or bicubic without
+    antialiasing (mmpretrain)."""
     pos_embed_round_trip: bool = False
-    """Resize the stored table to `image_size` at load and again at every other size (mmpretrain, KTDA's cloud run)."""
+    """Resize the stored table to `image_size` at load, and that one to other sizes (mmpretrain, KTDA's cloud run)."""
     pad: Literal["corner", "error"] = "corner"
-    """An input that is no multiple of the patch: zeros after normalization at right and bottom, or an error."""
+    """Inputs that are not a multiple of the patch: pad with zeros at right and bottom after normalization, or raise."""
     drop_path: Probability = 0.0
     """Stochastic depth rate of the last block."""
     frozen_stages: Annotated[int, Field(ge=0)] = 0
-    """Stages (pyramid, the stem counts with stage 0) or blocks (ViT) from the input that do not train."""
+    """Number of first stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for fine-tuning
+    on few images."""
     statistics: Literal["pretrained", "data"] = "pretrained"
-    """Normalize with the statistics of the weights (other bands than red, green, blue take their mean), or with the
-    mean and standard deviation of the training data."""
+    """Normalize with the statistics of the weights (their mean for other bands than red, green, blue) or of the
+    training data."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Storage and compute type of a frozen network; trained ones stay float32."""
+    """Storage and compute type of a frozen teacher."""
 
 
 class ScheduleConfig(Strict):
@@ -84,14 +86,6 @@ class OptimizerConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
-class EmaConfig(Strict):
-    """Exponential moving average of the student, kept for evaluation and shipping."""
-
-    decay: Probability = 0.999
-    ship: bool = True
-    """Evaluate and ship the average; False only keeps it for resume."""
-
-
 class TrainerConfig(Strict):
     """How long, how much at once, how exact."""
 
@@ -102,11 +96,11 @@ class TrainerConfig(Strict):
     stream_batch_sizes: Mapping[str, Count] = {}
     """Exceptions to `batch_size` by stream name."""
     grad_accum_steps: Count = 1
+    """Batches whose gradients are summed per optimizer step, for batches that do not fit in memory."""
     amp_dtype: Literal["auto", "bf16", "fp16", "none"] = "none"
     """Autocast type; `auto` takes bf16 where the device computes with it and none elsewhere."""
     clip_grad: Positive | None = None
     """Largest L2 norm of each optimizer's gradient; None does not clip."""
-    ema: EmaConfig | None = None
     eval_every: Count = 1000
     checkpoint_every: Count = 1000
     log_every: Count = 20
@@ -122,7 +116,9 @@ class TrainerConfig(Strict):
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
+    """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
     compile: bool = False
+    """Compile the method with torch.compile: faster steps after a first one of minutes."""
     deterministic: bool = False
     """Ask torch for deterministic kernels also on a GPU (the CPU is deterministic as it is)."""
     device: str = "auto"
@@ -278,6 +274,10 @@ class BaseRecipe(Strict):
     optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
+    ship: Literal["student", "average"] = "student"
+    """Weights that are evaluated and shipped: those that the optimizers train, or their exponential moving average."""
+    ema_decay: Probability = 0.999
+    """Decay of the moving average per optimizer step; not used with `ship: student`."""
 
     @model_validator(mode="after")
     def _named_streams(self) -> Self:
@@ -295,6 +295,11 @@ class BaseRecipe(Strict):
             what = "fit: squeeze" if squeezed else "eval.mode: resized"
             raise ValueError(f"data.match_gsd: has no effect on images that {what} resizes; leave one of them out")
         return self
+
+    @property
+    def trainer_averages(self) -> bool:
+        """Whether the trainer keeps the moving average that ships; False where the method keeps its own."""
+        return self.ship == "average"
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Every error that is the user's to mend: one sentence of what is wrong and where, one of what to do.
+"""Errors that a user can fix: one sentence says what is wrong and where, one what to do.
 
 The command line prints the message without a traceback and exits with the class's code. Any other exception is a bug.
 """
@@ -13,13 +13,13 @@ class RssegError(Exception):
 
 
 class UsageError(RssegError):
-    """A command or a function was called with arguments that do not fit together."""
+    """Arguments of a command or function are invalid or contradict each other."""
 
     exit_code = 2
 
 
 class RecipeError(RssegError):
-    """A recipe does not say something that can be run."""
+    """A recipe is invalid."""
 
     exit_code = 3
 
@@ -31,30 +31,30 @@ class DataError(RssegError):
 
 
 class WeightsError(RssegError):
-    """Weights or a model are missing, foreign, damaged, or may not be fetched."""
+    """Weights or a model are missing, foreign, damaged, or must not be downloaded."""
 
     exit_code = 5
 
 
 class MachineError(RssegError):
-    """Memory, disk or device do not suffice."""
+    """Memory, disk or device are insufficient."""
 
     exit_code = 6
 
 
-class PartialFailure(RssegError):  # noqa: N818 - a batch that ended with some of its scenes failed
-    """Some items of a batch failed; the others are done."""
+class PartialFailure(RssegError):  # noqa: N818 - not an error of the program
+    """Some items of a batch failed; the others are finished."""
 
     exit_code = 7
 
 
-class CheckFailed(RssegError):  # noqa: N818 - the answer of a check, not a fault
-    """A check that the user asked for is not met."""
+class CheckFailed(RssegError):  # noqa: N818 - the result of a check
+    """A requested check is not met."""
 
     exit_code = 8
 
 
-class Interrupted(RssegError):  # noqa: N818 - the user or the scheduler stopped the run
+class Interrupted(RssegError):  # noqa: N818 - not an error of the program
     """Stopped by a signal after saving."""
 
     exit_code = 130

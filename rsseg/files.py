@@ -1,4 +1,4 @@
-"""Small text files of a run that are never half written."""
+"""Small text files, written atomically: JSON, CSV, logs."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ from rsseg.errors import MachineError, UsageError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file through a temporary name; raises `MachineError` if that cannot be done."""
+    """Replace a file through a temporary name; raise `MachineError` if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -32,7 +32,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; raises `MachineError` if the disk is full."""
+    """Append a line to a log; raise `MachineError` if the disk is full."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -41,8 +41,11 @@ def append_line(path: Path, line: str) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file; a column that the file does not have yet is added to all its rows."""
-    columns = _columns(path)
+    """Append a row to a CSV file; new columns are added to all rows."""
+    columns: list[str] = []
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(file), [])
     new = [name for name in row if name not in columns]
     if new:
         write_rows(path, [*read_rows(path), dict(row)], [*columns, *new])
@@ -50,15 +53,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         append_line(path, _csv_line([row.get(name, "") for name in columns]))
 
 
-def _columns(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file, values as text; none if there is no file. A last line that was cut off is dropped."""
+    """Rows of a CSV file, values as text; empty without a file. A truncated last line is dropped."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -72,7 +68,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> No
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows of steps that a resumed run will do again."""
+    """Drop the rows of steps after `step`."""
     rows = read_rows(path)
     if rows:
         write_rows(path, [row for row in rows if int(row["step"]) <= step], list(rows[0]))

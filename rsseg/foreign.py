@@ -1,7 +1,8 @@
-"""Checkpoints of other code bases (.pth): their tensors, without running anything in the file."""
+"""Checkpoints of other code bases (.pth), read without executing anything in the file."""
 
 import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from rsseg.errors import WeightsError
 
 
 def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
-    """The tensors of a .pth file under the names they have there.
+    """Read the tensors of a .pth file under their stored names.
 
-    Training logs and settings that lie beside them are objects of other libraries; inert stand-ins take their place.
+    Objects of other libraries beside the tensors, such as training logs, are replaced by inert stand-ins.
 
     Args:
         path: the file.
-        entry: key of the state dict; a file that holds nothing but a state dict is read as it is.
+        entry: key of the state dict; a file that is itself a state dict needs none.
 
     Raises:
         WeightsError: the file is missing or holds no state dict.
@@ -39,8 +40,20 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     return dict(state)
 
 
+def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
+    """Rename a tensor by the first rule (pattern, replacement) whose pattern matches the whole name.
+
+    Raises:
+        WeightsError: no rule matches; the tensor does not belong to `network`.
+    """
+    for pattern, replacement in rules:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    raise WeightsError(f"{name!r} is not a tensor of {network}. Give a checkpoint of that network.")
+
+
 class _Inert:
-    """Stands in for any foreign class or function of a checkpoint: takes everything, does nothing."""
+    """Stand-in for any foreign class or function of a checkpoint: accepts all arguments and does nothing."""
 
     def __new__(cls, *_arguments: Any) -> "_Inert":
         return super().__new__(cls)

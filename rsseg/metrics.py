@@ -1,4 +1,4 @@
-"""One integer confusion matrix over a whole split; every score is derived from it."""
+"""An integer confusion matrix, and the scores derived from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -14,16 +14,16 @@ from rsseg.task import IGNORE_INDEX
 
 
 class ConfusionMatrix:
-    """Counts of (labeled class, predicted class), kept on the device that predicts.
+    """Counts of (labeled class, predicted class), kept on one device.
 
-    `counts` is int64 (K + 1, K): row = labeled class, column = predicted class; the last row holds the predictions on
-    pixels without a label, which no score but the variants of that name reads.
+    `counts` is int64 (K + 1, K): row = labeled class, column = predicted class; the last row counts the predictions on
+    unlabeled pixels, which only the `*_all_predictions` variants use.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         self.counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
-        # The narrowest index type: the count is bound by memory traffic.
+        # The narrowest index type, because memory traffic limits the speed.
         self._index_type = torch.int16 if (num_classes + 1) * num_classes <= 2**15 - 1 else torch.int32
 
     def update(self, prediction: Tensor, target: Tensor, *, valid: Tensor | None = None) -> None:
@@ -32,7 +32,7 @@ class ConfusionMatrix:
         Args:
             prediction: uint8 or int64 class indices < K, any shape.
             target: uint8 or int64 class indices of the same shape; 255 has no label.
-            valid: bool of the same shape; where False the pixel has no label. None: all are valid.
+            valid: bool of the same shape, False where the pixel has no label. None: all valid.
 
         Raises:
             DataError: shapes differ, or the prediction holds an index >= K.
@@ -40,7 +40,7 @@ class ConfusionMatrix:
         if prediction.shape != target.shape:
             raise DataError(
                 f"the prediction has shape {tuple(prediction.shape)}, the mask {tuple(target.shape)}. "
-                "Give a mask and a prediction of one image."
+                "Give a mask and a prediction of the same image."
             )
         if prediction.numel() and (largest := int(prediction.max())) >= self.num_classes:
             raise DataError(
@@ -49,7 +49,7 @@ class ConfusionMatrix:
             )
         if valid is not None:
             target = target.masked_fill(~valid, IGNORE_INDEX)
-        # Unlabeled pixels go to a spare row: fixed shapes, no boolean index.
+        # Unlabeled pixels go to the extra row: fixed shapes, no boolean index.
         rows = target.clamp(max=self.num_classes).to(self._index_type)
         index = rows.mul_(self.num_classes).add_(prediction.to(self._index_type))
         self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
@@ -85,7 +85,7 @@ class ClassScores(BaseModel):
 
 
 class Scores(BaseModel):
-    """All scores of a confusion matrix, 0..1. Means leave out the classes whose entry is None."""
+    """Scores of a confusion matrix, 0..1. Means are over the classes whose entry is not None."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,30 +97,30 @@ class Scores(BaseModel):
     macc: float | None
     """Mean recall."""
     oa: float | None
-    """Labeled pixels that are right."""
+    """Share of labeled pixels that are correct."""
     kappa: float | None
     """Cohen's kappa over the listed classes."""
     pixels: int
-    """Labeled pixels that count."""
+    """Labeled pixels of the listed classes."""
     absent: int
-    """Classes without IoU, left out of the means."""
+    """Classes without IoU, excluded from the means."""
     variants: Mapping[str, float | None]
-    """The same matrix read as publications do, by name:
-    `mf1_nan_skipped` leaves out classes never predicted or never right (mmsegmentation's mFscore);
+    """Definitions used in publications, by name:
+    `mf1_nan_skipped` excludes classes never predicted or without a hit (mmsegmentation's mFscore);
     `miou_absent_zero` counts an absent class as 0 (UniMatch, RS-MTDF);
-    `mf1_all_predictions`, `kappa_all_predictions` take predictions on unlabeled pixels into the totals (RS-MTDF)."""
+    `mf1_all_predictions`, `kappa_all_predictions` count predictions on unlabeled pixels in the totals (RS-MTDF)."""
 
 
 def scores(matrix: Tensor | ArrayLike, class_names: Sequence[str], *, ignore: Sequence[str] = ()) -> Scores:
-    """Every score of a confusion matrix.
+    """Compute the scores of a confusion matrix.
 
     Args:
         matrix: integers (K, K) or (K + 1, K), [target, prediction]; a last extra row counts unlabeled pixels.
         class_names: K names in index order.
-        ignore: names of classes whose labeled pixels do not count; they are not listed either.
+        ignore: names of classes whose labeled pixels are excluded; they are not listed.
 
     Raises:
-        DataError: an ignored class does not exist, or the shape does not fit the names.
+        DataError: an ignored class does not exist, or the shape does not match the names.
     """
     counts = matrix.cpu().numpy() if isinstance(matrix, Tensor) else np.asarray(matrix)
     k = len(class_names)

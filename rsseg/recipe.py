@@ -1,9 +1,10 @@
 """Recipes: the union of all methods' recipes, read from YAML with errors that name file, line, key and remedy."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args
 
 import yaml
@@ -22,9 +23,25 @@ METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotati
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "kind": "type",
+        "taps": "out_indices",
+        "norm_taps": "out_norm",
+        "ce_divisor": "loss_divisor",
+        "cross_entropy_divisor": "loss_divisor",
+        "pseudo_divisor": "loss_divisor",
+        "decoder_lr_scale": "head_lr_scale",
+        "norm_weight_decay": "weight_decay_exempt",
+        "ema": "ship: average, with ema_decay, at the top level of the recipe",
+    }
+)
+"""Last part of an old key -> what to write instead."""
+
+
 @dataclass(frozen=True)
 class RecipeSource:
-    """Where a recipe came from: its text as given, and a name for messages."""
+    """Text of a recipe, and the name of its file in messages."""
 
     label: str
     text: str
@@ -38,7 +55,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A path as given or a name in the working folder, else a packaged recipe (`.yaml` may be left out).
+    """The file of that path or name, else a packaged recipe (`.yaml` may be left out).
 
     Raises:
         RecipeError: there is none; the message names the nearest packaged recipe.
@@ -100,7 +117,7 @@ def parse_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, method:
 
 
 def recipe_from_dict(values: dict[str, Any], label: str) -> Recipe:
-    """Validate a recipe that was stored as JSON, in a checkpoint or a run folder."""
+    """Validate a recipe stored as JSON, in a model file or a run folder."""
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
@@ -145,6 +162,8 @@ def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str,
     where = f"{label}, line {line}" if line else label
     key = ".".join(str(part) for part in path)
     match problem["type"]:
+        case "extra_forbidden" if path[-1] in RENAMED:
+            return f"{where}: unknown key {key!r}. It was renamed: write {RENAMED[path[-1]]}."
         case "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), _keys_at(values, path[:-1]), n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -161,7 +180,7 @@ def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str,
 
 
 def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
-    """1-based line of the deepest part of `path` that the file has."""
+    """1-based line of the deepest part of `path` that is in the file."""
     line, node = None, tree
     for part in path:
         if isinstance(node, yaml.MappingNode):
@@ -178,7 +197,7 @@ def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
 
 
 def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:
-    """Valid keys of the part of a recipe that `path` leads to."""
+    """Valid keys of the part of a recipe at `path`."""
     models: list[Any] = [m for m, name in zip(MEMBERS, METHODS, strict=True) if name == values.get("method")]
     for part in path:
         models = [
@@ -187,14 +206,14 @@ def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:
             for model in (
                 _models_in(owner.model_fields[part].annotation)
                 if part in getattr(owner, "model_fields", {})
-                else [owner]  # a key of a mapping or an item of a list: its model was found one step above
+                else [owner]  # a key of a mapping or an item of a list: its model is that of the step before
             )
         ]
     return [name for model in models for name in model.model_fields]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every Pydantic model that an annotation mentions."""
+    """Every Pydantic model in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

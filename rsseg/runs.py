@@ -1,4 +1,4 @@
-"""Run folders: where they are, how they ended, which is the newest."""
+"""Run folders: their files, their manifests, and how to find one."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ LATEST = "latest"
 
 
 class Manifest(BaseModel):
-    """What a run was made of and how it ended."""
+    """Inputs and outcome of a run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,24 +38,24 @@ class Manifest(BaseModel):
     command: tuple[str, ...]
     versions: Mapping[str, str]
     commit: str | None
-    """Of the working folder, `+` appended if it has changes; None outside a repository."""
+    """Of the repository in the working folder, with `+` if it has changes; None outside a repository."""
     device: str
     seed: int
     steps: int = 0
     """Optimizer steps done at the last save."""
     monitor: str
     selection: str = ""
-    """What chooses the weights that ship, in words: a score on labels of which domain, or one without labels."""
+    """How the weights to ship are chosen, in words: by which score, on whose labels."""
     best_score: float | None = None
     best_step: int | None = None
     plan: dict[str, Any]
     """Resolved sizes, splits with their hashes, and weight hashes."""
     used: Mapping[str, str]
-    """Split hash -> what it served: `training` or `selection`; a test on one of these is no test."""
+    """Split hash -> `training` or `selection`: a score on these images is no test."""
     frozen: Mapping[str, str] = {}
     """Teacher module -> SHA-256 of its weights."""
     resumed: tuple[str, ...] = ()
-    """One entry per continuation: time and step."""
+    """Time and step of every resume."""
     metric: str = "one integer confusion matrix over the whole split; absent classes are left out of means"
 
 
@@ -67,7 +67,7 @@ class RunSummary(BaseModel):
     method: str
     recipe: str
     state: str
-    """An exit state, or `killed` for a run whose process is gone without a word."""
+    """An exit state, or `killed`: still marked as running, but the process is gone."""
     step: int
     best: float | None
     monitor: str
@@ -75,7 +75,7 @@ class RunSummary(BaseModel):
 
 
 class RunDetails(BaseModel):
-    """What `rsseg runs show` shows; all columns of the evaluations are in metrics.csv."""
+    """Content of `rsseg runs show`; metrics.csv has all columns."""
 
     facts: dict[str, Any]
     metric_columns: tuple[str, ...]
@@ -86,7 +86,7 @@ class RunDetails(BaseModel):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of the files of a run."""
+    """Paths of the files of a run."""
 
     path: Path
 
@@ -107,16 +107,16 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """Newest model."""
+        """Model at the last save."""
         return self.path / "checkpoints" / "last.safetensors"
 
     @property
     def state(self) -> Path:
-        """All that a resumed run needs."""
+        """State to resume from."""
         return self.path / "checkpoints" / "last.state" / "state.safetensors"
 
     def manifest(self) -> Manifest:
-        """Read the manifest; raises `UsageError` where there is none."""
+        """Read the manifest; raise `UsageError` if it is missing or damaged."""
         try:
             return Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
         except (OSError, ValidationError) as error:
@@ -127,11 +127,11 @@ class RunFolder:
         write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
 
     def update_manifest(self, **changes: Any) -> None:
-        """Replace some values of the manifest."""
+        """Change some values of the manifest."""
         self.write_manifest(self.manifest().model_copy(update=changes))
 
     def summary(self) -> RunSummary:
-        """The manifest in one row."""
+        """The row of `rsseg runs ls`."""
         manifest = self.manifest()
         return RunSummary(
             name=self.path.name,
@@ -146,7 +146,7 @@ class RunFolder:
         )
 
     def details(self) -> RunDetails:
-        """The manifest's main facts and the evaluations."""
+        """Main facts of the manifest, and the evaluations."""
         summary, manifest = self.summary(), self.manifest()
         rows = read_rows(self.path / "metrics.csv")
         columns = (
@@ -171,7 +171,7 @@ class RunFolder:
 
 
 def create_run(output: Path, *, method: str, name: str) -> RunFolder:
-    """A new folder `<date>_<method>_<name>_NNN` with the first free number.
+    """Make a folder `<date>_<method>_<name>_NNN` with the first free number.
 
     Raises:
         MachineError: `output` cannot be written.
@@ -203,7 +203,7 @@ def list_runs(root: Path) -> list[RunFolder]:
 
 
 def newest_finished(root: Path) -> RunFolder:
-    """The newest run that ended well and has a model; raises `WeightsError` if there is none."""
+    """The newest finished run with a model; raise `WeightsError` if there is none."""
     finished = [run for run in list_runs(root) if run.manifest().state == "finished" and run.model.exists()]
     if not finished:
         raise WeightsError(
@@ -224,7 +224,7 @@ def find_run(path: Path | None, root: Path) -> RunFolder:
             raise UsageError(f"{root}: no runs here. `rsseg train --recipe NAME` makes one.")
         return runs[-1]
     for candidate in (path, root / path):
-        # Where the system has no symbolic links, `latest` is a file that holds the name.
+        # Without symbolic links, `latest` is a text file with the name.
         if candidate.is_file() and candidate.name == LATEST:
             candidate = candidate.with_name(candidate.read_text(encoding="utf-8").strip())
         if (candidate / MANIFEST).is_file():

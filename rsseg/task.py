@@ -1,17 +1,19 @@
-"""What is segmented: classes, bands and the meaning of pixel values. Free of torch."""
+"""Classes, bands and scaling of a segmentation task. Free of torch."""
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rsseg.errors import DataError
 
 IGNORE_INDEX = 255
-"""Class index of pixels without a label. Class indices run 0..253, so no class of the user's can collide with it."""
+"""Class index of unlabeled pixels. Class indices run 0..253, so no class can collide with it."""
 
 NODATA = 255
-"""Value of class rasters and of uint8 shares where the input has no data."""
+"""Value of class rasters and of uint8 probabilities where the input has no data."""
 
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
@@ -19,18 +21,18 @@ Color = tuple[
 
 
 class ClassInfo(BaseModel):
-    """One class. Its index is its position in `Task.classes`; `value` is what files store for it."""
+    """A class. Its index is its position in `Task.classes`; files store its `value`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     value: Annotated[int, Field(ge=0, le=254)]
-    """Pixel value in predicted rasters; unique in a task. 255 is left for nodata."""
+    """Pixel value in predicted rasters; unique in a task. 255 is nodata."""
     color: Color
 
 
 class Task(BaseModel):
-    """Classes, bands and pixel scaling of a problem; stored in the index and in every checkpoint.
+    """Classes, bands and pixel scaling; stored in the index and in every checkpoint.
 
     Networks see `pixel * scale + offset` per band ("scaled units"), about 0..1. Backbones normalize further.
     """
@@ -75,13 +77,24 @@ class Task(BaseModel):
         """Names in index order."""
         return tuple(c.name for c in self.classes)
 
+    def scaled(self, pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float]) -> NDArray[np.float32]:
+        """Pixels `(h, w, bands)` of any type as float32 in scaled units, with `fill` per band where not valid."""
+        rows = pixels.astype(np.float32, order="C").reshape(len(pixels), -1)
+        # One factor per value of a row: NumPy is slow where the last axis is short.
+        rows *= np.tile(np.array(self.scale, np.float32), valid.shape[1])
+        rows += np.tile(np.array(self.offset, np.float32), valid.shape[1])
+        image = rows.reshape(*valid.shape, -1)
+        if not valid.all():
+            image[~valid] = np.array(fill, np.float32)
+        return image
+
 
 def task_with_bands(task: Task, bands: Sequence[str]) -> Task:
     """The task restricted to `bands`, in that order; raises `DataError` for a band it does not have."""
     missing = [band for band in bands if band not in task.bands]
     if missing:
         raise DataError(
-            f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}. Name the ones to take "
+            f"band {missing[0]!r} is not among the bands of {task.name}: {list(task.bands)}. Name the bands to use "
             "with `bands` (of the recipe's data, or of the stream or split)."
         )
     chosen = [task.bands.index(band) for band in bands]

@@ -19,6 +19,7 @@ inference
 methods.registry
 recipe
 methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
+methods.importing
 methods.base
 data | backbones | layers | runs
 checkpoint | metrics | vector
@@ -71,6 +72,49 @@ def test_module_imports_only_from_below(path: Path) -> None:
         assert RANK[other] > RANK[own], (
             f"{dotted} imports rsseg.{other}: move the shared part down, or pass it in as an argument"
         )
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("rsseg", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Modules of the package that the file imports, at its top or within functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & known
+
+
+def first_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a ring, the first one also last; empty if there are none."""
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if cycle := visit(other, [*trail, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in sorted(graph) if (cycle := visit(module, []))), [])
+
+
+def test_a_ring_of_imports_is_found() -> None:
+    assert first_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert first_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_modules_import_one_another_in_a_ring() -> None:
+    known = {module_name(path) for path in MODULES} - {"rsseg"}  # `rsseg` alone holds the version
+    assert first_cycle({module_name(path): imported_modules(path, known) for path in MODULES}) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

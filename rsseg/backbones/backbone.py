@@ -1,4 +1,4 @@
-"""What every backbone looks like from outside: images in, feature maps out, normalization inside."""
+"""Common interface of backbones: images in, feature maps out, normalization inside."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +13,10 @@ from rsseg.errors import RecipeError
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What a decoder, a checkpoint header and a reader need to know.
+    """Facts about a backbone for decoders and model headers.
 
     channels, strides  per returned map
-    input_multiple     sides that divide without loss
+    input_multiple     input sides should be multiples of it, in pixels
     patch_size         pixels; None for a pyramid
     mean, std          per band of the task, scaled units
     license            of the pretrained weights
@@ -35,9 +35,9 @@ class BackboneInfo:
 
 
 class Backbone(nn.Module):
-    """A network that normalizes its own input, so that several of them can share one batch.
+    """A network that normalizes its own input, so that several backbones can share a batch.
 
-    `weights` is the file that its tensors came from, None if they are random or were loaded by the caller.
+    `weights` is the file of its tensors; None if they are random or loaded by the caller.
     """
 
     mean: Tensor
@@ -56,10 +56,10 @@ class Backbone(nn.Module):
 
         Args:
             info: describes `body` and the normalization.
-            body: normalized images (B, C, H, W) in `dtype` -> one NCHW map per tap.
-            pad: what happens to an input of a ViT that is no multiple of its patch.
+            body: normalized images (B, C, H, W) in `dtype` -> one NCHW map per output index.
+            pad: treatment of a ViT input that is not a multiple of the patch, see `BackboneConfig`.
             dtype: storage and compute type of `body`; maps are returned in float32.
-            weights: where the tensors come from.
+            weights: file of the tensors.
         """
         super().__init__()
         self.info = info
@@ -78,21 +78,21 @@ class Backbone(nn.Module):
             images: float (B, C, H, W) in scaled units, bands in the task's order.
 
         Returns:
-            One float (B, channels[i], H / strides[i], W / strides[i]) per tap; a ViT rounds up, a pyramid as its
+            One float (B, channels[i], H / strides[i], W / strides[i]) per index; a ViT rounds up, a pyramid as its
             convolutions do.
         """
-        return self.taps_of_normalized(self.normalize(images))
+        return self.forward_normalized(self.normalize(images))
 
     def normalize(self, images: Tensor) -> Tensor:
         """(images - mean) / std, per band, float32."""
         return (images.float() - self.mean) / self.std
 
-    def taps_of_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Like `forward` for images (B, C, H, W) that were normalized by someone else's statistics."""
+    def forward_normalized(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Like `forward` for images (B, C, H, W) that are already normalized."""
         maps = self.body(self._padded(images).to(self.dtype))
         if self.dtype == torch.float32:
             return tuple(maps)
-        return tuple(tap.float() for tap in maps)
+        return tuple(level.float() for level in maps)
 
     def _padded(self, images: Tensor) -> Tensor:
         if self.info.patch_size is None:
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
             return images
         if self.pad == "error":
             raise RecipeError(
-                f"{self.info.name} got {height} x {width} pixels, which is no multiple of its patch of "
-                f"{self.info.patch_size}. Choose a crop and tile size that is, or set pad: corner."
+                f"{self.info.name} got {height} x {width} pixels, which is not a multiple of its patch of "
+                f"{self.info.patch_size}. Choose such a crop and tile size, or set pad: corner."
             )
         return F.pad(images, (0, right, 0, bottom))

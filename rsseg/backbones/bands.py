@@ -1,4 +1,4 @@
-"""Bands of a task seen through weights that were made for red, green and blue."""
+"""Adaptation of weights for red, green and blue to the bands of a task."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ RGB = ("red", "green", "blue")
 
 
 def color_of(band: str) -> int | None:
-    """Position of a band among red, green, blue by its name (case does not matter); None for any other band."""
+    """Index of a band in red, green, blue by its name, ignoring case; None for any other band."""
     return RGB.index(band.lower()) if band.lower() in RGB else None
 
 
 def pretrained_statistics(rgb: Sequence[float], bands: Sequence[str]) -> tuple[float, ...]:
-    """One value per band: red, green and blue take their own of `rgb`, other bands the mean of the three."""
+    """One value per band: red, green and blue have their value in `rgb`, other bands the mean of the three."""
     mean = sum(rgb) / len(rgb)
     return tuple(mean if (color := color_of(band)) is None else rgb[color] for band in bands)
 
@@ -26,7 +26,7 @@ def data_statistics(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the training images, scaled units.
 
     Raises:
-        DataError: they were never measured, or a band is constant.
+        DataError: they were not measured, or a band is constant.
     """
     if task.mean is None or task.std is None:
         raise DataError(
@@ -40,10 +40,10 @@ def data_statistics(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def adapt_first_conv(weight: Tensor, bands: Sequence[str]) -> Tensor:
-    """Kernels of a first convolution for other bands than red, green, blue.
+    """Convert the kernels of a first convolution to other bands than red, green, blue.
 
-    Red, green and blue keep their own kernel wherever they stand; any other band takes the mean of the three. All are
-    scaled by 3 / C, so that the response to a grey image stays as large as it was.
+    Red, green and blue keep their kernels at any position; other bands get the mean of the three. All are scaled by
+    3 / C, which preserves the response to a grey image.
 
     Args:
         weight: (D, 3, kh, kw), input channels red, green, blue.

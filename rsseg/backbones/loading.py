@@ -1,4 +1,4 @@
-"""Tensors of a classification or self-supervised checkpoint in timm's names, put into a headless body."""
+"""Load checkpoints of classification or self-supervised networks, in timm's names, into bodies without head."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rsseg.backbones.bands import RGB, adapt_first_conv
-from rsseg.backbones.mit_keys import mit_to_timm
-from rsseg.backbones.position import resample_positions
-from rsseg.backbones.pyramid import Pyramid
+from rsseg.backbones.bodies import Pyramid, TokenMaps, resample_positions
+from rsseg.backbones.keys import mit_to_timm
 from rsseg.backbones.timm_adapter import LEVELS, Architecture, complete_network, in_timm_names
-from rsseg.backbones.tokens import TokenMaps
 from rsseg.errors import WeightsError
 
 _UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")
-"""Tensors that some files carry although only pretraining used them, or they follow from the architecture."""
+"""Tensors that only pretraining uses or that follow from the architecture."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A weights file and what is known about the network it belongs to.
+    """A weights file and its network.
 
     first_conv  convolution that reads red, green, blue
-    final_norm  the classifier's norm, which the last level's own norm starts from; None if there is none
+    final_norm  the classifier's norm, which initializes the norm of the last level; None if there is none
     """
 
     path: Path
@@ -39,10 +37,10 @@ def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[s
     """Fill a body from a .safetensors file in timm's names; 16-bit files become float32.
 
     The first convolution is adapted to `bands`, the position table to the body's grid. Tensors of the head and of
-    stages that the body left out are dropped. A pyramid's own norms start at 1 and 0 where the file has none.
+    omitted stages are dropped. The norms of a pyramid's levels start at 1 and 0 if the file has none.
 
     Raises:
-        WeightsError: unreadable, or it does not fit; the message names the first missing and unexpected tensor.
+        WeightsError: the file is unreadable or does not fit; names the first missing and unexpected tensor.
     """
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(source.path).items()}

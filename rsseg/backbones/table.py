@@ -1,11 +1,14 @@
-"""The networks of the zoo, as data. Free of torch and timm, so that listing them is instant."""
+"""The networks of the zoo. Imports neither torch nor timm, so that listing them is fast."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-NormTaps = Literal["all", "last", "none"]
+from rsseg.errors import RecipeError
+
+OutNorm = Literal["all", "last", "none"]
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
 
@@ -14,17 +17,17 @@ PYRAMID_STRIDES = (4, 8, 16, 32)
 class ZooEntry:
     """One network and its pretrained weights.
 
-    name       ours, as recipes write it
-    timm_name  architecture, with the tag of the weights after a dot; no tag means that there are none
-    millions   parameters of the complete network, head included, as its weights file has them
+    name       our name, used in recipes
+    timm_name  architecture and, after a dot, tag of the weights if there are any
+    millions   parameters of the complete network with head, as in its weights file
     strides    of a pyramid's levels, or the patch of a ViT
-    taps       returned unless the recipe says otherwise: pyramid levels or ViT blocks
-    norm_taps  which of them pass a LayerNorm unless the recipe says otherwise
+    out_indices  default pyramid levels or ViT blocks to return
+    out_norm   default selection of returned maps that pass a LayerNorm
     license    of the weights
     hub        Hugging Face repository of the weights, None if there are none
-    arguments  for timm, where the network differs from the architecture's own defaults
-    norm_eps   eps of every LayerNorm where it differs from timm's
-    final_norm name of the classifier's norm, which becomes the last level's
+    arguments  for timm, if the network differs from the architecture's defaults
+    norm_eps   eps of every LayerNorm if it differs from timm's
+    final_norm name of the classifier's norm, which initializes the last level's
     """
 
     name: str
@@ -32,8 +35,8 @@ class ZooEntry:
     kind: Literal["pyramid", "vit"]
     millions: float
     strides: tuple[int, ...] = PYRAMID_STRIDES
-    taps: tuple[int, ...] = (0, 1, 2, 3)
-    norm_taps: NormTaps = "none"
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
+    out_norm: OutNorm = "none"
     license: str = "apache-2.0"
     hub: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +59,7 @@ def _pyramid(timm_name: str, millions: float, name: str | None = None, **differe
 
 
 def _convnext(timm_name: str, millions: float, **differences: Any) -> ZooEntry:
-    return _pyramid(timm_name, millions, norm_taps="all", final_norm="head.norm", **differences)
+    return _pyramid(timm_name, millions, out_norm="all", final_norm="head.norm", **differences)
 
 
 def _convnextv2(timm_name: str, millions: float) -> ZooEntry:
@@ -65,7 +68,7 @@ def _convnextv2(timm_name: str, millions: float) -> ZooEntry:
 
 def _swin(timm_name: str, millions: float) -> ZooEntry:
     any_size = {"strict_img_size": False}
-    return _pyramid(timm_name, millions, norm_taps="all", final_norm="norm", license="mit", arguments=any_size)
+    return _pyramid(timm_name, millions, out_norm="all", final_norm="norm", license="mit", arguments=any_size)
 
 
 def _mit(size: int, millions: float) -> ZooEntry:
@@ -73,17 +76,22 @@ def _mit(size: int, millions: float) -> ZooEntry:
     return _pyramid(f"pvt_v2_b{size}.in1k", millions, f"mit_b{size}", norm_eps=1e-6)
 
 
-def _vit(timm_name: str, millions: float, patch: int, taps: tuple[int, ...], **differences: Any) -> ZooEntry:
-    chosen = {"name": timm_name.partition(".")[0], "norm_taps": "all", "hub": f"timm/{timm_name}"} | differences
+def _vit(timm_name: str, millions: float, patch: int, blocks: tuple[int, ...], **differences: Any) -> ZooEntry:
+    chosen = {"name": timm_name.partition(".")[0], "out_norm": "all", "hub": f"timm/{timm_name}"} | differences
     return ZooEntry(
-        timm_name=timm_name, kind="vit", millions=millions, strides=(patch,) * len(taps), taps=taps, **chosen
+        timm_name=timm_name,
+        kind="vit",
+        millions=millions,
+        strides=(patch,) * len(blocks),
+        out_indices=blocks,
+        **chosen,
     )
 
 
 BLOCKS_12 = (2, 5, 8, 11)
 BLOCKS_24 = (5, 11, 17, 23)
 DINOV2_24 = (4, 11, 17, 23)
-"""Taps of DINOv2's own dense heads for the large network."""
+"""Blocks that DINOv2's own dense heads read from the large network."""
 
 
 ENTRIES: tuple[ZooEntry, ...] = (
@@ -160,7 +168,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "convnext_tiny",
         "pyramid",
         0.2,
-        norm_taps="all",
+        out_norm="all",
         license=NO_WEIGHTS,
         final_norm="head.norm",
         arguments={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "ls_init_value": None},
@@ -188,7 +196,7 @@ ENTRIES: tuple[ZooEntry, ...] = (
         86.2,
         16,
         BLOCKS_12,
-        norm_taps="none",
+        out_norm="none",
         hub="timm/vit_base_patch16_clip_224.openai",
     ),
     _vit(
@@ -196,11 +204,11 @@ ENTRIES: tuple[ZooEntry, ...] = (
         304.0,
         14,
         BLOCKS_24,
-        norm_taps="none",
+        out_norm="none",
         hub="timm/vit_large_patch14_clip_224.openai",
     ),
-    _vit("samvit_base_patch16.sa1b", 89.7, 16, BLOCKS_12, norm_taps="none"),
-    _vit("samvit_large_patch16.sa1b", 308.3, 16, BLOCKS_24, norm_taps="none"),
+    _vit("samvit_base_patch16.sa1b", 89.7, 16, BLOCKS_12, out_norm="none"),
+    _vit("samvit_large_patch16.sa1b", 308.3, 16, BLOCKS_24, out_norm="none"),
     _vit("vit_base_patch16_siglip_224.v2_webli", 92.9, 16, BLOCKS_12),
     _vit("vit_base_patch16_siglip_512.v2_webli", 93.5, 16, BLOCKS_12),
     _vit("vit_so400m_patch14_siglip_224.v2_webli", 427.7, 14, (5, 12, 19, 26)),
@@ -210,11 +218,24 @@ ENTRIES: tuple[ZooEntry, ...] = (
         "vit",
         0.2,
         strides=(8,) * 4,
-        taps=(0, 1, 2, 3),
-        norm_taps="all",
+        out_indices=(0, 1, 2, 3),
+        out_norm="all",
         license=NO_WEIGHTS,
         arguments={"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_values": 1.0},
     ),
 )
 
 ZOO: Mapping[str, ZooEntry] = MappingProxyType({entry.name: entry for entry in ENTRIES})
+
+
+def find_entry(name: str) -> ZooEntry:
+    """The entry of a name.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    near = difflib.get_close_matches(name, ZOO, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"unknown backbone {name!r}. {hint}`rsseg backbone ls` lists them.")

@@ -1,4 +1,4 @@
-"""The only file that imports timm: networks of the zoo without their heads, and what timm knows about them."""
+"""The only module that imports timm: networks of the zoo without heads, and timm's facts about them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,8 @@ from timm.models import eva, swin_transformer, vision_transformer_sam
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from rsseg.backbones.position import PositionMode, resample_positions
-from rsseg.backbones.pyramid import Pyramid
-from rsseg.backbones.table import NormTaps
-from rsseg.backbones.tokens import TokenMaps
+from rsseg.backbones.bodies import PositionMode, Pyramid, TokenMaps, resample_positions
+from rsseg.backbones.table import OutNorm
 from rsseg.errors import RecipeError
 
 _Conversion = Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
@@ -32,19 +30,19 @@ LEVELS = 4
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network as timm names it, `arguments` overriding the named one's own (depths, widths, ...)."""
+    """A network by timm's name; `arguments` override its defaults (depths, widths, ...)."""
 
     name: str
     bands: int = 3
     drop_path: float = 0.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
-    """Another eps for every LayerNorm; None keeps timm's."""
+    """Eps of every LayerNorm; None keeps timm's."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A body, and the facts that timm keeps beside it.
+    """A body and timm's facts about it.
 
     channels, strides  per returned map
     mean, std          of the weights: red, green, blue in 0..1
@@ -60,30 +58,30 @@ class Built:
 
 
 def build_pyramid(
-    architecture: Architecture, *, levels: Sequence[int] = range(LEVELS), norm_taps: NormTaps = "none"
+    architecture: Architecture, *, levels: Sequence[int] = range(LEVELS), out_norm: OutNorm = "none"
 ) -> Built:
     """A pyramid with random weights.
 
     Args:
         architecture: the network.
-        levels: 0 to 3, in the order in which maps are returned; stages above the highest are left out.
-        norm_taps: which of them get a LayerNorm of their own; `last` is level 3.
+        levels: 0 to 3, in the order of the returned maps; stages above the highest are omitted.
+        out_norm: which of them get their own LayerNorm; `last` is level 3.
 
     Raises:
         RecipeError: a level that does not exist.
     """
-    _check_taps(levels, LEVELS, f"{architecture.name}: a pyramid's levels")
+    _check_indices(levels, LEVELS, f"{architecture.name}: a pyramid's levels")
     network = _create(architecture)
     info = list(network.feature_info)
     first = len(info) - LEVELS  # some networks also have a level of stride 2
     network.prune_intermediate_layers([first + level for level in sorted(levels)], prune_norm=True)
     if "head" in dict(network.named_children()):
-        network.head = nn.Identity()  # some versions of timm leave its norm behind, which would never get a gradient
+        network.head = nn.Identity()  # some versions of timm keep its norm, which would never get gradients
     body = Pyramid(
         network,
         indices={level: first + level for level in levels},
         channels={level: info[first + level]["num_chs"] for level in levels},
-        normed=_normed(levels, norm_taps, last=LEVELS - 1),
+        normed=_normed(levels, out_norm, last=LEVELS - 1),
         stages=list(_stages(network, [entry["module"] for entry in info[first:]])),
     )
     return _built(network, body, [info[first + level] for level in levels])
@@ -92,8 +90,8 @@ def build_pyramid(
 def build_vit(
     architecture: Architecture,
     *,
-    taps: Sequence[int],
-    norm_taps: NormTaps = "none",
+    out_indices: Sequence[int],
+    out_norm: OutNorm = "none",
     position: PositionMode = "timm",
     image_size: int | None = None,
 ) -> Built:
@@ -101,44 +99,43 @@ def build_vit(
 
     Args:
         architecture: the network.
-        taps: zero-based blocks, in the order in which maps are returned; blocks above the highest are left out.
-        norm_taps: which of them pass the network's final norm; `last` is the network's last block, if it is tapped.
-        position: how the position table is resampled at other sizes.
-        image_size: pixels that the stored position table is laid out for, rounded up to whole patches; None keeps
-            the network's own.
+        out_indices: zero-based blocks, in the order of the returned maps; blocks above the highest are omitted.
+        out_norm: which of them pass the network's final norm; `last` is the network's last block, if returned.
+        position: resampling of the position table at other sizes.
+        image_size: side in pixels that the position table is resized to, rounded up to whole patches; None keeps it.
 
     Raises:
-        RecipeError: a block that does not exist, or an option of position tables or final norms for a network
-            that has none.
+        RecipeError: a block that does not exist, or an option of a position table or final norm that the network
+            lacks.
     """
     network = _create(architecture)
-    _check_taps(taps, len(network.blocks), f"{architecture.name}: the blocks")
+    _check_indices(out_indices, len(network.blocks), f"{architecture.name}: the blocks")
     has_table = isinstance(network, VisionTransformer)
     if not has_table and (position != "timm" or image_size is not None):
         raise RecipeError(
-            f"{architecture.name} has no position table of this kind. Leave out pos_embed and image_size."
+            f"{architecture.name} has no position table that can be resampled. Leave out pos_embed and image_size."
         )
-    normed = _normed(taps, norm_taps, last=len(network.blocks) - 1)
+    normed = _normed(out_indices, out_norm, last=len(network.blocks) - 1)
     if normed and isinstance(network, vision_transformer_sam.VisionTransformerSAM):
-        raise RecipeError(f"{architecture.name} has no final norm. Leave out norm_taps, or set it to none.")
+        raise RecipeError(f"{architecture.name} has no final norm. Leave out out_norm, or set it to none.")
     info = list(network.feature_info)
-    network.prune_intermediate_layers(sorted(taps), prune_norm=not normed)
-    body = TokenMaps(network, taps=taps, normed=normed, position=position if has_table else None)
+    network.prune_intermediate_layers(sorted(out_indices), prune_norm=not normed)
+    body = TokenMaps(network, out_indices=out_indices, normed=normed, position=position if has_table else None)
     if image_size is not None:
         cells = -(-image_size // info[0]["reduction"])
         table = resample_positions(network.pos_embed, (cells, cells), prefix=body.position_prefix, mode=position)
         network.pos_embed = nn.Parameter(table.detach().clone())
-    return _built(network, body, [info[tap] for tap in taps])
+    return _built(network, body, [info[index] for index in out_indices])
 
 
 def complete_network(architecture: Architecture) -> nn.Module:
-    """The network as its weights file has it, head included, for red, green and blue; it takes no memory."""
+    """The network as in its weights file, with head, for red, green and blue, on the meta device."""
     with torch.device("meta"):
         return timm.create_model(architecture.name, **architecture.arguments)  # type: ignore[no-any-return]
 
 
 def in_timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors where timm's own files may still have the names of the original authors."""
+    """Rename tensors that timm's files may still store under the original authors' names."""
     convert = _CONVERSIONS.get(type(network))
     return dict(convert(tensors, network) if convert else tensors)
 
@@ -152,7 +149,7 @@ def _create(architecture: Architecture) -> Any:
         **architecture.arguments,
     )
     if isinstance(network, swin_transformer.SwinTransformer):
-        network.patch_embed.dynamic_img_pad = True  # sides that are no multiple of 4 are extended, not refused
+        network.patch_embed.dynamic_img_pad = True  # pad sides that are not a multiple of 4
     if architecture.norm_eps is not None:
         for module in network.modules():
             if isinstance(module, nn.LayerNorm):
@@ -173,7 +170,7 @@ def _built(network: Any, body: Pyramid | TokenMaps, info: Sequence[Mapping[str, 
 
 
 def _stages(network: nn.Module, ends: Sequence[str]) -> Iterator[list[nn.Module]]:
-    """Parts of the network up to and with each of `ends`, in the order of computation."""
+    """Parts of the network up to and including each of `ends`, in the order of computation."""
     wanted = iter(ends)
     end = next(wanted)
     parts: list[nn.Module] = []
@@ -195,11 +192,11 @@ def _parts(network: nn.Module, containers: set[str]) -> Iterator[tuple[str, nn.M
             yield name, child
 
 
-def _normed(taps: Sequence[int], norm_taps: NormTaps, *, last: int) -> tuple[int, ...]:
-    """Those of `taps` that pass a norm."""
-    return tuple(tap for tap in taps if norm_taps == "all" or (norm_taps == "last" and tap == last))
+def _normed(out_indices: Sequence[int], out_norm: OutNorm, *, last: int) -> tuple[int, ...]:
+    """The members of `out_indices` that pass a norm."""
+    return tuple(index for index in out_indices if out_norm == "all" or (out_norm == "last" and index == last))
 
 
-def _check_taps(taps: Sequence[int], count: int, what: str) -> None:
-    if not taps or min(taps) < 0 or max(taps) >= count or len(set(taps)) != len(taps):
-        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; taps says {list(taps)}.")
+def _check_indices(indices: Sequence[int], count: int, what: str) -> None:
+    if not indices or min(indices) < 0 or max(indices) >= count or len(set(indices)) != len(indices):
+        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices says {list(indices)}.")

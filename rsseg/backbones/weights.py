@@ -1,6 +1,6 @@
-"""Where pretrained weights come from: the Hugging Face cache of this machine, or a file. Free of torch.
+"""Locate pretrained weights in the Hugging Face cache or a file, without importing torch.
 
-Only `pull_weights` uses the network; training and prediction never do.
+Only `pull_weights` downloads; training and prediction never do.
 """
 
 import hashlib
@@ -13,8 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from rsseg.backbones.table import ZooEntry
-from rsseg.backbones.zoo import find_entry
+from rsseg.backbones.table import ZooEntry, find_entry
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError
 
@@ -25,8 +24,8 @@ HUB_FILE = "model.safetensors"
 class WeightsFile:
     """A weights file on this machine.
 
-    license  of the zoo's entry, or "unknown" for a file of the user's
-    source   hub repository or path as given
+    license  of the zoo's entry, or "unknown" for a user's file
+    source   hub repository, or path as given
     """
 
     path: Path
@@ -35,13 +34,13 @@ class WeightsFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content in hex, computed at first use."""
+        """SHA-256 of the content in hex, computed at first use."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_weights(config: BackboneConfig) -> WeightsFile | None:
-    """The weights that a recipe's backbone needs, without reading them; None for random ones.
+    """Locate the weights that a recipe's backbone needs, without reading them; None for random ones.
 
     Raises:
         RecipeError: unknown backbone.
@@ -60,17 +59,17 @@ def check_weights(config: BackboneConfig) -> WeightsFile | None:
         )
     if path.suffix != ".safetensors":
         raise WeightsError(
-            f"{path} is no .safetensors file. Other formats can run code when opened; "
+            f"{path} is not a .safetensors file. Other formats can execute code when opened; "
             "convert it with `rsseg weights import`."
         )
     return WeightsFile(path, "unknown", config.weights)
 
 
 def resolve_weights(entry: ZooEntry) -> WeightsFile:
-    """An entry's pretrained weights in the cache.
+    """Locate an entry's pretrained weights in the cache.
 
     Raises:
-        WeightsError: they are not there, or do not exist; the message names the command that gets them.
+        WeightsError: they are not there, or the entry has none; the message names the command that downloads them.
     """
     path = _cached(entry)
     if path is None:
@@ -91,8 +90,7 @@ def pull_weights(entry: ZooEntry, *, announce: Callable[[str], None], offline: b
 
     Args:
         entry: of the zoo.
-        announce: is told what comes, how big it is and under which licence before anything is fetched; may raise to
-            stop it.
+        announce: called with file, size and licence before the download; may raise to prevent it.
         offline: forbid the download; so does a non-empty RSSEG_OFFLINE, and huggingface_hub's own HF_HUB_OFFLINE.
 
     Raises:
@@ -102,7 +100,7 @@ def pull_weights(entry: ZooEntry, *, announce: Callable[[str], None], offline: b
     if _cached(entry) is None:
         if offline or os.environ.get("RSSEG_OFFLINE"):
             raise WeightsError(
-                f"the weights of {entry.name} are not on this machine, and downloads are switched off. "
+                f"the weights of {entry.name} are not on this machine, and downloads are disabled. "
                 f"Run `rsseg weights pull {entry.name}` without --offline or RSSEG_OFFLINE, or set "
                 "weights: FILE.safetensors in the recipe."
             )
@@ -118,7 +116,7 @@ def pull_weights(entry: ZooEntry, *, announce: Callable[[str], None], offline: b
 
 
 def verify_weights(entry: ZooEntry) -> WeightsFile:
-    """Hash the cached weights and compare with the hash that the hub gave at download.
+    """Compare the hash of cached weights with the one that the hub stated at download.
 
     Raises:
         WeightsError: not cached, or damaged.

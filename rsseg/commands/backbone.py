@@ -14,12 +14,11 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     """List the backbones with kind, size, strides, and licence and presence of their weights."""
     from dataclasses import asdict
 
+    from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
-    from rsseg.backbones.zoo import list_backbones
 
-    entries = list_backbones()
     if as_json:
-        print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in entries])
+        print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in ENTRIES])
         return
     columns = ("name", "kind", "parameters", "stride", "licence of the weights", "on this machine")
     rows = [
@@ -31,6 +30,6 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
             entry.license,
             "yes" if is_cached(entry) else "no",
         )
-        for entry in entries
+        for entry in ENTRIES
     ]
     print_table(columns, rows)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rsseg.metrics import Scores
 
 PIPE_WIDTH = 160
-"""Columns of tables that go to a file or a pipe, so that nothing is cut."""
+"""Width of tables in a file or pipe, so that nothing is cut."""
 
 
 def stdout() -> Console:
@@ -26,6 +26,11 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Console for progress and messages."""
     return Console(stderr=True, highlight=False)
+
+
+def is_live() -> bool:
+    """Whether stderr can show an updating line."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def print_error(message: str) -> None:

@@ -1,13 +1,20 @@
-"""`rsseg dataset`: known datasets, and making any folder one."""
+"""`rsseg dataset`: prepare, check, show and split datasets."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from pydantic import ValidationError
+from rich.color import Color
+from rich.style import Style
+from rich.text import Text
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table
+from rsseg.commands.console import print_json, print_note, print_result, print_table, stdout
 from rsseg.errors import DataError, MachineError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 
@@ -18,13 +25,15 @@ Stretch = Literal["none", "minmax"]
 By = Literal["scene", "block"]
 OWN = "Only for `folder`"
 KNOWN = "Not for `folder`"
+_GAP = 2
+"""Columns between two pictures."""
 
 
 @app.command("list")
 def list_datasets(
-    name: Annotated[str | None, typer.Argument(help="Tell more about one of them.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="Show one of them in detail.")] = None, as_json: AsJson = False
 ) -> None:
-    """List the datasets that rsseg knows."""
+    """List the known datasets."""
     from rsseg.datasets.cards import CARDS, find_card
 
     cards = list(CARDS.values()) if name is None else [find_card(name)]
@@ -33,7 +42,7 @@ def list_datasets(
         return
     if name is None:
         print_table(("name", "what", "classes", "size", "licence", "source"), [card.row() for card in cards])
-        print_note("All are semantic segmentation. `rsseg dataset list NAME` tells splits, labels, bands and citation.")
+        print_note("All are semantic segmentation. `rsseg dataset list NAME` shows splits, labels, bands and citation.")
         return
     card = cards[0]
     rows = [(key, _shown(value)) for key, value in card.summary().items() if not isinstance(value, dict) and value]
@@ -47,21 +56,15 @@ def list_datasets(
 @app.command()
 def prepare(
     name: Annotated[str, typer.Argument(help="A name of `rsseg dataset list`; `folder` for your own images.")],
-    src: Annotated[Path | None, typer.Option("--src", help="Folder, zip or tar as the publisher ships it.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to make; data/NAME.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Agree to fetch it from the hub.")] = False,
+    src: Annotated[Path | None, typer.Option("--src", help="Folder, zip or tar of the publisher.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder; data/NAME.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Permit the download.")] = False,
     tile: Annotated[int | None, typer.Option("--tile", help="Cut images into squares of this side.")] = None,
-    stride: Annotated[int | None, typer.Option("--stride", help="Distance of the squares; the side.")] = None,
-    bands: Annotated[
-        str | None, typer.Option("--bands", help="Names of the bands in file order: red,green,nir.")
-    ] = None,
-    scale: Annotated[
-        str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values that become 0 and 1.")
-    ] = "auto",
-    split: Annotated[
-        str | None, typer.Option("--split", help=f"{KNOWN}: split rule, see `dataset list --json`.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option("--labels", help=f"{KNOWN}: which labels.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Distance between squares; the side.")] = None,
+    bands: Annotated[str | None, typer.Option("--bands", help="Band names in file order: red,green,nir.")] = None,
+    scale: Annotated[str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values scaled to 0 and 1.")] = "auto",
+    split: Annotated[str | None, typer.Option("--split", help=f"{KNOWN}: split rule, see `dataset list NAME`.")] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help=f"{KNOWN}: labels, see `dataset list NAME`.")] = None,
     ignore_class: Annotated[
         list[str] | None, typer.Option("--ignore-class", help="Class whose pixels are ignored.")
     ] = None,
@@ -88,11 +91,11 @@ def prepare(
     split_ratio: Annotated[
         list[str] | None, typer.Option("--split-ratio", help=f"{OWN}: train=0.7,val=0.15,test=0.15.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the drawn splits.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of random splits.")] = 0,
     jobs: Jobs = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
-    """Make a checked dataset from a publisher's archive or from your own folders.
+    """Prepare a checked dataset from a publisher's archive or from your own folders.
 
     Example: rsseg dataset prepare cloud --src cloud.zip
     """
@@ -100,65 +103,50 @@ def prepare(
 
     from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions, parse_ignored, parse_pairs, parse_scale
-    from rsseg.datasets.prepare.plan import make_plan
-    from rsseg.datasets.prepare.run import output_folder
+    from rsseg.datasets.prepare.options import parse_ignored, parse_options, parse_pairs, parse_scale
     from rsseg.datasets.prepare.run import prepare as prepare_dataset
-    from rsseg.datasets.prepare.stage import partial_folder
+    from rsseg.datasets.prepare.run import unfinished
 
     own = {
+        "classes": classes,
+        "images": images,
         "masks": masks,
-        "unlabeled": tuple(unlabeled or ()),
+        "unlabeled": unlabeled,
         "split_as": parse_pairs("--split-as", split_as or []),
         "split_lists": parse_pairs("--split-list", split_list or []),
         "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
     }
-    if name == "folder" and (classes is None or images is None):
-        raise UsageError(
-            "`folder` needs --src DIR, --classes FILE and --images PATTERN; docs/datasets.md has examples."
-        )
-    try:
-        folder = None
-        if classes is not None or images is not None or any(own.values()):
-            folder = FolderOptions.model_validate({"classes": classes, "images": images, **own})
-        options = PrepareOptions(
-            out=out,
-            src=src,
-            download=download,
-            offline=bool(os.environ.get("RSSEG_OFFLINE")),
-            overwrite=overwrite,
-            tile=tile,
-            stride=stride,
-            jobs=jobs,
-            bands=tuple(bands.split(",")) if bands else None,
-            scale=parse_scale(scale),
-            split=split,
-            labels=labels,
-            seed=seed,
-            ignore_classes=tuple(ignore_class or ()),
-            ignore=parse_ignored(ignore or []),
-            stretch=stretch,
-            folder=folder,
-        )
-    except ValidationError as error:
-        raise UsageError("\n".join(_option_problem(problem) for problem in error.errors())) from None
+    options = parse_options(
+        {
+            "out": out,
+            "src": src,
+            "download": download,
+            "offline": bool(os.environ.get("RSSEG_OFFLINE")),
+            "overwrite": overwrite,
+            "tile": tile,
+            "stride": stride,
+            "jobs": jobs,
+            "bands": bands.split(",") if bands else None,
+            "scale": parse_scale(scale),
+            "split": split,
+            "labels": labels,
+            "seed": seed,
+            "ignore_classes": ignore_class or (),
+            "ignore": parse_ignored(ignore or []),
+            "stretch": stretch,
+            "folder": {key: value for key, value in own.items() if value} or None,
+        }
+    )
     try:
         with stage_bar() as progress:
             made = prepare_dataset(name, options, progress)
     except (KeyboardInterrupt, MachineError):
-        place = partial_folder(output_folder(make_plan(name, options), options))
-        if place.is_dir():
-            print_note(f"What is done lies in {place}; the same command goes on from there.")
+        if place := unfinished(name, options):
+            print_note(f"Finished steps are kept in {place}; the same command resumes there.")
         raise
     index = SegmentationIndex.load(made)
-    counts = [
-        (
-            split,
-            sum(i.split == split for i in index.items),
-            sum(i.split == split and i.mask is not None for i in index.items),
-        )
-        for split in index.splits()
-    ]
+    splits = {name: [item for item in index.items if item.split == name] for name in index.splits()}
+    counts = [(name, len(items), sum(item.mask is not None for item in items)) for name, items in splits.items()]
     print_table(("split", "images", "masks"), counts)
     print_note(f"{len(index.task.classes)} classes, {len(index.task.bands)} bands. Prepared in:")
     print_result(str(made))
@@ -167,11 +155,11 @@ def prepare(
 @app.command()
 def verify(
     path: Folder,
-    pixels: Annotated[bool, typer.Option(help="Also decode every image: finds files that end early.")] = True,
+    pixels: Annotated[bool, typer.Option(help="Also decode every image: finds truncated files.")] = True,
     jobs: Jobs = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Read every mask and image once; list what is wrong and exit 4."""
+    """Read every mask and image once; list problems and exit with 4 if there are any."""
     from rsseg.commands.progress import stage_bar
     from rsseg.datasets.verify import verify as verify_dataset
 
@@ -186,12 +174,12 @@ def verify(
             print_table(("file", "split", "problem"), [(p.file, p.split, p.reason) for p in report.problems])
     if not report.ok:
         raise DataError(f"{path}: {len(report.problems)} problem(s).")
-    print_note(f"{path}: {report.images} images and {report.masks} masks, nothing wrong.")
+    print_note(f"{path}: {report.images} images and {report.masks} masks, no problems.")
 
 
 @app.command()
 def stats(path: Folder, jobs: Jobs = 2, as_json: AsJson = False) -> None:
-    """Band statistics and class areas per split."""
+    """Show band statistics and class areas per split."""
     from rsseg.commands.progress import stage_bar
     from rsseg.datasets.verify import statistics
 
@@ -216,7 +204,6 @@ def inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the PNG.")] = False,
 ) -> None:
     """Show one image, its mask in class colours, and a legend."""
-    from rsseg.commands.blocks import print_picture
     from rsseg.data.index import SegmentationIndex
     from rsseg.datasets.picture import draw_sample, find_sample, legend, sample_colors
 
@@ -229,7 +216,7 @@ def inspect(
         draw_sample(index, item).save(out, "PNG")
         print_result(str(out))
         return
-    print_picture(sample_colors(index, item, 400), legend(index, item))
+    _print_picture(sample_colors(index, item, 400), legend(index, item))
     print_note(f"{item.image}, split {item.split}. For a picture file: --out sample.png")
 
 
@@ -237,15 +224,15 @@ def inspect(
 def split(
     path: Folder,
     ratio: Annotated[list[str], typer.Option("--ratio", help="train=0.7,val=0.15,test=0.15")],
-    by: Annotated[By, typer.Option("--by", help="What stays together.")] = "scene",
+    by: Annotated[By, typer.Option("--by", help="Unit that stays in one split.")] = "scene",
     block: Annotated[int | None, typer.Option("--block", min=1, help="Side of the blocks in pixels.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides the order.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Change the index; without it, only show.")] = False,
 ) -> None:
-    """Divide a prepared dataset anew, by scene or by block of ground, never tile by tile."""
+    """Split a prepared dataset anew, by scene or by block of ground."""
     from rsseg.data.index import SegmentationIndex
     from rsseg.datasets.prepare.options import parse_pairs
-    from rsseg.datasets.resplit import resplit
+    from rsseg.datasets.splits import resplit, scene_of
 
     try:
         shares = {name: float(share) for name, share in parse_pairs("--ratio", ratio).items()}
@@ -253,21 +240,31 @@ def split(
         raise UsageError(f"--ratio {','.join(ratio)}: expected shares such as train=0.7,val=0.15,test=0.15.") from None
     index = resplit(SegmentationIndex.load(path), shares, by=by, block=block, seed=seed)
     counts = {name: [item for item in index.items if item.split == name] for name in sorted(index.splits())}
-    rows = [(name, len(items), len({item.scene or item.image for item in items})) for name, items in counts.items()]
+    rows = [(name, len(items), len({scene_of(item) for item in items})) for name, items in counts.items()]
     print_table(("split", "images", "scenes"), rows)
     if overwrite:
         print_result(str(index.save(path if path.is_dir() else path.parent)))
     else:
-        print_note("Nothing is changed yet: pass --overwrite to write this division into the index.")
+        print_note("Nothing is changed yet: pass --overwrite to write these splits into the index.")
 
 
 def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _option_problem(problem: object) -> str:
-    """One line for a Pydantic error of an option."""
-    if not isinstance(problem, dict):
-        return str(problem)
-    option = "--" + str(problem["loc"][0]).replace("_", "-").replace("lists", "list") if problem["loc"] else ""
-    return f"{option} {str(problem['msg']).removeprefix('Value error, ')} (found {problem['input']!r}).".strip()
+def _print_picture(pictures: Sequence["NDArray[np.uint8]"], legend: Sequence[tuple[tuple[int, int, int], str]]) -> None:
+    """Print pictures `(h, w, 3)` side by side in half blocks, two pixels per character, and a legend below."""
+    console = stdout()
+    columns = max((min(console.width, 120) - _GAP * (len(pictures) - 1)) // len(pictures), 4)
+    step = max(-(-pictures[0].shape[1] // columns), 1)
+    small = [picture[::step, ::step] for picture in pictures]
+    for row in range(0, small[0].shape[0], 2):
+        line = Text()
+        for number, picture in enumerate(small):
+            line.append(" " * _GAP if number else "")
+            below = picture[min(row + 1, len(picture) - 1)]
+            for upper, lower in zip(picture[row].tolist(), below.tolist(), strict=True):
+                line.append("\u2580", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+        console.print(line, no_wrap=True, crop=True)
+    for color, text in legend:
+        console.print(Text("\u2588\u2588 ", Style(color=Color.from_rgb(*color))) + Text(text))

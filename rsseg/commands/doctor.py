@@ -1,4 +1,4 @@
-"""`rsseg doctor`: is this machine ready."""
+"""`rsseg doctor`: check this machine."""
 
 import os
 import platform
@@ -19,11 +19,11 @@ PACKAGES = (
     "huggingface_hub", "pydantic", "typer", "rich",
 )  # fmt: skip
 FOREIGN = ("GDAL_DATA", "PROJ_LIB", "PROJ_DATA", "GDAL_DRIVER_PATH")
-"""Variables of another GDAL or PROJ; rasterio's wheel brings its own data, and foreign ones break it."""
+"""Variables that point to the data of another GDAL or PROJ, which breaks rasterio's own."""
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check versions, devices, codecs, disk and cache; exit 8 and say what to do if something is wrong."""
+    """Check versions, devices, codecs, disk and cache; exit 8 and name the remedy if something is wrong."""
     facts, problems = _versions()
     for check in (_devices, _codecs, _disk, _environment):
         more_facts, more_problems = check()
@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         print_json({"facts": facts, "problems": problems})
     else:
         print_table(("check", "found"), facts.items())
-        print_note("\n".join(problems) if problems else "Everything that rsseg needs is here.")
+        print_note("\n".join(problems) if problems else "No problem found.")
     if problems:
         raise CheckFailed(f"{len(problems)} problem(s) found; see above.")
 

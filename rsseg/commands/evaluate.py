@@ -24,20 +24,22 @@ def evaluate(
 ) -> None:
     """Score a model on labeled data (the newest finished run on its test split), or two folders of rasters."""
     from rsseg.commands.progress import bar
-    from rsseg.evaluation import model as scoring
 
     bound = _parse_bound(fail_under)
     if (pred is None) != (truth is None):
         raise UsageError("--pred and --truth belong together: give both folders.")
     with bar("evaluate") as advance:
         if pred is not None and truth is not None:
-            result = scoring.evaluate_rasters(pred, truth, progress=advance)
+            from rsseg.evaluation.rasters import evaluate_rasters
+
+            result = evaluate_rasters(pred, truth, progress=advance)
         else:
+            from rsseg.evaluation.model import evaluate_model
             from rsseg.runs import choose_model
 
             file = choose_model(model, runs)
             print_note(f"Model: {file}")
-            result = scoring.evaluate_model(file, data=data, split=split, device=device, progress=advance)
+            result = evaluate_model(file, data=data, split=split, device=device, progress=advance)
     scores = result.scores
     if as_json:
         print_json(result)

@@ -1,4 +1,4 @@
-"""`rsseg info`: what a model file or a scene is."""
+"""`rsseg info`: the contents of a model file or a scene."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ def info(
     name: Annotated[str, typer.Argument(metavar="MODEL|SCENE", help="Model file, run folder, or raster.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model segments and how it was made, or what a scene holds. Reads the header only."""
+    """Show the classes and the training of a model, or the bands and the grid of a scene. Reads the header only."""
     path = Path(name)
     if path.is_dir() or path.suffix == ".safetensors":
         _show_model(path, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Several processes of one command, one per GPU."""
+"""Run one command in several processes, one per GPU."""
 
 import logging
 import os
@@ -14,9 +14,9 @@ from rsseg.errors import Interrupted
 
 
 def start_workers(gpus: int) -> int:
-    """Run this same command once per GPU under torchrun; returns the exit code of the process that failed first, or 0.
+    """Run this command once per GPU under torchrun; return the exit code of the first process that failed, or 0.
 
-    Whoever fails has said why; torchrun, which would add a report of its own, ends the others.
+    The failed process has printed its message, so torchrun's own report is suppressed.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -34,7 +34,7 @@ def start_workers(gpus: int) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         if first.exitcode < 0:
-            print_error(f"process {first.local_rank} was killed by signal {-first.exitcode}; was memory short?")
+            print_error(f"process {first.local_rank} was killed by signal {-first.exitcode}; did it run out of memory?")
             return 128 - first.exitcode
         return first.exitcode
     except SignalException:
@@ -44,7 +44,7 @@ def start_workers(gpus: int) -> int:
 
 @contextmanager
 def silent(when: bool) -> Iterator[None]:
-    """Of several processes that do the same, and are interrupted together, one talks."""
+    """Discard what this process prints; used in all but one of several processes with the same output."""
     if not when:
         yield
         return

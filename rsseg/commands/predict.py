@@ -80,7 +80,7 @@ def predict(
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     from rsseg.commands.progress import stage_bar
     from rsseg.inference.device import own_device
-    from rsseg.inference.load import load_segmenter
+    from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
     from rsseg.scene.batch import choose_targets, find_scenes, predict_scenes
     from rsseg.scene.memory import prepare_network

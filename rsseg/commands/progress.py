@@ -1,111 +1,72 @@
-"""Progress on stderr: one updating line on a terminal, one plain line per interval elsewhere."""
+"""Progress of loops on stderr: rich on a terminal, elsewhere a line of tqdm per interval."""
 
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from rsseg.commands.console import print_note, stderr
+from rsseg.commands.console import is_live, print_note, stderr
 
-if TYPE_CHECKING:
-    from rsseg.training.progress import Progress as TrainingProgress
-    from rsseg.training.results import EvaluationReport, StepReport, TrainPlan, TrainResult
-
-Advance = Callable[[int, int], None]
-"""Called with how many of how many are done."""
-
-PLAIN_INTERVAL_S = 10.0
-
-
-def is_live() -> bool:
-    """True where an updating line can be shown."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+INTERVAL_S = 10.0
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Advance]:
-    """A progress bar for work of known length; the total may be told with any call."""
-    if not is_live():
-        yield _plain_advance(title)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of one loop; the yielded function is called with (done, total)."""
+    with stage_bar() as advance:
+        yield lambda done, total: advance(title, done, total)
 
 
 @contextmanager
 def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar whose title changes with the stage of the work."""
+    """Progress of several loops in turn; the yielded function is called with (title, done, total).
+
+    A loop of at most one item is a message: off a terminal its title is printed once, without counts.
+    """
     if not is_live():
-        shown: dict[str, Advance] = {}
-        yield lambda stage, done, total: shown.setdefault(stage, _plain_advance(stage))(done, total)
+        yield _Lines().advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda stage, done, total: progress.update(task, description=stage, completed=done, total=total)
+        yield lambda title, done, total: progress.update(task, description=title, completed=done, total=total)
 
 
-def training_progress() -> "TrainingProgress":
-    """What `rsseg train` shows: an updating line and a permanent row per evaluation, or plain lines."""
-    from rsseg.training.progress import LineProgress
-
-    return LiveTraining() if is_live() else LineProgress()
-
-
-class LiveTraining:
-    """One updating line; evaluations and messages scroll by above it."""
+class _Lines:
+    """One tqdm counter per title."""
 
     def __init__(self) -> None:
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=stderr(), transient=True)
-        self._task = self._progress.add_task("starting", total=None)
+        self._counters: dict[str, _LineCounter] = {}
 
-    def on_start(self, plan: "TrainPlan") -> None:
-        """Print the plan and start the line."""
-        print_note(plan.text())
-        self._progress.start()
-        self._progress.update(self._task, completed=plan.start_step, total=plan.steps)
+    def advance(self, title: str, done: int, total: int) -> None:
+        """Count; a line is printed once per interval."""
+        if title not in self._counters:
+            if total == 1:
+                print_note(title)
+            counts = "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left" if total else "{n_fmt}, {rate_fmt}"
+            self._counters[title] = _LineCounter(
+                desc=title,
+                initial=done,
+                mininterval=INTERVAL_S,
+                delay=INTERVAL_S,
+                miniters=1,
+                bar_format=f"{{desc}}: {counts}",
+            )
+        counter = self._counters[title]
+        counter.total = total or None
+        counter.update(done - counter.n)
 
-    def on_step(self, report: "StepReport") -> None:
-        """Update the line."""
-        from rsseg.training.progress import duration
 
-        text = f"loss {report.loss:.4g}  {report.images_per_s:.1f} images/s  {duration(report.eta_s)} left"
-        self._progress.update(self._task, completed=report.step, description=text)
+class _LineCounter(tqdm):  # type: ignore[type-arg]
+    """tqdm for log files: prints whole lines and starts no thread."""
 
-    def on_evaluation(self, report: "EvaluationReport") -> None:
-        """Print a row."""
-        from rsseg.training.progress import evaluation_line
+    monitor_interval = 0
 
-        self.on_message(evaluation_line(report))
-
-    def on_message(self, text: str) -> None:
-        """Print it above the line."""
-        self._progress.console.print(text, markup=False, soft_wrap=True)
-
-    def on_end(self, result: "TrainResult") -> None:  # noqa: ARG002 - the result is the caller's to print
-        """Take the line away."""
-        self._progress.stop()
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002
+        """Print the counts."""
+        print_note(msg or str(self))
 
     def close(self) -> None:
-        """Take the line away, also after an error."""
-        self._progress.stop()
-
-
-def _plain_advance(title: str) -> Advance:
-    last = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL_S:
-            last = now
-            print_note(f"{title}: {done}/{total}")
-
-    return advance
+        """Print no last line."""
+        self.disable = True

@@ -30,7 +30,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
 @app.command()
 def cat(recipe: Name) -> None:
-    """Print a recipe as it is written."""
+    """Print the text of a recipe."""
     from rsseg.recipe import find_recipe
 
     print_result(find_recipe(recipe).read_text(encoding="utf-8").rstrip())

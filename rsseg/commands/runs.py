@@ -1,4 +1,4 @@
-"""`rsseg runs`: look at past runs."""
+"""`rsseg runs`: list and show runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from rsseg.commands.console import print_json, print_table
 
-app = typer.Typer(help="Look at past runs.", no_args_is_help=True)
+app = typer.Typer(help="List and show runs.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -32,7 +32,7 @@ def show(
     output: Root = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Show one run: what it was, how it ended, its evaluations."""
+    """Show one run: its inputs, its outcome and its evaluations."""
     from rsseg.runs import find_run
 
     found = find_run(run, output)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result, print_scores
+from rsseg.commands.console import is_live, print_json, print_note, print_result, print_scores, stderr
 from rsseg.commands.launch import start_workers
 from rsseg.errors import UsageError
 
@@ -28,11 +28,13 @@ def train(
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to continue.")] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes to start, one per GPU.")] = 1,
-    check: Annotated[bool, typer.Option("--check", help="Put one batch through everything, then stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run one step, one evaluation, saving and loading, then stop.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a model; ends with the run folder, the scores and the next command.
+    """Train a model; print the scores, the model file and the next command.
 
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
@@ -61,8 +63,8 @@ def train(
         raise UsageError("which recipe? Give --recipe NAME; `rsseg recipe ls` lists the packaged ones.")
     loaded = load_recipe(recipe, settings, method=method)
 
-    from rsseg.commands.progress import LiveTraining, training_progress
     from rsseg.training import run
+    from rsseg.training.progress import LineProgress, LiveProgress
 
     if dry_run:
         plan = run.plan(loaded)
@@ -72,12 +74,11 @@ def train(
         print_note(run.check(loaded))
         return
     source = find_recipe(recipe).read_text(encoding="utf-8")
-    progress = training_progress()
+    progress = LiveProgress(stderr()) if is_live() else LineProgress()
     try:
         result = run.train(loaded, output=output, name=name, resume=resume, progress=progress, source=source)
     finally:
-        if isinstance(progress, LiveTraining):
-            progress.close()
+        progress.close()
     if as_json:
         print_json(result)
         return

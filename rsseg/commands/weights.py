@@ -16,10 +16,10 @@ Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
 @app.command()
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the backbones that have pretrained weights, and which of them are on this machine."""
+    from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
-    from rsseg.backbones.zoo import list_backbones
 
-    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in list_backbones() if e.hub]
+    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in ENTRIES if e.hub]
     columns = ("name", "hub", "licence", "parameters (M)", "here")
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
@@ -30,8 +30,8 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 @app.command()
 def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg backbone ls`.")]) -> None:
     """Download pretrained weights from the hub; says what, how big and under which licence."""
+    from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import pull_weights
-    from rsseg.backbones.zoo import find_entry
 
     for entry in [find_entry(name) for name in names]:
         print_result(str(pull_weights(entry, announce=print_note).path))
@@ -40,8 +40,8 @@ def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg ba
 @app.command()
 def verify(name: Name) -> None:
     """Compare cached weights with the hash that the hub gave; exit 5 if they are damaged."""
+    from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import verify_weights
-    from rsseg.backbones.zoo import find_entry
 
     weights = verify_weights(find_entry(name))
     print_note(f"{weights.path}: undamaged.")
@@ -61,7 +61,7 @@ def import_checkpoint(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a checkpoint that the authors published into a model; nothing in the file is executed."""
-    from rsseg.data.task import open_task
+    from rsseg.data.sources import Datasets
     from rsseg.datasets.cards import find_card
     from rsseg.methods.registry import import_checkpoint as import_for
     from rsseg.recipe import load_recipe
@@ -69,7 +69,7 @@ def import_checkpoint(
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
     loaded = load_recipe(recipe, [f"data.path={data}"] if data else (), method=method)
-    task = open_task(loaded.data) if data else find_card(loaded.data.path.name).task()
+    task = Datasets(loaded.data).task if data else find_card(loaded.data.path.name).task()
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")
     print_result(str(output))

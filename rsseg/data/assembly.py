@@ -1,5 +1,7 @@
-"""What a loader process does: read, augment and pad one stream's share of a batch, in the pixels' own type."""
+"""Loader processes: sample order, and reading, augmenting and padding of one stream's share of a batch."""
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +13,15 @@ from torch import Tensor
 from rsseg.config import AugmentConfig, StrongConfig
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem
-from rsseg.data.photometric import ColorSpace, draw_fast_distortion, draw_photometric, photometric_distortion
-from rsseg.data.sampling import Order, RareClassOrder, positions, sample_generator
-from rsseg.data.strong import box_mask, draw_box, strong_view
+from rsseg.data.photometric import (
+    ColorSpace,
+    box_mask,
+    draw_box,
+    draw_fast_distortion,
+    draw_photometric,
+    photometric_distortion,
+    strong_view,
+)
 from rsseg.data.transforms import (
     Geometry,
     draw_cut,
@@ -47,9 +55,9 @@ class Crop(NamedTuple):
 
 
 class HostSamples(NamedTuple):
-    """Crops padded to squares and stacked, as they travel to the device.
+    """Crops padded to squares and stacked, on the host.
 
-    images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the files' own type; valid bool, masks uint8
+    images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the stored dtype; valid bool, masks uint8
     `(B, S, S)`; mix bool `(B, V, S, S)`.
     """
 
@@ -62,12 +70,12 @@ class HostSamples(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Everything that decides one stream's samples.
+    """Settings of one stream.
 
-    masks         False: masks are never opened
-    strong_views  number of them
-    rare_classes  temperature; None draws all images alike
-    zoom          factor on the size of all images, before the augmentation
+    masks         False: masks are never read
+    strong_views  number of strong views
+    rare_classes  temperature of rare class sampling; None draws uniformly
+    zoom          factor on the image size before the augmentation
     """
 
     name: str
@@ -83,22 +91,82 @@ class StreamPlan:
     zoom: float = 1.0
 
 
+def stream_key(stream: str) -> int:
+    """Seed derived from a stream's name, the same on every machine."""
+    return zlib.crc32(stream.encode())
+
+
+def permutation(seed: int, stream: str, epoch: int, count: int) -> NDArray[np.int64]:
+    """Order of the `count` items of a stream in one epoch."""
+    return np.random.default_rng([seed, stream_key(stream), epoch, 0]).permutation(count)
+
+
+def sample_generator(seed: int, stream: str, position: int) -> np.random.Generator:
+    """Random generator of the augmentation of the sample at `position` (counted over epochs)."""
+    return np.random.default_rng([seed, stream_key(stream), position, 1])
+
+
+def positions(micro_step: int, *, batch_size: int, rank: int, world_size: int) -> range:
+    """Positions of a rank's share of a micro-step: every `world_size`-th of the global batch, starting at its rank."""
+    start = micro_step * batch_size * world_size
+    return range(start + rank, start + batch_size * world_size, world_size)
+
+
+class RareClassOrder:
+    """Rare class sampling: position -> item number. Draws a class, then an image that contains it.
+
+    Class k has the probability softmax((1 - share of k) / temperature). Source: Hoyer et al. 2022 (arXiv 2111.14887).
+    """
+
+    def __init__(self, seed: int, stream: str, pixels: Sequence[Sequence[int]], *, temperature: float) -> None:
+        """`pixels` (items, classes): pixel counts, at least one of them not 0."""
+        self._seed, self._key = seed, stream_key(stream)
+        counts = np.asarray(pixels, np.float64)
+        totals = counts.sum(0)
+        present = np.flatnonzero(totals)
+        logits = (1.0 - totals[present] / totals.sum()) / temperature
+        weights = np.exp(logits - logits.max())
+        self._probabilities = weights / weights.sum()
+        self._items = [np.flatnonzero(counts[:, k]) for k in present]
+
+    def __getitem__(self, position: int) -> int:
+        """A pure function of seed, stream and position."""
+        rng = np.random.default_rng([self._seed, self._key, position, 2])
+        return int(rng.choice(self._items[rng.choice(len(self._items), p=self._probabilities)]))
+
+
+class Order:
+    """Uniform sampling without replacement: position -> item number. Keeps the permutation of the last epoch."""
+
+    def __init__(self, seed: int, stream: str, count: int) -> None:
+        """`count` items, at least one."""
+        self._seed, self._stream, self._count = seed, stream, count
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        """`permutation(seed, stream, position // count)[position % count]`."""
+        epoch, place = divmod(position, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, permutation(self._seed, self._stream, epoch, self._count)
+        return int(self._permutation[place])
+
+
 class StreamReader:
-    """Makes a stream's samples; the same ones in whatever process and order they are asked for."""
+    """Samples of a stream by position; independent of the process and of the order of the calls."""
 
     def __init__(self, plan: StreamPlan, reader: SampleReader) -> None:
-        """Parts of the stream."""
+        """Read the images of `plan` with `reader`."""
         self.plan = plan
         self._reader = reader
         self._order = _order(plan)
 
     def micro_batch(self, micro_step: int, *, rank: int, world_size: int) -> HostSamples:
-        """A rank's samples of a micro-step."""
+        """The samples of one rank in a micro-step."""
         places = positions(micro_step, batch_size=self.plan.batch_size, rank=rank, world_size=world_size)
         return collate([self.crop(position) for position in places], self.plan.augment.crop_size)
 
     def crop(self, position: int) -> Crop:
-        """The sample at a position, augmented."""
+        """The augmented sample at a position."""
         plan = self.plan
         item = plan.items[self._order[position]]
         rng = sample_generator(plan.seed, plan.name, position)
@@ -117,7 +185,7 @@ class StreamReader:
         return crop._replace(strong=strong, mix=mix)
 
     def _geometry(self, rng: np.random.Generator, item: IndexItem) -> tuple[Geometry, NDArray[np.uint8] | None]:
-        """Draw a crop, and again while one class fills too much of it; with the labels of its window."""
+        """Draw a crop, again while one class covers too much of it; also returns the labels of its window."""
         plan, augment = self.plan, self.plan.augment
         size = self._reader.size(item)
         scaled = draw_scaled_size(rng, zoomed(size, plan.zoom), augment)
@@ -150,7 +218,7 @@ def _order(plan: StreamPlan) -> Order | RareClassOrder:
     counts = [item.classes for item in plan.items if item.classes is not None]
     if len(counts) < len(plan.items) or not any(map(any, counts)):
         raise DataError(
-            f"stream {plan.name!r}: rare classes are wanted, but the index does not count the classes of its masks. "
+            f"stream {plan.name!r}: rare class sampling needs the class counts of the masks, which the index lacks. "
             "Prepare the dataset again."
         )
     return RareClassOrder(plan.seed, plan.name, counts, temperature=plan.rare_classes)
@@ -173,7 +241,7 @@ def collate(crops: list[Crop], size: int) -> HostSamples:
         if masks is not None and crop.mask is not None:
             np.copyto(masks[i][inside], crop.mask, where=crop.valid)
         for view, pixels in enumerate(crop.strong):
-            strong[i, view][inside] = pixels  # type: ignore[index]  # views > 0, so there is an array
+            strong[i, view][inside] = pixels  # type: ignore[index]  # views > 0, so the array exists
     return HostSamples(torch.from_numpy(images), torch.from_numpy(valid), _tensor(masks), _tensor(strong), _tensor(mix))
 
 

@@ -1,6 +1,6 @@
-"""Images decoded once into uncompressed TIFF files that are memory-mapped afterwards.
+"""A cache of decoded images: uncompressed TIFF files, memory-mapped.
 
-Reading a random window of a compressed file decodes far more than the window; from here it costs a few page faults.
+A random window of a compressed file costs the decoding of all its blocks; from here it costs a few page faults.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ CACHE_NAME = ".rsseg-cache"
 
 
 class Page(NamedTuple):
-    """An array `(h, w, bands)` to write, as strips of `rows_per_strip` rows; the last may be lower."""
+    """An array `(h, w, bands)` to write, in strips of `rows_per_strip` rows; the last may be shorter."""
 
     strips: Iterable[NDArray[Any]]
     shape: tuple[int, int, int]
@@ -28,13 +28,13 @@ class Page(NamedTuple):
 
 
 class ArrayCache:
-    """A folder of arrays. Safe with any number of processes: files appear complete, by renaming.
+    """A folder of arrays. Safe with any number of processes: files are renamed into place when complete.
 
-    If the folder cannot be written, it warns once and keeps nothing; callers then read the sources.
+    If the folder cannot be written, nothing is cached, and callers read the sources.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`, made if it does not exist."""
+        """Use `folder`; it is created if missing."""
         self._folder = folder
         self.enabled = True
         try:
@@ -45,7 +45,7 @@ class ArrayCache:
             self.disable(error)
 
     def disable(self, error: OSError) -> None:
-        """Keep nothing from now on, and say so."""
+        """Stop caching, with a warning."""
         self.enabled = False
         warnings.warn(
             f"{self._folder}: images cannot be cached ({error}); they are decoded at every use instead.",
@@ -61,7 +61,7 @@ class ArrayCache:
 
     @staticmethod
     def load(path: Path) -> tuple[NDArray[Any], ...] | None:
-        """The file's arrays `(h, w, bands)`, memory-mapped; None if it is not there or not whole."""
+        """The file's arrays `(h, w, bands)`, memory-mapped; None if it is missing or incomplete."""
         try:
             with tifffile.TiffFile(path) as file:
                 sizes = [(page.imagelength, page.imagewidth) for page in file.pages]

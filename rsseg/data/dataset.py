@@ -1,4 +1,4 @@
-"""Reads images and masks of a prepared dataset, whole or by window."""
+"""Read images and masks of a prepared dataset, whole or by window."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,31 +16,31 @@ from rsseg.raster import Raster, Window
 from rsseg.task import IGNORE_INDEX, task_with_bands
 
 _NATIVE = ("uint8", "uint16", "int16", "float32")
-"""Pixel types that stay as they are up to the device; others become float32."""
+"""Pixel types kept until the pixels are on the device; others are converted to float32."""
 _STRIP_VALUES = 1 << 24
-"""Values converted at once."""
+"""Values per strip of a conversion."""
 _MOST_OPEN = 1024
 """Memory maps kept per process."""
 _T = TypeVar("_T")
 
 
 class _Image(NamedTuple):
-    """A cached image: pixels `(h, w, bands)` and bool `(h, w)`, None where every pixel has data."""
+    """A cached image: pixels `(h, w, bands)` and bool `(h, w)`; None if every pixel has data."""
 
     pixels: NDArray[Any]
     valid: NDArray[np.bool_] | None
 
 
 class SampleReader:
-    """Images and masks of one index. May be pickled and used in several processes."""
+    """Images and masks of one index. Can be pickled for use in several processes."""
 
     def __init__(self, index: SegmentationIndex, bands: Sequence[str], *, cache: bool) -> None:
-        """Prepare to read.
+        """Check the bands and the label map.
 
         Args:
             index: prepared dataset.
-            bands: names of the bands wanted, in network order.
-            cache: decode each file once into the index's folder.
+            bands: names of the bands to read, in network order.
+            cache: keep decoded images beside the index.
 
         Raises:
             DataError: a band that the index does not have, or a label map that contradicts the task.
@@ -55,7 +55,7 @@ class SampleReader:
         self._sizes: dict[str, tuple[int, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind."""
+        """Memory maps are not pickled."""
         return self.__dict__ | {"_images": {}, "_masks": {}}
 
     def size(self, item: IndexItem) -> tuple[int, int]:
@@ -73,10 +73,10 @@ class SampleReader:
         """Pixels and where they have data.
 
         Returns:
-            `(bands, h, w)` uint8, uint16, int16 or float32, 0 without data, not to be written to; bool `(h, w)`.
+            `(bands, h, w)` uint8, uint16, int16 or float32, 0 without data, read-only; bool `(h, w)`.
 
         Raises:
-            DataError: a missing or damaged file, other bands or another pixel type than the index says.
+            DataError: a missing or damaged file, bands or a pixel type other than those of the index.
         """
         cached = self._cached_image(item)
         if cached is None:
@@ -91,20 +91,22 @@ class SampleReader:
     def sample(
         self, item: IndexItem, window: Window | None = None
     ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.uint8]]:
-        """`image` and `mask` together; the mask is 255 also where there is no data."""
+        """`image` and `mask`; the mask is 255 also where the image has no data."""
         pixels, valid = self.image(item, window)
         mask = self.mask(item, window)
         return pixels, valid, mask if valid.all() else np.where(valid, mask, np.uint8(IGNORE_INDEX))
 
     def mask(self, item: IndexItem, window: Window | None = None) -> NDArray[np.uint8]:
-        """Class indices uint8 `(h, w)` as the file has them, 255 to ignore.
+        """Class indices of the file, uint8 `(h, w)`, 255 to ignore.
 
         Raises:
-            DataError: no mask, a damaged one, an undeclared value, or another size than the image's.
+            DataError: no mask, a damaged one, an undeclared value, or a size other than the image's.
         """
         file = self._index.mask_file(item)
         if file is None:
-            raise DataError(f"{item.image}: the image has no mask. Prepare the dataset with masks, or choose others.")
+            raise DataError(
+                f"{item.image}: the image has no mask. Prepare the dataset with masks, or select other images."
+            )
         cached = self._cached_mask(item, file)
         if cached is not None:
             return np.asarray(cached[_slices(window)])
@@ -115,7 +117,7 @@ class SampleReader:
         files, known = index.image_files(item), len(index.task.bands)
         with Raster(files) as raster:
             info, name = raster.info, raster.name
-        # A file whose alpha is a band of the dataset is right too: GDAL calls many a fourth band alpha.
+        # The alpha band may be a band of the dataset: GDAL marks the fourth band of many files as alpha.
         if known not in (info.count, info.available):
             raise DataError(
                 f"{name}: the image has {info.count} bands, the dataset {known}: {', '.join(index.task.bands)}. "
@@ -131,7 +133,7 @@ class SampleReader:
         return Raster(files, bands=bands, nodata=index.nodata, zero_collar=index.ignore_zero_collar)
 
     def _cached_image(self, item: IndexItem) -> _Image | None:
-        """The image from the cache, put there if needed; None without a cache."""
+        """The image from the cache, stored there first if needed; None without a cache."""
         if item.image not in self._images:
             index = self._index
             variant = f"image {self._bands} {index.nodata} {index.ignore_zero_collar} {index.task.dtype}"
@@ -143,7 +145,7 @@ class SampleReader:
         return self._images[item.image]
 
     def _cached_mask(self, item: IndexItem, file: Path) -> NDArray[np.uint8] | None:
-        """The mask's class indices from the cache, put there if needed; None without a cache."""
+        """Class indices of the mask from the cache, stored there first if needed; None without a cache."""
         if item.image not in self._masks:
             variant = f"mask {self._index.label_map.model_dump_json()} {self._index.task.num_classes}"
             arrays = self._cached([file], variant, lambda: self._mask_pages(item, file))
@@ -160,7 +162,7 @@ class SampleReader:
             return None
         missing = [source for source in sources if not source.is_file()]
         if missing:
-            raise DataError(f"{missing[0]}: there is no such file. Put it back, or prepare the dataset again.")
+            raise DataError(f"{missing[0]}: there is no such file. Restore it, or prepare the dataset again.")
         path = cache.path(sources, variant)
         arrays = cache.load(path)
         if arrays is None:
@@ -173,7 +175,7 @@ class SampleReader:
         return arrays
 
     def _image_pages(self, item: IndexItem) -> Iterator[Page]:
-        """The pixels, then the valid mask if some pixel has no data."""
+        """The pixels, then the valid mask unless every pixel has data."""
         with self._open(item) as raster:
             info = raster.info
             valid = np.empty((info.height, info.width), np.uint8)
@@ -195,7 +197,7 @@ class SampleReader:
         yield _page(self._read_mask(item, file, None))
 
     def _read_mask(self, item: IndexItem, file: Path, window: Window | None) -> NDArray[np.uint8]:
-        """Class indices straight from the file; only the window's values are checked."""
+        """Class indices from the file; only the values in the window are checked."""
         with Raster(file) as raster:
             info, expected = raster.info, self.size(item)
             if (info.height, info.width) != expected:

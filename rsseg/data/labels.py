@@ -1,4 +1,4 @@
-"""Stored mask values or colours -> class indices."""
+"""Convert stored mask values or colours to class indices."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -15,22 +15,22 @@ Palette = Mapping[int, tuple[int, int, int, int]]
 
 
 class LabelTable:
-    """Translates masks; a value that is not declared is an error."""
+    """Lookup table from mask values or colours to class indices; an undeclared value is an error."""
 
     def __init__(self, label_map: LabelMap, num_classes: int, *, unknown: int | None = None) -> None:
-        """Check the map; raises `DataError` if it is empty, has both tables, or names a class that does not exist.
+        """Build the table; raises `DataError` if the map is empty, has both tables, or refers to a missing class.
 
         Args:
             label_map: values or colours -> class indices.
             num_classes: K; indices are below it, or 255.
-            unknown: class index of what is not declared; None makes it an error.
+            unknown: class index of undeclared values; None makes them an error.
         """
         if bool(label_map.values) == bool(label_map.colors):
             raise DataError("the label map needs either values or colors. Prepare the dataset again.")
         by_key = dict(label_map.values) or {_color_key(color): index for color, index in label_map.colors}
         wrong = [index for index in by_key.values() if index >= num_classes and index != IGNORE_INDEX]
         if wrong:
-            raise DataError(f"the label map leads to class {wrong[0]}, but the task has {num_classes} classes.")
+            raise DataError(f"the label map refers to class {wrong[0]}, but the task has {num_classes} classes.")
         self._colors = bool(label_map.colors)
         self._unknown = unknown
         self._keys = np.array(sorted(by_key), np.int64)
@@ -62,7 +62,7 @@ class LabelTable:
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
             if not self._declared[_histogram(keys) > 0].all():
-                self._complain(keys, ~self._declared[keys], name, origin)
+                self._refuse(keys, ~self._declared[keys], name, origin)
             indices: NDArray[np.uint8] = cv2.LUT(keys, self._table) if keys.size else self._table[keys]
             return indices
         position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
@@ -71,7 +71,7 @@ class LabelTable:
         if not unknown.any():
             return found
         if self._unknown is None:
-            self._complain(keys, unknown, name, origin)
+            self._refuse(keys, unknown, name, origin)
         return np.where(unknown, np.uint8(self._unknown or 0), found)
 
     def counts(
@@ -79,7 +79,7 @@ class LabelTable:
     ) -> NDArray[np.int64]:
         """Pixels per class index, int64 `(256,)`; arguments and errors as for `indices`."""
         if len(stored) == 1 and not self._colors and stored.dtype == np.uint8:
-            # one pass over the pixels instead of three
+            # One pass over the pixels instead of three.
             found = _histogram(stored[0])
             if self._declared[found > 0].all():
                 return np.bincount(self._table, weights=found, minlength=256).astype(np.int64)
@@ -87,7 +87,7 @@ class LabelTable:
         return _histogram(indices)
 
     def _pixel_keys(self, stored: NDArray[Any], palette: Palette | None, name: str) -> NDArray[Any]:
-        """What is looked up: the value, or the colour as one number."""
+        """Key of each pixel: its value, or its colour as one integer."""
         keys: NDArray[Any] = stored[0]
         if not self._colors:
             if (stored[1:] != keys).any():
@@ -107,7 +107,7 @@ class LabelTable:
             raise DataError(f"{name}: the mask has {len(stored)} bands, expected red, green and blue.")
         return keys
 
-    def _complain(self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]) -> NoReturn:
+    def _refuse(self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]) -> NoReturn:
         values, counts = np.unique(keys[unknown], return_counts=True)
         row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))
@@ -134,7 +134,7 @@ def _color_key(color: tuple[int, int, int]) -> int:
 def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Pixels per value, int64 `(256,)`."""
     if values.size == 0 or values.size >= 1 << 24:
-        # OpenCV counts in float32, which is exact below 2**24
+        # OpenCV counts in float32, exact below 2**24.
         return np.bincount(values.ravel(), minlength=256)
     counts = cv2.calcHist([np.ascontiguousarray(values)], [0], None, [256], [0, 256])
     return np.asarray(counts, np.float32).ravel().astype(np.int64)

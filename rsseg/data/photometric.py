@@ -1,4 +1,4 @@
-"""Colour changes: the published 8-bit distortion, and affine colour maps of any bands in one pass."""
+"""Colour augmentation: the published 8-bit distortion, affine colour maps of any bands, strong views, CutMix boxes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rsseg.config import StrongConfig
+from rsseg.raster import Window
+
 Matrix = NDArray[np.float64]
 """(bands + 1, bands + 1), acts on (band values in scaled units, 1)."""
 
+_BOX_TRIES = 1000
+_MEAN_STRIDE = 4
+"""Row and column stride of the pixels that estimate the mean brightness of a crop."""
 _LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([_LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 
 
 @dataclass(frozen=True)
 class PhotometricDraws:
-    """Random choices of the published distortion; None leaves a step out.
+    """Random parameters of the published distortion; None skips a step.
 
     brightness      added, grey levels
     contrast        factor
@@ -34,7 +40,7 @@ class PhotometricDraws:
 
 
 def draw_photometric(rng: np.random.Generator) -> PhotometricDraws:
-    """Published ranges, each step with probability one half."""
+    """Draw from the published ranges, each step with probability 0.5."""
     brightness, contrast, saturation, hue = (bool(coin) for coin in rng.integers(0, 2, 4))
     return PhotometricDraws(
         brightness=rng.uniform(-32, 32) if brightness else None,
@@ -85,10 +91,10 @@ def _in_hsv(image: NDArray[np.uint8], channel: int, table: NDArray[np.uint8]) ->
 
 @dataclass(frozen=True)
 class ColorSpace:
-    """What colour changes need to know about the bands.
+    """Scaling of the bands and positions of red, green and blue.
 
     scale, offset  per band: scaled units = pixel * scale + offset
-    rgb            positions of red, green and blue; None if there are none, then hue does not change
+    rgb            positions of red, green and blue; None: hue does not change
     """
 
     scale: tuple[float, ...]
@@ -97,7 +103,7 @@ class ColorSpace:
 
     @classmethod
     def of(cls, bands: Sequence[str], scale: Sequence[float], offset: Sequence[float]) -> "ColorSpace":
-        """Red, green and blue are found by name; any three bands are shown as such and count as them."""
+        """Find red, green and blue by name; any other three bands are treated as red, green, blue in this order."""
         named = all(name in bands for name in ("red", "green", "blue"))
         rgb = (bands.index("red"), bands.index("green"), bands.index("blue")) if named else (0, 1, 2)
         return cls(tuple(scale), tuple(offset), rgb if named or len(bands) == 3 else None)
@@ -118,13 +124,13 @@ class ColorSpace:
         return matrix
 
     def saturation(self, factor: float) -> Matrix:
-        """0 is grey, 1 changes nothing."""
+        """Saturation: 0 gives grey, 1 is the identity."""
         matrix = self.affine(factor, 0)
         matrix[:-1, :-1] += (1 - factor) * self.gray_weights()
         return matrix
 
     def hue(self, turn: float) -> Matrix:
-        """Turn about the grey axis at constant luma; `turn` 1 is the full circle."""
+        """Hue rotation about the grey axis at constant luma; `turn` 1 is a full circle."""
         matrix = self.affine(1, 0)
         if self.rgb is not None:
             cos, sin = np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)
@@ -143,7 +149,7 @@ class ColorSpace:
 
 
 def draw_fast_distortion(rng: np.random.Generator, space: ColorSpace) -> Matrix:
-    """Strengths of the published distortion as one affine map: brightness, contrast, saturation, hue."""
+    """Draw the published distortion as one affine map: brightness, contrast, saturation, hue."""
     coins = rng.integers(0, 2, 4)
     brightness, hue = rng.uniform(-32 / 255, 32 / 255), rng.uniform(-0.1, 0.1)
     contrast, saturation = rng.uniform(0.5, 1.5, 2)
@@ -157,3 +163,79 @@ def draw_fast_distortion(rng: np.random.Generator, space: ColorSpace) -> Matrix:
     for coin, step in zip(coins, steps, strict=True):
         matrix = step @ matrix if coin else matrix
     return matrix
+
+
+def strong_view(
+    rng: np.random.Generator, image: NDArray[Any], valid: NDArray[np.bool_], space: ColorSpace, config: StrongConfig
+) -> NDArray[Any]:
+    """Colour jitter, grey and blur of a crop `(h, w, bands)`; same geometry and type.
+
+    The colour steps form one affine map: values are clipped once, at the end, and hue is a rotation at constant luma
+    instead of a shift in HSV.
+    """
+    matrix = space.affine(1, 0)
+    if rng.random() < config.jitter_probability:
+        thin = slice(None, None, _MEAN_STRIDE)
+        pixels = image[thin, thin][valid[thin, thin]]
+        mean = pixels.mean(axis=0) if len(pixels) else np.zeros(image.shape[2])
+        matrix = draw_jitter(rng, mean * space.scale + space.offset, space, config)
+    if rng.random() < config.gray_probability:
+        matrix = space.saturation(0) @ matrix
+    view = space.apply(image, matrix)
+    if rng.random() < config.blur_probability:
+        sigma = rng.uniform(*config.blur_sigma)
+        view = cv2.GaussianBlur(view, (0, 0), sigma).reshape(image.shape)
+    return view
+
+
+def draw_jitter(rng: np.random.Generator, mean: NDArray[np.float64], space: ColorSpace, config: StrongConfig) -> Matrix:
+    """Brightness, contrast, saturation and hue in random order.
+
+    Args:
+        rng: randomness.
+        mean: per band, mean of the crop in scaled units; contrast preserves its grey value.
+        space: the bands.
+        config: strengths; factors are drawn from `1 - strength` (at least 0) to `1 + strength`.
+    """
+    strengths = np.array([config.brightness, config.contrast, config.saturation])
+    brightness, contrast, saturation = rng.uniform(np.maximum(0, 1 - strengths), 1 + strengths)
+    turn = rng.uniform(-config.hue, config.hue)
+    matrix = space.affine(1, 0)
+    for step in rng.permutation(4):
+        if step == 0:
+            matrix = space.affine(brightness, 0) @ matrix
+        elif step == 1:
+            gray = float(space.gray_weights() @ (matrix @ [*mean, 1])[:-1])
+            matrix = space.affine(contrast, (1 - contrast) * gray) @ matrix
+        elif step == 2:
+            matrix = space.saturation(saturation) @ matrix
+        else:
+            matrix = space.hue(turn) @ matrix
+    return matrix
+
+
+def box_size(area: float, aspect: float, crop: int) -> tuple[int, int]:
+    """Rows and columns of a box that covers `area` of a square crop and is `aspect` times as high as wide."""
+    pixels = area * crop * crop
+    return int(np.sqrt(pixels * aspect)), int(np.sqrt(pixels / aspect))
+
+
+def draw_box(rng: np.random.Generator, crop: int, config: StrongConfig) -> Window | None:
+    """Draw a CutMix box inside a square crop: the area once, shape and position until it fits. None: no box."""
+    if rng.random() >= config.cutmix_probability:
+        return None
+    area = rng.uniform(*config.cutmix_area)
+    for _ in range(_BOX_TRIES):
+        height, width = box_size(area, rng.uniform(*config.cutmix_aspect), crop)
+        col, row = (int(i) for i in rng.integers(0, crop, 2))
+        if row + height <= crop and col + width <= crop:
+            return Window(row, col, height, width)
+    return None
+
+
+def box_mask(box: Window | None, crop: int) -> NDArray[np.bool_]:
+    """bool `(crop, crop)`, True inside the box."""
+    mask = np.zeros((crop, crop), np.bool_)
+    if box is not None:
+        mask[box.row : box.row + box.height, box.col : box.col + box.width] = True
+    return mask

@@ -1,20 +1,22 @@
-"""From a selection in a recipe to images that can be read."""
+"""The prepared datasets of a recipe, and the images of them that feed a stream or a split."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from rsseg.config import BaseRecipe, SelectConfig
-from rsseg.data.classes import match_classes, merge_classes
+import numpy as np
+
+from rsseg.config import DataConfig, SelectConfig
 from rsseg.data.dataset import SampleReader
-from rsseg.data.index import IndexItem, SegmentationIndex
-from rsseg.data.select import select_items
+from rsseg.data.index import IndexItem, SegmentationIndex, match_classes, merge_classes
 from rsseg.errors import DataError
 from rsseg.task import Task, task_with_bands
 
 
 class Source(NamedTuple):
-    """Selected images, what reads them, and their own task (scaling and band names can differ between datasets).
+    """Selected images, their reader, and their own task (scaling and band names can differ between datasets).
 
-    zoom: what brings the images to the model's ground sampling distance if the recipe wants that, else 1.
+    zoom: factor on the image size that gives the model's ground sampling distance if `data.match_gsd` is set, else 1.
     """
 
     items: tuple[IndexItem, ...]
@@ -23,43 +25,64 @@ class Source(NamedTuple):
     zoom: float = 1.0
 
 
-def open_source(recipe: BaseRecipe, select: SelectConfig, split: str, task: Task, *, masks: bool) -> Source:
-    """Open the dataset of a selection.
+class Datasets:
+    """The prepared datasets of a recipe. Each index is parsed once; make one instance per run and pass it on."""
 
-    Args:
-        recipe: for data path, cache and seed.
-        select: which images of which dataset.
-        split: taken where `select` names none.
-        task: the model's; classes are matched by name, after merges that the recipe asks for; bands must exist.
-        masks: every selected image must have one.
+    def __init__(self, data: DataConfig, seed: int = 0) -> None:
+        """Open nothing yet; `seed` decides random selections."""
+        self._data, self._seed = data, seed
+        self._indices: dict[Path, SegmentationIndex] = {}
 
-    Raises:
-        DataError: no dataset, nothing selected, classes that do not match, missing bands or masks, no ground
-            sampling distance where it is needed.
-    """
-    path = select.path or recipe.data.path
-    index = SegmentationIndex.load(path)
-    merge = select.classes or (recipe.data.classes if path == recipe.data.path else None)
-    # a dataset that already has the merged classes can take another's place
-    if merge is not None and set(index.task.class_names) != set(task.class_names):
-        index = merge_classes(index, merge)
-    index = match_classes(index, task.classes, what=f"the dataset {path}")
-    bands = select.bands or task.bands
-    if len(bands) != len(task.bands):
-        raise DataError(
-            f"{path}: {len(bands)} bands are chosen ({', '.join(bands)}), but the task has {len(task.bands)}: "
-            f"{', '.join(task.bands)}. Name one for each in `bands`."
-        )
-    own = task_with_bands(index.task, bands)
-    items = select_items(index, select, split=split, seed=recipe.seed)
-    unlabeled = [item.image for item in items if item.mask is None]
-    if masks and unlabeled:
-        raise DataError(
-            f"{path}: {len(unlabeled)} of the {len(items)} selected images have no mask, the first is {unlabeled[0]}. "
-            "Choose another split or list, or prepare the dataset with masks."
-        )
-    reader = SampleReader(index, bands, cache=recipe.data.cache)
-    return Source(items, reader, own, _zoom(task, own) if recipe.data.match_gsd else 1.0)
+    def index(self, path: Path | None = None) -> SegmentationIndex:
+        """The index of a dataset as its file has it; None takes `data.path`. Raises `DataError`."""
+        path = path or self._data.path
+        if path not in self._indices:
+            self._indices[path] = SegmentationIndex.load(path)
+        return self._indices[path]
+
+    @property
+    def task(self) -> Task:
+        """Task of `data.path` with `data.classes` merged, restricted to `data.bands`. Raises `DataError`."""
+        data, index = self._data, self.index()
+        task = (index if data.classes is None else merge_classes(index, data.classes)).task
+        return task if data.bands is None else task_with_bands(task, data.bands)
+
+    def open(self, select: SelectConfig, split: str, task: Task, *, masks: bool) -> Source:
+        """Select images and prepare to read them.
+
+        Args:
+            select: which images of which dataset.
+            split: taken where `select` names none.
+            task: the model's; classes are matched by name, after the recipe's merges; bands must exist.
+            masks: every selected image must have one.
+
+        Raises:
+            DataError: no dataset, nothing selected, classes that do not match, missing bands or masks, no ground
+                sampling distance although `data.match_gsd` needs it.
+        """
+        path = select.path or self._data.path
+        index = self.index(path)
+        merge = select.classes or (self._data.classes if path == self._data.path else None)
+        # A dataset that already has the merged classes needs no merge.
+        if merge is not None and set(index.task.class_names) != set(task.class_names):
+            index = merge_classes(index, merge)
+        index = match_classes(index, task.classes, what=f"the dataset {path}")
+        bands = select.bands or task.bands
+        if len(bands) != len(task.bands):
+            raise DataError(
+                f"{path}: {len(bands)} bands are chosen ({', '.join(bands)}), but the task has {len(task.bands)}: "
+                f"{', '.join(task.bands)}. Name one for each in `bands`."
+            )
+        own = task_with_bands(index.task, bands)
+        items = select_items(index, select, split=split, seed=self._seed)
+        unlabeled = [item.image for item in items if item.mask is None]
+        if masks and unlabeled:
+            raise DataError(
+                f"{path}: {len(unlabeled)} of the {len(items)} selected images have no mask, the first is "
+                f"{unlabeled[0]}. Choose another split or list, or prepare the dataset with masks."
+            )
+        reader = SampleReader(index, bands, cache=self._data.cache)
+        return Source(items, reader, own, _zoom(task, own) if self._data.match_gsd else 1.0)
 
 
 def _zoom(task: Task, own: Task) -> float:
@@ -67,7 +90,90 @@ def _zoom(task: Task, own: Task) -> float:
     for what in (task, own):
         if what.gsd_m is None:
             raise DataError(
-                f"data.match_gsd: {what.name} does not say its ground sampling distance. Prepare it again with gsd_m "
-                "in its class file, or leave match_gsd out."
+                f"data.match_gsd: {what.name} has no ground sampling distance. Prepare it again with gsd_m in its "
+                "class file, or leave match_gsd out."
             )
     return float(own.gsd_m) / float(task.gsd_m)  # type: ignore[arg-type]
+
+
+def select_items(index: SegmentationIndex, select: SelectConfig, *, split: str, seed: int) -> tuple[IndexItem, ...]:
+    """Images that satisfy all conditions of `select`, in the order of the index.
+
+    Args:
+        index: prepared dataset.
+        select: conditions; `path` and `augment` are ignored.
+        split: taken where `select.split` is None.
+        seed: of `fraction` and `count`; a selection and its `complement` share no image.
+
+    Raises:
+        DataError: nothing is selected, an unknown split or image, or a `count` above the number of images.
+    """
+    split = select.split or split
+    pool = [item for item in index.items if item.split == split]
+    if not pool:
+        raise DataError(f"{index.root}: the split {split!r} is empty; the index has {list(index.splits())}.")
+    if select.domain is not None:
+        domains = sorted({item.domain for item in pool if item.domain is not None})
+        pool = [item for item in pool if item.domain == select.domain]
+        if not pool:
+            raise DataError(f"{index.root}: split {split!r} has no domain {select.domain!r}; it has {domains}.")
+    chosen = pool
+    if select.items is not None:
+        names = _listed(select.items, index)
+        chosen = [item for item in pool if item.image in names]
+    chosen = _share(chosen, select, seed, where=f"{index.root}, split {split!r}")
+    if select.complement:
+        taken = {item.image for item in chosen}
+        chosen = [item for item in pool if item.image not in taken]
+    if not chosen:
+        what = "complement leaves no image" if select.complement else f"no image of {select.items} is in it"
+        raise DataError(f"{index.root}, split {split!r}: {what}. Choose another split, list or share.")
+    return tuple(chosen)
+
+
+def _listed(file: Path, index: SegmentationIndex) -> set[str]:
+    """Image names listed in a file; each must be in the index."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: the list of images cannot be read: {error}.") from None
+    names = {line.strip() for line in lines if line.strip()}
+    unknown = sorted(names - {item.image for item in index.items})
+    if unknown:
+        raise DataError(
+            f"{file}: {len(unknown)} images are not in the index of {index.root}, the first is {unknown[0]!r}. "
+            f"Write them as the index does, such as {index.items[0].image!r}."
+        )
+    return names
+
+
+def _share(pool: Sequence[IndexItem], select: SelectConfig, seed: int, *, where: str) -> list[IndexItem]:
+    """Random part of the pool of size `fraction` or `count`."""
+    if select.fraction is not None and select.count is not None:
+        raise DataError(f"{where}: both fraction and count are given. Keep one of them.")
+    if select.fraction is None and select.count is None:
+        return list(pool)
+    count = select.count or round((select.fraction or 1) * len(pool))
+    if not count:
+        raise DataError(
+            f"{where}: a fraction of {select.fraction} of {len(pool)} images selects none. Raise it, or set count: 1."
+        )
+    if count > len(pool):
+        raise DataError(f"{where}: count is {count}, but there are {len(pool)} images.")
+    order = np.random.default_rng([seed, len(pool)]).permutation(len(pool)).tolist()
+    picked = _one_of_each_class(pool, order)[:count]
+    picked += [i for i in order if i not in set(picked)][: count - len(picked)]
+    return [pool[i] for i in sorted(picked)]
+
+
+def _one_of_each_class(pool: Sequence[IndexItem], order: Sequence[int]) -> list[int]:
+    """Greedy cover of all classes: for the rarest missing class, the image that adds the most missing classes."""
+    shown = [{k for k, pixels in enumerate(item.classes or ()) if pixels} for item in pool]
+    missing = set().union(*shown)
+    picked: list[int] = []
+    while missing:
+        rarest = min(sorted(missing), key=lambda k: sum(k in classes for classes in shown))
+        best = max((i for i in order if rarest in shown[i]), key=lambda i: len(shown[i] & missing))
+        picked.append(best)
+        missing -= shown[best]
+    return picked

@@ -1,4 +1,4 @@
-"""Training streams: what a method asks for, what it gets, and in which order, as a pure function of seed and step."""
+"""Training streams: batches as a pure function of seed and step."""
 
 import signal
 import traceback
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
 from rsseg.data.photometric import ColorSpace
-from rsseg.data.sources import open_source
+from rsseg.data.sources import Datasets, Source
 from rsseg.errors import RecipeError, RssegError
 from rsseg.task import Task
 
@@ -44,14 +44,14 @@ Batch = Mapping[str, Samples]
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a method asks of one stream.
+    """A stream that a method needs.
 
     name          "labeled", "unlabeled", "source", "target"
-    split         index split that feeds it unless the recipe says otherwise
-    masks         True: a missing mask is an error; False: masks are never opened
+    split         default split of the index
+    masks         True: a missing mask is an error; False: masks are never read
     fill          per band, scaled units: value of pixels without data
     strong_views  number of strong views
-    rare_classes  temperature of drawing images by how rare their classes are; None draws all alike
+    rare_classes  temperature of rare class sampling; None draws uniformly
     """
 
     name: str
@@ -63,7 +63,7 @@ class StreamSpec:
 
 
 class Scaling(NamedTuple):
-    """How stored pixels become scaled units: `pixel * scale + offset`, and `fill` where there is no data.
+    """Conversion of stored pixels to scaled units: `pixel * scale + offset`, and `fill` where there is no data.
 
     Each float32 (C, 1, 1), on the device of the pixels.
     """
@@ -86,32 +86,39 @@ def training_batches(
     *,
     device: torch.device | str,
     start_step: int,
+    sources: Mapping[str, Source] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[Batch]:
     """Endless batches, one per micro-step. Close the generator to end the loader processes.
 
     Sample k of a stream of n items is `permutation(seed, stream, k // n)[k % n]`, and its augmentation depends on
-    (seed, stream, k) only: the number of loader processes changes nothing, a run can start at any step, and ranks share
-    out the positions of a common batch.
+    (seed, stream, k) only: the number of loader processes has no effect, a run can start at any step, and the ranks
+    split the positions of a global batch.
 
     Args:
         recipe: data, seed, batch sizes, accumulation and loader processes.
-        specs: the streams that the method asks for.
+        specs: streams of the method.
         task: the model's task.
         device: where the tensors go.
         start_step: first optimizer step; the first batch is micro-step `start_step * grad_accum_steps`.
+        sources: images of each stream; None opens those of the recipe.
         rank: this process.
         world_size: number of processes.
 
     Raises:
-        DataError: datasets that are missing, empty or contradict the task, at once; unreadable files, while iterating.
+        DataError: missing or empty datasets, or other classes or bands; while iterating: unreadable files.
         RecipeError: the published distortion for images that are not 8-bit red, green, blue.
     """
     device = torch.device(device)
-    opened = [(spec, *_open_stream(recipe, spec, task)) for spec in specs]
-    dataset = _MicroBatches([stream for _, stream, _ in opened], rank, world_size)
-    scalings = {spec.name: Scaling.of(own, spec.fill, device) for spec, _, own in opened}
+    if sources is None:
+        datasets, streams = Datasets(recipe.data, recipe.seed), recipe.data.streams
+        sources = {
+            spec.name: datasets.open(streams.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
+            for spec in specs
+        }
+    dataset = _MicroBatches([_stream_reader(recipe, spec, sources[spec.name]) for spec in specs], rank, world_size)
+    scalings = {spec.name: Scaling.of(sources[spec.name].task, spec.fill, device) for spec in specs}
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -120,13 +127,13 @@ def training_batches(
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the loader seeds its workers from it; the global one must not move
+        generator=torch.Generator(),  # The loader seeds its workers from it; the global generator must not advance.
     )
     return _on_device(loader, scalings)
 
 
 def to_samples(host: HostSamples, scaling: Scaling) -> Samples:
-    """Move to the device in the files' own type, then scale and fill there."""
+    """Move to the device in the stored dtype, then scale and fill there."""
     device = scaling.scale.device
 
     def moved(tensor: Tensor) -> Tensor:
@@ -148,10 +155,7 @@ def _scaled(pixels: Tensor, valid: Tensor, scaling: Scaling) -> Tensor:
     return torch.where(valid.unsqueeze(-3), torch.addcmul(scaling.offset, planes, scaling.scale), scaling.fill)
 
 
-def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[StreamReader, Task]:
-    """A stream and the task of its own dataset, whose scaling can differ."""
-    select = recipe.data.streams.get(spec.name, SelectConfig())
-    source = open_source(recipe, select, spec.split, task, masks=spec.masks)
+def _stream_reader(recipe: BaseRecipe, spec: StreamSpec, source: Source) -> StreamReader:
     own = source.task
     augment = recipe.data.augment_of(spec.name)
     if augment.photometric == "mmseg" and (own.dtype != "uint8" or len(own.bands) != 3):
@@ -172,7 +176,7 @@ def _open_stream(recipe: BaseRecipe, spec: StreamSpec, task: Task) -> tuple[Stre
         space=ColorSpace.of(own.bands, own.scale, own.offset),
         zoom=source.zoom,
     )
-    return StreamReader(plan, source.reader), own
+    return StreamReader(plan, source.reader)
 
 
 _HostBatch = dict[str, HostSamples]
@@ -181,7 +185,7 @@ _HostBatch = dict[str, HostSamples]
 class _MicroBatches(Dataset[_HostBatch | Exception]):
     """Micro-step -> every stream's samples.
 
-    An error is returned, not raised: the loader would wrap an expected one in a traceback.
+    Errors are returned, not raised: the loader would wrap them in a traceback.
     """
 
     def __init__(self, streams: Sequence[StreamReader], rank: int, world_size: int) -> None:
@@ -195,12 +199,12 @@ class _MicroBatches(Dataset[_HostBatch | Exception]):
             }
         except RssegError as error:
             return error
-        except Exception:  # a bug: its traceback does not survive the way to the training process
+        except Exception:  # A bug: its traceback would be lost between the processes.
             return RuntimeError(traceback.format_exc())
 
 
 class _From:
-    """Sampler: start, start + 1, ... without end."""
+    """Endless sampler: start, start + 1, ..."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -214,7 +218,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """One thread per process; signals to the group are for the training process, which still needs its batch."""
+    """One thread per worker; signals to the process group are handled by the training process alone."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Geometry of the weak augmentation: decide first which source pixels a crop needs, then read and scale only those.
+"""Geometry of the weak augmentation: draw the source window of a crop first, then read and scale only that.
 
-Drawing and applying are apart, so that draws can be given by hand.
+Drawing and applying are separate functions, so that draws can also be given.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from rsseg.task import IGNORE_INDEX
 Size = tuple[int, int]
 """Rows, columns."""
 _CV_BANDS = 4
-"""OpenCV scales at most four bands at once."""
+"""Most bands that one call of OpenCV scales."""
 
 
 class Cut(NamedTuple):
@@ -30,15 +30,15 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What happens to an image on its way to a crop, in this order.
+    """Steps from an image to a crop, in this order.
 
-    window  source pixels that are read
-    size    rows and columns they are scaled to; at most the crop size
+    window  source pixels to read
+    size    rows and columns after scaling; at most the crop size
     hflip   mirrored left to right
     vflip   mirrored top to bottom
-    turns   times it is turned by 90 degrees, counter-clockwise
-    cut     the window is scaled as a whole, by Pillow, and a crop of `size` cut out. None: the window is the crop, and
-            OpenCV scales it
+    turns   counter-clockwise rotations by 90 degrees
+    cut     Pillow scales the window as a whole, and a crop of `size` is cut out. None: OpenCV scales the window to the
+            crop
     """
 
     window: Window
@@ -72,7 +72,7 @@ def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig
 def draw_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -> tuple[Window, Size]:
     """Source window of a random crop of the scaled image, and the crop's size.
 
-    The window lies on whole source pixels, so a scaled crop can be off by half a source pixel; unscaled ones are exact.
+    The window is aligned to source pixels: a scaled crop can be off by half a source pixel, an unscaled one is exact.
     """
     out = min(scaled[0], crop), min(scaled[1], crop)
     rows, cols = (
@@ -83,7 +83,7 @@ def draw_window(rng: np.random.Generator, size: Size, scaled: Size, crop: int) -
 
 
 def draw_cut(rng: np.random.Generator, scaled: Size, crop: int) -> tuple[Cut, Size]:
-    """A random crop of the scaled image, placed on its own pixels, and the crop's size."""
+    """A random crop, aligned to the pixels of the scaled image, and the crop's size."""
     out = min(scaled[0], crop), min(scaled[1], crop)
     top, left = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(scaled, out, strict=True))
     return Cut(scaled, (top, left)), out
@@ -92,13 +92,13 @@ def draw_cut(rng: np.random.Generator, scaled: Size, crop: int) -> tuple[Cut, Si
 def draw_geometry(
     rng: np.random.Generator, window: Window, size: Size, config: AugmentConfig, cut: Cut | None = None
 ) -> Geometry:
-    """Complete a window with mirroring and turning."""
+    """Draw mirroring and rotation for a window."""
     hflip, vflip, turn = (bool(rng.random() < p) for p in (config.hflip, config.vflip, config.rot90))
     return Geometry(window, size, hflip, vflip, int(rng.integers(1, 4)) if turn else 0, cut)
 
 
 def pad_origin(geometry: Geometry, crop: int) -> Size:
-    """Row and column of a transformed crop in its square if right and bottom were padded before it was mirrored."""
+    """Row and column of a transformed crop in its square if it was padded at right and bottom before mirroring."""
     (height, width), top, left = geometry.size, 0, 0
     if geometry.vflip:
         top = crop - height
@@ -116,7 +116,7 @@ def one_class_dominates(mask: NDArray[np.uint8], limit: float) -> bool:
 
 
 def transform_image(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """Window `(h, w, bands)` -> scaled (bilinear), mirrored, turned `(h', w', bands)`, contiguous, same type."""
+    """Window `(h, w, bands)` -> scaled (bilinear), mirrored, rotated `(h', w', bands)`, contiguous, same type."""
     if geometry.cut is not None:
         resized = _pillow_cut(pixels, geometry.size, geometry.cut, PIL.Image.Resampling.BILINEAR)
     else:
@@ -125,7 +125,7 @@ def transform_image(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
 
 
 def transform_mask(mask: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
-    """Window `(h, w)` uint8 or bool -> scaled (nearest), mirrored, turned `(h', w')`, contiguous, same type."""
+    """Window `(h, w)` uint8 or bool -> scaled (nearest), mirrored, rotated `(h', w')`, contiguous, same type."""
     values = mask.view(np.uint8)[..., None]
     if geometry.cut is not None:
         resized = _pillow_cut(values, geometry.size, geometry.cut, PIL.Image.Resampling.NEAREST)
@@ -145,9 +145,9 @@ def _resize(pixels: NDArray[Any], size: Size, interpolation: int) -> NDArray[Any
 
 
 def _pillow_cut(pixels: NDArray[Any], size: Size, cut: Cut, filter_: PIL.Image.Resampling) -> NDArray[Any]:
-    """Scale all, then cut: Pillow's own box has 32-bit corners, which moves some pixels by a grey level.
+    """Scale the whole window, then cut: the float32 corners of Pillow's `box` would change some pixels by one level.
 
-    8-bit bands are scaled as they are, others in 32-bit floating point and rounded back to their type.
+    8-bit bands are scaled directly, others as float32 and rounded to their type.
     """
     if pixels.shape[:2] != cut.scaled:
         native = pixels.dtype == np.uint8

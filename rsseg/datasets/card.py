@@ -1,4 +1,4 @@
-"""What a dataset that rsseg knows by name is described with."""
+"""Description of a dataset that rsseg knows by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ RGB = ("red", "green", "blue")
 IRRG = ("nir", "red", "green")
 
 Keep = Callable[[Sequence[IndexItem], Mapping[str, Path]], Sequence[IndexItem]]
-"""(items, files by name) -> the items to use."""
+"""(items, files by name) -> items to use."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class WebSource:
-    """A file on the web, with the checksum that its publisher gives."""
+    """A file on the web, with its publisher's checksum."""
 
     url: str
     file: str
@@ -37,7 +37,7 @@ class WebSource:
 
 @dataclass(frozen=True)
 class Labels:
-    """One choice of label files and of what they mean."""
+    """One choice of label files and their meaning."""
 
     name: str
     title: str
@@ -45,7 +45,7 @@ class Labels:
     label_map: LabelMap
 
     def without(self, names: Sequence[str]) -> "Labels":
-        """The labels with some classes ignored; raises `UsageError` for an unknown one."""
+        """The labels with some classes ignored; raises `UsageError` for an unknown class."""
         known = [info.name for info in self.classes]
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -67,18 +67,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class Variant:
-    """One layout in which a dataset is found."""
+    """One layout in which a dataset is distributed."""
 
     layout: Layout
     bands: tuple[str, ...]
-    """Names of the bands of its files, in file order."""
+    """Band names in file order."""
     labels: str | None = None
-    """Which of the card's labels its masks are; None: the first."""
+    """Name of the labels in its masks; None: of any choice."""
 
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """One dataset. `demo` is generated and `folder` is anyone's own, so these have no variants here."""
+    """One dataset. `folder` stands for your own images, and has no variants."""
 
     name: str
     title: str
@@ -93,7 +93,7 @@ class DatasetCard:
     gsd_m: float | None = None
     ignore_zero_collar: bool = False
     color_threshold: int | None = None
-    """Mask colours are rounded to 0 or 255 at this value, as their publisher asks for."""
+    """Mask colours are rounded to 0 or 255 at this value, as the publisher requires."""
     first_mask_band: bool = False
     """Only the first band of a mask holds classes."""
     keep: Keep | None = None
@@ -104,41 +104,41 @@ class DatasetCard:
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
-        """Of the default labels."""
+        """Classes of the default labels."""
         return self.labels[0].classes if self.labels else ()
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """Of the preferred layout."""
+        """Bands of the preferred layout."""
         return self.variants[0].bands if self.variants else ()
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Of the default rule."""
+        """Splits of the default rule."""
         return self.rules[0].splits if self.rules else ()
 
     def choose_labels(self, name: str | None) -> Labels:
-        """The labels of a name, or the default; raises `UsageError`."""
+        """Labels by name, by default the first; raises `UsageError`."""
         for labels in self.labels:
             if name in (None, labels.name):
                 return labels
         raise UsageError(f"--labels {name}: {self.name} has {', '.join(labels.name for labels in self.labels)}.")
 
     def choose_rule(self, name: str | None) -> SplitRule:
-        """The split rule of a name, or the default; raises `UsageError`."""
+        """Split rule by name, by default the first; raises `UsageError`."""
         for rule in self.rules:
             if name in (None, rule.name):
                 return rule
         raise UsageError(f"--split {name}: {self.name} has {', '.join(rule.name for rule in self.rules)}.")
 
     def download_url(self) -> str | None:
-        """Where `--download` takes it from."""
+        """Source of `--download`; None if there is none."""
         if self.web:
             return self.web[0].url.rpartition("/")[0]
         return None if self.hub is None else f"https://huggingface.co/datasets/{self.hub.repo}"
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """Facts for JSON output."""
         return {
             "name": self.name,
             "title": self.title,
@@ -171,7 +171,7 @@ class DatasetCard:
         )
 
     def row(self) -> tuple[str, ...]:
-        """name, what, classes, size, licence, download: for a table."""
+        """Name, title, classes, size, licence and source: a row of a table."""
         how = {"demo": "generated", "folder": "yours"}.get(
             self.name, "--download" if self.download_url() else "--src only"
         )
@@ -194,11 +194,11 @@ def color_labels(
     """Labels of colour-coded masks.
 
     Args:
-        name: of the choice.
-        title: what it is.
-        entries: classes in order, with the colour to show.
+        name: name of the choice.
+        title: description.
+        entries: classes in order, with their display colours.
         ignored: colours without a class.
-        stored: colours in the masks where these differ from the ones to show.
+        stored: mask colours that differ from the display colours.
     """
     colors = [((stored or {}).get(class_name, color), i) for i, (class_name, color) in enumerate(entries)]
     colors += [(color, IGNORE_INDEX) for color in ignored]

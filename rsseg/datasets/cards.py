@@ -1,4 +1,4 @@
-"""The datasets that rsseg knows by name. Each is described in `rsseg.datasets.known`."""
+"""The datasets that rsseg knows by name, described in `rsseg.datasets.known`."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,14 +6,9 @@ from types import MappingProxyType
 
 from rsseg.data.index import LabelMap
 from rsseg.datasets.card import RGB, DatasetCard, Labels, Variant, classes_of
-from rsseg.datasets.known.city_osm import CITY_OSM
-from rsseg.datasets.known.deepglobe import DEEPGLOBE
-from rsseg.datasets.known.gid import GID5
 from rsseg.datasets.known.isprs import POTSDAM, VAIHINGEN
-from rsseg.datasets.known.ktda import CLOUD, GRASS
-from rsseg.datasets.known.l8biome import L8BIOME
-from rsseg.datasets.known.landcovernet import LANDCOVERNET_S2
-from rsseg.datasets.known.loveda import LOVEDA
+from rsseg.datasets.known.ktda import CLOUD, GRASS, L8BIOME
+from rsseg.datasets.known.land_cover import CITY_OSM, DEEPGLOBE, GID5, LANDCOVERNET_S2, LOVEDA
 from rsseg.datasets.layouts import Layout
 from rsseg.datasets.splits import SplitRule, as_found
 from rsseg.errors import UsageError
@@ -39,9 +34,9 @@ _DEMO = DatasetCard(
         ),
     ),
     variants=(Variant(Layout("{split}/images/*.png"), RGB),),
-    rules=(SplitRule("made", "every tile is a place of its own", as_found, ("train", "unlabeled", "val", "test")),),
+    rules=(SplitRule("made", "as generated; tiles do not overlap", as_found, ("train", "unlabeled", "val", "test")),),
     gsd_m=2.0,
-    notes="Domains north and south: select with `domain`. `field` is all open land; ground in shadow keeps its class.",
+    notes="Domains north and south: select with `domain`. `field` is all open land; shaded ground keeps its class.",
 )
 
 _FOLDER = DatasetCard(
@@ -60,9 +55,9 @@ CARDS: Mapping[str, DatasetCard] = MappingProxyType({card.name: card for card in
 
 
 def find_card(name: str) -> DatasetCard:
-    """The card of a name; raises `UsageError` with the nearest one."""
+    """The card of a name; raises `UsageError` naming the nearest one."""
     if name not in CARDS:
         nearest = difflib.get_close_matches(name, CARDS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(CARDS)}."
-        raise UsageError(f"there is no dataset {name!r}; {hint} Your own images go by the name `folder`.")
+        raise UsageError(f"there is no dataset {name!r}; {hint} Use `folder` for your own images.")
     return CARDS[name]

@@ -1,4 +1,4 @@
-"""The class file of someone's own dataset (`classes.yaml`)."""
+"""The class file of your own dataset (`classes.yaml`)."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from rsseg.task import IGNORE_INDEX, ClassInfo, Color
 
 
 def _color(value: Any) -> Any:
-    """`"#3C1098"` -> (60, 16, 152); other things pass through to the check."""
+    """`"#3C1098"` -> (60, 16, 152); other values are left to the validation."""
     if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
         try:
             return tuple(bytes.fromhex(value[1:]))
@@ -37,39 +37,39 @@ class ClassEntry(_Part):
     color: HexColor
     """`"#RRGGBB"` or [red, green, blue]."""
     value: int | None = None
-    """What the masks store for it."""
+    """Its mask value."""
     also: tuple[int, ...] = ()
-    """Further mask values that mean the same class."""
+    """Further mask values of the class."""
     also_colors: tuple[HexColor, ...] = ()
-    """Further mask colours that mean the same class."""
+    """Further mask colours of the class."""
 
 
 class ClassFile(_Part):
-    """Classes in index order, what to ignore, and what the files do not say themselves."""
+    """Classes in index order, ignored values, and facts that the files do not state."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
-    """Of the task, and of the folder that is made unless another is named."""
+    """Name of the task, and of the prepared folder unless --out is given."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=254)]
     labels: str | None = Field(default=None, pattern="^(values|colors)$")
-    """Whether masks store `values` or `colors`; by default values if the classes have any."""
+    """Whether masks store `values` or `colors`; by default values if classes have them."""
     ignore: tuple[int, ...] = ()
     """Mask values without a class."""
     ignore_colors: tuple[HexColor, ...] = ()
     """Mask colours without a class."""
     bands: tuple[str, ...] | None = None
-    """Names of the bands, in file order; by default what the files say."""
+    """Band names in file order; by default those of the files."""
     gsd_m: Annotated[float, Field(gt=0)] | None = None
     """Ground sampling distance in metres."""
     nodata: float | None = None
-    """Pixel value that means no data in every band, where the files do not declare one."""
+    """Nodata value of every band, where the files declare none."""
     ignore_zero_collar: bool = False
-    """Pixels that are 0 in every band have no data."""
+    """Treat pixels that are 0 in every band as nodata."""
 
     @model_validator(mode="after")
     def _all_have_labels(self) -> Self:
         unvalued = [entry.name for entry in self.classes if entry.value is None]
         if not self.by_color and unvalued:
-            raise ValueError(f"class {unvalued[0]!r} has no value; give every class one, or say `labels: colors`")
+            raise ValueError(f"class {unvalued[0]!r} has no value; give every class one, or set `labels: colors`")
         return self
 
     @property
@@ -78,7 +78,7 @@ class ClassFile(_Part):
         return self.labels == "colors" or (self.labels is None and all(entry.value is None for entry in self.classes))
 
     def class_infos(self) -> tuple[ClassInfo, ...]:
-        """The task's classes; their values are those of the masks where these fit into 0..254, else the index."""
+        """Classes of the task; their values are those of the masks if these fit into 0..254, else the indices."""
         values = [entry.value for entry in self.classes]
         keep = len(set(values)) == len(values) and all(v is not None and 0 <= v <= 254 for v in values)
         return tuple(
@@ -87,7 +87,7 @@ class ClassFile(_Part):
         )
 
     def label_map(self) -> LabelMap:
-        """Mask value or colour -> class index; raises `DataError` if two classes claim the same."""
+        """Mask value or colour -> class index; raises `DataError` if two classes share one."""
         if self.by_color:
             pairs = [(c, i) for i, entry in enumerate(self.classes) for c in (entry.color, *entry.also_colors)]
             pairs += [(color, IGNORE_INDEX) for color in self.ignore_colors]
@@ -102,7 +102,7 @@ class ClassFile(_Part):
 def _check_unique(keys: list[Any]) -> None:
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
-        raise DataError(f"the class file lists {twice[0]} twice; a mask value or colour can mean one thing only.")
+        raise DataError(f"the class file lists {twice[0]} twice; a mask value or colour must have one meaning.")
 
 
 def load_classes(path: Path) -> ClassFile:

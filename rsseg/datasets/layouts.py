@@ -1,13 +1,12 @@
-"""From a folder as its publisher lays it out to index items: which mask belongs to which image, in which split.
+"""From a publisher's folder to index items: which mask belongs to which image, in which split.
 
-A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` stand for one part of a file or folder
-name, and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An
-image and a mask belong together if the placeholders that both patterns have, and what their wildcards match, agree;
-`{stem}` may be written for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not
-compared; `{id}` is compared only between the bands of an image. Several patterns joined by `|` are these bands.
+A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` match one part of a file or folder name,
+and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An image
+and a mask belong together if the placeholders that both patterns have, and what their wildcards match, agree; `{stem}`
+may be written for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not compared;
+`{id}` is compared only between the bands of an image. Patterns joined by `|` are these bands.
 """
 
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rsseg.data.index import IndexItem
+from rsseg.datasets.splits import check_shares, draw
 from rsseg.errors import DataError, UsageError
 
 _TOKEN = re.compile(r"\{(\w+)\}|\*\*/|\*|\?|[^*?{]+|.")
 _PLACEHOLDERS = ("split", "domain", "group", "stem", "part", "id")
 _FREE = {"any": "(?:[^/]+/)*", "text": "[^/]*"}
-"""Placeholders that match without being compared."""
+"""Placeholders that are not compared."""
 _DEPTH = 4
 """Folders that archives may wrap around a dataset."""
 
@@ -55,7 +55,7 @@ class PathPattern:
         return wildcards.get(token) or re.escape(token)
 
     def prefixes(self, paths: Iterable[str]) -> set[str]:
-        """Folders that some path matches from: "" or paths that end with "/"."""
+        """Folders below which some path matches: "" or paths that end with "/"."""
         found = set()
         for path in paths:
             parts = path.split("/")
@@ -76,41 +76,46 @@ class PathPattern:
 
 
 class Located(NamedTuple):
-    """An image before it has a split: relative paths with `/`, and the placeholders' values."""
+    """An image without a split yet: relative paths with `/`, and placeholder values."""
 
     images: tuple[str, ...]
     mask: str | None
     values: Mapping[str, str]
 
+    @property
+    def group(self) -> str:
+        """Name of what must stay in one split."""
+        return self.values.get("group") or self.images[0]
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images and masks of a dataset are, and how they are divided."""
+    """Where the images and masks of a dataset are, and how they are split."""
 
     images: str
     """Pattern, or one pattern per band joined by `|`."""
     masks: str | None = None
-    """Pattern; None if there are no masks at all."""
+    """Pattern; None without masks."""
     unlabeled: tuple[str, ...] = ()
-    """Splits whose masks are never opened, there or not."""
+    """Splits whose masks are never opened, even if there are any."""
     split_as: Mapping[str, str] = field(default_factory=dict)
-    """What `{split}` matched -> `SPLIT` or `SPLIT:DOMAIN`; the rest keep their names."""
+    """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`; others keep their names."""
     split_lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """`SPLIT` or `SPLIT:DOMAIN` -> image paths, names or stems; images in no list are left out."""
+    """`SPLIT` or `SPLIT:DOMAIN` -> image paths, names or stems; unlisted images are left out."""
     split_ratio: Mapping[str, float] = field(default_factory=dict)
-    """Split -> share of the images (or of the groups), drawn with `seed`."""
+    """Split -> share of the images (or groups), drawn with `seed`."""
     seed: int = 0
     domain_as: Mapping[str, str] = field(default_factory=dict)
-    """What `{domain}` matched -> name; the rest keep theirs."""
+    """Match of `{domain}` -> name; others keep theirs."""
     one_split: str | None = None
-    """Split of all images, for a rule that divides them later."""
+    """Split of all images, to be redistributed by a rule."""
     exclude: tuple[str, ...] = ()
     """Patterns of files that are neither image nor mask."""
     beside: tuple[str, ...] = ()
-    """Patterns of further files to take out of archives."""
+    """Patterns of further files to extract from archives."""
 
     def patterns(self) -> tuple[PathPattern, ...]:
-        """Of all bands and the masks."""
+        """Patterns of all bands and of the masks."""
         return tuple(PathPattern(text) for text in (*self.images.split("|"), *([self.masks] if self.masks else [])))
 
     def items(self, root: Path) -> tuple[IndexItem, ...]:
@@ -124,8 +129,8 @@ class Layout:
             files: paths relative to the dataset's folder, with `/`.
 
         Raises:
-            DataError: nothing matches, an image has no mask or two, a mask has no image, a list names an unknown image.
-            UsageError: the patterns and options do not fit together.
+            DataError: no match, an image without a mask, a mask without an image, a list that names an unknown image.
+            UsageError: patterns and options that contradict each other.
         """
         located = self._pair(files)
         return self._check_masks(tuple(self._with_splits(located)), located)
@@ -161,24 +166,23 @@ class Layout:
     def _with_splits(self, located: Sequence[Located]) -> Iterator[IndexItem]:
         if self.one_split is not None:
             yield from (_item(one, self.one_split, self.domain_as) for one in located)
-            return
-        has_placeholder = "split" in located[0].values
-        if has_placeholder + bool(self.split_lists) + bool(self.split_ratio) == 0:
+        elif self.split_lists and self.split_ratio:
+            raise UsageError("--split-list and --split-ratio exclude each other.")
+        elif self.split_lists:
+            yield from sorted(self._listed(located), key=lambda item: item.image)
+        elif self.split_ratio:
+            check_shares("--split-ratio", self.split_ratio)
+            drawn = draw(sorted({one.group for one in located}), self.split_ratio, self.seed)
+            yield from (_item(one, drawn[one.group], self.domain_as) for one in located)
+        elif "split" in located[0].values:
+            for one in located:
+                folder = one.values["split"]
+                yield _item(one, self.split_as.get(folder, folder), self.domain_as)
+        else:
             raise UsageError(
-                "nothing says which images are for training: write {split} into the patterns, "
+                "the splits are unknown: write {split} into the patterns, "
                 "or give --split-list train=FILE or --split-ratio train=0.8,val=0.1,test=0.1."
             )
-        if self.split_lists and self.split_ratio:
-            raise UsageError("--split-list and --split-ratio exclude each other.")
-        if self.split_lists:
-            listed = list(self._listed(located))
-            yield from sorted(listed, key=lambda item: item.image)
-            return
-        drawn = self._drawn(located) if self.split_ratio else {}
-        for one in located:
-            folder = one.values.get("split", "")
-            target = drawn[_group(one)] if self.split_ratio else self.split_as.get(folder, folder)
-            yield _item(one, target, self.domain_as)
 
     def _listed(self, located: Sequence[Located]) -> Iterator[IndexItem]:
         names: dict[str, list[Located]] = {}
@@ -201,25 +205,6 @@ class Layout:
                 taken[image] = target
                 yield _item(found[0], target, self.domain_as)
 
-    def _drawn(self, located: Sequence[Located]) -> dict[str, str]:
-        """Split of each group: shares by count, rounded so that none is lost, order drawn with the seed."""
-        total = sum(self.split_ratio.values())
-        if total > 1 + 1e-6 or any(share <= 0 for share in self.split_ratio.values()):
-            raise UsageError(f"split ratios must be positive and add up to at most 1, these give {total:g}.")
-        groups = sorted({_group(one) for one in located})
-        random.Random(self.seed).shuffle(groups)
-        result, share_so_far, start = {}, 0.0, 0
-        for split, share in self.split_ratio.items():
-            share_so_far += share / total
-            end = round(share_so_far * len(groups))
-            if end == start:
-                raise DataError(
-                    f"split {split!r} gets none of {len(groups)} images (or groups); give it a larger share."
-                )
-            result.update(dict.fromkeys(groups[start:end], split))
-            start = end
-        return result
-
     def _check_masks(self, items: tuple[IndexItem, ...], located: Sequence[Located]) -> tuple[IndexItem, ...]:
         hidden = tuple(
             item.model_copy(update={"mask": None}) if item.split in self.unlabeled else item for item in items
@@ -229,21 +214,13 @@ class Layout:
             raise DataError(
                 f"{len(lost)} of {len(located)} images have no mask, the first is {lost[0].image} "
                 f"(split {lost[0].split}). "
-                "Add the masks, or say --unlabeled SPLIT for a split that has none."
+                "Add the masks, or pass --unlabeled SPLIT for a split that has none."
             )
         return hidden
 
 
-def find_root(folder: Path, layout: Layout) -> Path:
-    """`folder`, or the folder below it that the layout fits; archives often wrap their content.
-
-    Raises `DataError` if there is none.
-    """
-    return folder / find_prefix(tuple(list_files(folder)), [layout], str(folder))[1]
-
-
 def find_prefix(files: Sequence[str], layouts: Sequence[Layout], where: str) -> tuple[Layout, str]:
-    """The first layout that fits, and the folder that it fits from: "" or a path that ends with "/".
+    """The first layout that fits, and the folder below which it fits: "" or a path that ends with "/".
 
     Raises `DataError` naming `where` if none does.
     """
@@ -251,10 +228,18 @@ def find_prefix(files: Sequence[str], layouts: Sequence[Layout], where: str) -> 
         fitting = [pattern.prefixes(files) for pattern in layout.patterns()]
         if prefixes := set.intersection(*fitting):
             return layout, min(prefixes, key=lambda prefix: (prefix.count("/"), prefix))
-    # of the layout that comes closest, what is missing
+    # what the closest layout lacks
     nearest = max(layouts, key=lambda layout: sum(bool(pattern.prefixes(files)) for pattern in layout.patterns()))
     missing = [pattern.text for pattern in nearest.patterns() if not pattern.prefixes(files)] or [nearest.images]
     raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(files)}.")
+
+
+def list_files(root: Path) -> Iterator[str]:
+    """Files below a folder, as sorted relative paths with `/`; hidden files and folders are left out."""
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix()
 
 
 def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:
@@ -272,12 +257,8 @@ def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:
     )
 
 
-def _group(one: Located) -> str:
-    return one.values.get("group") or one.images[0]
-
-
 def _by_key(pattern: PathPattern, files: Iterable[str], only: frozenset[str] | None = None) -> dict[Key, str]:
-    """Files that match, by placeholder values (by those in `only` and the stem, if given)."""
+    """Files that match, by placeholder values (only those in `only` and the stem, if given)."""
     found: dict[Key, str] = {}
     for file in files:
         values = pattern.match(file)
@@ -293,14 +274,6 @@ def _by_key(pattern: PathPattern, files: Iterable[str], only: frozenset[str] | N
 
 def _restricted(key: Key, names: frozenset[str]) -> Key:
     return tuple((name, value) for name, value in key if name in names or name == "stem")
-
-
-def list_files(root: Path) -> Iterator[str]:
-    """Files below a folder, as sorted relative paths with `/`; hidden ones and those in hidden folders are left out."""
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix()
 
 
 def _examples(files: Sequence[str]) -> str:

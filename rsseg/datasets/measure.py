@@ -1,4 +1,4 @@
-"""Reads images and masks once, strip by strip, and counts: classes, band sums, samples of values."""
+"""Read images and masks strip by strip: band statistics, samples of values, class counts."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Moments:
-    """What mean and standard deviation are made of, per band; sums of stored values after scale tags, as float64."""
+    """Band statistics of some pixels that can be joined: float64 per band, of stored values after scale tags."""
 
     pixels: int
     """Pixels with data."""
@@ -35,10 +35,10 @@ class Moments:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     samples: tuple[NDArray[np.float32], ...]
-    """Arrays `(bands, n)` of values taken at equal distances."""
+    """Arrays `(bands, n)` of regularly spaced values."""
 
     def joined(self, other: Self) -> Self:
-        """Of both sets of pixels together (Chan, Golub and LeVeque 1979: no cancellation of large sums)."""
+        """Statistics of both sets of pixels (Chan, Golub and LeVeque 1979: no cancellation of large sums)."""
         if not self.pixels or not other.pixels:
             return other if not self.pixels else self
         pixels = self.pixels + other.pixels
@@ -53,20 +53,45 @@ class Moments:
         )
 
     def mean(self) -> NDArray[np.float64]:
-        """Per band."""
+        """Mean per band."""
         return self.sums / max(self.pixels, 1)
 
     def std(self) -> NDArray[np.float64]:
-        """Per band, of the population."""
+        """Population standard deviation per band."""
         return np.asarray(np.sqrt(self.squares / max(self.pixels, 1)))
 
 
+def open_image(
+    files: Sequence[Path], names: Sequence[str] | None, *, nodata: float | None = None, zero_collar: bool = False
+) -> Raster:
+    """Open an image with the bands of its dataset.
+
+    Args:
+        files: file, or one per band.
+        names: band names in file order; None takes all bands but alpha. GDAL calls the fourth band of many files alpha,
+            so all bands of a file are read if there are as many as names.
+        nodata: see `Raster`.
+        zero_collar: see `Raster`.
+
+    Raises:
+        DataError: an unreadable file, or the wrong number of bands.
+    """
+    raster = Raster(files, nodata=nodata, zero_collar=zero_collar)
+    if names is None or raster.info.count == len(names):
+        return raster
+    info, name = raster.info, raster.name
+    raster.close()
+    if info.available != len(names):
+        raise DataError(f"{name}: the image has {info.count} bands, expected {len(names)}: {', '.join(names)}.")
+    return Raster(files, bands=range(1, len(names) + 1), nodata=nodata, zero_collar=zero_collar)
+
+
 def measure_image(raster: Raster, *, samples: int) -> Moments:
-    """Read a whole image and sum it up; raises `DataError` if it is damaged.
+    """Statistics of a whole image; raises `DataError` if it is damaged.
 
     Args:
         raster: open image.
-        samples: about how many pixels to keep as a sample.
+        samples: approximate number of pixels to keep as a sample.
     """
     info = raster.info
     step = max(info.height * info.width // max(samples, 1), 1)
@@ -95,11 +120,11 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
 
 
 def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[int, int]) -> NDArray[np.int64]:
-    """Pixels per class index of a mask, those to ignore last.
+    """Pixels per class index of a mask, ignored ones last.
 
     Args:
         mask: file.
-        labels: what its values mean.
+        labels: meaning of its values.
         num_classes: K.
         size: rows and columns of its image.
 
@@ -107,7 +132,7 @@ def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[
         int64 `(K + 1,)`.
 
     Raises:
-        DataError: another size than the image's, an undeclared value, a damaged file.
+        DataError: a size that differs from the image's, an undeclared value, a damaged file.
     """
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
     with Raster(mask) as raster:
@@ -124,7 +149,7 @@ def count_classes(mask: Path, labels: LabelTable, num_classes: int, size: tuple[
 
 
 def strips(info: RasterInfo) -> Iterator[Window]:
-    """Windows of full width that cover an image, whole blocks high, small enough for memory."""
+    """Windows of full width and whole blocks that cover an image and fit into memory."""
     block = info.block_shape[0]
     rows = block * max(_STRIP_VALUES // (info.width * info.count * block), 1)
     for row in range(0, info.height, rows):
@@ -134,8 +159,8 @@ def strips(info: RasterInfo) -> Iterator[Window]:
 def in_order(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterable[R]:
-    """`map` over threads (decoding releases Python's lock); results come in the order of `tasks`, errors at once."""
-    # Here, not per file: filters are global, and threads that set and restore them would undo each other's.
+    """`map` over threads (decoding releases the GIL); results come in the order of `tasks`, the first error ends it."""
+    # not per file: warning filters are global, and threads would undo each other's
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         futures = [pool.submit(work, task) for task in tasks]

@@ -1,4 +1,4 @@
-"""Shows one sample of a prepared dataset: the image, its mask in class colours, and a legend."""
+"""Draw a sample of a prepared dataset: image, mask in class colours, legend."""
 
 from collections.abc import Sequence
 
@@ -18,21 +18,21 @@ _RGB = ("red", "green", "blue")
 
 
 def find_sample(index: SegmentationIndex, which: str | None) -> IndexItem:
-    """The first labeled image, or the image of a name, a part of a name, or a number; raises `DataError`."""
+    """Image by name, part of a name or number, by default the first labeled one; raises `DataError`."""
     if which is None:
         return next((item for item in index.items if item.mask is not None), index.items[0])
     if which.isdecimal() and int(which) < len(index.items):
         return index.items[int(which)]
     found = [item for item in index.items if which == item.image] or [i for i in index.items if which in i.image]
     if not found:
-        raise DataError(f"{index.root}: no image is named {which!r}; there are {index.items[0].image} and others.")
+        raise DataError(f"{index.root}: no image is named {which!r}; names are such as {index.items[0].image}.")
     return found[0]
 
 
 def sample_colors(index: SegmentationIndex, item: IndexItem, side: int) -> tuple[NDArray[np.uint8], ...]:
-    """Image and, if there is one, mask as red, green, blue, uint8 `(h, w, 3)` each, at most `side` pixels long.
+    """Image and mask (if any) in red, green, blue: uint8 `(h, w, 3)`, sides of at most `side` pixels.
 
-    The image is stretched per band between percentiles 2 and 98; without red, green and blue its first bands are taken.
+    The image is stretched between percentiles 2 and 98 per band; without red, green and blue its first bands are shown.
     """
     bands = index.task.bands
     shown = _RGB if set(_RGB) <= set(bands) else (bands[:3] if len(bands) > 2 else bands[:1])
@@ -50,9 +50,8 @@ def sample_colors(index: SegmentationIndex, item: IndexItem, side: int) -> tuple
 
 
 def draw_sample(index: SegmentationIndex, item: IndexItem, side: int = 700) -> Image.Image:
-    """The sheet: image, mask, legend with the mask's shares."""
+    """Picture of image, mask and legend side by side."""
     pictures = [Image.fromarray(colors) for colors in sample_colors(index, item, side)]
-    # small samples grow, so that their pixels can be seen
     factor = max(side // max(pictures[0].size), 1)
     pictures = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in pictures]
     font = ImageFont.load_default(size=16)
@@ -75,7 +74,7 @@ def draw_sample(index: SegmentationIndex, item: IndexItem, side: int = 700) -> I
 
 
 def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[int, int, int], str]]:
-    """Colour and text of each class, with its share of the labeled pixels where these were counted."""
+    """Colour and text of each class, with its share of the labeled pixels if counted."""
     total = sum(item.classes or ())
     shares = [f"  {count / total:.1%}" if total else "" for count in item.classes or (0,) * index.task.num_classes]
     classes = [(info.color, f"{info.name}{share}") for info, share in zip(index.task.classes, shares, strict=True)]

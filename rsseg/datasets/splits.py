@@ -1,41 +1,47 @@
-"""Rules that divide the images of a dataset among splits."""
+"""Split rules of published datasets, and new splits of a prepared one by scene or by block of ground."""
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from rsseg.data.index import IndexItem
+from rsseg.data.index import IndexItem, SegmentationIndex
+from rsseg.datasets.measure import open_image
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.errors import DataError
+from rsseg.errors import DataError, UsageError
 
 Assign = Callable[[Sequence[IndexItem], int], Sequence[IndexItem]]
-"""(items, seed) -> the items that have a split, with it, in the same order."""
+"""(items, seed) -> the items that belong to a split, with their split set, in the same order."""
+RATIO = {"train": 0.6, "val": 0.2, "test": 0.2}
+"""Default shares of the splits."""
 SHARES = (0.01, 0.05, 0.1)
 """Label fractions of the published semi-supervised experiments."""
+UNUSED = "unused"
+"""Split of tiles that overlap blocks of two splits."""
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """One way to divide a dataset."""
+    """One way to split a dataset."""
 
     name: str
     title: str
     assign: Assign
     splits: tuple[str, ...] = ("train", "val", "test")
-    """Each of them must get images."""
+    """None of them may be empty."""
     tiles: bool = False
-    """Divides the tiles, after they were cut; otherwise the images, so that all tiles of an image stay together."""
+    """Assigns single tiles, after cutting; otherwise whole images, so that all tiles of an image share its split."""
     grid: Grid | None = None
-    """How the published tiles were cut."""
+    """Published tile grid."""
     pad_label: int = 255
     """Class index of padding."""
     ignore_unknown: bool = False
-    """Mask colours that are not declared are ignored, as in the published scripts; otherwise they are an error."""
+    """Map undeclared mask colours to `unknown_label`, as the published scripts do; otherwise they are an error."""
     unknown_label: int = 255
-    """Class index of such colours."""
+    """Class index of undeclared colours."""
     label_shares: tuple[float, ...] = ()
-    """Nested lists of labeled training images are written for these shares."""
+    """Write nested lists of labeled training images for these shares."""
 
 
 def as_found(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:  # noqa: ARG001 - an `Assign`
@@ -54,22 +60,17 @@ def by_scene(scenes: Mapping[str, Sequence[str]]) -> Assign:
 
 
 def drawn_by_scene(shares: Mapping[str, float]) -> Assign:
-    """Shares of the scenes of each domain, in seeded order; images that have another split than `train` keep it."""
+    """Random shares of the scenes of each domain; only images of the split `train` are redistributed."""
 
     def assign(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
-        split_of: dict[str, str] = {}
-        for domain in sorted({item.domain or "" for item in items}):
-            scenes = sorted(
-                {scene_of(item) for item in items if (item.domain or "") == domain and item.split == "train"}
-            )
-            split_of |= draw(scenes, shares, seed)
-        return [_in_split(item, split_of[scene_of(item)]) if item.split == "train" else item for item in items]
+        split_of = _per_domain([item for item in items if item.split == "train"], shares, seed)
+        return [_in_split(item, split_of[item.image]) if item.split == "train" else item for item in items]
 
     return assign
 
 
 def drawn_tiles(shares: Mapping[str, float], *, per_domain: bool = False) -> Assign:
-    """Shares of all tiles in seeded order, whatever scene they are of; each but the last is rounded down.
+    """Random shares of all tiles, regardless of their scene; each share but the last is rounded down.
 
     The published lists were shuffled without a known seed: their counts are reproduced, not their members.
     """
@@ -96,28 +97,41 @@ def halved_val(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
 def draw(
     names: Sequence[str], shares: Mapping[str, float], seed: int, *, whole: Callable[[float], int] = round
 ) -> dict[str, str]:
-    """Split of each name: shares that add up to 1, in an order that depends on names and seed alone.
+    """Split of each name, in a random order that depends on names and seed alone.
 
-    Raises `DataError` if a split would get none.
+    Args:
+        names: images, tiles or scenes.
+        shares: split -> share; they add up to 1, and the last split takes the remainder.
+        seed: of the order.
+        whole: rounds `share * len(names)`.
+
+    Raises:
+        DataError: a split would be empty.
     """
     order = sorted(names)
     random.Random(seed).shuffle(order)
+    # the small term guards against 0.7 * 22500 = 15749.999999999998
+    counts = [whole(share * len(order) + 1e-6) for share in shares.values()]
+    counts[-1] = len(order) - sum(counts[:-1])
     result: dict[str, str] = {}
-    start = 0
-    for number, (split, share) in enumerate(shares.items(), start=1):
-        # a millionth against 0.7 * 22500 = 15749.999999999998
-        end = len(order) if number == len(shares) else start + whole(share * len(order) + 1e-6)
-        if end <= start:
+    for split, count in zip(shares, counts, strict=True):
+        if count <= 0:
             raise DataError(
-                f"split {split!r} would get none of {len(order)} scenes. Give more images, or choose another --split."
+                f"split {split!r} gets none of {len(order)} images (or scenes). Give it a larger share, or more images."
             )
-        result |= dict.fromkeys(order[start:end], split)
-        start = end
+        result |= dict.fromkeys(order[len(result) : len(result) + count], split)
     return result
 
 
+def check_shares(option: str, shares: Mapping[str, float]) -> None:
+    """Raise `UsageError` unless the shares are positive and add up to 1."""
+    total = sum(shares.values())
+    if any(share <= 0 for share in shares.values()) or not math.isclose(total, 1, abs_tol=1e-6):
+        raise UsageError(f"{option}: the shares must be positive and add up to 1, these add up to {total:g}.")
+
+
 def labeled_lists(items: Sequence[IndexItem], shares: Sequence[float], seed: int) -> dict[float, list[str]]:
-    """Share -> training images that keep their labels: the first int(share x n) of each domain in a seeded order.
+    """Share -> training images that keep their labels: the first int(share x n) of each domain in random order.
 
     The lists of smaller shares are contained in those of larger ones.
     """
@@ -132,8 +146,106 @@ def labeled_lists(items: Sequence[IndexItem], shares: Sequence[float], seed: int
 
 
 def scene_of(item: IndexItem) -> str:
-    """What must not be divided: the scene, or the image itself."""
+    """Name of the scene that must stay in one split; an image without a scene is its own."""
     return item.scene or item.image
+
+
+def resplit(
+    index: SegmentationIndex,
+    shares: Mapping[str, float],
+    *,
+    by: Literal["scene", "block"] = "scene",
+    block: int | None = None,
+    seed: int = 0,
+) -> SegmentationIndex:
+    """Split the labeled images of a prepared dataset anew; images without masks keep their split.
+
+    Args:
+        index: prepared dataset.
+        shares: split -> share; they add up to 1. Each domain is split on its own.
+        by: `scene` keeps the images of a scene together. `block` keeps the tiles of a square of `block` pixels
+            together, and puts tiles that overlap squares of two splits into the split `unused`.
+        block: side in pixels, at least that of the tiles.
+        seed: of the order.
+
+    Raises:
+        UsageError: invalid shares or block.
+        DataError: too few scenes or blocks, or tiles of unknown position.
+    """
+    check_shares("--ratio", shares)
+    if (by == "block") != (block is not None):
+        raise UsageError("--block goes with --by block, and gives the side of the blocks in pixels.")
+    labeled = [item for item in index.items if item.mask is not None]
+    if block is None:
+        split_of = _per_domain(labeled, shares, seed)
+    else:
+        split_of = {}
+        for group in _domains(labeled):
+            split_of |= _by_block(index, group, shares, block, seed)
+    items = tuple(_in_split(item, split_of.get(item.image, item.split)) for item in index.items)
+    rule = f"{by}, seed {seed}" if block is None else f"blocks of {block} pixels, seed {seed}"
+    # blocks of one scene are in several splits on purpose
+    return index.model_copy(update={"items": items, "split_rule": rule, "mixes_scenes": by == "block"})
+
+
+class _Place(NamedTuple):
+    area: str
+    """Scene, or coordinate system."""
+    row: int
+    col: int
+    height: int
+    width: int
+
+    def blocks(self, block: int) -> set[tuple[str, int, int]]:
+        """Blocks that hold a corner; no tile is larger than a block."""
+        rows, cols = (self.row, self.row + self.height - 1), (self.col, self.col + self.width - 1)
+        return {(self.area, row // block, col // block) for row in rows for col in cols}
+
+
+def _by_block(
+    index: SegmentationIndex, items: Sequence[IndexItem], shares: Mapping[str, float], block: int, seed: int
+) -> dict[str, str]:
+    places = {item.image: _place(index, item) for item in items}
+    for image, place in places.items():
+        if max(place.height, place.width) > block:
+            raise UsageError(f"--block {block}: {image} is larger, {place.height} x {place.width} pixels.")
+    home = {image: f"{p.area} {p.row // block} {p.col // block}" for image, p in places.items()}
+    drawn = draw(sorted(set(home.values())), shares, seed)
+    result = {}
+    for image, place in places.items():
+        touched = {drawn.get(f"{area} {row} {col}") for area, row, col in place.blocks(block)} - {None}
+        result[image] = drawn[home[image]] if len(touched) == 1 else UNUSED
+    return result
+
+
+def _place(index: SegmentationIndex, item: IndexItem) -> _Place:
+    """Position of an image in pixels of its scene or of its coordinate system; raises `DataError` if unknown."""
+    with open_image(index.image_files(item), index.task.bands) as raster:
+        info = raster.info
+    if item.origin is not None:
+        return _Place(scene_of(item), *item.origin, info.height, info.width)
+    if info.crs is None:
+        raise DataError(
+            f"{item.image}: neither cut from a scene nor georeferenced, so its neighbours are unknown. "
+            "Split with --by scene, or cut the scenes with `rsseg dataset prepare --tile`."
+        )
+    transform = info.transform
+    row, col = round(transform.f / transform.e), round(transform.c / transform.a)
+    return _Place(str(info.crs), row, col, info.height, info.width)
+
+
+def _domains(items: Sequence[IndexItem]) -> list[list[IndexItem]]:
+    names = sorted({item.domain or "" for item in items})
+    return [[item for item in items if (item.domain or "") == name] for name in names]
+
+
+def _per_domain(items: Sequence[IndexItem], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Split of each image, by scene."""
+    split_of: dict[str, str] = {}
+    for group in _domains(items):
+        drawn = draw(sorted({scene_of(item) for item in group}), shares, seed)
+        split_of |= {item.image: drawn[scene_of(item)] for item in group}
+    return split_of
 
 
 def _in_split(item: IndexItem, split: str) -> IndexItem:

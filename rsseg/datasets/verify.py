@@ -1,6 +1,8 @@
-"""Checks a prepared dataset file by file, and says what is in it."""
+"""Check a prepared dataset file by file, and measure it."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.leaks import Problem, find_leaks
-from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image
-from rsseg.datasets.opening import open_image
+from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image, open_image
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -22,6 +22,15 @@ Progress = Callable[[str, int, int], None]
 
 class _Result(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class Problem(_Result):
+    """One defect of a prepared dataset."""
+
+    file: str
+    """Relative to the dataset's folder."""
+    split: str
+    reason: str
 
 
 class SplitCount(_Result):
@@ -38,7 +47,7 @@ class SplitCount(_Result):
 
 
 class VerifyReport(_Result):
-    """What `verify` found."""
+    """Result of `verify`."""
 
     path: Path
     images: int
@@ -48,7 +57,7 @@ class VerifyReport(_Result):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
@@ -63,14 +72,14 @@ class BandStatistics(_Result):
 
 
 class ClassArea(_Result):
-    """How much of a split's labeled pixels a class covers."""
+    """Area of a class in a split."""
 
     name: str
     pixels: int
     share: float | None
-    """0..1 of all mask pixels, ignored ones included; None if there are none."""
+    """0..1 of all mask pixels, ignored ones included; None without masks."""
     m2: float | None
-    """Square metres; None if the ground sampling distance is not known."""
+    """Square metres; None if the ground sampling distance is unknown."""
     ha: float | None
 
 
@@ -88,7 +97,7 @@ class SplitStatistics(_Result):
 
 
 class DatasetStatistics(_Result):
-    """What `statistics` counted."""
+    """Result of `statistics`."""
 
     path: Path
     gsd_m: float | None
@@ -101,16 +110,16 @@ class _Checked(NamedTuple):
 
 
 def verify(path: Path, *, pixels: bool = True, jobs: int = 1, progress: Progress | None = None) -> VerifyReport:
-    """Read every mask and every image once, and look for images and scenes that splits share.
+    """Read every mask and every image once, and find images and scenes that are in several splits.
 
     Args:
         path: prepared folder.
-        pixels: decode every image, which finds files that end early; False opens them only.
+        pixels: decode every image, which finds truncated files; False only opens them.
         jobs: threads.
-        progress: told how far the work is.
+        progress: called with the stage, and the numbers of finished and of all files.
 
     Raises:
-        DataError: there is no index. Defects of the files are in the report instead.
+        DataError: no index. Defects of files are listed in the report instead.
     """
     index = SegmentationIndex.load(path)
     labels = LabelTable(index.label_map, index.task.num_classes)
@@ -134,7 +143,7 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
     """Read every image and mask once: band statistics and class areas per split and domain.
 
     Raises:
-        DataError: no index, or a defect; `verify` lists all of them.
+        DataError: no index, or a defect; `verify` lists all defects.
     """
     index = SegmentationIndex.load(path)
     labels = LabelTable(index.label_map, index.task.num_classes)
@@ -162,8 +171,16 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
     return DatasetStatistics(path=path, gsd_m=index.task.gsd_m, splits=tuple(splits))
 
 
+def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
+    """Images, copies of images and scenes that are in more than one split; one problem each.
+
+    Scenes are not compared where the split rule distributes their tiles on purpose, as some published ones do.
+    """
+    return (*_images(index), *_copies(index), *(() if index.mixes_scenes else _scenes(index)))
+
+
 def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
-    """Everything that is wrong with one item."""
+    """All problems of one item."""
     problems = []
     size = None
     try:
@@ -226,7 +243,7 @@ def _bands(index: SegmentationIndex, moments: Moments) -> tuple[BandStatistics, 
 
 
 def _areas(index: SegmentationIndex, counts: NDArray[np.int64]) -> list[ClassArea]:
-    """Per class, then of what is ignored."""
+    """One per class, then one for ignored pixels."""
     total, gsd = int(counts.sum()), index.task.gsd_m
     areas = []
     for name, count in zip((*index.task.class_names, "ignored"), counts, strict=True):
@@ -236,3 +253,51 @@ def _areas(index: SegmentationIndex, counts: NDArray[np.int64]) -> list[ClassAre
             ClassArea(name=name, pixels=int(count), share=share, m2=m2, ha=None if m2 is None else m2 / 10_000)
         )
     return areas
+
+
+def _images(index: SegmentationIndex) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    for item in index.items:
+        other = seen.setdefault(item.image, item.split)
+        if other != item.split:
+            yield _problem(item, f"the image is in {other} and in {item.split}; splits must not share images.")
+
+
+def _copies(index: SegmentationIndex) -> Iterator[Problem]:
+    """Files with the same content under other names; only files of equal size are read."""
+    by_size: dict[int, list[tuple[IndexItem, Path]]] = defaultdict(list)
+    for item in index.items:
+        first = index.image_files(item)[0]
+        if first.is_file():
+            by_size[first.stat().st_size].append((item, first))
+    for alike in by_size.values():
+        if len({item.split for item, _ in alike}) < 2:
+            continue
+        seen: dict[bytes, IndexItem] = {}
+        for item, file in alike:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").digest()
+            other = seen.setdefault(digest, item)
+            if other.split != item.split and other.image != item.image:
+                yield _problem(item, f"the image is the same as {other.image} in {other.split}; leave one of them out.")
+
+
+def _scenes(index: SegmentationIndex) -> Iterator[Problem]:
+    seen: dict[tuple[str | None, str], IndexItem] = {}
+    reported = set()
+    for item in index.items:
+        if item.scene is None:
+            continue
+        key = item.domain, item.scene
+        other = seen.setdefault(key, item)
+        if other.split != item.split and other.image != item.image and (*key, item.split) not in reported:
+            reported.add((*key, item.split))
+            yield _problem(
+                item,
+                f"the scene {item.scene} is in {other.split} ({other.image}) and in {item.split}; neighbouring tiles "
+                "inflate the scores. Split by scene: `rsseg dataset split`.",
+            )
+
+
+def _problem(item: IndexItem, reason: str) -> Problem:
+    return Problem(file=item.image, split=item.split, reason=reason)

@@ -1,4 +1,4 @@
-"""From overlapping tiles to finished strips of rows, in order, each row once.
+"""Merge overlapping tiles into finished strips of rows, in order, each row once.
 
 Every merge is a generator that holds one row of tiles, whatever the height of the image.
 """
@@ -12,11 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.scores import Scores
 from rsseg.inference.tiling import AxisPlan, Span, TilePlan
+from rsseg.layers.blocks import resize_logits
 
 Blend = Literal["crop", "hann", "mean"]
-"""`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' scores."""
+"""`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
+
+_CACHED_VALUES = 1 << 20
+"""Logits that a CPU resizes in one part, so that they stay in its cache and memory does not grow with the classes."""
+_MIN_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,26 +44,88 @@ class Tile:
         return self.valid is not None and not self.valid.any()
 
 
+@dataclass(frozen=True, eq=False)
+class TileLogits:
+    """Logits of a tile, resized to full size only where and when they are read.
+
+    With many classes, logits of full size take more memory than the network.
+
+    low: float (1, K, h, w) of low resolution, which bilinear resizing brings to (1, K, H, W); without the first axis,
+        torch would not recognize channels_last, and be slow
+    full: (H, W)
+    size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    """
+
+    low: Tensor
+    full: tuple[int, int]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "TileLogits":
+        """Logits (K, H, W) of full size."""
+        size = (logits.shape[1], logits.shape[2])
+        return cls(logits[None], size, size)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.low.shape[1]
+
+    def whole(self) -> Tensor:
+        """Float32 (K, height, width)."""
+        return self._rows(Span(0, self.size[0]))
+
+    def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
+        """A range of rows in parts: the rows of each, and their logits, float32 (K, n, width).
+
+        A GPU makes one part of them, since every part costs a launch of its kernels.
+        """
+        step = rows.length
+        if self.low.device.type == "cpu" and self._factor:
+            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
+        for start in range(rows.start, rows.stop, step):
+            part = Span(start, min(start + step, rows.stop))
+            yield part, self._rows(part)
+
+    @property
+    def _factor(self) -> int:
+        """Scale at which a range of rows can be resized alone; 0 if that would shift its pixels."""
+        height = self.low.shape[2]
+        factor = self.full[0] // height
+        return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
+
+    def _rows(self, rows: Span) -> Tensor:
+        if not (factor := self._factor):
+            first, low, height = 0, self.low, self.full[0]
+        else:
+            # Bilinear: a row depends on the rows of low resolution above and below it.
+            above = max(rows.start // factor - 1, 0)
+            below = min(-(-rows.stop // factor) + 1, self.low.shape[2])
+            first, low, height = above * factor, self.low[:, :, above:below], (below - above) * factor
+        logits = resize_logits(low, (height, self.full[1]))[0]
+        return logits[:, rows.start - first : rows.stop - first, : self.size[1]]
+
+
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be known of each pixel beside its class."""
+class PixelOutputs:
+    """Outputs per pixel beside its class."""
 
     confidence: bool = False
     probabilities: Literal["none", "uint8", "float16"] = "none"
 
 
-CLASSES_ONLY = Wanted()
+CLASSES_ONLY = PixelOutputs()
 FULL = 254
 """Stored value of probability 1 in uint8; 255 is left for nodata."""
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What is decided about an area.
+    """Outputs of an area.
 
     classes: uint8 (h, w) class indices
-    confidence: uint8 (h, w), probability of the class times `FULL`; None if not wanted
-    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not wanted
+    confidence: uint8 (h, w), probability of the class times `FULL`; None if not asked for
+    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not asked for
     """
 
     classes: NDArray[np.uint8]
@@ -67,13 +133,13 @@ class Decision:
     probabilities: NDArray[Any] | None = None
 
     @classmethod
-    def empty(cls, height: int, width: int, num_classes: int, wanted: Wanted) -> "Decision":
+    def empty(cls, height: int, width: int, num_classes: int, outputs: PixelOutputs) -> "Decision":
         """All zeros."""
-        kind = wanted.probabilities
+        dtype = outputs.probabilities
         return cls(
             np.zeros((height, width), np.uint8),
-            np.zeros((height, width), np.uint8) if wanted.confidence else None,
-            np.zeros((height, width, num_classes), kind) if kind != "none" else None,
+            np.zeros((height, width), np.uint8) if outputs.confidence else None,
+            np.zeros((height, width, num_classes), dtype) if dtype != "none" else None,
         )
 
     def put(self, area: tuple[slice, slice], part: "Decision") -> None:
@@ -105,73 +171,77 @@ class Strip:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreStrip:
+class LogitStrip:
     """Finished rows of an image.
 
     top: first row
-    scores: float32 (h, W, K), mean of the tiles
+    logits: float32 (h, W, K), mean of the tiles
     valid: bool (h, W), as in the tiles
     """
 
     top: int
-    scores: Tensor
+    logits: Tensor
     valid: NDArray[np.bool_]
 
 
-Scored = tuple[Tile, Tensor | None]
-"""A tile and its float scores (K, h, w), None if it is empty."""
-Judged = tuple[Tile, Decision | None]
-"""A tile and what is decided about the part that it keeps, None if it is empty."""
+LogitTile = tuple[Tile, Tensor | None]
+"""A tile and its float logits (K, h, w), None if it is empty."""
+DecidedTile = tuple[Tile, Decision | None]
+"""A tile and the outputs of the part of it that `crop` keeps, None if it is empty."""
 
 
-def decide(scores: Tensor) -> NDArray[np.uint8]:
-    """Classes of scores (h, w, K) as uint8 (h, w) in the host's memory.
+def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
+    """Classes of logits (h, w, K) as uint8 (h, w) in the host's memory.
 
     The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
     times slower.
     """
-    # Not argmax, which takes longer for the same: the first of the largest.
-    return scores.max(-1).indices.to(torch.uint8).cpu().numpy()
+    # Not argmax, which is slower; both take the first of equal maxima.
+    return logits.max(-1).indices.to(torch.uint8).cpu().numpy()
 
 
-def judge(scores: Tensor, wanted: Wanted) -> Decision:
-    """What is decided by scores (h, w, K)."""
-    if wanted == CLASSES_ONLY:
-        return Decision(decide(scores))
-    shares = scores.float().softmax(-1)
-    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if wanted.confidence else None
-    match wanted.probabilities:
+def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
+    """Outputs from logits (h, w, K)."""
+    if outputs == CLASSES_ONLY:
+        return Decision(argmax_classes(logits))
+    shares = logits.float().softmax(-1)
+    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if outputs.confidence else None
+    match outputs.probabilities:
         case "none":
-            return Decision(decide(scores), confidence)
+            return Decision(argmax_classes(logits), confidence)
         case "float16":
-            return Decision(decide(scores), confidence, shares.half().cpu().numpy())
+            return Decision(argmax_classes(logits), confidence, shares.half().cpu().numpy())
         case "uint8":
-            return Decision(decide(scores), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy())
+            return Decision(
+                argmax_classes(logits), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
+            )
 
 
-def crop_judge(plan: TilePlan, wanted: Wanted = CLASSES_ONLY) -> Callable[[Tile, Scores], Decision]:
-    """Decides the part of a tile that it keeps."""
+def decide_kept(plan: TilePlan, outputs: PixelOutputs = CLASSES_ONLY) -> Callable[[Tile, TileLogits], Decision]:
+    """A function that decides the part of a tile that `crop` keeps."""
 
-    def judge_kept(tile: Tile, scores: Scores) -> Decision:
+    def decide_tile(tile: Tile, logits: TileLogits) -> Decision:
         rows, cols = _kept(plan, tile)
-        kept = Decision.empty(rows.length, cols.length, scores.num_classes, wanted)
-        for part, values in scores.bands(rows):
-            kept.put((part.within(rows.start), slice(None)), judge(values[..., cols.area].permute(1, 2, 0), wanted))
+        kept = Decision.empty(rows.length, cols.length, logits.num_classes, outputs)
+        for part, values in logits.bands(rows):
+            kept.put((part.within(rows.start), slice(None)), decide(values[..., cols.area].permute(1, 2, 0), outputs))
         return kept
 
-    return judge_kept
+    return decide_tile
 
 
-def crop_classes(tiles: Iterable[Judged], plan: TilePlan, num_classes: int, wanted: Wanted) -> Iterator[Strip]:
-    """Put together what is decided; tiles come row by row, the first may be that of any row.
+def crop_classes(
+    tiles: Iterable[DecidedTile], plan: TilePlan, num_classes: int, outputs: PixelOutputs
+) -> Iterator[Strip]:
+    """Join the kept parts of tiles; tiles come row by row, the first may be that of any row.
 
-    Memory does not depend on the number of classes where the class alone is wanted.
+    Memory does not depend on the number of classes where only the class is asked for.
     """
     last, width = len(plan.cols.origins) - 1, plan.cols.length
     for tile, decided in tiles:
         rows, cols = plan.rows.kept[tile.row], plan.cols.kept[tile.col]
         if tile.col == 0:
-            decision = Decision.empty(rows.length, width, num_classes, wanted)
+            decision = Decision.empty(rows.length, width, num_classes, outputs)
             strip = Strip(rows.start, decision, np.zeros((rows.length, width), np.bool_))
         if decided is not None:
             decision.put((slice(None), cols.area), decided)
@@ -182,17 +252,17 @@ def crop_classes(tiles: Iterable[Judged], plan: TilePlan, num_classes: int, want
 
 
 def blend_classes(
-    tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int, wanted: Wanted = CLASSES_ONLY
+    tiles: Iterable[LogitTile], plan: TilePlan, blend: Blend, num_classes: int, outputs: PixelOutputs = CLASSES_ONLY
 ) -> Iterator[Strip]:
-    """Decide what `blend_scores` merges; memory is as there."""
-    for strip in blend_scores(tiles, plan, blend, num_classes):
-        yield Strip(strip.top, judge(strip.scores, wanted), strip.valid)
+    """Decide the strips of `blend_logits`, in the same memory."""
+    for strip in blend_logits(tiles, plan, blend, num_classes):
+        yield Strip(strip.top, decide(strip.logits, outputs), strip.valid)
 
 
-def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[ScoreStrip]:
-    """Merge tiles, given row by row, into scores; memory is tile x width x classes float32 values.
+def blend_logits(tiles: Iterable[LogitTile], plan: TilePlan, blend: Blend, num_classes: int) -> Iterator[LogitStrip]:
+    """Average tiles, given row by row; memory is tile x width x classes float32 values.
 
-    Pixels that only empty tiles cover have scores 0.
+    Pixels that only empty tiles cover have logits 0.
     """
     height, width = plan.rows.tile, plan.cols.covered
     row_weights, col_weights = _weights(plan.rows, blend), _weights(plan.cols, blend)
@@ -200,18 +270,18 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
     row_totals, col_totals = _totals(plan.rows, row_weights), _totals(plan.cols, col_weights)
     canvas, valid = torch.zeros(height, width, num_classes), np.zeros((height, width), np.bool_)
     last = len(plan.cols.origins) - 1
-    for tile, scores in tiles:
+    for tile, logits in tiles:
         left = plan.cols.origins[tile.col]
         area = slice(left, left + plan.cols.tile)
         valid[:, area] = True if tile.valid is None else tile.valid
-        if scores is not None:
+        if logits is not None:
             weights = row_weights[tile.row][:, None, None] * col_weights[tile.col][:, None]
-            canvas[:, area] += scores.permute(1, 2, 0).float().cpu() * weights
+            canvas[:, area] += logits.permute(1, 2, 0).float().cpu() * weights
         if tile.col == last:
             final = plan.rows.final(tile.row)
             total = row_totals[final.area, None, None] * col_totals[: plan.cols.length, None]
             inside = slice(final.length), slice(plan.cols.length)
-            yield ScoreStrip(final.start, canvas[inside] / total, valid[inside].copy())
+            yield LogitStrip(final.start, canvas[inside] / total, valid[inside].copy())
             kept = height - final.length
             canvas[:kept] = canvas[final.length :].clone()
             canvas[kept:] = 0
@@ -219,7 +289,7 @@ def blend_scores(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_clas
 
 
 def _kept(plan: TilePlan, tile: Tile) -> tuple[Span, Span]:
-    """Rows and columns of a tile that it keeps with `crop`, counted within it."""
+    """Rows and columns of a tile that `crop` keeps, counted within it."""
     places = ((plan.rows, tile.row), (plan.cols, tile.col))
     rows, cols = (axis.kept[i].moved(-axis.origins[i]) for axis, i in places)
     return rows, cols

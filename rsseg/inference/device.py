@@ -1,23 +1,29 @@
-"""Where and how exactly a network computes."""
+"""Devices: which to use and in what precision, the memory that the heap keeps, and what a tile costs."""
 
-import copy
 import ctypes
-import functools
 import os
 import platform
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsseg.errors import MachineError
-from rsseg.inference.folding import simplify, store_convolutions
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
 KEEP_HEAP_VARIABLE = "RSSEG_KEEP_HEAP"
 """Environment variable; 0 leaves the allocator alone."""
+_PROBE = 512
+"""Side of the tile that is measured in place of larger ones of a convolutional network."""
+_OVERHEAD = 1.6
+"""Memory of a forward over that of its tensors: gaps of the allocator and scratch space of the kernels (measured)."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -30,6 +36,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise MachineError(f"device {name!r} is unknown. Choose auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -38,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def own_device(name: str, number: int | None) -> torch.device:
-    """Like `resolve_device`; of several processes, this is the one whose GPU has that number unless the name has one.
+    """Like `resolve_device`, for one of several processes: a name without an index means the GPU `number`.
 
     Raises:
         MachineError: there is no such device, or fewer than processes.
@@ -51,7 +59,7 @@ def own_device(name: str, number: int | None) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes with it, and float32 where it would only imitate it."""
+    """`auto` is bfloat16 where the device has it in hardware, float32 where it would be emulated."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -61,39 +69,16 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if native else torch.float32
 
 
-def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:
-    """A copy in eval mode for inference, and the type to compute in; the original is not touched.
-
-    A network that cannot compute in `dtype`, which one small image shows, computes in float32. Weights that need no
-    conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU; a
-    convolutional network is simplified as well, see `simplify`.
-    """
-    # deepcopy takes what the memo already holds: the weights are not copied twice.
-    memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
-    for parameter in segmenter.parameters():
-        layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
-        placed = parameter.detach().to(device, memory_format=layout)
-        memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
-    ready = copy.deepcopy(segmenter, memo).eval()
-    ready.fold()
-    if ready.tile.flexible:
-        simplify(ready, functools.partial(ready.predict_logits, _small_image(ready, device)))
-    if dtype == torch.float32 or not _can_compute(ready, device, dtype):
-        return ready, torch.float32
-    store_convolutions(ready, dtype, lambda: _can_compute(ready, device, dtype))
-    return ready, dtype
-
-
 def keep_heap() -> None:
-    """Let glibc keep freed memory: it gives each large activation back to the kernel and faults it in again otherwise.
+    """Make glibc keep freed memory. By default it returns each large activation to the kernel and faults it in again.
 
-    Worth up to a half of the time of a forward with large tensors. For the whole process; does nothing with another
+    Saves up to half the time of a forward with large tensors. Holds for the whole process; does nothing with another
     C library or if `RSSEG_KEEP_HEAP=0`.
     """
     if (library := _allocator()) is None:
         return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    # One heap for all threads: else reader and writer each keep one of their own, with what they once needed.
+    # One heap for all threads: else reader and writer each keep one of their own, of the size of their peak.
     library.mallopt(arena_max, 1)
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, 2**31 - 1)
@@ -101,24 +86,24 @@ def keep_heap() -> None:
 
 
 class HeapGuard:
-    """Gives back what the heap keeps free once it has grown too far.
+    """Returns free memory of the heap to the system once the process has grown too large.
 
-    What lives for long comes to lie between the blocks that a network takes and frees, so that the heap of
-    `keep_heap` grows slowly. The memory must be faulted in again, so it is not given back before that is needed.
+    Long-lived blocks end up between those that a network takes and frees, so the heap of `keep_heap` grows slowly.
+    Returned memory must be faulted in again, so nothing is returned before that is needed.
     """
 
     def __init__(self, most: int) -> None:
-        """`most` bytes are what the process may hold before anything is given back."""
+        """`most` bytes may be resident before anything is returned."""
         self._most, self._library = most, _allocator()
 
     def check(self) -> None:
-        """To be called often; does nothing where `keep_heap` does nothing."""
+        """Return memory if too much is resident; cheap, to be called often. Does nothing where `keep_heap` does not."""
         if self._library is not None and resident_bytes() > self._most:
             self._library.malloc_trim(0)
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory; 0 where Linux does not say it."""
+    """Resident memory of this process; 0 where there is no /proc."""
     try:
         pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
@@ -127,24 +112,89 @@ def resident_bytes() -> int:
 
 
 def _allocator() -> ctypes.CDLL | None:
-    """The C library if it is glibc and may be told what to do."""
+    """The C library if it is glibc and the user allows changing its settings."""
     if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
         return None
     return ctypes.CDLL(None)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one tile in a forward, without test-time augmentation.
+
+    peak_bytes: an estimate of the peak memory of a forward, without the weights
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
 @torch.inference_mode()
-def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> bool:
-    try:
-        with torch.autocast(device.type, dtype):
-            return bool(segmenter.predict_logits(_small_image(segmenter, device)).isfinite().all())
-    except RuntimeError:  # an operation has no kernel for this type, or does not mix it with float32
-        return False
+def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: torch.dtype) -> Cost:
+    """Run a small tile, first for the memory, then for the time, and scale both by the number of pixels.
+
+    A network of fixed size is run at that size, because the cost of attention is not proportional to the pixels.
+    """
+    side = min(tile, _PROBE) if segmenter.tile.flexible else max(tile, segmenter.tile.size)
+    image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
+    image = image.contiguous(memory_format=torch.channels_last)
+    scale = max(tile, side) ** 2 / side**2
+
+    def forward() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            segmenter.low_resolution_logits(segmenter.padded(image))
+
+    if device.type == "cuda":
+        peak = _peak_on_gpu(forward, device)
+    else:
+        with _LiveBytes() as live:
+            forward()
+        peak = live.peak
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return Cost(min(seconds) * scale, int(peak * scale * _OVERHEAD))
 
 
-def _small_image(segmenter: Segmenter, device: torch.device) -> Tensor:
-    """Noise (1, C, side, side) about the mean, of the smallest side that the network is at home with."""
-    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
-    mean = torch.tensor(segmenter.fill)[:, None, None]
-    noise = torch.randn(len(mean), side, side, generator=torch.Generator().manual_seed(0))
-    return (mean + noise * mean.abs())[None].to(device)
+def _peak_on_gpu(forward: Callable[[], None], device: torch.device) -> int:
+    forward()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    forward()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks the bytes of all live storages that operations allocate, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self._track(tensor)
+        return result
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._known or not size:
+            return
+        self._known.add(address)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, address, size).atexit = False
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._now -= size

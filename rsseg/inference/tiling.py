@@ -45,7 +45,7 @@ class Span:
         return slice(self.start, self.stop)
 
     def moved(self, by: int) -> "Span":
-        """The pixels so much farther along the axis."""
+        """Shifted by `by` pixels along the axis."""
         return Span(self.start + by, self.stop + by)
 
     def within(self, origin: int) -> slice:
@@ -66,12 +66,12 @@ class AxisPlan:
 
     @property
     def covered(self) -> int:
-        """End of the last tile, which may lie beyond the axis: there the image is reflected."""
+        """End of the last tile, which may lie beyond the axis, where the image is extended by reflection."""
         return self.origins[-1] + self.tile
 
     @cached_property
     def kept(self) -> tuple[Span, ...]:
-        """Per tile, the pixels for which its border is farther than that of any other tile; they partition the axis."""
+        """Per tile, the pixels that are farther from its border than from any other tile's; they partition the axis."""
         cuts = [(a + b + self.tile) // 2 for a, b in zip(self.origins, self.origins[1:], strict=False)]
         return tuple(Span(a, b) for a, b in zip([0, *cuts], [*cuts, self.length], strict=True))
 
@@ -102,15 +102,15 @@ class TilePlan:
 
 
 def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: int = 1) -> TilePlan:
-    """Cover an image with square tiles; along an axis shorter than `tile` they have its length.
+    """Cover an image with square tiles; along an axis shorter than `tile`, tiles have the length of the axis.
 
     Args:
         height: of the image.
         width: of the image.
         tile: side in pixels.
         overlap: pixels that neighbours share.
-        multiple: a network that halves its input sees the image on a grid of this width. Where tile and stride are
-            multiples of it, the last tile lies on the grid too and may overhang the image; else it is moved in.
+        multiple: width of the grid of the network's strides. Where tile and stride are multiples of it, the last tile
+            lies on the grid too and may extend beyond the image; else it is moved in.
 
     Raises:
         UsageError: the overlap is not smaller than the tile.
@@ -128,7 +128,7 @@ class Panel:
 
     plan: its tiles, in columns counted from `left`
     left: first column of the image that the tiles cover
-    kept: the columns of the image that the panel decides, counted from its left edge; those of all panels partition it
+    kept: the columns that the panel decides, counted from its left edge; those of all panels partition the image
     """
 
     plan: TilePlan
@@ -146,9 +146,9 @@ def split_panels(plan: TilePlan, most: int, *, shared: bool) -> tuple[Panel, ...
 
     Args:
         plan: of the whole image.
-        most: widest panel in pixels; at least one column of tiles is taken.
-        shared: a pixel needs every tile that covers it, as if tiles are averaged; else only the tile that keeps it.
-            Then tiles at the edge of two panels are computed for both.
+        most: width limit of a panel in pixels; a panel has at least one column of tiles.
+        shared: whether a pixel needs every tile that covers it, as where tiles are averaged, or only the tile that
+            keeps it. If so, tiles at the edge of two panels are computed for both.
     """
     cols, tile = plan.cols, plan.cols.tile
     columns = len(cols.origins)

@@ -1,6 +1,23 @@
-"""Building blocks that decoders share."""
+"""Building blocks that networks share: bilinear resizing, convolution blocks, and control of batch norms."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear, without antialiasing: (B, C, H, W) -> (B, C, *size). Returns `maps` itself if the size agrees."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def resize_logits(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """`resize` in float32 for any input type, as softmax needs it and CPUs are twice as fast in it."""
+    return resize(logits.float(), size, align_corners=align_corners)
 
 
 class ConvBNReLU(nn.Module):
@@ -31,3 +48,22 @@ class Classifier(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, channels, H, W) -> logits (B, K, H, W)."""
         return self.conv(self.dropout(maps))  # type: ignore[no-any-return]
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any part of `module` normalizes over the batch."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+@contextmanager
+def unrecorded_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep batch norms of `module` from updating their running statistics, without changing their outputs."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

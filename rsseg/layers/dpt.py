@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 
 
 class ResidualUnit(nn.Module):
-    """Two 3x3 convolutions, each after a ReLU, added to the input as it came. Keeps (B, C, H, W)."""
+    """Two 3x3 convolutions, each after a ReLU, with a residual. Keeps (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float (B, C, H, W) -> the same shape."""
-        # No in-place ReLU: it would also change the x that is added.
+        # no in-place ReLU: it would also change the residual
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # type: ignore[no-any-return]
 
 
@@ -39,16 +39,16 @@ class FusionBlock(nn.Module):
         """x, skip float (B, C, h, w), or no skip for the coarsest level -> (B, C, *size)."""
         if self.skip is not None:
             x = x + self.skip(skip)
-        # The published order is resize, then project. Bilinear weights sum to 1, so a 1x1 convolution gives the same
-        # before the resize, on a quarter of the pixels.
+        # The published order is resize, then project. Bilinear weights sum to 1, so projecting first gives the same
+        # result from a quarter of the pixels.
         return resize(self.project(self.refine(x)), size, align_corners=True)
 
 
 class DPTHead(nn.Module):
     """Four feature maps -> logits at twice the finest level's size.
 
-    Maps of one stride p (a ViT's) are first brought to the strides p/4, p/2, p, 2p. Maps of a pyramid, whose strides
-    double from level to level, are taken as they are.
+    Maps of equal stride p (of a ViT) are first resized to the strides p/4, p/2, p, 2p; maps of a pyramid, whose strides
+    double from level to level, are used unchanged.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DPTHead(nn.Module):
             features: channels of the fusion path.
 
         Raises:
-            ValueError: not four maps, or strides that neither agree nor double.
+            ValueError: not four maps, or strides that are neither equal nor doubling.
         """
         super().__init__()
         if not len(channels) == len(strides) == len(widths) == 4:
@@ -109,7 +109,7 @@ def _size(x: Tensor) -> tuple[int, int]:
 
 
 def _reassemble(strides: Sequence[int], widths: Sequence[int]) -> list[nn.Module]:
-    """Per map the layer that brings it to its level's stride."""
+    """The layer per map that resizes it to the stride of its level."""
     if len(set(strides)) == 1:
         return [
             nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
@@ -119,4 +119,4 @@ def _reassemble(strides: Sequence[int], widths: Sequence[int]) -> list[nn.Module
         ]
     if all(fine * 2 == coarse for fine, coarse in pairwise(strides)):
         return [nn.Identity() for _ in strides]
-    raise ValueError(f"strides of four maps must agree or double from level to level; got {tuple(strides)}")
+    raise ValueError(f"strides of four maps must be equal or double from level to level; got {tuple(strides)}")

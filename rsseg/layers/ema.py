@@ -1,18 +1,18 @@
-"""Exponential moving average of a module."""
+"""Networks that no optimizer updates: moving averages and frozen networks."""
 
 import copy
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema(nn.Module):
-    """An averaged copy of a module: no gradient, in eval mode whatever its owner's mode.
+    """Exponential moving average of a module, without gradients and in eval mode independent of its owner.
 
-    Parameters are averaged. Floating-point buffers (batch-norm statistics) are averaged or copied, as `buffers` says;
-    integer buffers (counters) are always copied. `keep` leaves all buffers to the average's own passes.
+    Parameters are averaged. `buffers` says whether floating-point buffers (batch norm statistics) are averaged or
+    copied; integer buffers (counters) are then copied. `keep` updates no buffer.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class Ema(nn.Module):
         """average <- decay * average + (1 - decay) * source.
 
         Args:
-            source: always the same module, of the architecture that this was made from; not moved between updates.
-            decay: of this update; None takes the constructor's.
+            source: always the same module of the averaged architecture; not moved between updates.
+            decay: of this update; None uses the constructor's.
         """
         if self._pairs is None:
             self._pairs = _Pairs(self.module, source, buffers=self.buffers_policy)
@@ -41,7 +41,7 @@ class Ema(nn.Module):
             torch._foreach_copy_(self._pairs.copied, self._pairs.copied_from)
 
     def train(self, mode: bool = True) -> Self:
-        """Leave the average in its mode; `module.train()` changes it where a method wants that."""
+        """Do not change the mode of the average; `module.train()` does."""
         self.training = mode
         return self
 
@@ -52,7 +52,7 @@ class Ema(nn.Module):
 
 
 class _Pairs:
-    """Flat lists of tensors, built once: one fused kernel over a list beats a loop over names three to five times."""
+    """Flat lists of tensors, built once; fused kernels over lists are three to five times faster than a loop."""
 
     def __init__(self, average: nn.Module, source: nn.Module, *, buffers: Literal["average", "copy", "keep"]) -> None:
         self.averaged: list[Tensor] = [p.data for p in average.parameters()]
@@ -65,3 +65,29 @@ class _Pairs:
             smooth = buffers == "average" and own.is_floating_point()
             (self.averaged if smooth else self.copied).append(own)
             (self.averaged_from if smooth else self.copied_from).append(other)
+
+
+class Frozen(nn.Module):
+    """Holds a module out of reach of optimizers, state dicts, DDP and `train()`.
+
+    It moves with its owner (`to`, `cuda`), stays in eval mode and runs under no_grad.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._held = (module.requires_grad_(False).eval(),)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._held[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output, without gradients."""
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,4 +1,4 @@
-"""Losses and training accuracy. All compute in float32, also under autocast, and stay tensors in the graph."""
+"""Losses and training accuracy, computed in float32 also under autocast."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
 from rsseg.task import IGNORE_INDEX
 
 
@@ -19,18 +19,18 @@ def cross_entropy(
     divisor: Literal["all", "valid"] = "valid",
     align_corners: bool = False,
 ) -> Tensor:
-    """Cross-entropy of logits resized to the target; weights are not part of the divisor.
+    """Cross-entropy of logits resized to the target. Weights do not affect the divisor.
 
     Args:
         logits: float (B, K, h, w) of any size; resized bilinearly.
         target: int64 (B, H, W), IGNORE_INDEX where there is no label.
         class_weights: float (K,).
         pixel_weights: float (B, H, W).
-        divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, labeled or
-            not, as the common code bases do unless told otherwise.
+        divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, the default
+            of common code bases.
         align_corners: of the resize.
     Returns:
-        Scalar; exactly 0 for a batch without one labeled pixel.
+        Scalar; exactly 0 for a batch without labeled pixels.
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
@@ -61,15 +61,15 @@ def softened_kl(
 ) -> Tensor:
     """KL divergence from the teacher's softmax to the student's, times the squared temperature.
 
-    Both softmaxes are taken in log space, so rows of any range give a finite value.
+    Both softmaxes are computed in log space, so that inputs of any range give a finite value.
 
     Args:
         student: float (B, ...), gradients flow.
         teacher: same shape; treated as constant.
-        axis: along which values form one distribution.
+        axis: values along it form one distribution.
         temperature: > 0; both inputs are divided by it.
-        reduction: `mean` averages over distributions; `batchmean` sums over all of one sample and averages samples,
-            so that the value grows with the number of distributions.
+        reduction: `mean` averages over distributions; `batchmean` sums over the distributions of a sample and averages
+            over samples.
     Returns:
         Scalar >= 0.
     """
@@ -82,9 +82,9 @@ def softened_kl(
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cosine over the positions of two (B, C, H, W) maps, channels being the vectors; the teacher constant.
+    """Mean of 1 - cosine between the channel vectors of two (B, C, H, W) maps per position; the teacher is constant.
 
-    0 where the vectors point the same way, 2 where they oppose. Blind to their lengths.
+    From 0 for equal directions to 2 for opposite ones, independent of the vectors' lengths.
     """
     with torch.autocast(student.device.type, enabled=False):
         return (1.0 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=1)).mean()

@@ -1,12 +1,14 @@
-"""The two interfaces of a method: what ships (`Segmenter`) and what trains (`Method`)."""
+"""Interfaces of a method: `Segmenter`, the network that ships, and `Method`, which trains it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.task import Task
 
@@ -15,7 +17,7 @@ from rsseg.task import Task
 class StepOutput:
     """Result of one micro-step.
 
-    losses: scalars in the graph, already weighted; the trainer sums them.
+    losses: scalars with gradients, already weighted; the trainer sums them.
     logs: detached scalars, read only when logging.
     """
 
@@ -25,9 +27,9 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters of one optimizer that share rate and decay.
+    """Parameters of one optimizer with the same learning rate and weight decay.
 
-    lr_scale multiplies the optimizer's rate; weight_decay None takes the optimizer's.
+    lr_scale multiplies the optimizer's rate; weight_decay None uses the optimizer's.
     """
 
     params: Sequence[nn.Parameter]
@@ -37,24 +39,25 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class TileHint:
-    """How a network likes to see a scene: tile side, overlap and whether other sides are as good, in pixels."""
+    """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
 
     size: int
     overlap: int
     flexible: bool
-    """True for convolutional networks, which gain from larger tiles; False keeps the training size (attention)."""
+    """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
 
 
 class Segmenter(nn.Module, ABC):
-    """The part that ships: images in, logits out. No teacher, no discriminator, no average."""
+    """The network that ships: images in, logits out. No teacher, discriminator or average."""
 
     def __init__(self, task: Task, *, input_multiple: int, fill: Sequence[float], tile: TileHint) -> None:
-        """Keep what prediction needs to know.
+        """Store what prediction needs.
 
         Args:
-            task: classes, bands and scaling the network was built for.
+            task: classes, bands and scaling that the network was built for.
             input_multiple: `forward` accepts sides that are multiples of it.
-            fill: per band, scaled units: value of pixels without data (the normalization mean, so that they become 0).
+            fill: per band in scaled units, value of pixels without data (usually the normalization mean, which becomes
+                0).
             tile: preferred tiling.
         """
         super().__init__()
@@ -67,26 +70,26 @@ class Segmenter(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units, H and W multiples of `input_multiple` -> float logits (B, K, H, W)."""
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """Like `forward`, but logits of any resolution that plain bilinear resizing brings to that of the images.
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, K, h, w) that bilinear resizing (corners not aligned) turns into those of `forward`.
 
-        Those of `forward` unless a network has smaller ones.
+        A network whose decoder works below the images' resolution returns its output before that last resize.
         """
         return self(images)  # type: ignore[no-any-return]
 
     def fold(self) -> None:
-        """Multiply out layers that only training keeps apart; called once on a copy that only predicts.
+        """Merge layers that only training needs apart; called once, on a copy used for prediction only.
 
         Does nothing by default.
         """
 
     def predict_logits(self, images: Tensor) -> Tensor:
-        """Like `forward` for any H, W >= 1: extends right and bottom by reflection (edge if too small), crops back."""
+        """`forward` for any H, W >= 1: pad right and bottom by reflection (edge values if too small), then crop."""
         height, width = images.shape[-2:]
         return self(self.padded(images))[..., :height, :width]  # type: ignore[no-any-return]
 
     def padded(self, images: Tensor) -> Tensor:
-        """Extended right and bottom to multiples of `input_multiple`, as `predict_logits` does."""
+        """Pad images right and bottom to multiples of `input_multiple`, as `predict_logits` does."""
         height, width = images.shape[-2:]
         bottom, right = -height % self.input_multiple, -width % self.input_multiple
         if not bottom and not right:
@@ -95,10 +98,15 @@ class Segmenter(nn.Module, ABC):
         return F.pad(images, (0, right, 0, bottom), mode=mode)
 
 
-class Method(nn.Module, ABC):
-    """The part that trains: a Segmenter plus teachers, discriminators, averages.
+def backbone_infos(segmenter: Segmenter) -> dict[str, dict[str, Any]]:
+    """`BackboneInfo` of each backbone in a network by module name, as the header of a model file stores it."""
+    return {name: asdict(part.info) for name, part in segmenter.named_modules() if isinstance(part, Backbone)}
 
-    streams: what each training batch must hold.
+
+class Method(nn.Module, ABC):
+    """The training module: a Segmenter plus teachers, discriminators and averages.
+
+    streams: contents of each training batch.
     """
 
     streams: tuple[StreamSpec, ...]
@@ -113,10 +121,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def deployable(self) -> Segmenter:
-        """The module whose weights become model.safetensors."""
+        """The module whose weights are written to model.safetensors."""
 
     def after_optimizer_step(self, step: int) -> None:
-        """Called once after all optimizers stepped; averages are updated here. Does nothing by default."""
+        """Update averages; called once after all optimizers have stepped. Does nothing by default."""
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """`training_step`, so that DistributedDataParallel can wrap the whole method."""

@@ -1,4 +1,4 @@
-"""Method name -> classes, explicitly. Imports are local, so that a command loads only the method that it runs."""
+"""Method name -> builders. Imports are local, so that a command loads only the method that it runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
-    """The shipped network with untrained weights; nothing is downloaded and no weight file is opened."""
+    """Build the network that ships, untrained, without downloading or opening a weights file."""
     match recipe.method:
         case "ktda":
             from rsseg.methods.ktda.network import build_segmenter
@@ -29,10 +29,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
 
 
 def method_for(recipe: Recipe, task: Task) -> "Method":
-    """The training module with the pretrained weights that the recipe names.
+    """Build the training module with the pretrained weights that the recipe names.
 
     Raises:
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
     """
     match recipe.method:
         case "ktda":
@@ -44,16 +44,16 @@ def method_for(recipe: Recipe, task: Task) -> "Method":
 
             return build_mtdf(recipe, task)
         case "dasegnet":
-            from rsseg.methods.dasegnet.build import build_method as build_dasegnet
+            from rsseg.methods.dasegnet.method import build_method as build_dasegnet
 
             return build_dasegnet(recipe, task)
 
 
 def import_checkpoint(source: Path, recipe: Recipe, task: Task, *, output: Path) -> "ModelHeader":
-    """Write the authors' checkpoint `source` as a model file of ours; see the method's importer.
+    """Convert the authors' checkpoint `source` into a model file; see the method's importer.
 
     Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe.
+        WeightsError: not a checkpoint of the authors' code, or one of another recipe.
     """
     match recipe.method:
         case "ktda":

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from rsseg.errors import MachineError, UsageError
-from rsseg.inference.cost import Cost, measure_tile
 from rsseg.inference.device import (
+    Cost,
     keep_heap,
-    ready_to_predict,
+    measure_tile,
     resident_bytes,
     resolve_device,
     resolve_precision,
 )
+from rsseg.inference.network import ready_to_predict
 from rsseg.inference.predict import Tiling, choose_tiling
 from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
 from rsseg.methods.base import Segmenter

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
-from rsseg.inference.blend import Wanted
-from rsseg.inference.predict import Compute, Tiling
+from rsseg.inference.blend import PixelOutputs
+from rsseg.inference.predict import Compute, Tiling, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
-from rsseg.inference.tta import poses_of
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.memory import PreparedNetwork, fit_memory, memory_errors
@@ -69,9 +68,9 @@ class PreparedScene:
         return self.products[0][0]
 
     @property
-    def wanted(self) -> Wanted:
+    def pixel_outputs(self) -> PixelOutputs:
         """Values to compute for each pixel."""
-        return Wanted(self.options.confidence, self.options.probabilities)
+        return PixelOutputs(self.options.confidence, self.options.probabilities)
 
     @property
     def tiles(self) -> int:

@@ -136,18 +136,9 @@ def read_tiles(
         region: tiles without a pixel of it are empty and not read; the network sees the surroundings in the others.
     """
     task, tile = segmenter.task, panel.plan.cols.tile
-    # As long as a row of a tile: NumPy is slow where the last axis is short.
-    scale, offset = (np.tile(np.array(values, np.float32), tile) for values in (task.scale, task.offset))
-    fill = np.array(segmenter.fill, np.float32)
 
     def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> torch.Tensor:
-        image = raw.astype(np.float32).reshape(len(raw), -1)
-        image *= scale
-        image += offset
-        image = image.reshape(*good.shape, -1)
-        if not good.all():
-            image[~good] = fill
-        return torch.from_numpy(image).permute(2, 0, 1)
+        return torch.from_numpy(task.scaled(raw, good, segmenter.fill)).permute(2, 0, 1)
 
     for row in _read_rows(raster, panel, rows, region):
         for col, left in enumerate(panel.plan.cols.origins):

@@ -1,49 +1,53 @@
-"""Which model and state files a run keeps."""
+"""The model and state files of a run."""
 
 import os
+import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import rsseg
 from rsseg.checkpoint import ModelHeader, write_model
-from rsseg.config import TrainerConfig
+from rsseg.config import BaseRecipe
 from rsseg.errors import MachineError
-from rsseg.methods.base import Segmenter
+from rsseg.methods.base import Segmenter, backbone_infos
 from rsseg.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
 
 
 class Checkpoints:
-    """Writes `best`, `last`, older ones, the resume state and the model to ship. Only the main process writes."""
+    """Writes `best`, `last`, older checkpoints, the resume state and the model to ship."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        config: TrainerConfig,
-        identity: Identity,
-        header: Callable[[Segmenter, dict[str, Any]], ModelHeader],
-        *,
-        used: Mapping[str, str],
-        writes: bool = True,
+        self, folder: RunFolder, recipe: BaseRecipe, identity: Identity, *, used: Mapping[str, str], writes: bool
     ) -> None:
-        """Keep what every file says; `used` maps split hashes to what they served, `writes` is off on other ranks."""
+        """Prepare for saving.
+
+        Args:
+            folder: of the run.
+            recipe: written into every model file; `trainer` says what is kept.
+            identity: written into the resume state.
+            used: split hash -> `training` or `selection`, written into every model file.
+            writes: False on all ranks but the main one.
+        """
         self._folder = folder
-        self._config = config
+        self._recipe = recipe
+        self._config = recipe.trainer
         self._identity = identity
-        self._header = header
         self._used = dict(used)
         self._writes = writes
 
     def save_best(self, segmenter: Segmenter, counters: Counters) -> None:
-        """Keep the network as the best; it becomes the one to ship unless the recipe ships the last."""
+        """Save the network as the best; it is the one to ship unless the recipe ships the last."""
         if not self._writes or self._config.monitor == "last":
             return
         self._write(self._folder.best, segmenter, counters)
         publish(self._folder.best, self._folder.model)
 
     def save_last(self, segmenter: Segmenter, parts: Parts, counters: Counters) -> None:
-        """Keep the network as the last, and the state to resume from."""
+        """Save the network as the last, and the state to resume from."""
         if not self._writes:
             return
         last = self._folder.last
@@ -58,7 +62,7 @@ class Checkpoints:
         self._folder.update_manifest(steps=counters.step, best_score=counters.best_score, best_step=counters.best_step)
 
     def last_good(self) -> str:
-        """For a message: what a failed run leaves behind."""
+        """Sentence for messages that names the last checkpoint."""
         kept = self._folder.last
         return f"The last good checkpoint is {kept}." if kept.exists() else "No checkpoint was saved before."
 
@@ -66,15 +70,36 @@ class Checkpoints:
         training = {
             "step": counters.step,
             "used": self._used,
-            "weights": "ema" if self._config.ema is not None and self._config.ema.ship else "student",
             "monitor": self._config.monitor,
             "score": counters.best_score if counters.best_step == counters.step else None,
         }
-        write_model(path, segmenter.state_dict(), self._header(segmenter, training))
+        write_model(path, segmenter.state_dict(), model_header(self._recipe, segmenter, training))
+
+
+def model_header(recipe: BaseRecipe, segmenter: Segmenter, training: dict[str, Any]) -> ModelHeader:
+    """The metadata of a saved network."""
+    return ModelHeader(
+        recipe=recipe.model_dump(mode="json"),
+        task=segmenter.task,
+        backbones=backbone_infos(segmenter),
+        training={"weights": recipe.ship, **training},
+        made_with=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"rsseg": rsseg.__version__, "python": platform.python_version()}
+    for package in ("torch", "timm", "numpy", "opencv-python-headless", "rasterio"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once: a hard link, or a copy where links are not possible.
+    """Replace `target` by `source` in one step: a hard link, or a copy where links are not possible.
 
     Raises:
         MachineError: neither is possible.

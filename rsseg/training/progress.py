@@ -1,17 +1,83 @@
-"""Listening to a run: the interface, plain lines, and several listeners at once."""
+"""Reports of a run, the interface of its listeners, and plain text lines."""
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Protocol, TextIO
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
 
-from rsseg.training.results import EvaluationReport, StepReport, TrainPlan, TrainResult
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from rsseg.evaluation.model import Evaluation
+from rsseg.metrics import Scores
+from rsseg.runs import ExitState
+from rsseg.training.plan import TrainPlan
 
 INTERVAL_S = 10.0
 
 
-class Progress(Protocol):
-    """Is told what happens in a run; only the main process talks."""
+class StepReport(BaseModel):
+    """Means since the previous report."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    """Optimizer steps done."""
+    total: int
+    losses: Mapping[str, float]
+    """As weighted by the method; `loss` is their sum."""
+    loss: float
+    logs: Mapping[str, float]
+    learning_rates: Mapping[str, float]
+    """Optimizer -> rate of the last step."""
+    images_per_s: float
+    memory_mb: float
+    eta_s: float
+
+
+class EvaluationReport(Evaluation):
+    """One evaluation on the validation split."""
+
+    step: int
+    total: int
+    score: float | None
+    """The monitored one."""
+    best: float | None
+    """Best score up to and including this one."""
+    improved: bool
+
+
+class TrainResult(BaseModel):
+    """How a run ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: Path
+    state: ExitState
+    reason: str
+    """`all steps`, `patience`, `max_hours` or a signal."""
+    steps: int
+    monitor: str
+    best_score: float | None
+    best_step: int | None
+    scores: Scores | None
+    """Validation scores of the shipped weights, if they were evaluated."""
+    model: Path
+    seconds: float
+    next_command: str
+
+    def text(self) -> str:
+        """Score, model file and next command."""
+        best = "no validation score" if self.best_score is None else f"best {self.monitor} {self.best_score:.4f}"
+        at = "" if self.best_step is None else f" at step {self.best_step}"
+        return f"{best}{at} ({self.reason}, {self.steps} steps)\n{self.model}\n{self.next_command}"
+
+
+class Progress:
+    """Listener to a run. The methods do nothing by default; only the main process calls them."""
 
     def on_start(self, plan: TrainPlan) -> None:
         """Before the first step."""
@@ -23,33 +89,18 @@ class Progress(Protocol):
         """After each evaluation on the validation split."""
 
     def on_message(self, text: str) -> None:
-        """Something worth knowing."""
+        """A warning or note."""
 
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
 
 
-class Silent:
-    """Listens and says nothing."""
-
-    def on_start(self, plan: TrainPlan) -> None:
-        """Ignore."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Ignore."""
-
-    def on_evaluation(self, report: EvaluationReport) -> None:
-        """Ignore."""
-
-    def on_message(self, text: str) -> None:
-        """Ignore."""
-
-    def on_end(self, result: TrainResult) -> None:
-        """Ignore."""
+class Silent(Progress):
+    """Prints nothing."""
 
 
-class LineProgress:
-    """Plain lines: one for steps per interval, one for each evaluation and message."""
+class LineProgress(Progress):
+    """Plain lines: steps at most once per interval, every evaluation and message."""
 
     def __init__(self, stream: TextIO | None = None, *, interval_s: float = INTERVAL_S) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -58,60 +109,54 @@ class LineProgress:
 
     def on_start(self, plan: TrainPlan) -> None:
         """Print the plan."""
-        self._print(plan.text())
+        self.on_message(plan.text())
 
     def on_step(self, report: StepReport) -> None:
-        """Print a line if the last one is an interval ago, and at the end."""
+        """Print a line once per interval, and at the end."""
         now = time.monotonic()
         if now - self._last >= self._interval_s or report.step == report.total:
             self._last = now
-            self._print(step_line(report))
+            self.on_message(step_line(report))
 
     def on_evaluation(self, report: EvaluationReport) -> None:
         """Print the scores."""
-        self._print(evaluation_line(report))
+        self.on_message(evaluation_line(report))
 
     def on_message(self, text: str) -> None:
         """Print it."""
-        self._print(text)
-
-    def on_end(self, result: TrainResult) -> None:
-        """Print nothing: the result is the caller's to print."""
-
-    def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
+    def close(self) -> None:
+        """Leave the screen as a finished run does; to be called also after an error."""
 
-class Together:
-    """Passes everything on to several listeners."""
 
-    def __init__(self, listeners: Sequence[Progress]) -> None:
-        self._listeners = tuple(listeners)
+class LiveProgress(LineProgress):
+    """One updating line on a terminal; evaluations and messages scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Bar(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=None)
 
     def on_start(self, plan: TrainPlan) -> None:
-        """Pass on."""
-        for listener in self._listeners:
-            listener.on_start(plan)
+        """Print the plan and show the line."""
+        super().on_start(plan)
+        self._bar.start()
+        self._bar.update(self._task, completed=plan.start_step, total=plan.steps)
 
     def on_step(self, report: StepReport) -> None:
-        """Pass on."""
-        for listener in self._listeners:
-            listener.on_step(report)
-
-    def on_evaluation(self, report: EvaluationReport) -> None:
-        """Pass on."""
-        for listener in self._listeners:
-            listener.on_evaluation(report)
+        """Update the line."""
+        text = f"loss {report.loss:.4g}  {report.images_per_s:.1f} images/s  {duration(report.eta_s)} left"
+        self._bar.update(self._task, completed=report.step, description=text)
 
     def on_message(self, text: str) -> None:
-        """Pass on."""
-        for listener in self._listeners:
-            listener.on_message(text)
+        """Print it above the line."""
+        self._bar.console.print(text, markup=False, soft_wrap=True)
 
-    def on_end(self, result: TrainResult) -> None:
-        """Pass on."""
-        for listener in self._listeners:
-            listener.on_end(result)
+    def close(self) -> None:
+        """Remove the line, also after an error."""
+        self._bar.stop()
 
 
 def step_line(report: StepReport) -> str:
@@ -130,8 +175,8 @@ def evaluation_line(report: EvaluationReport) -> str:
     if report.entropy is not None:
         named = [("entropy", report.entropy)]
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
-    star = "  (best)" if report.improved else ""
-    return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{star}"
+    best = "  (best)" if report.improved else ""
+    return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{best}"
 
 
 def duration(seconds: float) -> str:

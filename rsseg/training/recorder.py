@@ -1,47 +1,78 @@
-"""The files that a run writes while it goes on: tables, matrices, log and events."""
+"""The text files of a run folder: recipe, manifest, tables, matrices, log and events."""
 
 import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import BaseModel
+
+from rsseg.data.index import SegmentationIndex
 from rsseg.errors import RssegError
-from rsseg.files import append_line, append_row, keep_rows_until, write_json
+from rsseg.files import append_line, append_row, keep_rows_until, write_json, write_text
 from rsseg.metrics import Scores, scores
-from rsseg.training.progress import evaluation_line, step_line
-from rsseg.training.results import EvaluationReport, StepReport, TrainPlan, TrainResult
+from rsseg.recipe import Recipe, dump_recipe
+from rsseg.runs import Manifest, RunFolder
+from rsseg.training.checkpoints import versions
+from rsseg.training.plan import TrainPlan
+from rsseg.training.progress import EvaluationReport, Progress, StepReport, TrainResult, evaluation_line, step_line
 
 
-class Recorder:
-    """A listener that writes into a run folder; the files are complete up to the last call, also after a crash."""
+class Recorder(Progress):
+    """Writes every report into a run folder, then passes it on; after a crash the files are complete up to the last."""
 
-    def __init__(self, folder: Path, *, class_names: tuple[str, ...], ignore_classes: tuple[str, ...]) -> None:
-        self._folder = folder
+    def __init__(self, run: RunFolder, recipe: Recipe, class_names: tuple[str, ...], listener: Progress) -> None:
+        self._run, self._folder, self._recipe, self._listener = run, run.path, recipe, listener
         self._class_names = class_names
-        self._ignore_classes = ignore_classes
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run does again."""
-        for name in ("steps.csv", "metrics.csv"):
-            keep_rows_until(self._folder / name, step)
-        for file in (self._folder / "confusion").glob("val-*.json"):
-            if int(file.stem.removeprefix("val-")) > step:
-                file.unlink()
+    def begin(
+        self, plan: TrainPlan, frozen: Mapping[str, str], index: SegmentationIndex, *, source: str | None, resumed: bool
+    ) -> None:
+        """Write recipe, manifest and data description; a resumed run drops the rows of steps it repeats.
+
+        Args:
+            plan: what the run does.
+            frozen: module of a teacher -> SHA-256 of its weights.
+            index: of the training data.
+            source: the recipe's text as given.
+            resumed: the folder has these files already.
+        """
+        write_text(self._run.recipe_file, resolved_yaml(self._recipe))
+        manifest = _new_manifest(self._folder.name, self._recipe, plan, frozen)
+        if resumed:
+            before = self._run.manifest()
+            entry = f"{manifest.created} after step {plan.start_step}"
+            kept = {name: getattr(before, name) for name in ("created", "steps", "best_score", "best_step")}
+            manifest = manifest.model_copy(update={**kept, "resumed": (*before.resumed, entry)})
+            self._drop_after(plan.start_step)
+        else:
+            write_text(self._folder / "recipe.yaml", source if source is not None else dump_recipe(self._recipe))
+            write_json(self._folder / "data.json", index.model_dump(mode="json", exclude={"items"}))
+        self._run.write_manifest(manifest)
 
     def scores_at(self, step: int | None) -> Scores | None:
         """The scores of the evaluation at a step, from its saved matrix."""
         file = self._confusion(step or 0)
         if not file.is_file():
             return None
-        return scores(json.loads(file.read_text())["counts"], self._class_names, ignore=self._ignore_classes)
+        counts = json.loads(file.read_text())["counts"]
+        return scores(counts, self._class_names, ignore=self._recipe.eval.ignore_classes)
 
     def on_start(self, plan: TrainPlan) -> None:
         """Log the plan."""
         self._log(plan.text())
         self._event("start", plan.model_dump(mode="json"))
+        self._listener.on_start(plan)
 
     def on_step(self, report: StepReport) -> None:
-        """One row of steps.csv."""
+        """Add a row to steps.csv."""
         self._log(step_line(report))
         row: dict[str, Any] = {"step": report.step, "loss": report.loss}
         row |= {f"loss_{name}": value for name, value in report.losses.items()}
@@ -49,9 +80,10 @@ class Recorder:
         row |= {f"lr_{name}": value for name, value in report.learning_rates.items()}
         row |= {"images_per_s": round(report.images_per_s, 3), "memory_mb": round(report.memory_mb, 1)}
         append_row(self._folder / "steps.csv", row)
+        self._listener.on_step(report)
 
     def on_evaluation(self, report: EvaluationReport) -> None:
-        """One row of metrics.csv and one matrix."""
+        """Add a row to metrics.csv and write the matrix."""
         self._log(evaluation_line(report))
         result = report.scores
         row: dict[str, Any] = {"step": report.step}
@@ -64,34 +96,103 @@ class Recorder:
         row |= {"seconds": round(report.seconds, 3), "improved": int(report.improved)}
         append_row(self._folder / "metrics.csv", row)
         values = {"step": report.step, "split": "val", "classes": self._class_names, "counts": report.counts}
-        write_json(self._confusion(report.step), values | {"ignored": self._ignore_classes})
+        write_json(self._confusion(report.step), values | {"ignored": self._recipe.eval.ignore_classes})
         self._event("evaluation", row)
+        self._listener.on_evaluation(report)
 
     def on_message(self, text: str) -> None:
-        """One line of the log."""
+        """Add a line to the log."""
         self._log(text)
         self._event("message", {"text": text})
+        self._listener.on_message(text)
 
     def on_end(self, result: TrainResult) -> None:
         """Log the result."""
+        self._run.update_manifest(state=result.state, reason=result.reason, finished=now(), steps=result.steps)
         self._log(result.text())
         self._event("end", {"state": result.state, "reason": result.reason, "steps": result.steps})
+        self._listener.on_end(result)
 
     def on_error(self, error: BaseException) -> None:
         """Log why the run ended early."""
-        text = str(error) if isinstance(error, RssegError) else repr(error)
-        self._log(text)
-        self._event("error", {"text": text})
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        reason = str(error) if isinstance(error, RssegError) else repr(error)
+        # A full disk may be the very reason; it must not hide the first error.
+        try:
+            self._run.update_manifest(state=state, reason=reason, finished=now())
+            self._log(reason)
+            self._event("error", {"text": reason})
+        except RssegError:
+            pass
+
+    def _drop_after(self, step: int) -> None:
+        for name in ("steps.csv", "metrics.csv"):
+            keep_rows_until(self._folder / name, step)
+        for file in (self._folder / "confusion").glob("val-*.json"):
+            if int(file.stem.removeprefix("val-")) > step:
+                file.unlink()
 
     def _confusion(self, step: int) -> Path:
         return self._folder / "confusion" / f"val-{step:08d}.json"
 
     def _log(self, text: str) -> None:
-        append_line(self._folder / "log.txt", f"{_now()} {text}")
+        append_line(self._folder / "log.txt", f"{now('seconds')} {text}")
 
     def _event(self, kind: str, values: dict[str, Any]) -> None:
-        append_line(self._folder / "events.jsonl", json.dumps({"time": _now(), "event": kind, **values}))
+        append_line(self._folder / "events.jsonl", json.dumps({"time": now("seconds"), "event": kind, **values}))
 
 
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+def now(precision: str = "auto") -> str:
+    """Local time with its UTC offset, ISO 8601; to the microsecond by default, so that runs sort."""
+    return datetime.now().astimezone().isoformat(timespec=precision)
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every value, marked `given` (recipe, --set or flag) or `default`; it loads as a recipe."""
+    return "\n".join(_lines(recipe, recipe.model_dump(mode="json"), 0)) + "\n"
+
+
+def _lines(part: Any, values: Mapping[str, Any], depth: int) -> Iterator[str]:
+    for key, value in values.items():
+        member = getattr(part, key, None) if isinstance(part, BaseModel) else part.get(key)
+        given = not isinstance(part, BaseModel) or key in part.model_fields_set
+        head = f"{'  ' * depth}{key}:"
+        if isinstance(value, Mapping) and value:
+            yield head
+            yield from _lines(member, value, depth + 1)
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+            text = text.removesuffix("\n").removesuffix("\n...")
+            yield f"{head} {text}  # {'given' if given else 'default'}"
+
+
+def _new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str, str]) -> Manifest:
+    return Manifest(
+        name=name,
+        method=recipe.method,
+        recipe=recipe.name,
+        created=now(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        command=tuple(sys.argv),
+        versions=versions() | {"platform": platform.platform()},
+        commit=_commit(),
+        device=plan.device_name,
+        seed=recipe.seed,
+        monitor=recipe.trainer.monitor,
+        selection=plan.selection,
+        plan=plan.model_dump(mode="json"),
+        used=plan.used,
+        frozen=frozen,
+    )
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

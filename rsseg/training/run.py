@@ -1,7 +1,7 @@
 """A recipe -> a trained run: the only composition of training."""
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,39 +11,46 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.data.streams import Batch, training_batches
-from rsseg.data.task import open_task
-from rsseg.errors import Interrupted, MachineError, RssegError, UsageError
+from rsseg.data.sources import Datasets, Source
+from rsseg.data.streams import training_batches
+from rsseg.errors import Interrupted, MachineError, UsageError
 from rsseg.evaluation.model import Evaluation, evaluate
-from rsseg.files import write_json, write_text
 from rsseg.inference.device import keep_heap, resolve_device
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for
-from rsseg.recipe import Recipe, dump_recipe
+from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
-from rsseg.training import describe
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.hardware import Hardware, choose_hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import absent_classes, check_files, make_plan
-from rsseg.training.progress import LineProgress, Progress, Silent, Together
+from rsseg.training.plan import (
+    Hardware,
+    TrainPlan,
+    absent_classes,
+    choose_hardware,
+    find_weights,
+    make_plan,
+    open_streams,
+    open_validation,
+)
+from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
 from rsseg.training.recorder import Recorder
-from rsseg.training.results import TrainPlan, TrainResult
-from rsseg.training.signals import StopSignals
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
-from rsseg.training.trainer import Surroundings, Trainer
+from rsseg.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class _Built:
-    """Everything that a recipe describes, checked and on the device."""
+    """Everything a recipe describes, checked and on the device."""
 
     task: Task
+    datasets: Datasets
     hardware: Hardware
     method: Method
+    streams: dict[str, Source]
+    validation: Source | None
     plan: TrainPlan
 
 
@@ -59,7 +66,7 @@ def train(
     """Train as a recipe says.
 
     Args:
-        recipe: what to do; see `rsseg.load_recipe`.
+        recipe: see `rsseg.load_recipe`.
         output: folder for runs.
         name: part of the run folder's name; None takes the recipe's.
         resume: run to continue exactly where it was saved; `trainer.steps` may be larger than before.
@@ -68,61 +75,65 @@ def train(
 
     Raises:
         DataError, WeightsError, RecipeError, MachineError: something is missing or does not fit; all files are looked
-            for before anything is built.
+            up before anything is built.
         RecipeError: training diverged.
         Interrupted: SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    with _opened(recipe) as ranks:
+    with _session(recipe) as ranks:
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
         run, counters = _open_run(recipe, parts, identity, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener, recorder = Together(()), None
+        listener: Progress = Silent()
+        recorder = None
         if ranks.is_main:
-            recorder = Recorder(run.path, class_names=built.task.class_names, ignore_classes=recipe.eval.ignore_classes)
-            _write_beginning(run, recipe, plan, identity, source=source, resumed=resume is not None)
-            recorder.forget_after(counters.step)
-            listener = Together([recorder, LineProgress() if progress is None else progress])
-        with _recorded_failure(run, recorder), StopSignals() as signals:
-            checkpoints = Checkpoints(
-                run,
-                recipe.trainer,
-                identity,
-                partial(describe.model_header, recipe),
-                used=plan.used,
-                writes=ranks.is_main,
+            listener = recorder = Recorder(
+                run, recipe, built.task.class_names, LineProgress() if progress is None else progress
             )
-            surroundings = Surroundings(
-                batches_from=_batches_from(recipe, built, ranks),
+            recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
+        with _recorded_failure(recorder), distributed.StopSignals() as signals:
+            trainer = Trainer(
+                parts,
+                recipe,
+                built.hardware,
+                counters,
+                batches_from=lambda step: training_batches(
+                    recipe,
+                    built.method.streams,
+                    built.task,
+                    device=built.hardware.device,
+                    start_step=step,
+                    sources=built.streams,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                ),
                 evaluate=_evaluation(recipe, built),
-                checkpoints=checkpoints,
+                checkpoints=Checkpoints(run, recipe, identity, used=plan.used, writes=ranks.is_main),
                 progress=listener,
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in absent_classes(recipe, built.method, built.task):
+            for warning in absent_classes(built.method, built.streams, built.task):
                 listener.on_message(warning)
-            reason = Trainer(parts, recipe, built.hardware, surroundings, counters).fit()
+            reason = trainer.fit()
         result = _result(run, recipe, counters, reason, recorder)
-        if ranks.is_main:
-            run.update_manifest(state=result.state, reason=reason, finished=describe.now(), steps=counters.step)
         listener.on_end(result)
         if result.state == "interrupted":
             raise Interrupted(
-                f"{reason}: stopped after step {counters.step} of {recipe.trainer.steps}; everything is saved. "
-                f"Go on with `rsseg train --resume {run.path}`."
+                f"{reason}: stopped after step {counters.step} of {recipe.trainer.steps}; the run is saved. "
+                f"Continue with `rsseg train --resume {run.path}`."
             )
         return result
 
 
 def plan(recipe: Recipe) -> TrainPlan:
-    """What `train` would do; every file is looked for and the networks are built, nothing is written. Same errors."""
-    with _opened(recipe) as ranks:
+    """What `train` would do: looks up every file and builds the networks, writes nothing. Same errors."""
+    with _session(recipe) as ranks:
         return _build(recipe, ranks).plan
 
 
 def check(recipe: Recipe) -> str:
-    """Train one step, score one image, save and load, all in a temporary folder; returns what was done. Same errors."""
+    """Train one step, score one image, save and load, all in a temporary folder; return a summary. Same errors."""
     shortened = recipe.model_copy(
         update={
             "trainer": recipe.trainer.model_copy(update={"steps": 1, "workers": 0}),
@@ -142,7 +153,7 @@ def check(recipe: Recipe) -> str:
 
 
 @contextmanager
-def _opened(recipe: Recipe) -> Iterator[distributed.Ranks]:
+def _session(recipe: Recipe) -> Iterator[distributed.Ranks]:
     """Process group and torch's global settings for the length of a run."""
     keep_heap()
     before = torch.are_deterministic_algorithms_enabled()
@@ -170,49 +181,33 @@ def _out_of_memory(error: BaseException) -> MachineError:
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
-    task = open_task(recipe.data)
-    weights = check_files(recipe, task)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
+    weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    return _Built(task, hardware, method, make_plan(recipe, task, hardware, method, weights, ranks))
+    streams = open_streams(recipe, method, task, datasets)
+    plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
+    return _Built(task, datasets, hardware, method, streams, validation, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
     """What trains and is saved."""
-    config = recipe.trainer.ema
     return Parts(
         method=built.method,
-        ema=Ema(built.method.deployable(), config.decay) if config is not None else None,
+        ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,
         optimizers=build_optimizers(built.method, recipe.optimizers),
         scaler=GradScaler(built.hardware.device.type, enabled=built.hardware.amp_dtype == torch.float16),
     )
 
 
-def _batches_from(recipe: Recipe, built: _Built, ranks: distributed.Ranks) -> Callable[[int], Generator[Batch]]:
-    return lambda step: training_batches(
-        recipe,
-        built.method.streams,
-        built.task,
-        device=built.hardware.device,
-        start_step=step,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-
-
 def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
-    if built.plan.validation is None:
+    if built.validation is None:
         return None
-    return partial(
-        evaluate,
-        recipe=recipe,
-        select=recipe.data.val,
-        split="val",
-        device=built.hardware.device,
-        labels=recipe.trainer.monitor != "entropy",
-    )
+    labels = recipe.trainer.monitor != "entropy"
+    return partial(evaluate, recipe=recipe, source=built.validation, device=built.hardware.device, labels=labels)
 
 
 def _identity(recipe: Recipe, built: _Built) -> Identity:
@@ -233,7 +228,7 @@ def _open_run(
     if resume is None:
         main = distributed.current_ranks().is_main
         path = str(create_run(output, method=recipe.method, name=name or recipe.name).path) if main else ""
-        return RunFolder(Path(distributed.told_by_main(path))), Counters()
+        return RunFolder(Path(distributed.broadcast_from_main(path))), Counters()
     run = find_run(resume, output)
     counters = load_state(run.state, parts, identity)
     if counters.step >= recipe.trainer.steps:
@@ -243,38 +238,14 @@ def _open_run(
     return run, counters
 
 
-def _write_beginning(
-    run: RunFolder, recipe: Recipe, plan: TrainPlan, identity: Identity, *, source: str | None, resumed: bool
-) -> None:
-    """The files that say what the run is made of."""
-    write_text(run.recipe_file, describe.resolved_yaml(recipe))
-    manifest = describe.new_manifest(run.path.name, recipe, plan, identity.frozen)
-    if resumed:
-        before = run.manifest()
-        entry = f"{manifest.created} after step {plan.start_step}"
-        kept = {name: getattr(before, name) for name in ("created", "steps", "best_score", "best_step")}
-        manifest = manifest.model_copy(update={**kept, "resumed": (*before.resumed, entry)})
-    else:
-        write_text(run.path / "recipe.yaml", source if source is not None else dump_recipe(recipe))
-        write_json(run.path / "data.json", describe.data_of(recipe))
-    run.write_manifest(manifest)
-
-
 @contextmanager
-def _recorded_failure(run: RunFolder, recorder: Recorder | None) -> Iterator[None]:
+def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
     """Leave the reason in the run folder, whatever ends the training."""
     try:
         yield
     except BaseException as error:
         if recorder is not None:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            reason = str(error) if isinstance(error, RssegError) else repr(error)
-            # A full disk may be the very reason; it must not hide the first error.
-            try:
-                run.update_manifest(state=state, reason=reason, finished=describe.now())
-                recorder.on_error(error)
-            except RssegError:
-                pass
+            recorder.on_error(error)
         raise
 
 

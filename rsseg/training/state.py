@@ -1,6 +1,6 @@
-"""Exact resume: everything that the next step depends on, in one safetensors file. No pickle, no random state.
+"""Exact resume: everything the next step depends on, in one safetensors file. No pickle, no random state.
 
-Randomness and data order are functions of (seed, rank, step, micro-step), so the counters stand for them.
+Randomness and data order are functions of (seed, rank, step, micro-step), so the counters determine them.
 """
 
 import hashlib
@@ -19,44 +19,31 @@ from torch.optim import Optimizer
 
 from rsseg.checkpoint import load_into, write_tensors
 from rsseg.errors import DataError, RecipeError, WeightsError
-from rsseg.layers.ema import Ema
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import Method
 
 FREE_KEYS = (
-    "name",
-    "title",
-    "reference",
-    "data.path",
-    "data.cache",
-    "trainer.steps",
-    "trainer.eval_every",
-    "trainer.checkpoint_every",
-    "trainer.log_every",
-    "trainer.keep_checkpoints",
-    "trainer.patience",
-    "trainer.max_hours",
-    "trainer.workers",
-    "trainer.device",
-    "eval.batch_size",
-)
-"""Recipe values that a resumed run may change; the images are compared by name, not by `data.path`."""
+    "name", "title", "reference", "data.path", "data.cache", "trainer.steps", "trainer.eval_every",
+    "trainer.checkpoint_every", "trainer.log_every", "trainer.keep_checkpoints", "trainer.patience",
+    "trainer.max_hours", "trainer.workers", "trainer.device", "eval.batch_size",
+)  # fmt: skip
+"""Recipe values that may change on resume; images are compared by name, not by `data.path`."""
 
 
 class Counters(BaseModel):
-    """Where a run is."""
+    """Progress of a run."""
 
     step: int = 0
     """Optimizer steps done."""
     best_score: float | None = None
     best_step: int | None = None
     since_best: int = 0
-    """Evaluations without a better score."""
+    """Evaluations since the best score."""
     elapsed_s: float = 0.0
 
 
 class Identity(BaseModel):
-    """What must not change between the parts of a run."""
+    """What must not change on resume."""
 
     recipe: dict[str, Any]
     frozen: dict[str, str]
@@ -68,7 +55,7 @@ class Identity(BaseModel):
 
 @dataclass(frozen=True)
 class Parts:
-    """The live objects whose tensors are saved and restored."""
+    """The objects whose tensors are saved and restored."""
 
     method: Method
     ema: Ema | None
@@ -77,7 +64,7 @@ class Parts:
 
 
 def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity) -> None:
-    """Replace the state file; whenever the process dies, `path` is the old state or the new one, complete.
+    """Replace the state file atomically: `path` is the complete old or the complete new state at any time.
 
     Raises:
         MachineError: it cannot be written; the old state is still there.
@@ -102,7 +89,7 @@ def load_state(path: Path, parts: Parts, identity: Identity) -> Counters:
 
     Raises:
         WeightsError: the state is missing or damaged, or a teacher has other weights than before.
-        RecipeError: a value that matters differs from the run's, or `trainer.steps` is already behind.
+        RecipeError: a value that must not change differs from the run's.
         DataError: a split has other images than before.
     """
     try:
@@ -128,12 +115,12 @@ def load_state(path: Path, parts: Parts, identity: Identity) -> Counters:
 
 
 def frozen_hashes(method: nn.Module) -> dict[str, str]:
-    """SHA-256 of the weights of every frozen module of a method, by its place."""
+    """SHA-256 of the weights of every frozen module of a method, by module name."""
     return {name: _digest(m.module) for name, m in method.named_modules() if isinstance(m, Frozen)}
 
 
 def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key.path: was A, is B` for every recipe value that matters to a resumed run."""
+    """`key.path: was A, is B` for every changed recipe value outside `FREE_KEYS`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
@@ -145,24 +132,24 @@ def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 def _check_same_run(path: Path, before: Identity, now: Identity) -> None:
     if changed := changed_values(before.recipe, now.recipe):
         raise RecipeError(
-            f"{path.parents[2]}: cannot be resumed with other values: {'; '.join(changed)}. "
-            "Leave these as they were, or start a new run."
+            f"{path.parents[2]}: cannot be resumed with changed values: {'; '.join(changed)}. "
+            "Restore them, or start a new run."
         )
     if before.processes != now.processes:
         raise RecipeError(
             f"{path.parents[2]}: was trained by {before.processes} processes, now there are {now.processes}, which "
-            "changes the batches. Start as many as before."
+            "changes the batches. Start the same number as before."
         )
     for name, digest in now.frozen.items():
         if before.frozen.get(name) != digest:
             raise WeightsError(
-                f"{path.parents[2]}: the weights of the frozen {name!r} are not those that the run began with. "
+                f"{path.parents[2]}: the weights of the frozen {name!r} differ from those at the start of the run. "
                 "Restore the original weight file, or start a new run."
             )
     for name, digest in now.splits.items():
         if before.splits.get(name) != digest:
             raise DataError(
-                f"{path.parents[2]}: the images of {name!r} are not those that the run began with. "
+                f"{path.parents[2]}: the images of {name!r} differ from those at the start of the run. "
                 "Restore the dataset, or start a new run."
             )
 

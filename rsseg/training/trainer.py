@@ -1,63 +1,73 @@
 """The one loop that trains every method."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from rsseg import distributed
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
+from rsseg.distributed import StopSignals
 from rsseg.errors import RecipeError
 from rsseg.evaluation.model import Evaluation
-from rsseg.methods.base import Segmenter
+from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.hardware import Hardware, peak_memory_mb
-from rsseg.training.losses import LossWindow
-from rsseg.training.progress import Progress
-from rsseg.training.results import EvaluationReport, StepReport
-from rsseg.training.schedule import lr_at
-from rsseg.training.signals import StopSignals
+from rsseg.training.optimizers import lr_at
+from rsseg.training.plan import Hardware
+from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the loop calls: where batches come from, how a network is scored, who listens, who saves."""
-
-    batches_from: Callable[[int], Generator[Batch]]
-    """Optimizer step -> endless micro-batches that begin there."""
-    evaluate: Callable[[Segmenter], Evaluation] | None
-    """None: nothing to validate on."""
-    checkpoints: Checkpoints
-    progress: Progress
-    signals: StopSignals
 
 
 class Trainer:
     """Trains a method until its steps, its patience, its hours or a signal end it."""
 
     def __init__(
-        self, parts: Parts, recipe: BaseRecipe, hardware: Hardware, surroundings: Surroundings, counters: Counters
+        self,
+        parts: Parts,
+        recipe: BaseRecipe,
+        hardware: Hardware,
+        counters: Counters,
+        *,
+        batches_from: Callable[[int], Generator[Batch]],
+        evaluate: Callable[[Segmenter], Evaluation] | None,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        signals: StopSignals,
     ) -> None:
+        """Prepare a run.
+
+        Args:
+            parts: method, average and optimizers.
+            recipe: schedule, precision, intervals, what is monitored.
+            hardware: device that `parts` live on.
+            counters: step to begin at, best score so far.
+            batches_from: optimizer step -> endless micro-batches from there on.
+            evaluate: scores a network on the validation split; None without validation images.
+            checkpoints: saves networks and state.
+            progress: gets the reports.
+            signals: a received signal ends the run after the current step.
+        """
         self.recipe = recipe
         self.config = recipe.trainer
         self.hardware = hardware
-        self.around = surroundings
+        self.batches_from, self.evaluate = batches_from, evaluate
+        self.checkpoints, self.progress, self.signals = checkpoints, progress, signals
         self.parts = parts
         self.counters = counters
         self.ranks = distributed.current_ranks()
         self.model: nn.Module = distributed.wrap(parts.method, hardware.device)
         if self.config.compile:
             self.model = cast(nn.Module, torch.compile(self.model))
-        self.window = LossWindow()
+        self.means = LossMeans()
         self.samples = 0
         self.speed_clock = self.clock = time.monotonic()
         self.speed_step = counters.step
@@ -65,20 +75,19 @@ class Trainer:
     @property
     def shipped(self) -> Segmenter:
         """The network that is evaluated and saved: the student or its average."""
-        config = self.config.ema
-        if self.parts.ema is not None and config is not None and config.ship:
+        if self.parts.ema is not None:
             return cast(Segmenter, self.parts.ema.module)
         return self.parts.method.deployable()
 
     def fit(self) -> str:
-        """Train to the end; returns why it ended: `all steps`, `patience`, `max_hours`, or the name of a signal.
+        """Train to the end; return why it ended: `all steps`, `patience`, `max_hours`, or the name of a signal.
 
         Raises:
             RecipeError: a loss or the weights are no longer finite; the last good checkpoint is kept.
             MachineError: a checkpoint cannot be written.
         """
-        # Closed on every way out: loader processes that outlive the loop would be waited for at exit.
-        with closing(self.around.batches_from(self.counters.step)) as batches:
+        # Loader processes must end before the interpreter does, also after an error.
+        with closing(self.batches_from(self.counters.step)) as batches:
             return self._loop(batches)
 
     def _loop(self, batches: Iterator[Batch]) -> str:
@@ -104,17 +113,17 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
         self._set_learning_rates(step)
-        parts, accumulate = self.parts, self.config.grad_accum_steps
+        parts, accumulate, amp_dtype = self.parts, self.config.grad_accum_steps, self.hardware.amp_dtype
         for micro in range(accumulate):
             seed_everything(self.recipe.seed, self.ranks.rank, step, micro)
             batch = self._arranged(next(batches))
             last = micro == accumulate - 1
             with distributed.gradient_sync(self.model, on=last):
-                with self._autocast():
+                with torch.autocast(self.hardware.device.type, amp_dtype, enabled=amp_dtype is not None):
                     output = self.model(batch, step)
                     loss = torch.stack(list(output.losses.values())).sum() / accumulate
                 parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self.window.add(output)
+            self.means.add(output)
             self.samples += sum(len(samples.images) for samples in batch.values())
         for optimizer in parts.optimizers.values():
             parts.scaler.unscale_(optimizer)
@@ -133,14 +142,9 @@ class Trainer:
                 group["lr"] = self._learning_rate(name, step, scale=group["lr_scale"])
 
     def _learning_rate(self, optimizer: str, step: int, *, scale: float = 1.0) -> float:
-        """Rate of a group; `min_lr` is the same for all of them."""
+        """Rate of a group; `scale` does not apply to `min_lr`."""
         config = self.recipe.optimizers[optimizer]
         return lr_at(config.schedule, scale * config.lr, step, self.config.steps)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.hardware.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.hardware.device.type, self.hardware.amp_dtype)
 
     def _arranged(self, batch: Batch) -> Batch:
         if not self.config.channels_last:
@@ -157,7 +161,7 @@ class Trainer:
             return None
         limit = self.config.max_hours
         late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
-        signal = self.around.signals.received
+        signal = self.signals.received
         if not several:
             return signal or ("max_hours" if late else None)
         if distributed.any_rank(signal is not None, self.hardware.device):
@@ -166,16 +170,16 @@ class Trainer:
 
     def _report(self) -> None:
         step, now = self.counters.step, time.monotonic()
-        means = self.window.take()
-        self._check_finite(means.losses)
+        losses, logs = self.means.take()
+        self._check_finite(losses)
         seconds = max(now - self.speed_clock, 1e-9)
-        self.around.progress.on_step(
+        self.progress.on_step(
             StepReport(
                 step=step,
                 total=self.config.steps,
-                losses=means.losses,
-                loss=sum(means.losses.values()),
-                logs=means.logs,
+                losses=losses,
+                loss=sum(losses.values()),
+                logs=logs,
                 learning_rates={name: self._learning_rate(name, step - 1) for name in self.parts.optimizers},
                 images_per_s=self.samples * self.ranks.world_size / seconds,
                 memory_mb=peak_memory_mb(self.hardware.device),
@@ -196,14 +200,14 @@ class Trainer:
         what = f"the loss{several} {', '.join(bad)} {'are' if several else 'is'}" if bad else "the weights are"
         raise RecipeError(
             f"training diverged: {what} not finite by step {self.counters.step}. Lower optimizers.*.lr, set "
-            f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.around.checkpoints.last_good()}"
+            f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.checkpoints.last_good()}"
         )
 
     def _evaluate(self) -> None:
-        if self.around.evaluate is None:
+        if self.evaluate is None:
             return
         counters = self.counters
-        evaluation = self.around.evaluate(self.shipped.eval())
+        evaluation = self.evaluate(self.shipped.eval())
         self.parts.method.train()
         monitor = self.config.monitor
         match monitor:
@@ -218,17 +222,13 @@ class Trainer:
         counters.since_best = 0 if improved else counters.since_best + 1
         if improved:
             counters.best_score, counters.best_step = score, counters.step
-            self.around.checkpoints.save_best(self.shipped, counters)
-        self.around.progress.on_evaluation(
+            self.checkpoints.save_best(self.shipped, counters)
+        self.progress.on_evaluation(
             EvaluationReport(
+                **dict(evaluation),
                 step=counters.step,
                 total=self.config.steps,
-                scores=evaluation.scores,
-                counts=evaluation.counts,
-                images=evaluation.images,
-                seconds=evaluation.seconds,
                 score=score,
-                entropy=evaluation.entropy,
                 best=counters.best_score,
                 improved=improved,
             )
@@ -239,10 +239,51 @@ class Trainer:
         now = time.monotonic()
         self.counters.elapsed_s += now - self.clock
         self.clock = now
-        self.around.checkpoints.save_last(self.shipped, self.parts, self.counters)
+        self.checkpoints.save_last(self.shipped, self.parts, self.counters)
         self._restart_speed()
 
 
 def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
     """Seed torch by counters, so that randomness does not depend on what happened before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class LossMeans:
+    """Means of losses and logs since the last report; read from the device once per report, not once per step."""
+
+    def __init__(self) -> None:
+        self._losses: tuple[str, ...] = ()
+        self._logs: tuple[str, ...] = ()
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, output: StepOutput) -> None:
+        """Add one micro-step; a method returns the same names in every step."""
+        values = [*output.losses.values(), *output.logs.values()]
+        stacked = torch.stack([value.detach().float() for value in values])
+        self._losses, self._logs = tuple(output.losses), tuple(output.logs)
+        self._sum = stacked if self._sum is None else self._sum + stacked
+        self._count += 1
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean losses and logs over micro-steps and ranks, then start again; all ranks must call it after an `add`."""
+        if self._sum is None:
+            raise ValueError("no step was added since the last report")
+        count = self._count * distributed.current_ranks().world_size
+        means = (distributed.sum_over_ranks(self._sum) / count).tolist()
+        self._sum, self._count = None, 0
+        middle = len(self._losses)
+        losses = dict(zip(self._losses, means[:middle], strict=True))
+        return losses, dict(zip(self._logs, means[middle:], strict=True))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: of the GPU's tensors, or resident in this process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # exists on Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

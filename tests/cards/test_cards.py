@@ -14,7 +14,7 @@ from rsseg.datasets.cards import CARDS
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.run import prepare
 from rsseg.datasets.verify import verify
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.recipe import recipe_from_dict
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.predict import predict_scene

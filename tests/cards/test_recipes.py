@@ -7,9 +7,8 @@ import pytest
 
 from rsseg.cli import run
 from rsseg.config import SelectConfig
-from rsseg.data.sources import open_source
+from rsseg.data.sources import Datasets
 from rsseg.data.streams import StreamSpec, training_batches
-from rsseg.data.task import open_task
 from rsseg.recipe import load_recipe, packaged_recipes
 from tests.cards.miniatures import city_osm, deepglobe, gid, landcovernet, loveda, potsdam, shipped, vaihingen, zipped
 
@@ -80,13 +79,18 @@ def test_a_recipes_commands_prepare_what_it_asks_for(
     recipe = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"streams": {**recipe.data.streams, **few}})}
     )
-    task = open_task(recipe.data)
+    datasets = Datasets(recipe.data, recipe.seed)
+    task = datasets.task
     fill = (0.5,) * len(task.bands)
     specs = [StreamSpec(stream, "train", stream in LABELED, fill) for stream in recipe.stream_names()]
     batch = next(training_batches(recipe, specs, task, device="cpu", start_step=0))
     for spec in specs:
         assert batch[spec.name].images.shape[:2] == (2, len(task.bands))
         assert (batch[spec.name].masks is not None) == spec.masks
-        assert open_source(recipe, recipe.data.streams.get(spec.name, SelectConfig()), "train", task, masks=False).items
+        assert (
+            Datasets(recipe.data, recipe.seed)
+            .open(recipe.data.streams.get(spec.name, SelectConfig()), "train", task, masks=False)
+            .items
+        )
     for split, select in (("val", recipe.data.val), ("test", recipe.data.test)):
-        assert open_source(recipe, select, split, task, masks=True).items
+        assert datasets.open(select, split, task, masks=True).items

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rsseg import __version__
 from rsseg.cli import run
+from rsseg.commands.progress import stage_bar
 
 
 def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +90,22 @@ def test_bug_is_reported_in_a_file_and_exits_1(
     (report,) = tmp_path.glob("rsseg-bug-*.txt")
     assert "ZeroDivisionError" in report.read_text()
     assert report.name in capsys.readouterr().err
+
+
+def test_progress_off_a_terminal_is_one_line_per_message_and_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rsseg.commands.progress.INTERVAL_S", 0.05)
+    with stage_bar() as advance:
+        advance("fetch x.zip: 3 GB, licence CC-BY", 0, 1)
+        advance("fetch x.zip: 3 GB, licence CC-BY", 1, 1)
+        advance("verify", 1, 3)
+        time.sleep(0.06)
+        advance("verify", 2, 3)
+        advance("verify", 3, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fetch x.zip: 3 GB, licence CC-BY"
+    assert [line.split(",")[0] for line in lines[1:]] == ["verify: 2/3"]
 
 
 def test_doctor_finds_this_machine_ready(

@@ -51,7 +51,7 @@ def without_pretrained(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         ("data.streams.labeled.count=5", 4, "selects all|complement leaves no image"),
         ("data.streams.unlabeled={split: nowhere}", 4, "split 'nowhere' is empty"),
         ("data.streams.labeled={fraction: 0.01}", 4, "selects none"),
-        ("data.augment.crop_size=36", 3, "36 pixels are no multiple of 8"),
+        ("data.augment.crop_size=36", 3, "36 pixels are not a multiple of 8"),
         ("complementary_dropout=true", 3, "set strong_views to 2"),
         ("only_teachers=[clip]", 3, "only_teachers names 'clip'"),
         ("confidance=0.9", 3, "Did you mean 'confidence'"),
@@ -99,7 +99,7 @@ def test_teacher_with_incompatible_bands_is_named(
     for folder, file, text in (("refs", "main", "1"), ("snapshots/1", "model.safetensors", "")):
         (cached / folder).mkdir(parents=True)
         (cached / folder / file).write_text(text)
-    teacher = {"name": "dino", "backbone": {"name": "convnext_atto", "taps": [3]}, "bands": bands}
+    teacher = {"name": "dino", "backbone": {"name": "convnext_atto", "out_indices": [3]}, "bands": bands}
     recipe = write_recipe(tmp_path, uint16_dataset, teachers=[teacher])
     assert run(["train", "--recipe", recipe, "--dry-run"]) == code
     assert named in " ".join(capsys.readouterr().err.split())

@@ -13,7 +13,7 @@ from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe, packaged_recipes, recipe_from_dict
 from rsseg.task import Task
-from rsseg.training.describe import backbone_configs
+from rsseg.training.plan import backbone_configs
 from tests.conftest import rgb_task, write_png
 
 CROP = 64

@@ -16,17 +16,16 @@ from rsseg.checkpoint import load_tensors, write_model
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
-from rsseg.layers.frozen import Frozen
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import resize_logits
+from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.describe import model_header
+from rsseg.training.checkpoints import model_header
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
-from rsseg.training.results import StepReport
+from rsseg.training.progress import Silent, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import frozen_hashes
 from rsseg.training.trainer import seed_everything
@@ -112,12 +111,12 @@ def test_logits_have_the_size_of_the_image(method: Method, size: tuple[int, int]
     assert logits.isfinite().all()
 
 
-def test_coarse_logits_become_the_logits_by_plain_resizing(method: Method) -> None:
+def test_low_resolution_logits_become_the_logits_by_plain_resizing(method: Method) -> None:
     segmenter = method.deployable().eval()
     images = segmenter.padded(torch.rand(1, 3, 64, 96))
     with torch.inference_mode():
-        logits, coarse = segmenter(images), segmenter.coarse(images)
-        assert torch.equal(resize_logits(coarse, images.shape[-2:]), logits)
+        logits, low = segmenter(images), segmenter.low_resolution_logits(images)
+        assert torch.equal(resize_logits(low, images.shape[-2:]), logits)
 
 
 def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, method: Method, tmp_path: Path) -> None:

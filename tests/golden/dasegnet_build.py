@@ -102,11 +102,11 @@ def resnet(config: Mapping[str, Any]) -> Architecture:
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     assert not config["align_corners"]
     values: dict[str, Any] = {
-        "kind": DECODERS[config["type"]],
+        "type": DECODERS[config["type"]],
         "channels": config["channels"],
         "dropout": config["dropout_ratio"],
     }
-    if values["kind"] == "deeplabv3plus":
+    if values["type"] == "deeplabv3plus":
         values |= {"dilations": config["dilations"], "low_channels": config["c1_channels"]}
     return DecoderConfig(**values)
 
@@ -138,11 +138,11 @@ def make_recipe(segmentor: Mapping[str, Any], optimizers: Mapping[str, Any]) -> 
             "rare_confidence": ema["pseudo_rare_threshold"],
             "class_weights": ema["pseudo_class_weight"],
             "missing_class_weights": "class_index",
-            "teacher": {"kind": ema["type"], "decay": ema["decay"]},
+            "teacher": {"type": ema["type"], "decay": ema["decay"]},
         },
         "source_decoder_weights": segmentor["decode_head_s"]["loss_decode"]["class_weight"],
         "target_decoder_weights": segmentor["decode_head_t"]["loss_decode"]["class_weight"],
-        "decoder_lr_scale": head["lr"] / main["lr"],
+        "head_lr_scale": head["lr"] / main["lr"],
         "optimizers": {
             ours: optimizer_values(optimizers.get(theirs, {"type": "Adam", "lr": 1e-4}))
             for ours, theirs in (
@@ -157,7 +157,7 @@ def make_recipe(segmentor: Mapping[str, Any], optimizers: Mapping[str, Any]) -> 
 
 def neck_values(config: Mapping[str, Any]) -> dict[str, Any]:
     # the authors' neck of several levels hands on L but not r, whose default is 8
-    return {"kind": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
+    return {"type": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
 
 
 def optimizer_values(config: Mapping[str, Any]) -> dict[str, Any]:

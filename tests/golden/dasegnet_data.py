@@ -11,7 +11,7 @@ from rsseg.data.labels import LabelTable
 from rsseg.datasets.cards import CARDS
 from rsseg.datasets.prepare.tiles import whole_tile_origins
 from rsseg.metrics import ConfusionMatrix, scores
-from rsseg.training.schedule import lr_at
+from rsseg.training.optimizers import lr_at
 from tests.golden.harness import Case, Handler
 
 ISPRS_VALUES = {255: 0} | {index: index + 1 for index in range(6)}

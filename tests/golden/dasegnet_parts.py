@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
-from rsseg.methods.dasegnet.adversarial import gan_loss, spatial_softmax, upsampled
-from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
+from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, gan_loss, spatial_softmax, upsampled
 from rsseg.methods.dasegnet.importer import (
     rename_backbone,
     rename_decoder,
@@ -18,9 +17,8 @@ from rsseg.methods.dasegnet.importer import (
 )
 from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
 from rsseg.methods.dasegnet.network import build_decoder
-from rsseg.methods.dasegnet.pseudo_labels import pseudo_labels
 from rsseg.methods.dasegnet.recipe import SelfTrainingConfig, TeacherConfig
-from rsseg.methods.dasegnet.teacher import AVERAGED, Teacher
+from rsseg.methods.dasegnet.self_training import AVERAGED, Teacher, pseudo_labels
 from tests.golden.dasegnet_build import decoder_config, grads, load_exactly, make_backbone, neck_values
 from tests.golden.harness import Case, Handler
 
@@ -159,7 +157,7 @@ def check_ema(case: Case) -> None:
         trained = set(case.group(f"step0.student.{theirs}"))
         student.add_module(part, Bag(start, trained))
         fresh[part] = Bag(start, trained)
-    config = TeacherConfig(kind=kind, decay=case.meta["decay"])
+    config = TeacherConfig(type=kind, decay=case.meta["decay"])
     teacher = Teacher(config, student, fresh.__getitem__)  # type: ignore[arg-type]
     for j, iteration in enumerate(case.meta["iters"]):
         for part, (theirs, _) in parts.items():

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from rsseg.config import EvalConfig
 from rsseg.data.streams import Batch, Samples
-from rsseg.inference.blend import Tile, blend_scores
-from rsseg.inference.predict import Compute, predict_image, predict_scores
+from rsseg.inference.blend import Tile, blend_logits
+from rsseg.inference.image import predict_image
+from rsseg.inference.predict import Compute, predict_tile_logits
 from rsseg.inference.tiling import plan_tiles
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import StepOutput
-from rsseg.methods.dasegnet.build import assemble_method
 from rsseg.methods.dasegnet.importer import rename_tensors, unread_neck_levels
-from rsseg.methods.dasegnet.method import DASegNetMethod, Passes
+from rsseg.methods.dasegnet.method import DASegNetMethod, Passes, assemble_method
 from rsseg.methods.dasegnet.network import DASegNet, assemble, build_decoder
 from tests.golden.dasegnet_build import grads, image_of, make_backbone, make_recipe, make_task
 from tests.golden.harness import Case, Handler
@@ -109,9 +109,9 @@ def slide(net: DASegNet, images: Tensor, window: Mapping[str, Any]) -> Tensor:
             for row, top in enumerate(plan.rows.origins)
             for col, left in enumerate(plan.cols.origins)
         ]
-        scored = predict_scores(net, tiles, Compute(torch.device("cpu")))
-        strips = blend_scores(scored, plan, "mean", net.task.num_classes)
-        maps.append(torch.cat([strip.scores for strip in strips]).permute(2, 0, 1))
+        scored = predict_tile_logits(net, tiles, Compute(torch.device("cpu")))
+        strips = blend_logits(scored, plan, "mean", net.task.num_classes)
+        maps.append(torch.cat([strip.logits for strip in strips]).permute(2, 0, 1))
     return torch.stack(maps)
 
 
@@ -200,7 +200,7 @@ def modules(method: DASegNetMethod) -> dict[str, nn.Module]:
         "discriminator_t": method.disc_target,
         "dsk_neck": net.neck,
     }
-    if teacher.config.kind == "single_t":
+    if teacher.config.type == "single_t":
         averaged = {"cross_EMA_backbone": "backbone_target", "cross_EMA_decoder": "decoder_target"}
     else:
         averaged = {"cross_EMA_decoder_s": "decoder_source", "cross_EMA_decoder_t": "decoder_target"}

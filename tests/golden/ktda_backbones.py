@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.position import resample_positions
-from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.bodies import resample_positions
+from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
@@ -69,7 +69,7 @@ def convnext(case: Case) -> None:
         drop_path=hyper["drop_path_rate"],
         arguments=arguments,
     )
-    backbone = unnormalized(build_pyramid(architecture, levels=hyper["out_indices"], norm_taps="all"), None)
+    backbone = unnormalized(build_pyramid(architecture, levels=hyper["out_indices"], out_norm="all"), None)
     backbone.load_state_dict(convnext_from_mmpretrain(case.group("sd")))
     for number, image in enumerate(case.sequence("in")):
         image.requires_grad_()
@@ -94,8 +94,8 @@ def vision_transformer(case: Case) -> None:
     }
     built = build_vit(
         Architecture("vit_base_patch14_dinov2", arguments=arguments),
-        taps=hyper["out_indices"],
-        norm_taps="last",
+        out_indices=hyper["out_indices"],
+        out_norm="last",
         position="bicubic",
         image_size=hyper["img_size"],
     )

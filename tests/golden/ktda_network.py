@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rsseg.layers.blocks import resize
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
-from rsseg.layers.resize import resize
 from rsseg.methods.ktda.distillation import distillation_loss
 from rsseg.methods.ktda.importer import rename_tensors
 from rsseg.methods.ktda.method import make_aux_head

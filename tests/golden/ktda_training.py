@@ -6,7 +6,7 @@ import torch
 from rsseg.config import OptimizerConfig, ScheduleConfig
 from rsseg.metrics import ConfusionMatrix, scores
 from rsseg.recipe import load_recipe
-from rsseg.training.schedule import lr_at
+from rsseg.training.optimizers import lr_at
 from tests.golden.harness import Case, Handler
 
 

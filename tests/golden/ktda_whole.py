@@ -225,7 +225,7 @@ def student_body(hyper: Mapping[str, Any]) -> Built:
         arguments |= {"use_grn": True, "ls_init_value": None}
     levels = hyper["out_indices"]
     architecture = Architecture("convnext_tiny", drop_path=hyper["drop_path_rate"], arguments=arguments)
-    built = build_pyramid(architecture, levels=levels, norm_taps="all")
+    built = build_pyramid(architecture, levels=levels, out_norm="all")
     built.body.freeze(hyper.get("frozen_stages", 0))
     return built
 
@@ -242,8 +242,8 @@ def teacher_body(hyper: Mapping[str, Any]) -> Built:
     }
     return build_vit(
         Architecture("vit_base_patch14_dinov2", arguments=arguments),
-        taps=hyper["out_indices"],
-        norm_taps="last",
+        out_indices=hyper["out_indices"],
+        out_norm="last",
         position="bicubic",
         image_size=hyper["img_size"],
     )

@@ -11,10 +11,10 @@ from rsseg.config import EvalConfig
 from rsseg.data.assembly import Crop, collate
 from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
+from rsseg.data.photometric import box_size
 from rsseg.data.streams import Scaling, to_samples
-from rsseg.data.strong import box_size
 from rsseg.data.transforms import Cut, Geometry, pad_origin, transform_image, transform_mask
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.metrics import ConfusionMatrix, Scores, scores
 from rsseg.raster import Window

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rsseg.backbones.assembly import assemble
-from rsseg.backbones.position import resample_positions
+from rsseg.backbones.bodies import resample_positions
 from rsseg.backbones.table import ZooEntry
+from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
+from rsseg.layers.blocks import resize
 from rsseg.layers.dpt import DPTHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.layers.resize import resize
 from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.network import MTDFSegmenter
@@ -169,7 +169,7 @@ def clip_patch(case: Case) -> None:
         kind="vit",
         millions=0,
         strides=(hyper["patch_size"],),
-        taps=(hyper["layers"] - 1,),
+        out_indices=(hyper["layers"] - 1,),
         arguments={
             "img_size": hyper["input_resolution"],
             "patch_size": hyper["patch_size"],
@@ -178,7 +178,7 @@ def clip_patch(case: Case) -> None:
             "num_heads": hyper["heads"],
         },
     )
-    config = BackboneConfig(name="clip", norm_taps="none", statistics="data")
+    config = BackboneConfig(name="clip", out_norm="none", statistics="data")
     backbone = assemble(entry, config, make_task(2), load_weights=False)
     load_into(backbone.body.network, _clip_tower(case.group("param")), case.name)
     tokens = map_to_tokens(backbone(case.tensors["in.image"].float())[-1])

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.assembly import assemble
 from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.table import ZooEntry
+from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.dpt import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
+from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator
-from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import ClassInfo, Task
 
 CLIP_INPUT = 224
@@ -52,10 +52,10 @@ def dinov2(hyper: Mapping[str, Any], *, image_size: int) -> Backbone:
         kind="vit",
         millions=0,
         strides=(14,) * len(hyper["taps"]),
-        taps=tuple(hyper["taps"]),
+        out_indices=tuple(hyper["taps"]),
         arguments={name: hyper[name] for name in names} | {"img_size": image_size},
     )
-    config = BackboneConfig(name="small", norm_taps="all", pos_embed="dinov2", statistics="data", pad="error")
+    config = BackboneConfig(name="small", out_norm="all", pos_embed="dinov2", statistics="data", pad="error")
     return assemble(entry, config, make_task(2), load_weights=False)
 
 

@@ -16,8 +16,7 @@ from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import MTDFMethod, Settings, ema_ratio
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.optimizers import build_optimizers
-from rsseg.training.schedule import lr_at
+from rsseg.training.optimizers import build_optimizers, lr_at
 from tests.golden.harness import Case, Handler
 from tests.golden.mtdf_parts import CLIP_INPUT, compare, make_student, recorded_teacher
 

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from rsseg.inference.blend import (
     CLASSES_ONLY,
     Blend,
-    Scored,
+    LogitTile,
     Strip,
     Tile,
+    TileLogits,
     blend_classes,
-    blend_scores,
+    blend_logits,
     crop_classes,
-    crop_judge,
+    decide_kept,
 )
-from rsseg.inference.scores import Scores
 from rsseg.inference.tiling import TilePlan, plan_tiles
 
 BLENDS: tuple[Blend, ...] = ("crop", "hann", "mean")
@@ -30,7 +30,7 @@ plans = st.builds(
 )
 
 
-def tiles_of(scores: torch.Tensor, plan: TilePlan, valid: np.ndarray | None = None) -> Iterator[Scored]:
+def tiles_of(scores: torch.Tensor, plan: TilePlan, valid: np.ndarray | None = None) -> Iterator[LogitTile]:
     """What a network that returns its input would give."""
     for row, top in enumerate(plan.rows.origins):
         for col, left in enumerate(plan.cols.origins):
@@ -43,21 +43,21 @@ def no_image() -> torch.Tensor:
     raise AssertionError("the merge looks at scores only")
 
 
-def classes_of(tiles: Iterable[Scored], plan: TilePlan, blend: Blend, num_classes: int) -> list[Strip]:
+def classes_of(tiles: Iterable[LogitTile], plan: TilePlan, blend: Blend, num_classes: int) -> list[Strip]:
     if blend != "crop":
         return list(blend_classes(tiles, plan, blend, num_classes))
-    judge = crop_judge(plan)
-    judged = ((tile, None if scores is None else judge(tile, Scores.of(scores))) for tile, scores in tiles)
-    return list(crop_classes(judged, plan, num_classes, CLASSES_ONLY))
+    decide = decide_kept(plan)
+    decided = ((tile, None if scores is None else decide(tile, TileLogits.of(scores))) for tile, scores in tiles)
+    return list(crop_classes(decided, plan, num_classes, CLASSES_ONLY))
 
 
 @given(plan=plans, blend=st.sampled_from(BLENDS))
 @settings(deadline=None)
 def test_identity_network_reproduces_the_image(plan: TilePlan, blend: Blend) -> None:
     image = torch.rand(2, plan.rows.length, plan.cols.length, generator=torch.Generator().manual_seed(0))
-    strips = list(blend_scores(tiles_of(image, plan), plan, blend, 2))
-    torch.testing.assert_close(torch.cat([s.scores for s in strips]).permute(2, 0, 1), image, atol=1e-5, rtol=1e-5)
-    tops = np.cumsum([0, *(len(s.scores) for s in strips)])
+    strips = list(blend_logits(tiles_of(image, plan), plan, blend, 2))
+    torch.testing.assert_close(torch.cat([s.logits for s in strips]).permute(2, 0, 1), image, atol=1e-5, rtol=1e-5)
+    tops = np.cumsum([0, *(len(s.logits) for s in strips)])
     assert [s.top for s in strips] == list(tops[:-1])
     assert tops[-1] == plan.rows.length
 
@@ -78,14 +78,14 @@ def test_classes_and_valid_area_come_out_where_they_were(plan: TilePlan, blend: 
 def test_mean_averages_overlapping_tiles_plainly() -> None:
     plan = plan_tiles(1, 3, tile=2, overlap=1)
     tiles = [(Tile(0, i, no_image), torch.full((1, 1, 2), float(i))) for i in range(2)]
-    (strip,) = blend_scores(tiles, plan, "mean", 1)
-    assert strip.scores.flatten().tolist() == [0, 0.5, 1]
+    (strip,) = blend_logits(tiles, plan, "mean", 1)
+    assert strip.logits.flatten().tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("blend", BLENDS)
 def test_empty_tiles_leave_the_others_as_they_are(blend: Blend) -> None:
     plan = plan_tiles(8, 16, tile=8, overlap=0)
-    tiles: list[Scored] = [
+    tiles: list[LogitTile] = [
         (Tile(0, 0, no_image, np.zeros((8, 8), np.bool_)), None),
         (Tile(0, 1, no_image), torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])),
     ]

@@ -11,7 +11,7 @@ import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import predict_image
+from rsseg.inference.image import predict_image
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe

@@ -169,13 +169,16 @@ def test_cog_command_tells_a_plain_file_by_its_exit_code(tmp_path: Path, capsys:
 
 def test_scores_of_written_files_are_those_of_eval(tmp_path: Path, uint16_dataset: Path) -> None:
     from rsseg.config import SelectConfig
-    from rsseg.evaluation.model import evaluate, evaluate_rasters
+    from rsseg.data.sources import Datasets
+    from rsseg.evaluation.model import evaluate
+    from rsseg.evaluation.rasters import evaluate_rasters
 
     recipe = parse_recipe(RecipeSource("tiny", RECIPE.replace("path: none", f"path: {uint16_dataset}")))
     index = SegmentationIndex.load(uint16_dataset)
     torch.manual_seed(0)
     segmenter = segmenter_for(recipe, index.task).eval()
-    direct = evaluate(segmenter, recipe, SelectConfig(split="train"), split="train", device="cpu")
+    source = Datasets(recipe.data).open(SelectConfig(), "train", index.task, masks=True)
+    direct = evaluate(segmenter, recipe, source, device="cpu")
     for item in index.items:
         if item.split == "train":
             target = Target(str(uint16_dataset / item.image), tmp_path / "out" / Path(item.mask).name)

@@ -14,7 +14,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_geom
 
 from rsseg.errors import DataError, MachineError
-from rsseg.inference.tta import poses_of
+from rsseg.inference.predict import poses_of
 from rsseg.raster import Raster, Window
 from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions

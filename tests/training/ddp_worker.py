@@ -11,20 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch.amp.grad_scaler import GradScaler
 
-from rsseg.checkpoint import ModelHeader
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples
-from rsseg.distributed import process_group
-from rsseg.methods.base import Method, Segmenter
+from rsseg.distributed import StopSignals, process_group
+from rsseg.methods.base import Method
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.hardware import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
-from rsseg.training.results import StepReport
-from rsseg.training.signals import StopSignals
+from rsseg.training.plan import Hardware
+from rsseg.training.progress import Silent, StepReport
 from rsseg.training.state import Counters, Identity, Parts
-from rsseg.training.trainer import Surroundings, Trainer
+from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 from tests.unit.dasegnet_models import SIDE, make_method
 
@@ -79,10 +76,6 @@ class Losses(Silent):
             self.seen.setdefault(name, []).append(value)
 
 
-def header(segmenter: Segmenter, training: dict[str, Any]) -> ModelHeader:
-    return ModelHeader(recipe={}, task=segmenter.task, backbones={}, training=training, made_with={})
-
-
 def main(folder: Path, accumulate: int, case: str) -> None:
     torch.set_num_threads(1)
     recipe, method, batches = CASES[case](
@@ -96,14 +89,12 @@ def main(folder: Path, accumulate: int, case: str) -> None:
             parts,
             recipe,
             Hardware(torch.device("cpu")),
-            Surroundings(
-                batches_from=lambda step: batches(step, ranks.rank, ranks.world_size),
-                evaluate=None,
-                checkpoints=Checkpoints(RunFolder(folder), recipe.trainer, identity, header, used={}, writes=False),
-                progress=losses,
-                signals=signals,
-            ),
             Counters(),
+            batches_from=lambda step: batches(step, ranks.rank, ranks.world_size),
+            evaluate=None,
+            checkpoints=Checkpoints(RunFolder(folder), recipe, identity, used={}, writes=False),
+            progress=losses,
+            signals=signals,
         )
         assert trainer.fit() == "all steps"
         if ranks.is_main:

@@ -17,7 +17,7 @@ from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import RecipeError
 from rsseg.files import read_rows
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
 from rsseg.runs import RunFolder
 from rsseg.training.progress import Silent
@@ -144,7 +144,7 @@ def with_other_classes(data: Path) -> None:
         ("data.streams.target.path={other}", 4, ("meadow", "field")),
         ("data.streams.target.bands=[nir, red, green]", 4, ("'nir'", "red", "`bands`")),
         ("data.streams.target.bands=[red]", 4, ("1 bands are chosen (red)", "the task has 3")),
-        ("data.match_gsd=true", 4, ("does not say its ground sampling distance", "gsd_m")),
+        ("data.match_gsd=true", 4, ("has no ground sampling distance", "gsd_m")),
         ("optimizers={main: {}}", 3, ("'disc_source' is missing",)),
     ],
 )

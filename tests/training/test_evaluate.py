@@ -6,9 +6,12 @@ import torch
 from PIL import Image
 
 from rsseg.config import SelectConfig
+from rsseg.data.index import SegmentationIndex
+from rsseg.data.sources import Datasets
 from rsseg.errors import DataError, WeightsError
-from rsseg.evaluation.model import evaluate, evaluate_model, evaluate_rasters
-from rsseg.inference.load import load_segmenter
+from rsseg.evaluation.model import evaluate, evaluate_model
+from rsseg.evaluation.rasters import evaluate_rasters
+from rsseg.inference.network import load_segmenter
 from rsseg.training.progress import Silent
 from rsseg.training.run import train
 from tests.conftest import rgb_task, write_png, write_tif
@@ -40,7 +43,8 @@ def test_ignored_classes_are_left_out(rgb_dataset: Path, tmp_path: Path) -> None
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1}, eval={"ignore_classes": ["water"]})
     result = train(recipe, output=tmp_path, progress=Silent())
     segmenter = load_segmenter(result.model)
-    scored = evaluate(segmenter, recipe, SelectConfig(), split="val", device=torch.device("cpu"))
+    source = Datasets(recipe.data).open(SelectConfig(), "val", segmenter.task, masks=True)
+    scored = evaluate(segmenter, recipe, source, device=torch.device("cpu"))
     assert [c.name for c in scored.scores.classes] == ["field", "road"]
     assert scored.scores == result.scores
 
@@ -78,3 +82,11 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_png(pred / "a.png", np.zeros((2, 3, 3), np.uint8))
     with pytest.raises(DataError, match="one band of uint8"):
         evaluate_rasters(pred, truth)
+
+
+def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    original = SegmentationIndex.model_validate_json
+    monkeypatch.setattr(SegmentationIndex, "model_validate_json", lambda text: parsed.append(text) or original(text))
+    train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Silent())
+    assert len(parsed) == 1

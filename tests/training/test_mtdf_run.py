@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.select import select_items
+from rsseg.data.sources import select_items
 from rsseg.errors import DataError, Interrupted, WeightsError
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
 from rsseg.runs import RunFolder
 from rsseg.training.progress import Silent

@@ -1,8 +1,7 @@
 import io
 
 from rsseg.metrics import scores
-from rsseg.training.progress import LineProgress, Together, duration
-from rsseg.training.results import EvaluationReport, StepReport
+from rsseg.training.progress import EvaluationReport, LineProgress, StepReport, duration
 
 
 def step(number: int) -> StepReport:
@@ -36,7 +35,7 @@ def evaluation() -> EvaluationReport:
 
 def test_lines_come_once_per_interval_and_at_the_end() -> None:
     stream = io.StringIO()
-    progress = Together([LineProgress(stream, interval_s=1e9)])
+    progress = LineProgress(stream, interval_s=1e9)
     for number in (1, 2, 3):
         progress.on_step(step(number))
     progress.on_evaluation(evaluation())

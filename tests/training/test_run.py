@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from rsseg.checkpoint import read_header
 from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
 from rsseg.files import read_rows
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.runs import RunFolder, choose_model, find_run, list_runs
-from rsseg.training.progress import Silent
-from rsseg.training.results import EvaluationReport, StepReport
+from rsseg.training.progress import EvaluationReport, Silent, StepReport
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
 
@@ -125,9 +124,9 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int) -> None:
-    recipe = tiny_recipe(rgb_dataset, trainer={"ema": {"decay": 0.5}, "clip_grad": 1.0})
+    recipe = tiny_recipe(rgb_dataset, trainer={"clip_grad": 1.0}, ship="average", ema_decay=0.5)
     unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
-    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* on with `rsseg train --resume"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* Continue with `rsseg train --resume"):
         train(recipe, output=tmp_path / "b", progress=SignalAt(step))
     stopped = find_run(None, tmp_path / "b")
     assert stopped.manifest().state == "interrupted"
@@ -220,17 +219,17 @@ def test_patience_and_hours_end_a_run(rgb_dataset: Path, tmp_path: Path) -> None
     assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
 
 
-def test_average_is_shipped_or_only_kept(rgb_dataset: Path, tmp_path: Path) -> None:
+def test_student_or_average_is_shipped(rgb_dataset: Path, tmp_path: Path) -> None:
     ends = {}
-    for ship in (True, False):
-        recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3, "ema": {"decay": 0.9, "ship": ship}, "monitor": "last"})
-        result = train(recipe, output=tmp_path / str(ship), progress=QUIET)
+    for ship in ("average", "student"):
+        recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3, "monitor": "last"}, ship=ship, ema_decay=0.9)
+        result = train(recipe, output=tmp_path / ship, progress=QUIET)
         ends[ship] = load_file(result.model)
-        assert read_header(result.model).training["weights"] == ("ema" if ship else "student")
+        assert read_header(result.model).training["weights"] == ship
         stored = load_file(RunFolder(result.run).state)
-        prefix = "ema/" if ship else "method/segmenter."
+        prefix = "ema/" if ship == "average" else "method/segmenter."
         assert all(torch.equal(tensor, stored[prefix + name]) for name, tensor in ends[ship].items())
-    assert not all(torch.equal(ends[True][name], ends[False][name]) for name in ends[True])
+    assert not all(torch.equal(ends["average"][name], tensor) for name, tensor in ends["student"].items())
 
 
 def test_mixed_precision_trains_on_the_cpu(rgb_dataset: Path, tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def test_other_teacher_images_or_processes_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.state" / "state.safetensors"
     parts = make_parts(0)
     save_state(file, parts, Counters(step=1), identity_of(parts))
-    with pytest.raises(WeightsError, match="weights of the frozen 'teacher' are not those"):
+    with pytest.raises(WeightsError, match="weights of the frozen 'teacher' differ"):
         load_state(file, make_parts(1), identity_of(make_parts(1)))
-    with pytest.raises(DataError, match="images of 'val' are not those"):
+    with pytest.raises(DataError, match="images of 'val' differ"):
         load_state(file, parts, identity_of(parts, splits={"val": "b"}))
     with pytest.raises(RecipeError, match="by 1 processes, now there are 2"):
         load_state(file, parts, identity_of(parts, processes=2))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples, StreamSpec
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput, TileHint
 from rsseg.task import IGNORE_INDEX, ClassInfo, Task
 

@@ -6,15 +6,14 @@ from typing import Any
 import torch
 
 from rsseg.data.streams import Batch, Samples
-from rsseg.methods.dasegnet.build import build_method
-from rsseg.methods.dasegnet.method import DASegNetMethod
+from rsseg.methods.dasegnet.method import DASegNetMethod, build_method
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.task import Task
 from tests.conftest import rgb_task
 
 SIDE = 64
-TOKENS = {"name": "convnext_mini", "weights": "random", "taps": [0, 1]}
-BATCH_NORM = {"name": "resnet18", "weights": "random", "taps": [0, 1]}
+TOKENS = {"name": "convnext_mini", "weights": "random", "out_indices": [0, 1]}
+BATCH_NORM = {"name": "resnet18", "weights": "random", "out_indices": [0, 1]}
 
 
 def make_recipe(**changes: Any) -> DASegNetRecipe:

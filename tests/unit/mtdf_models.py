@@ -29,8 +29,8 @@ FIXMATCH = {
 }
 
 TEACHERS = [
-    {"name": "vit", "backbone": VIT | {"taps": [3]}},
-    {"name": "cnn", "backbone": PYRAMID | {"taps": [2]}, "input_size": 64, "loss_weight": 2.0},
+    {"name": "vit", "backbone": VIT | {"out_indices": [3]}},
+    {"name": "cnn", "backbone": PYRAMID | {"out_indices": [2]}, "input_size": 64, "loss_weight": 2.0},
 ]
 
 TAUGHT = FIXMATCH | {"teachers": TEACHERS}

@@ -8,11 +8,15 @@ from rsseg.config import AugmentConfig, StrongConfig
 from rsseg.data.photometric import (
     ColorSpace,
     PhotometricDraws,
+    box_mask,
+    box_size,
+    draw_box,
     draw_fast_distortion,
+    draw_jitter,
     draw_photometric,
     photometric_distortion,
+    strong_view,
 )
-from rsseg.data.strong import box_mask, box_size, draw_box, draw_jitter, strong_view
 from rsseg.data.transforms import (
     Geometry,
     draw_scaled_size,

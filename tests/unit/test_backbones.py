@@ -16,7 +16,7 @@ from rsseg.backbones.timm_adapter import Architecture, build_pyramid, build_vit
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from tests.golden.harness import GOLDENS
 from tests.unit.backbone_tasks import task_of
 
@@ -51,7 +51,7 @@ def test_images_in_scaled_units_are_normalized_by_the_backbones_own_statistics()
     pixels = torch.tensor([124.0, 116.0, 104.0]) / 255
     flat = pixels.reshape(1, 3, 1, 1).expand(1, 3, 32, 32)
     assert backbone.normalize(flat).abs().max() < 0.02
-    torch.testing.assert_close(backbone(flat), backbone.taps_of_normalized(backbone.normalize(flat)))
+    torch.testing.assert_close(backbone(flat), backbone.forward_normalized(backbone.normalize(flat)))
 
 
 def test_statistics_are_not_stored_with_the_weights() -> None:
@@ -75,7 +75,7 @@ def test_vit_pads_right_and_bottom_with_zeros_after_normalization() -> None:
     image = torch.rand(1, 3, 20, 30)
     padded = torch.zeros(1, 3, 24, 32)
     padded[..., :20, :30] = backbone.normalize(image)
-    torch.testing.assert_close(backbone(image), backbone.taps_of_normalized(padded), rtol=0, atol=0)
+    torch.testing.assert_close(backbone(image), backbone.forward_normalized(padded), rtol=0, atol=0)
 
 
 def test_vit_refuses_other_sizes_if_told_to() -> None:
@@ -84,10 +84,10 @@ def test_vit_refuses_other_sizes_if_told_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_mini", "vit_mini_patch8"])
-def test_maps_come_in_the_order_of_the_taps(name: str) -> None:
+def test_maps_come_in_the_order_of_out_indices(name: str) -> None:
     image = torch.rand(1, 3, 64, 64)
     ordered = untrained(name)(image)
-    backbone = untrained(name, taps=[3, 1])
+    backbone = untrained(name, out_indices=[3, 1])
     swapped = backbone(image)
     torch.testing.assert_close(swapped, (ordered[3], ordered[1]), rtol=0, atol=0)
     assert backbone.info.channels == tuple(tap.shape[1] for tap in swapped)
@@ -96,23 +96,23 @@ def test_maps_come_in_the_order_of_the_taps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["convnext_mini", "vit_mini_patch8"])
 def test_stages_above_the_highest_tap_are_left_out(name: str) -> None:
-    names = " ".join(untrained(name, taps=[0, 1]).state_dict())
+    names = " ".join(untrained(name, out_indices=[0, 1]).state_dict())
     assert "blocks.1" in names or "stages.1" in names
     assert "network.blocks.2" not in names
     assert "network.stages.2" not in names
 
 
-@pytest.mark.parametrize("taps", [[4], [0, 0], []])
-def test_taps_that_do_not_exist_or_repeat_are_refused(taps: list[int]) -> None:
+@pytest.mark.parametrize("out_indices", [[4], [0, 0], []])
+def test_out_indices_that_do_not_exist_or_repeat_are_refused(out_indices: list[int]) -> None:
     with pytest.raises(RecipeError, match="0 to 3"):
-        untrained("convnext_mini", taps=taps)
+        untrained("convnext_mini", out_indices=out_indices)
 
 
-def test_norm_taps_choose_which_vit_maps_pass_the_final_norm() -> None:
+def test_out_norm_chooses_which_vit_maps_pass_the_final_norm() -> None:
     image = torch.rand(1, 3, 32, 32)
-    plain = untrained("vit_mini_patch8", norm_taps="none")
+    plain = untrained("vit_mini_patch8", out_norm="none")
     raw = plain(image)
-    last, every = untrained("vit_mini_patch8", norm_taps="last")(image), untrained("vit_mini_patch8")(image)
+    last, every = untrained("vit_mini_patch8", out_norm="last")(image), untrained("vit_mini_patch8")(image)
     assert "body.network.norm.weight" not in plain.state_dict()
     torch.testing.assert_close(last[:3], raw[:3], rtol=0, atol=0)
     normed = torch.nn.functional.layer_norm(raw[3].permute(0, 2, 3, 1), (64,), eps=1e-6).permute(0, 3, 1, 2)
@@ -123,7 +123,7 @@ def test_norm_taps_choose_which_vit_maps_pass_the_final_norm() -> None:
 
 def test_a_pyramids_norms_act_on_the_returned_copy_only() -> None:
     image = torch.rand(1, 3, 64, 64)
-    raw = untrained("convnext_mini", norm_taps="none")(image)
+    raw = untrained("convnext_mini", out_norm="none")(image)
     normed = untrained("convnext_mini")(image)
     for plain, tap in zip(raw, normed, strict=True):
         shape = (plain.shape[1],)
@@ -131,9 +131,9 @@ def test_a_pyramids_norms_act_on_the_returned_copy_only() -> None:
         torch.testing.assert_close(tap, expected)
 
 
-def test_network_without_final_norm_refuses_norm_taps() -> None:
+def test_network_without_final_norm_refuses_out_norm() -> None:
     with torch.device("meta"), pytest.raises(RecipeError, match="no final norm"):
-        untrained("samvit_base_patch16", norm_taps="last")
+        untrained("samvit_base_patch16", out_norm="last")
 
 
 @pytest.mark.parametrize("options", [{"pos_embed": "dinov2"}, {"image_size": 64}, {"pos_embed_round_trip": True}])
@@ -183,9 +183,9 @@ def test_half_precision_network_returns_float32_close_to_the_full_one() -> None:
     image = torch.rand(1, 3, 32, 32)
     full, half = untrained("vit_mini_patch8"), untrained("vit_mini_patch8", dtype="bfloat16")
     assert next(half.parameters()).dtype == torch.bfloat16
-    taps = half(image)
-    assert all(tap.dtype == torch.float32 for tap in taps)
-    torch.testing.assert_close(taps[3], full(image)[3], rtol=0.1, atol=0.1)
+    maps = half(image)
+    assert all(m.dtype == torch.float32 for m in maps)
+    torch.testing.assert_close(maps[3], full(image)[3], rtol=0.1, atol=0.1)
 
 
 def test_copies_are_independent_and_a_frozen_one_has_no_graph() -> None:
@@ -201,7 +201,7 @@ def test_vit_equals_timms_own_forward_at_another_size() -> None:
     torch.manual_seed(0)
     arguments = {"img_size": 56, "embed_dim": 32, "depth": 3, "num_heads": 2}
     name = "vit_small_patch14_reg4_dinov2"
-    body = build_vit(Architecture(name, arguments=arguments), taps=(0, 2), norm_taps="all").body.eval()
+    body = build_vit(Architecture(name, arguments=arguments), out_indices=(0, 2), out_norm="all").body.eval()
     network = timm.create_model(name, dynamic_img_size=True, num_classes=0, **arguments).eval()
     network.load_state_dict(body.network.state_dict())
     image = torch.rand(2, 3, 42, 70)
@@ -311,7 +311,7 @@ def test_swin_file_in_its_authors_names_loads_like_timms(tmp_path: Path) -> None
     }
     authors |= {f"head.{leaf}": authors.pop(f"head.fc.{leaf}") for leaf in ("weight", "bias")}
     save_file(authors, tmp_path / "w.safetensors")
-    built = build_pyramid(architecture, levels=(0, 3), norm_taps="all")
+    built = build_pyramid(architecture, levels=(0, 3), out_norm="all")
     source = Source(tmp_path / "w.safetensors", architecture, first_conv=built.first_conv, final_norm="norm")
     load_pretrained(built.body, source, RGB.bands)
     state = built.body.network.state_dict()

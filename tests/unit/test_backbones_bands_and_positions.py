@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsseg.backbones.bands import adapt_first_conv, pretrained_statistics
-from rsseg.backbones.position import PositionMode, resample_positions
-from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.bodies import PositionMode, resample_positions
+from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.errors import WeightsError
 
 

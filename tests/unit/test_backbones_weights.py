@@ -79,7 +79,7 @@ def test_cached_weights_are_not_pulled_again(cache: Path) -> None:
 def test_offline_forbids_the_download(cache: Path, monkeypatch: pytest.MonkeyPatch, flag: bool, variable: str) -> None:
     monkeypatch.setenv("RSSEG_OFFLINE", variable)
     said: list[str] = []
-    with pytest.raises(WeightsError, match="switched off"):
+    with pytest.raises(WeightsError, match="disabled"):
         pull_weights(RESNET, announce=said.append, offline=flag)
     assert said == []
 

@@ -21,7 +21,7 @@ HEADER = ModelHeader(
     recipe={"method": "ktda", "seed": 3},
     task=TASK,
     backbones={"student": {"name": "convnext_tiny", "mean": [0.5]}},
-    training={"step": 7, "weights": "ema"},
+    training={"step": 7, "weights": "average"},
     made_with={"rsseg": "0.1.0"},
 )
 

@@ -8,10 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from rsseg.config import MergeConfig, SelectConfig
-from rsseg.data.classes import match_classes, merge_classes
-from rsseg.data.index import SegmentationIndex
-from rsseg.data.sources import open_source
-from rsseg.data.task import open_task
+from rsseg.data.index import SegmentationIndex, match_classes, merge_classes
+from rsseg.data.sources import Datasets
 from rsseg.errors import DataError
 from tests.conftest import PlainRecipe, with_changes
 
@@ -23,12 +21,12 @@ def merge(**values: Any) -> MergeConfig:
 def test_merged_classes_add_up_in_masks_and_counts(plain_recipe: PlainRecipe) -> None:
     classes = {"into": {"wet": ["water"], "dry": ["field", "road"]}}
     recipe = with_changes(plain_recipe, data={"classes": classes})
-    task = open_task(recipe.data)
+    task = Datasets(recipe.data).task
     assert task.class_names == ("wet", "dry")
     assert task.classes[1].color == (255, 0, 0)
     plain, merged = (
-        open_source(r, SelectConfig(), "train", t, masks=True)
-        for r, t in ((plain_recipe, open_task(plain_recipe.data)), (recipe, task))
+        Datasets(r.data).open(SelectConfig(), "train", t, masks=True)
+        for r, t in ((plain_recipe, Datasets(plain_recipe.data).task), (recipe, task))
     )
     for before, after in zip(plain.items, merged.items, strict=True):
         assert before.classes is not None
@@ -39,15 +37,15 @@ def test_merged_classes_add_up_in_masks_and_counts(plain_recipe: PlainRecipe) ->
 
 def test_ignored_classes_are_255(plain_recipe: PlainRecipe) -> None:
     recipe = with_changes(plain_recipe, data={"classes": {"into": {"a": ["road"]}, "ignore": ["water", "field"]}})
-    source = open_source(recipe, SelectConfig(), "train", open_task(recipe.data), masks=True)
+    source = Datasets(recipe.data).open(SelectConfig(), "train", Datasets(recipe.data).task, masks=True)
     assert set(np.unique(source.reader.mask(source.items[0]))) == {0, 255}
 
 
 def test_every_class_must_be_named_and_known(rgb_dataset: Path) -> None:
     index = SegmentationIndex.load(rgb_dataset)
-    with pytest.raises(DataError, match="nothing is said of road, water"):
+    with pytest.raises(DataError, match="the merge leaves out road, water"):
         merge_classes(index, merge(into={"a": ("field",)}))
-    with pytest.raises(DataError, match="it has no rode and nothing is said of road"):
+    with pytest.raises(DataError, match="it has no rode and the merge leaves out road"):
         merge_classes(index, merge(into={"a": ("field", "rode"), "b": ("water",)}))
     with pytest.raises(ValidationError, match="'field' is named twice"):
         merge(into={"a": ("field",)}, ignore=("field",))
@@ -69,11 +67,11 @@ def test_another_order_of_the_same_classes_is_matched_by_name(rgb_dataset: Path)
 def test_bands_of_another_dataset_take_the_places_of_the_tasks(
     plain_recipe: PlainRecipe, color_mask_dataset: Path
 ) -> None:
-    task = open_task(plain_recipe.data)
+    task = Datasets(plain_recipe.data).task
     select = SelectConfig(path=color_mask_dataset, bands=("blue", "red", "green"))
-    source = open_source(plain_recipe, select, "train", task, masks=True)
-    straight = open_source(plain_recipe, SelectConfig(path=color_mask_dataset), "train", task, masks=True)
+    source = Datasets(plain_recipe.data).open(select, "train", task, masks=True)
+    straight = Datasets(plain_recipe.data).open(SelectConfig(path=color_mask_dataset), "train", task, masks=True)
     image, _ = source.reader.image(source.items[0])
     np.testing.assert_array_equal(image, straight.reader.image(straight.items[0])[0][[2, 0, 1]])
     with pytest.raises(DataError, match=r"2 bands are chosen \(red, blue\), but the task has 3"):
-        open_source(plain_recipe, SelectConfig(bands=("red", "blue")), "train", task, masks=True)
+        Datasets(plain_recipe.data).open(SelectConfig(bands=("red", "blue")), "train", task, masks=True)

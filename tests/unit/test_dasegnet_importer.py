@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rsseg.backbones.mit_keys import mit_to_timm
+from rsseg.backbones.keys import mit_to_timm
 from rsseg.backbones.zoo import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.methods.dasegnet.importer import import_checkpoint, rename_tensors, unread_neck_levels
 from rsseg.methods.dasegnet.network import build_segmenter
 from tests.conftest import rgb_task
@@ -192,7 +192,7 @@ def test_authors_checkpoint_becomes_a_model_file_with_the_same_logits(tmp_path: 
     source = tmp_path / "authors.pth"
     torch.save({"state_dict": authors_checkpoint(segmenter.state_dict()), "meta": {"iter": 1}}, source)
     header = import_checkpoint(source, recipe, task, output=tmp_path / "model.safetensors")
-    assert header.training == {"imported_from": "authors.pth"}
+    assert header.training == {"imported_from": "authors.pth", "weights": "student"}
     loaded = load_segmenter(tmp_path / "model.safetensors")
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
@@ -221,7 +221,7 @@ def to_authors_deeplab(name: str, tensor: Tensor) -> State:
 
 def test_authors_resnet_checkpoint_fills_the_network_and_unread_neck_levels_are_left_out() -> None:
     resnet = {"name": "resnet50_v1c_d8", "weights": "random"}
-    recipe = make_recipe(backbone=resnet, decoder={"kind": "deeplabv3plus", "channels": 8})
+    recipe = make_recipe(backbone=resnet, decoder={"type": "deeplabv3plus", "channels": 8})
     with torch.device("meta"):
         wanted = build_segmenter(recipe, rgb_task()).state_dict()
     authors = {k: v for name, tensor in wanted.items() for k, v in to_authors_deeplab(name, tensor).items()}

@@ -8,13 +8,13 @@ import yaml
 from pydantic import ValidationError
 
 from rsseg.errors import DataError, RecipeError
-from rsseg.layers.aspp import SeparableASPPHead
+from rsseg.layers.decoders import SeparableASPPHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.dasegnet.build import check_class_weights, check_crops
-from rsseg.methods.dasegnet.discriminator import PatchDiscriminator, smallest_map
+from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, smallest_map
+from rsseg.methods.dasegnet.method import check_class_weights, check_crops
 from rsseg.methods.dasegnet.neck import DisentangledNeck, UniversalExtraction
-from rsseg.methods.dasegnet.pseudo_labels import class_weight_table, pseudo_labels
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
+from rsseg.methods.dasegnet.self_training import class_weight_table, pseudo_labels
 from rsseg.recipe import RecipeSource as Source
 from rsseg.recipe import load_recipe, packaged_recipes, parse_recipe
 from rsseg.task import IGNORE_INDEX
@@ -151,7 +151,7 @@ def test_missing_pseudo_label_weights_are_refused_unless_their_index_is_wanted()
 
 
 def test_deeplab_with_one_image_is_refused() -> None:
-    decoder = {"kind": "deeplabv3plus", "channels": 8}
+    decoder = {"type": "deeplabv3plus", "channels": 8}
     with pytest.raises(RecipeError, match="needs 2 or more images"):
         make_method(decoder=decoder, trainer={"batch_size": 2, "stream_batch_sizes": {"target": 1}})
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsseg.layers.blocks import resize
 from rsseg.layers.decoders import FCNHead, SegFormerHead, UPerNet
-from rsseg.layers.resize import resize
 
 WIDTHS = (4, 6, 8)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsseg.config import SelectConfig
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.sources import open_source
+from rsseg.data.sources import Datasets
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.errors import DataError
 from rsseg.evaluation.model import evaluate
@@ -26,7 +26,7 @@ def redeclare(root: Path, **changes: Any) -> None:
 
 
 def first_image(recipe: PlainRecipe, select: SelectConfig, task: Task) -> np.ndarray:
-    source = open_source(recipe, select, "train", task, masks=False)
+    source = Datasets(recipe.data, recipe.seed).open(select, "train", task, masks=False)
     return source.reader.image(source.items[0])[0]
 
 
@@ -90,7 +90,9 @@ def test_images_are_scored_at_the_models_ground_sampling_distance_and_in_their_o
     redeclare(color_mask_dataset, gsd_m=0.5)
     looking = Looking(rgb_task().model_copy(update={"gsd_m": 1.0}))
     select = SelectConfig(path=color_mask_dataset)
-    result = evaluate(looking, matched(plain_recipe, color_mask_dataset), select, split="test", device="cpu")
+    recipe = matched(plain_recipe, color_mask_dataset)
+    source = Datasets(recipe.data).open(select, "test", looking.task, masks=True)
+    result = evaluate(looking, recipe, source, device="cpu")
     assert looking.seen == [(31, 15)]  # of 61 x 29
     assert result.scores.pixels == 61 * 29
 
@@ -99,8 +101,8 @@ def test_ground_sampling_distance_must_be_declared_and_can_not_act_on_squeezed_i
     plain_recipe: PlainRecipe, color_mask_dataset: Path
 ) -> None:
     recipe = matched(plain_recipe, color_mask_dataset)
-    with pytest.raises(DataError, match="tiny does not say its ground sampling distance"):
-        open_source(recipe, SelectConfig(), "train", rgb_task(), masks=False)
+    with pytest.raises(DataError, match="tiny has no ground sampling distance"):
+        Datasets(recipe.data).open(SelectConfig(), "train", rgb_task(), masks=False)
     with pytest.raises(ValidationError, match="fit: squeeze"):
         with_changes(recipe, data={"augment": {"fit": "squeeze"}})
     with pytest.raises(ValidationError, match=r"eval\.mode: resized"):

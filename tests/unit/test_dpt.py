@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rsseg.layers.blocks import resize
 from rsseg.layers.dpt import DPTHead, FusionBlock
-from rsseg.layers.resize import resize
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 3), (1, 2)])

@@ -19,17 +19,17 @@ TASK = Task(
     offset=(0.0,) * 3,
 )
 
-STUDENT = {"name": "convnext_base", "norm_taps": "all"}
-FEMTO = {"student": {"name": "convnextv2_femto", "norm_taps": "all", "drop_path": 0.1}}
-TINY_VIT = {"student": {"name": "tiny_vit_5m_224", "norm_taps": "all"}}
-LARGE = {"teacher": {"name": "vit_large_patch14_dinov2", "taps": [7, 11, 15, 23], "norm_taps": "last"}}
+STUDENT = {"name": "convnext_base", "out_norm": "all"}
+FEMTO = {"student": {"name": "convnextv2_femto", "out_norm": "all", "drop_path": 0.1}}
+TINY_VIT = {"student": {"name": "tiny_vit_5m_224", "out_norm": "all"}}
+LARGE = {"teacher": {"name": "vit_large_patch14_dinov2", "out_indices": [7, 11, 15, 23], "out_norm": "last"}}
 MLP = {"fmm": {"type": "mlp"}}
 SEGFORMER = {"decoder": {"type": "segformer", "channels": 256}, "neck": None}
 NO_TEACHER = {"teacher": None, "fam": {"grid": 19, "width": 768}}
 FOUR_AUX = {"aux": [{"level": i} for i in range(4)]}
 SINGLE_SCALE = {
-    "student": STUDENT | {"taps": [3]},
-    "teacher": {"name": "vit_base_patch14_dinov2", "taps": [11], "norm_taps": "last"},
+    "student": STUDENT | {"out_indices": [3]},
+    "teacher": {"name": "vit_base_patch14_dinov2", "out_indices": [11], "out_norm": "last"},
     "neck": {"scales": [1]},
     "aux": [{"level": 0}],
 }
@@ -88,7 +88,7 @@ def test_experiment_trains_as_many_parameters_as_published(changes: Mapping[str,
         "name": "experiment",
         "data": {"path": "data/grass", "augment": {"crop_size": 256}},
         "student": STUDENT,
-        "teacher": {"name": "vit_base_patch14_dinov2", "norm_taps": "last"},
+        "teacher": {"name": "vit_base_patch14_dinov2", "out_norm": "last"},
         "fam": {"grid": 19},
         "neck": {},
         "aux": [{"level": 2}],

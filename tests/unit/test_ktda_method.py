@@ -88,7 +88,7 @@ def test_divisor_valid_ignores_unlabeled_pixels() -> None:
     batch = batch_of()
     batch["labeled"].masks[:, :16] = 255  # type: ignore[index]
     published, corrected = (
-        method_of(cross_entropy_divisor=divisor).eval()(batch, 0).losses["seg"] for divisor in ("all", "valid")
+        method_of(loss_divisor=divisor).eval()(batch, 0).losses["seg"] for divisor in ("all", "valid")
     )
     assert corrected.item() == pytest.approx(2 * published.item())
 
@@ -112,7 +112,7 @@ def test_teacher_can_see_the_batch_as_the_student_normalized_it() -> None:
     method, batch = method_of(teacher_input="student_normalized"), batch_of()
     assert method.distillation is not None
     teacher, images = method.distillation.teacher.module, batch["labeled"].images
-    expected = teacher.taps_of_normalized(method.segmenter.student.normalize(images))  # type: ignore[operator]
+    expected = teacher.forward_normalized(method.segmenter.student.normalize(images))  # type: ignore[operator]
     torch.testing.assert_close(list(method.distillation.teacher_maps(images)), list(expected))
     own = method_of(teacher_input="own").distillation
     assert own is not None
@@ -127,8 +127,8 @@ def test_fused_levels_are_distilled_and_decoded_as_one_map() -> None:
 
 
 def test_single_scale_distills_the_last_level_from_the_last_block() -> None:
-    student = {"name": "convnext_mini", "weights": "random", "taps": [3]}
-    teacher = {"name": "vit_mini_patch8", "weights": "random", "taps": [3], "norm_taps": "last"}
+    student = {"name": "convnext_mini", "weights": "random", "out_indices": [3]}
+    teacher = {"name": "vit_mini_patch8", "weights": "random", "out_indices": [3], "out_norm": "last"}
     method = method_of(student=student, teacher=teacher, neck={"scales": [1]}, aux=[{"level": 0, "channels": 8}])
     assert set(losses_of(method)) == {"seg", "aux", "distill"}
 
@@ -193,7 +193,7 @@ def test_weight_is_constant_unless_asked_for() -> None:
     [
         ({"warmup_steps": 4}, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ({"decay": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]),
-        ({"decay": "linear", "final": 0.5, "weight": 2.0}, [2.0, 1.875, 1.75, 1.625, 1.5, 1.375, 1.25, 1.125, 1.0]),
+        ({"decay": "linear", "weight": 2.0}, [2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0]),
         ({"warmup_steps": 4, "decay": "cosine"}, [0.0, 0.25, 0.5, 0.75, 1.0, 0.85355339, 0.5, 0.14644661, 0.0]),
     ],
 )

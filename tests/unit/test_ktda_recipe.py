@@ -35,11 +35,11 @@ def test_single_samples_are_fine_without_a_pool_of_one_cell(decoder: dict[str, A
     ("changes", "message"),
     [
         ({"fam": {"width": 5}}, r"fam\.width: 5, but the teacher's maps have \[64"),
-        ({"teacher": TAUGHT["teacher"] | {"taps": [0, 3]}}, r"teacher\.taps: the student has 4 levels"),
-        ({"teacher": {"name": "convnext_mini", "weights": "random"}}, "no vision transformer"),
+        ({"teacher": TAUGHT["teacher"] | {"out_indices": [0, 3]}}, r"teacher\.out_indices: the student has 4 levels"),
+        ({"teacher": {"name": "convnext_mini", "weights": "random"}}, "not a vision transformer"),
         ({"neck": {"scales": [2, 1]}}, r"neck\.scales: 2 factors for 4 maps"),
         ({"fmm": {"type": "vit_block", "heads": 7}}, r"fmm\.heads: 64 channels"),
-        ({"fmm": {"rank_dim": 100}}, r"fmm\.rank_dim: 100 leaves nothing"),
+        ({"fmm": {"rank_dim": 100}}, r"fmm\.rank_dim: 100 is more than"),
     ],
 )
 def test_parts_that_do_not_fit_the_backbones_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -51,7 +51,7 @@ def test_parts_that_do_not_fit_the_backbones_are_refused(changes: dict[str, Any]
     ("changes", "message"),
     [
         ({"fam": {"grid": 5}}, r"fam\.grid: 5, but the teacher makes 4 x 4 cells of a crop of 32"),
-        ({"aux": [{"level": 4}]}, r"aux\.level: 4 of 4 levels"),
+        ({"aux": [{"level": 4}]}, r"aux\.level: 4, but the decoder has 4 levels"),
     ],
 )
 def test_training_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.datasets.layouts import Layout, PathPattern, find_root
+from rsseg.datasets.layouts import Layout, PathPattern, find_prefix, list_files
 from rsseg.errors import DataError, UsageError
 
 
@@ -126,6 +126,6 @@ def test_an_unknown_placeholder_is_an_error() -> None:
 def test_the_root_is_found_below_the_folders_that_archives_add(tmp_path: Path) -> None:
     layout = Layout("img_dir/{split}/*.tif", "ann_dir/{split}/*.png")
     tree(tmp_path, "data/grass/img_dir/train/a.tif", "data/grass/ann_dir/train/a.png")
-    assert find_root(tmp_path, layout) == tmp_path / "data/grass"
+    assert find_prefix(tuple(list_files(tmp_path)), [layout], "here") == (layout, "data/grass/")
     with pytest.raises(DataError, match=r"looks like 'img_dir.*such as a/b\.txt"):
-        find_root(tree(tmp_path / "other", "a/b.txt"), layout)
+        find_prefix(tuple(list_files(tree(tmp_path / "other", "a/b.txt"))), [layout], "here")

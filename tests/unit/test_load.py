@@ -6,7 +6,7 @@ import torch
 from rsseg.checkpoint import MODEL_NAME, ModelHeader, write_model
 from rsseg.errors import MachineError, WeightsError
 from rsseg.inference.device import resolve_device
-from rsseg.inference.load import load_segmenter
+from rsseg.inference.network import load_segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from tests.toys import make_task

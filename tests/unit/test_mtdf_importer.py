@@ -54,7 +54,7 @@ def test_student_or_average_becomes_a_model_file(tmp_path: Path, ship: str, seed
     recipe = RECIPE.model_copy(update={"ship": ship})
     header = import_checkpoint(source, recipe, TASK, output=tmp_path / "model.safetensors")
     assert header.training == {"imported_from": "best.pth", "weights": ship}
-    assert read_header(tmp_path / "model.safetensors").backbones["student"]["name"] == "vit_mini_patch8"
+    assert read_header(tmp_path / "model.safetensors").backbones["backbone"]["name"] == "vit_mini_patch8"
     found = build_segmenter(recipe, TASK)
     load_tensors(found, tmp_path / "model.safetensors")
     torch.manual_seed(seed)

@@ -9,8 +9,8 @@ import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import WeightsError
-from rsseg.inference.device import ready_to_predict
-from rsseg.layers.resize import resize
+from rsseg.inference.network import ready_to_predict
+from rsseg.layers.blocks import resize
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
@@ -190,7 +190,7 @@ def test_shared_pass_runs_the_student_once() -> None:
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize("choice", ["own", "student_normalised"])
+@pytest.mark.parametrize("choice", ["own", "student_normalized"])
 def test_teacher_sees_its_bands_in_its_size_with_the_statistics_that_the_recipe_names(choice: str) -> None:
     teacher = TEACHERS[1] | {"teacher_input": choice, "bands": ["blue"], "backbone": PYRAMID}
     method = method_of(teachers=[teacher])
@@ -202,8 +202,8 @@ def test_teacher_sees_its_bands_in_its_size_with_the_statistics_that_the_recipe_
     backbone = method.teachers["cnn"].frozen.module  # type: ignore[union-attr]
     backbone.body.register_forward_pre_hook(remember)  # type: ignore[union-attr, operator]
     method.training_step(batch_of(), 0)
-    statistics = method.student.backbone.info if choice == "student_normalised" else backbone.info  # type: ignore[union-attr]
-    band = 2 if choice == "student_normalised" else 0
+    statistics = method.student.backbone.info if choice == "student_normalized" else backbone.info  # type: ignore[union-attr]
+    band = 2 if choice == "student_normalized" else 0
     u = batch_of()["unlabeled"]
     assert u.strong is not None
     assert u.mix is not None

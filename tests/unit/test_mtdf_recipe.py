@@ -54,7 +54,7 @@ def test_supervised_baseline_is_one_switch_and_reads_no_unlabeled_stream() -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student": VIT | {"taps": [1, 3]}}, r"four maps.*Set student\.taps"),
+        ({"student": VIT | {"out_indices": [1, 3]}}, r"four maps.*Set student\.out_indices"),
         ({"student": PYRAMID, "strong_views": 2, "complementary_dropout": True}, "Choose a ViT"),
     ],
 )
@@ -95,7 +95,7 @@ def test_convolutional_teacher_takes_the_crop_of_a_patch_that_it_does_not_divide
 
 def test_pretrained_teacher_wants_three_bands() -> None:
     teacher = {"name": "dino", "backbone": {"name": "vit_base_patch14_dinov2"}}
-    with pytest.raises(RecipeError, match=r"'dino' was trained on red, green and blue.*Name three bands"):
+    with pytest.raises(RecipeError, match=r"'dino' was pretrained on red, green and blue.*Name three bands"):
         build_segmenter(recipe_of(teachers=[teacher]), MULTISPECTRAL)
     with pytest.raises(DataError, match="'swir'"):
         build_segmenter(recipe_of(teachers=[teacher | {"bands": ["red", "green", "swir"]}]), MULTISPECTRAL)

@@ -4,7 +4,8 @@ import torch
 from numpy.testing import assert_array_equal
 
 from rsseg.config import EvalConfig
-from rsseg.inference.predict import Tiling, choose_tiling, predict_image
+from rsseg.inference.image import predict_image
+from rsseg.inference.predict import Tiling, choose_tiling
 from rsseg.methods.base import TileHint
 from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, StridedSegmenter, make_task
 

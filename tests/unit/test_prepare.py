@@ -222,7 +222,7 @@ def test_overwrite_does_not_delete_a_folder_of_other_things(tmp_path: Path) -> N
     (tmp_path / "out/thesis.tex").touch()
     with pytest.raises(DataError, match="not a prepared dataset"):
         prepare("folder", own_options(source, tmp_path / "out", overwrite=True), quiet)
-    with pytest.raises(UsageError, match="lie in one another"):
+    with pytest.raises(UsageError, match="contain each other"):
         prepare("folder", own_options(source, source / "out"), quiet)
     assert (tmp_path / "out/thesis.tex").exists()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rsseg.data.assembly import RareClassOrder
 from rsseg.data.index import SegmentationIndex
-from rsseg.data.sampling import RareClassOrder
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.errors import DataError
 from tests.conftest import PlainRecipe, rgb_task
@@ -36,5 +36,5 @@ def test_index_without_class_counts_is_refused(rgb_dataset: Path) -> None:
     index.model_copy(update={"items": items}).save(rgb_dataset)
     recipe = PlainRecipe.model_validate({"name": "x", "data": {"path": rgb_dataset}})
     spec = StreamSpec("labeled", split="train", masks=True, fill=(0.0,) * 3, rare_classes=0.01)
-    with pytest.raises(DataError, match="does not count the classes"):
+    with pytest.raises(DataError, match="needs the class counts of the masks"):
         training_batches(recipe, [spec], rgb_task(), device="cpu", start_step=0)

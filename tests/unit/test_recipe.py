@@ -48,6 +48,29 @@ def test_misspelt_key_deep_inside_is_found(tmp_path: Path) -> None:
         load_recipe(file)
 
 
+@pytest.mark.parametrize(
+    ("old", "key", "new"),
+    [
+        ("student: {name: convnext_atto, taps: [3]}", "student.taps", "out_indices"),
+        ("student: {name: convnext_atto, norm_taps: all}", "student.norm_taps", "out_norm"),
+        ("student: {name: convnext_atto}\ndecoder: {kind: segformer}", "decoder.kind", "type"),
+        ("student: {name: convnext_atto}\ncross_entropy_divisor: all", "cross_entropy_divisor", "loss_divisor"),
+        ("student: {name: convnext_atto}\nnorm_weight_decay: all", "norm_weight_decay", "weight_decay_exempt"),
+        ("student: {name: convnext_atto}\ndecoder_lr_scale: 2", "decoder_lr_scale", "head_lr_scale"),
+    ],
+)
+def test_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str, key: str, new: str) -> None:
+    file = write(tmp_path, MINIMAL.replace("student:\n  name: convnext_atto", old))
+    with pytest.raises(RecipeError, match=rf"r\.yaml, line \d+: unknown key '{key}'\. It was renamed: write {new}\."):
+        load_recipe(file)
+
+
+def test_average_of_the_trainer_was_moved(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL.replace("steps: 10", "ema: {decay: 0.9}"))
+    with pytest.raises(RecipeError, match=r"'trainer\.ema'.*write ship: average, with ema_decay"):
+        load_recipe(file)
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL.replace("steps: 10", "steps: -1\n  batch_size: many").replace("name: tiny\n", ""))
     with pytest.raises(RecipeError) as caught:

@@ -6,8 +6,7 @@ import pytest
 
 from rsseg.config import DataConfig, SelectConfig
 from rsseg.data.index import IndexItem, SegmentationIndex
-from rsseg.data.select import select_items
-from rsseg.data.task import open_task
+from rsseg.data.sources import Datasets, select_items
 from rsseg.errors import DataError
 
 
@@ -69,7 +68,7 @@ def test_empty_selections_say_why(rgb_dataset: Path) -> None:
         (SelectConfig(), "nope", r"split 'nope' is empty; the index has \['train', 'val', 'test'\]"),
         (SelectConfig(domain="west"), "train", r"no domain 'west'; it has \['north', 'south'\]"),
         (SelectConfig(complement=True), "train", "complement leaves no image"),
-        (SelectConfig(count=9), "train", "9 images are wanted, but there are 5"),
+        (SelectConfig(count=9), "train", "count is 9, but there are 5"),
         (SelectConfig(count=1, fraction=0.5), "train", "both fraction and count"),
         (SelectConfig(fraction=0.05), "train", "fraction of 0.05 of 5 images selects none.*count: 1"),
     ):
@@ -78,5 +77,5 @@ def test_empty_selections_say_why(rgb_dataset: Path) -> None:
 
 
 def test_task_is_restricted_to_the_recipe_bands(uint16_dataset: Path) -> None:
-    assert open_task(DataConfig(path=uint16_dataset)).bands == ("red", "green", "blue", "nir")
-    assert open_task(DataConfig(path=uint16_dataset, bands=("nir", "red"))).bands == ("nir", "red")
+    assert Datasets(DataConfig(path=uint16_dataset)).task.bands == ("red", "green", "blue", "nir")
+    assert Datasets(DataConfig(path=uint16_dataset, bands=("nir", "red"))).task.bands == ("nir", "red")

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from rsseg.config import BaseRecipe
 from rsseg.data.cache import CACHE_NAME
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.data.sources import Datasets
 from rsseg.data.streams import Batch, StreamSpec, training_batches
-from rsseg.data.task import open_task
 from rsseg.errors import DataError, RecipeError
-from rsseg.evaluation.samples import evaluation_samples
+from rsseg.evaluation.model import read_samples
 from rsseg.task import ClassInfo
 from tests.conftest import PlainRecipe, rgb_task, with_changes, write_png
 
@@ -29,7 +29,7 @@ UNLABELED = StreamSpec("unlabeled", "train", masks=False, fill=FILL, strong_view
 
 
 def batches(recipe: BaseRecipe, count: int, *specs: StreamSpec, start_step: int = 0, **ranks: int) -> list[Batch]:
-    task = open_task(recipe.data)
+    task = Datasets(recipe.data).task
     stream: Iterator[Batch] = training_batches(
         recipe, specs or (LABELED,), task, device="cpu", start_step=start_step, **ranks
     )
@@ -218,21 +218,24 @@ def test_evaluation_gives_whole_scaled_images_shared_out_by_rank(
     uint16_dataset: Path, plain_recipe: PlainRecipe
 ) -> None:
     recipe = with_changes(plain_recipe, data={"path": uint16_dataset})
-    task = open_task(recipe.data)
-    samples = evaluation_samples(recipe, recipe.data.val, "val", task)
+    task = Datasets(recipe.data).task
+    fill = (0.25, 0.5, 0.75, 1.0)
+    source = Datasets(recipe.data).open(recipe.data.val, "val", task, masks=True)
+    samples = list(read_samples(source, fill))
     assert len(samples) == 2
     names = [sample.name for sample in samples]
     assert names == ["images/05.tif", "images/06.tif"]
-    sample = next(iter(samples))
+    sample = samples[0]
     assert sample.image.shape == (4, 55, 39)
-    assert sample.image.dtype == np.float32
-    assert 0.1 < sample.image[:, sample.valid].mean() < 0.9
+    assert sample.image.dtype == torch.float32
+    assert (sample.image[:, ~torch.tensor(sample.valid)] == torch.tensor(fill)[:, None]).all()
+    assert 0.1 < sample.image[:, torch.tensor(sample.valid)].mean() < 0.9
     assert sample.mask is not None
     assert (sample.mask[~sample.valid] == 255).all()
-    shares = [evaluation_samples(recipe, recipe.data.val, "val", task, rank=r, world_size=2) for r in (0, 1)]
+    shares = [read_samples(source, fill, rank=r, world_size=2) for r in (0, 1)]
     assert [s.name for share in shares for s in share] == names
     (uint16_dataset / "masks" / "05.tif").unlink()
-    bare = next(iter(evaluation_samples(recipe, recipe.data.val, "val", task, masks=False)))
+    bare = next(read_samples(source, fill, masks=False))
     assert bare.mask is None
 
 

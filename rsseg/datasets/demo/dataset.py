@@ -1,6 +1,6 @@
 """The built-in dataset: two regions of generated land cover with masks, unlabeled tiles and one georeferenced scene.
 
-Every tile is a place of its own, so splits share nothing. The label map is the identity; images hold no zero pixel.
+No two tiles show the same place, so splits share nothing. The label map is the identity; no image pixel is 0.
 
     domain  split       tiles  masks
     north   train       40     yes
@@ -11,7 +11,7 @@ Every tile is a place of its own, so splits share nothing. The label map is the 
     south   val         8      yes
     south   test        12     yes
 
-`scene/scene.tif` is a place in the north with a collar without data; `scene/truth.tif` is its ground truth.
+`scene/scene.tif` is a scene of the north with a nodata collar, `scene/truth.tif` its ground truth.
 """
 
 import zlib
@@ -63,14 +63,14 @@ PARTS = (
 
 
 def demo_tile(domain: str, split: str, number: int, *, size: int = TILE) -> Place:
-    """One tile of the dataset; the same arguments give the same pixels in every process."""
+    """One tile of the dataset; equal arguments give equal pixels."""
     generator = _generator(f"{domain}/{split}/{number}")
     cloud_level = float(generator.uniform(0.6, 1.5)) if number % 5 in (1, 3) else None
     return generate_place(generator, size, size, LOOKS[domain], cloud_level=cloud_level)
 
 
 def demo_scene(*, shape: tuple[int, int] = SCENE_SHAPE) -> tuple[Place, NDArray[np.bool_]]:
-    """The scene and where it has data: a rectangle that lies aslant in the raster, as a satellite's swath does."""
+    """The scene, and where it has data: a rotated rectangle, as in satellite images."""
     place = generate_place(_generator("scene"), *shape, NORTH, cloud_level=1.5)
     height, width = shape
     lean = round(0.09 * height)
@@ -93,7 +93,7 @@ def write_demo(
     size: int = TILE,
     scene_shape: tuple[int, int] = SCENE_SHAPE,
 ) -> tuple[IndexItem, ...]:
-    """Generate tiles of `size` pixels and the scene into `folder`, which must be empty; small ones serve tests."""
+    """Generate tiles of `size` pixels and the scene into `folder`, which must be empty."""
     tiles = [(part, number) for part in parts for number in range(part.tiles)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         scene = pool.submit(_write_scene, folder / "scene", scene_shape)

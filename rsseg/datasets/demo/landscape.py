@@ -1,7 +1,7 @@
-"""Synthetic land cover seen from above: parcels, woods, water, roads, settlements, clouds and their shadows.
+"""Synthetic aerial images of land cover: parcels, woods, water, roads, settlements, clouds and their shadows.
 
-Colours alone do not tell the classes apart, on purpose: ripe fields, dirt roads and roofs share their tones, as do dark
-woods, water and shadow, or pale roofs and cloud. Texture, shape and surroundings do.
+Classes cannot be told apart by colour alone, on purpose: ripe fields, dirt roads and roofs share their tones, and so do
+dark woods, water and shadow, or pale roofs and cloud. Texture, shape and context separate them.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ EVERYWHERE: Area = (slice(None), slice(None))
 
 
 class Place(NamedTuple):
-    """image uint8 (H, W, 3), never 0, and label uint8 (H, W): the class index of what is seen at each pixel."""
+    """image uint8 (H, W, 3), never 0, and label uint8 (H, W): the class index of each pixel."""
 
     image: NDArray[np.uint8]
     label: NDArray[np.uint8]
@@ -34,14 +34,14 @@ class Place(NamedTuple):
 def generate_place(
     rng: np.random.Generator, height: int, width: int, look: Look, *, cloud_level: float | None
 ) -> Place:
-    """A place of its own: the same generator state gives the same pixels.
+    """Generate a place; equal generator states give equal pixels.
 
     Args:
-        rng: source of all that is random.
+        rng: random generator.
         height: rows.
         width: columns.
         look: the region.
-        cloud_level: clouds stand where a noise of unit variance is above this; None for a clear sky.
+        cloud_level: clouds appear where a noise of unit variance exceeds this; None for a clear sky.
     """
     shape = (height, width)
     canvas = _Canvas(rng, shape, look)
@@ -60,13 +60,13 @@ def generate_place(
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], size: float, octaves: int = 1) -> Floats:
-    """Noise of about unit variance, its largest blobs about `size` pixels wide; each octave halves size and height."""
+    """Noise of about unit variance with blobs of about `size` pixels; each octave halves size and amplitude."""
     total = np.zeros(shape, np.float32)
     for octave in range(octaves):
         cell = max(size / 2**octave, 1.0)
         rows, cols = int(shape[0] / cell) + 4, int(shape[1] / cell) + 4
         grid = rng.standard_normal((rows, cols), np.float32)
-        # a random phase keeps the grid's nodes from falling on the same pixels in every place
+        # a random phase, so that the nodes of the grid differ between places
         shift_y, shift_x = rng.random(2) + 1
         matrix = np.array([[1 / cell, 0, shift_x], [0, 1 / cell, shift_y]], np.float32)
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
@@ -89,14 +89,14 @@ def _origin(area: Area) -> NDArray[np.int64]:
 
 
 def _shifted(array: NDArray[Pixel], dy: int, dx: int) -> NDArray[Pixel]:
-    """The array moved down by dy and right by dx; edges repeat."""
+    """The array shifted down by dy and right by dx; edges are repeated."""
     height, width = array.shape
     rows, cols = np.clip(np.arange(height) - dy, 0, height - 1), np.clip(np.arange(width) - dx, 0, width - 1)
     return array[rows[:, None], cols]
 
 
 class _Canvas:
-    """The ground while it is painted, from fields upward; the last painter owns a pixel."""
+    """The ground while it is painted, from fields upward; later layers cover earlier ones."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int], look: Look) -> None:
         self.rng = rng
@@ -106,23 +106,23 @@ class _Canvas:
         self.label: NDArray[np.uint8] = np.full(shape, FIELD, np.uint8)
         self.shadow: NDArray[np.uint8] = np.zeros(shape, np.uint8)
         self.reserved: NDArray[np.uint8] = np.zeros(shape, np.uint8)
-        """Where no further building may stand."""
+        """Occupied: no building is placed here."""
         self.fall = np.array([2.0, 3.0])
-        """Shadows reach this far right and down per storey."""
+        """Offset (right, down) of shadows per storey."""
         self.y, self.x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
 
     def _blend(self, where: Mask, color: Floats, area: Area = EVERYWHERE) -> None:
         self.color[area][where] = color[where]
 
     def _around(self, points: NDArray[np.floating], margin: int) -> Area:
-        """The part of the canvas within `margin` pixels of the points' bounding box; at least one pixel of its edge."""
+        """The part of the canvas within `margin` pixels of the points' bounding box; never empty."""
         height, width = self.shape
         left, top = np.clip(points.min(axis=0).astype(int) - margin, 0, (width - 1, height - 1))
         right, bottom = np.clip(points.max(axis=0).astype(int) + margin, 1, (width, height))
         return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
 
     def _oriented(self, warp: float) -> tuple[Floats, Floats]:
-        """Coordinates along two perpendicular axes of random direction, bent by up to about `warp` pixels."""
+        """Coordinates along two perpendicular axes of random direction, warped by up to about `warp` pixels."""
         angle = _between(self.rng, 0, np.pi)
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         u = self.x * cos + self.y * sin + warp * smooth_noise(self.rng, self.shape, 170)
@@ -165,7 +165,7 @@ class _Canvas:
         self._woods(wooded | copses)
 
     def _woods(self, where: Mask, area: Area = EVERYWHERE) -> None:
-        """Crowns lit from the upper left, dark gaps between them, and the shadow of the wood's edge."""
+        """Tree crowns lit from the upper left, dark gaps, and the shadow at the edge."""
         rng = self.rng
         relief = smooth_noise(rng, where.shape, self.look.crown_px, 2)
         lit = relief - _shifted(relief, -1, -1)
@@ -202,7 +202,7 @@ class _Canvas:
         self.shadow[water] = 0
 
     def roads(self) -> list[Points]:
-        """Main roads from edge to edge that cross each other, and side roads that start on them; returns all lines."""
+        """Main roads from edge to edge, and side roads that branch off them; returns all lines."""
         rng = self.rng
         scale = max(self.shape) / 256
         mains = [
@@ -218,7 +218,7 @@ class _Canvas:
         return mains + sides
 
     def _driest(self, lines: Sequence[Points]) -> Points:
-        """The line that spends the least of its way over water: bridges yes, roads along rivers no."""
+        """The line with the smallest share over water: bridges, but no roads along rivers."""
         height, width = self.shape
 
         def wet(line: Points) -> float:
@@ -247,7 +247,7 @@ class _Canvas:
         return self._bent(middle - reach, middle + reach)
 
     def _bent(self, start: Points, end: Points) -> Points:
-        """Points (x, y), 4 pixels apart, on a smooth curve from start to end."""
+        """Points (x, y) every 4 pixels on a smooth curve from start to end."""
         length = float(np.hypot(*(end - start)))
         t = np.linspace(0, 1, max(int(length / 4), 2))
         side = np.array([start[1] - end[1], end[0] - start[0]]) / max(length, 1)
@@ -280,7 +280,7 @@ class _Canvas:
         return drawn.astype(bool)
 
     def settlement(self, road: Points) -> None:
-        """Houses in rows on both sides along a part of the road, with yards around them."""
+        """Rows of houses with yards on both sides of a part of the road."""
         rng = self.rng
         if rng.random() < 0.12:
             return
@@ -321,7 +321,7 @@ class _Canvas:
             index += (length + _between(rng, 4, 12)) / 4
 
     def farmsteads(self) -> None:
-        """A few lonely buildings out in the fields."""
+        """A few single buildings in the fields."""
         height, width = self.shape
         for _ in range(round(_between(self.rng, 1, 5) * height * width / 256**2)):
             center = np.array([_between(self.rng, 0, width), _between(self.rng, 0, height)])
@@ -329,7 +329,7 @@ class _Canvas:
             self._house(center, self._direction(), size, storeys=_between(self.rng, 0.8, 1.8), flat=False)
 
     def _house(self, center: Points, ahead: Points, size: tuple[float, float], *, storeys: float, flat: bool) -> None:
-        """A roof of two slopes (or a flat one) and its shadow on the ground, unless something stands there."""
+        """A gable (or flat) roof and its shadow on the ground, unless the place is occupied."""
         rng = self.rng
         half_l, half_d = ahead * size[0] / 2, np.array([-ahead[1], ahead[0]]) * size[1] / 2
         ridge = np.array([center - half_l, center + half_l])
@@ -342,7 +342,7 @@ class _Canvas:
         self.shadow[area] |= (self._polygon(hull, area) & ~roof).astype(np.uint8)
         tone = _pick(rng, self.look.roofs)
         grain = 1 + (0.05 if flat else 0.02) * rng.standard_normal(roof.shape, np.float32)
-        # the slope that faces the sun, up and to the left, is the brighter one
+        # the slope facing the sun, up and to the left, is brighter
         relief = 0.0 if flat else 0.16 * (1 if half_d.sum() < 0 else -1)
         upper = self._polygon(np.concatenate([ridge, ridge[::-1] + half_d]), area)
         slopes = np.where(upper, 1 + relief, 1 - relief).astype(np.float32)
@@ -357,7 +357,7 @@ class _Canvas:
         return drawn.astype(bool)
 
     def lit(self) -> Floats:
-        """The ground under the sun: cast shadows and the gentle light of rolling terrain."""
+        """The ground with cast shadows and the shading of rolling terrain."""
         terrain = 1 + 0.05 * smooth_noise(self.rng, self.shape, 220, 2)
         dark = np.where(self.shadow[..., None] > 0, np.array([0.42, 0.45, 0.52], np.float32), np.float32(1))
         return np.asarray(self.color * dark * terrain[..., None], np.float32)
@@ -366,7 +366,7 @@ class _Canvas:
 def _add_clouds(
     rng: np.random.Generator, surface: Floats, label: NDArray[np.uint8], level: float
 ) -> tuple[Floats, NDArray[np.uint8]]:
-    """Clouds over the ground and, displaced along the sun's direction, their soft shadows; thin rims stay ground."""
+    """Add clouds, and their soft shadows along the sun's direction; thin rims keep the label of the ground."""
     height, width = label.shape
     dy, dx = int(rng.integers(26, 46)), int(rng.integers(18, 34))
     wide = smooth_noise(rng, (height + dy, width + dx), _between(rng, 80, 130), 5)
@@ -381,7 +381,7 @@ def _add_clouds(
 
 
 def _sense(rng: np.random.Generator, surface: Floats, look: Look) -> NDArray[np.uint8]:
-    """What the sensor records: band response, haze, exposure, blur of the optics, noise, 8 bits (1..255)."""
+    """Simulate the sensor: band response, haze, exposure, optical blur, noise, 8 bits (1..255)."""
     seen = surface @ np.array(look.response, np.float32).T
     haze = look.haze * _between(rng, 0.7, 1.3)
     seen = seen * (1 - haze) + haze * np.array(look.haze_color, np.float32)

@@ -1,4 +1,4 @@
-"""The two regions of the demo dataset: what their surfaces, their air and their sensor look like."""
+"""The two regions of the demo dataset: colours of their surfaces, atmosphere, sensor."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ Rgb = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Look:
-    """How a region appears: colours of surfaces as reflectance 0..1, then season, air and sensor."""
+    """Appearance of a region: reflectance 0..1 of its surfaces, atmosphere and sensor."""
 
     crops: tuple[Rgb, ...]
     woods: tuple[Rgb, ...]
@@ -15,14 +15,14 @@ class Look:
     roofs: tuple[Rgb, ...]
     waters: tuple[Rgb, ...]
     parcel_px: tuple[float, float]
-    """Shortest and longest side of a parcel."""
+    """Range of the sides of parcels."""
     crown_px: float
     """Diameter of a tree crown."""
     haze: float
-    """Share of the light that is scattered by the air, 0..1."""
+    """Share of scattered light, 0..1."""
     haze_color: Rgb
     response: tuple[Rgb, Rgb, Rgb]
-    """Sensor response: rows are the output bands, columns the surface's red, green and blue."""
+    """Sensor response: rows are the output bands, columns red, green and blue of the surface."""
     gamma: float
 
 

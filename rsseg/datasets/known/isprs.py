@@ -125,10 +125,7 @@ VAIHINGEN = DatasetCard(
     size="33 areas",
     license=_TERMS,
     labels=_LABELS,
-    variants=(
-        _vaihingen("full", "", ("{any}*_noBoundary.tif",)),
-        _vaihingen("no-boundary", "_noBoundary", ()),
-    ),
+    variants=(_vaihingen("full", "", ("{any}*_noBoundary.tif",)), _vaihingen("no-boundary", "_noBoundary", ())),
     rules=(
         SplitRule(
             "isprs",

@@ -1,9 +1,9 @@
-"""The two datasets of KTDA's authors: grass and cloud."""
+"""Grass and cloud of KTDA's authors, and the Landsat 8 scenes that cloud was cut from (L8 Biome)."""
 
 from rsseg.data.index import LabelMap
 from rsseg.datasets.card import RGB, DatasetCard, HubSource, Labels, Variant, classes_of
 from rsseg.datasets.layouts import Layout
-from rsseg.datasets.splits import SplitRule, as_found
+from rsseg.datasets.splits import RATIO, SplitRule, as_found, drawn_by_scene
 from rsseg.task import IGNORE_INDEX
 
 _CITATION = (
@@ -32,9 +32,9 @@ GRASS = DatasetCard(
         ),
     ),
     variants=(Variant(Layout("img_dir/{split}/*.tif", "ann_dir/{split}/*.png"), RGB),),
-    rules=(SplitRule("shipped", "as the archive has it", as_found, ("train", "val")),),
-    notes="No test split: published figures are of val, which also chose the weights. "
-    "Pixels that nobody labeled are stored as low.",
+    rules=(SplitRule("shipped", "as in the archive", as_found, ("train", "val")),),
+    notes="No test split: published figures are on val, which also selected the weights. "
+    "Unlabeled pixels are stored as low.",
     citation=_CITATION,
     hub=HubSource(_HUB, "grass.zip"),
 )
@@ -58,9 +58,52 @@ CLOUD = DatasetCard(
         ),
     ),
     variants=(Variant(Layout("img_dir/{split}/*.png", "ann_dir/{split}/*.png"), RGB),),
-    rules=(SplitRule("shipped", "as the archive has it", as_found),),
+    rules=(SplitRule("shipped", "as in the archive", as_found),),
     gsd_m=30.0,
-    notes="Choose weights on val; the published figures chose them on test.",
+    notes="Select weights on val; the published figures selected them on test.",
     citation=f"{_CITATION}; masks: Foga et al. 2017, doi:10.5066/F7251GDH",
     hub=HubSource(_HUB, "cloud.zip"),
+)
+
+LANDSAT8_BANDS = ("coastal", "blue", "green", "red", "nir", "swir1", "swir2", "pan", "cirrus", "tir1", "tir2")
+"""B1 to B11."""
+_BAND_FILES = {band: number for number, band in enumerate(LANDSAT8_BANDS, start=1) if band != "pan"}
+_MASK = "{domain}/{group}/{group}_fixedmask."
+_BIOMES = {
+    "BC": "barren", "FO": "forest", "GC": "grass_crops", "SH": "shrubland", "SI": "snow_ice", "UR": "urban",
+    "WA": "water", "WE": "wetlands",
+}  # fmt: skip
+
+
+def _stacked(mask: str) -> Variant:
+    return Variant(
+        Layout("{domain}/{group}/{group}.TIF", _MASK + mask, one_split="train", domain_as=_BIOMES), LANDSAT8_BANDS
+    )
+
+
+def _single(mask: str) -> Variant:
+    files = "|".join(f"{{domain}}/{{group}}/{{group}}_B{number}.TIF" for number in _BAND_FILES.values())
+    return Variant(Layout(files, _MASK + mask, one_split="train", domain_as=_BIOMES), tuple(_BAND_FILES))
+
+
+L8BIOME = DatasetCard(
+    name="l8biome",
+    title="clouds and shadows in Landsat 8 (L8 Biome, scenes)",
+    size="96 scenes",
+    license="public domain (USGS)",
+    labels=(
+        Labels(
+            "clouds",
+            "four classes; fill is ignored",
+            CLOUD.classes,
+            LabelMap(values={0: IGNORE_INDEX, 128: 0, 64: 1, 192: 2, 255: 3}),
+        ),
+    ),
+    variants=(_stacked("TIF"), _stacked("img"), _single("TIF"), _single("img")),
+    rules=(SplitRule("scene", "60, 20 and 20 % of the scenes of each biome", drawn_by_scene(RATIO)),),
+    gsd_m=30.0,
+    ignore_zero_collar=True,
+    notes="Domains are the eight biomes. Scenes with one file per band are read without B8, which has other pixels. "
+    "Not all scenes have shadow masks: a missing shadow may be stored as clear.",
+    citation="Foga et al. 2017, doi:10.1016/j.rse.2017.03.026; data doi:10.5066/F7251GDH",
 )

@@ -1,38 +1,151 @@
-"""Unpacks zip and tar archives without trusting them."""
+"""Find the files of a dataset in folders and in zip and tar archives, which are not trusted."""
 
+import hashlib
 import lzma
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from rsseg.datasets.layouts import Layout, PathPattern, list_files
 from rsseg.datasets.prepare.stage import require_free_disk
 from rsseg.errors import DataError
 
+SIDECARS = (".aux.xml", ".msk")
+"""Suffixes that GDAL appends to an image's name for files that it reads with it."""
+WORLD_FILES = (".tfw", ".TFW", ".wld", ".hdr")
+"""Suffixes that replace the image's in such files."""
+_PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+_NESTED = 3
+"""Archives in archives."""
 _BLOCK = 1 << 20
-PARTIAL = ".partial"
-"""Ends the name of a file that is being written."""
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class UnpackLimits:
-    """What an honest archive stays below."""
+    """Limits that an honest archive stays below."""
 
     files: int = 1_000_000
     ratio: float = 500.0
-    """Unpacked bytes per archive byte, looked at only beyond `ratio_free_bytes`: small flat masks pack very well."""
+    """Unpacked bytes per archive byte, beyond `ratio_free_bytes`: small flat masks compress very well."""
     ratio_free_bytes: int = 1 << 30
+
+
+class Wanted:
+    """Tells which files a dataset uses: an archive may hold many more."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        """Files of any of the layouts."""
+        texts = [text for one in layouts for text in (*one.images.split("|"), one.masks, *one.beside) if text]
+        self._patterns = [PathPattern(text) for text in dict.fromkeys(texts)]
+        self._suffixes = sorted({PurePosixPath(text).suffix for text in texts})
+
+    def __call__(self, name: str) -> bool:
+        """Whether a file is an image, a mask, a side file of one, or an archive."""
+        if is_packed(name) or self._fits(name):
+            return True
+        bare = [name.removesuffix(suffix) for suffix in SIDECARS if name.endswith(suffix)]
+        stem, dot, suffix = name.rpartition(".")
+        if dot and f".{suffix}" in WORLD_FILES:
+            bare += [f"{stem}{suffix}" for suffix in self._suffixes]
+        return any(self._fits(candidate) for candidate in bare)
+
+    def _fits(self, name: str) -> bool:
+        return any(pattern.prefixes([name]) for pattern in self._patterns)
+
+
+def is_packed(name: str) -> bool:
+    """Whether a file is an archive by its name."""
+    return name.lower().endswith(_PACKED)
 
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a zip or a tar, compressed or not; by content, not by name."""
     return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+
+
+def gather(
+    source: Path,
+    unpacked: Path,
+    layouts: Sequence[Layout],
+    checksums: Mapping[str, str],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Path]:
+    """All files that a layout may use, by a relative name with `/`.
+
+    Args:
+        source: an archive, or a folder with or without archives.
+        unpacked: folder for the content of archives; may hold that of an interrupted call.
+        layouts: files of none of them stay packed.
+        checksums: MD5 of the publisher's archives by name; a difference is only reported: it may have been repacked.
+        progress: called with the stage, and the numbers of finished and of all files.
+
+    Raises:
+        DataError: a dangerous or damaged archive.
+        MachineError: not enough disk space.
+    """
+    wanted = Wanted(layouts)
+    if source.is_file():
+        files: dict[str, Path] = {}
+        archives = {source.name: source}
+    else:
+        found = {name: source / name for name in list_files(source)}
+        archives = {name: path for name, path in found.items() if is_packed(name) and is_archive(path)}
+        files = {name: path for name, path in found.items() if name not in archives}
+    for _ in range(_NESTED):
+        inner: dict[str, Path] = {}
+        for name, archive in archives.items():
+            expected = checksums.get(archive.name)
+            if expected is not None and (found_sum := md5_of(archive)) != expected:
+                progress(f"{archive.name} is not the publisher's file: MD5 {found_sum}, expected {expected}", 1, 1)
+            for member in _unpack_wanted(name, archive, unpacked, wanted, files, progress):
+                (inner if is_packed(member) else files)[member] = unpacked / member
+        archives = inner
+        if not archives:
+            return files
+    raise DataError(f"{source}: archives are nested more than {_NESTED} deep. Unpack {next(iter(archives))} yourself.")
+
+
+def _unpack_wanted(
+    name: str,
+    archive: Path,
+    folder: Path,
+    wanted: Wanted,
+    known: Mapping[str, Path],
+    progress: Callable[[str, int, int], None],
+) -> Iterable[str]:
+    """Unpack the files that are wanted and not unpacked yet; returns their names."""
+    above, _, base = name.rpartition("/")
+    stem = base
+    while is_packed(stem) or stem.lower().endswith(".tar"):
+        stem = stem.rpartition(".")[0]
+    taken: list[str] = []
+
+    def place(entry: str) -> str | None:
+        # most archives hold one folder of their own name; the others get one
+        parts = [part for part in (above, stem if entry.split("/")[0] != stem else "", entry) if part]
+        placed = "/".join(parts)
+        hidden = any(part.startswith((".", "__MACOSX")) for part in entry.split("/"))
+        if hidden or placed in known or not wanted(placed):
+            return None
+        taken.append(placed)
+        return placed
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unpack(archive, folder, lambda done, total: progress(f"unpack {base}", done, total), place=place)
+    return sorted(taken)
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file in hexadecimal, as publishers give it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def unpack(
@@ -44,18 +157,18 @@ def unpack(
 ) -> None:
     """Unpack regular files into `folder`, which must exist. Links, devices and paths that leave it are refused.
 
-    Files appear complete, by renaming, so that an interrupted call can be repeated: what is there is not written again.
+    Files get their names when complete: an interrupted call can be repeated, and does not write them again.
 
     Args:
         archive: zip, tar, tar.gz, tar.bz2 or tar.xz.
-        folder: where to; nothing outside it is written.
-        progress: told files done and their number (0 while it is not known).
+        folder: nothing outside it is written.
+        progress: called with the numbers of finished and of all files (0 while unknown).
         limits: None takes the defaults.
-        place: entry -> its path below `folder`, None to leave it out; None takes all as they are named.
+        place: entry -> its path below `folder`, None to leave it out; by default all keep their names.
 
     Raises:
         DataError: a dangerous, encrypted, damaged or suspiciously large archive.
-        MachineError: the disk is too small.
+        MachineError: not enough disk space.
     """
     room = _Room(archive, folder, limits or UnpackLimits(), place or str)
     with _readable(archive):
@@ -68,7 +181,7 @@ def unpack(
 
 
 class _Room:
-    """Where files of an archive go, and how much comes out of it."""
+    """Targets of an archive's entries, and the limits on their number and size."""
 
     def __init__(self, archive: Path, folder: Path, limits: UnpackLimits, place: Callable[[str], str | None]) -> None:
         self.archive = archive
@@ -81,7 +194,7 @@ class _Room:
         self._files = 0
 
     def target(self, name: str) -> Path | None:
-        """Where an entry goes; None if it is left out."""
+        """File to write for an entry; None if it is left out."""
         placed = self._place(_inside(self.archive, name).as_posix())
         if placed is None:
             return None
@@ -117,7 +230,7 @@ def _unpack_zip(archive: Path, room: _Room, progress: Callable[[int, int], None]
     with zipfile.ZipFile(archive) as file:
         entries = [entry for entry in file.infolist() if not entry.is_dir()]
         wanted = []
-        # looked through before the first byte is written
+        # check all entries before the first byte is written
         for entry in entries:
             room.take_file()
             mode = entry.external_attr >> 16
@@ -139,10 +252,10 @@ def _unpack_zip(archive: Path, room: _Room, progress: Callable[[int, int], None]
 def _unpack_tar(archive: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
     with tarfile.open(archive, "r:*") as file:
         for done, member in enumerate(file, start=1):
-            target = room.target(member.name) if not member.isdir() else None
             if member.isdir():
                 _inside(archive, member.name)
                 continue
+            target = room.target(member.name)
             if not member.isreg():
                 raise DataError(f"{archive}: {member.name!r} is a link or a device, refused.")
             room.take_file()
@@ -167,7 +280,7 @@ def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
     if target.is_file() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}{PARTIAL}")
+    partial = target.with_name(f"{target.name}.partial")
     with partial.open("wb") as file:
         while block := content.read(_BLOCK):
             room.take_bytes(len(block))

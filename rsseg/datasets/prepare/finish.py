@@ -1,4 +1,4 @@
-"""From placed files to the finished index: reads every image and mask once, checks, counts, measures."""
+"""Complete the index of a dataset: read every image and mask once, check and measure them."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image
-from rsseg.datasets.opening import open_image
+from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image, open_image
 from rsseg.errors import DataError
 from rsseg.task import ClassInfo, Task
 
@@ -20,17 +19,17 @@ TRAIN = "train"
 _SAMPLES = 4_000_000
 """Pixels kept in all to find percentiles."""
 _LEAST_STD = 1e-6
-"""A band that is constant must not lead to a division by zero when networks normalize."""
+"""Keeps the normalization of a constant band from dividing by zero."""
 
 
 class Subject(NamedTuple):
-    """What is known about a dataset before its files are opened."""
+    """Facts about a dataset that are known before its files are opened."""
 
     name: str
     classes: tuple[ClassInfo, ...]
     label_map: LabelMap
     bands: tuple[str, ...] | None
-    """None takes the names that the images give."""
+    """None takes those of the images."""
     gsd_m: float | None = None
     nodata: float | None = None
     ignore_zero_collar: bool = False
@@ -55,21 +54,21 @@ def finish_index(
     """Check all files and complete the index.
 
     Args:
-        folder: folder that the items' paths are relative to.
+        folder: the items' paths are relative to it.
         subject: classes, labels and bands.
         items: images with splits, without class counts.
         scale: see `PrepareOptions.scale`.
         jobs: threads.
-        progress: told what is read and how far.
+        progress: called with the stage, and the numbers of finished and of all images.
 
     Raises:
-        DataError: no training image, an unreadable file, sizes, band counts or pixel types that differ, an undeclared
+        DataError: no training image, an unreadable file, different sizes, band counts or pixel types, an undeclared
             mask value.
     """
     if not any(item.split == TRAIN for item in items):
         raise DataError(
             f"no image is in the split {TRAIN!r}; there are {dict(Counter(item.split for item in items))}. "
-            "Name the training split so, for a folder with --split-as FOLDER=train."
+            "Name the training split `train`; for a folder, with --split-as FOLDER=train."
         )
     labels = LabelTable(subject.label_map, len(subject.classes))
     samples = max(_SAMPLES // len(items), 64)
@@ -116,7 +115,7 @@ def _check_alike(items: Sequence[IndexItem], facts: Sequence[_Facts]) -> None:
             raise DataError(
                 f"{item.image} has the bands {list(fact.bands)} of {fact.dtype}, but {items[0].image} has "
                 f"{list(facts[0].bands)} of {facts[0].dtype}. All images must agree; if only the names differ, "
-                "say --bands with the right ones."
+                "pass the right ones with --bands."
             )
 
 
@@ -143,7 +142,7 @@ def _task(subject: Subject, first: _Facts, train: Moments, scale: Literal["auto"
 def _limits(
     dtype: str, train: Moments, scale: Literal["auto"] | tuple[float, float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Stored values that become 0 and 1, per band."""
+    """Stored values that are scaled to 0 and 1, per band."""
     bands = len(train.sums)
     if scale != "auto":
         return np.full(bands, scale[0]), np.full(bands, scale[1])

@@ -1,4 +1,4 @@
-"""Fetches archives from the Hugging Face hub or from their publisher, with the user's consent only."""
+"""Download archives from the Hugging Face hub or from their publisher, with the user's consent only."""
 
 import hashlib
 import http.client
@@ -14,17 +14,17 @@ from rsseg.errors import DataError
 def fetch(
     card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Callable[[str, int, int], None]
 ) -> Path:
-    """The card's archive, from the hub's cache or over the network; or a folder with its archives from the web.
+    """The card's archive in the hub's cache, or the folder with its archives from the web; downloaded if missing.
 
     Args:
-        card: a dataset whose publisher has archives on the hub or the web.
+        card: a dataset with archives on the hub or the web.
         folder: archives from the web go to `NAME-download` below it.
-        download: the user agreed to fetch it.
+        download: the user agreed to the download.
         offline: take it from the cache or fail.
-        progress: told what is fetched, how big it is and under which licence, before it starts.
+        progress: called with name, size and licence before the download starts.
 
     Raises:
-        DataError: no consent, no network, or no such archive; the message says how to go on.
+        DataError: no consent, no network, or no such archive.
     """
     if card.web:
         return fetch_web(card, folder / f"{card.name}-download", download=download, offline=offline, progress=progress)
@@ -54,10 +54,10 @@ def fetch(
 def fetch_web(
     card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Callable[[str, int, int], None]
 ) -> Path:
-    """The folder with the card's archives; what is there is kept, and a file that ended early goes on.
+    """The folder with the card's archives; missing ones are downloaded, partial ones resumed.
 
     Raises:
-        DataError: no consent, no network, or a file that differs from its publisher's checksum.
+        DataError: no consent, no network, or a file that does not have its publisher's checksum.
     """
     missing = [web for web in card.web if not (folder / web.file).is_file()]
     if not missing:
@@ -76,7 +76,7 @@ def fetch_web(
             _fetch_file(web, folder, progress)
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise DataError(
-                f"{card.name}: fetching {web.file} failed: {error}. Say the same again to go on, {by_hand}."
+                f"{card.name}: fetching {web.file} failed: {error}. Repeat the command to resume, {by_hand}."
             ) from None
     return folder
 

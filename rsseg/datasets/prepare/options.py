@@ -1,11 +1,12 @@
-"""What `rsseg dataset prepare` can be told."""
+"""Options of `rsseg dataset prepare`."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from rsseg.errors import UsageError
 from rsseg.task import Color
@@ -14,7 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class FolderOptions(BaseModel):
-    """How to read anyone's own folder; see `rsseg.datasets.layouts` for patterns."""
+    """How to read a folder of your own; see `rsseg.datasets.layouts` for patterns."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -27,7 +28,7 @@ class FolderOptions(BaseModel):
     unlabeled: tuple[str, ...] = ()
     """Splits whose masks are never opened."""
     split_as: Mapping[str, str] = {}
-    """What `{split}` matched -> `SPLIT` or `SPLIT:DOMAIN`."""
+    """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`."""
     split_lists: Mapping[str, Path] = {}
     """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
     split_ratio: Mapping[str, float] = {}
@@ -35,7 +36,7 @@ class FolderOptions(BaseModel):
 
 
 class PrepareOptions(BaseModel):
-    """Where from, where to, and what to do on the way."""
+    """Source, output and conversions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -44,7 +45,7 @@ class PrepareOptions(BaseModel):
     src: Path | None = None
     """Folder, zip or tar with the dataset as its publisher ships it."""
     download: bool = False
-    """Agree to fetch the archive from the hub."""
+    """Permit fetching the archive."""
     offline: bool = False
     """Never use the network."""
     overwrite: bool = False
@@ -52,18 +53,18 @@ class PrepareOptions(BaseModel):
     tile: Count | None = None
     """Cut images into squares of this many pixels; None keeps them whole."""
     stride: Count | None = None
-    """Distance of the squares; None takes `tile`, so that they do not overlap."""
+    """Distance between squares; None takes `tile`: no overlap."""
     jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads; by default as many as processors. The result does not depend on it."""
+    """Threads, by default one per processor; the result does not depend on their number."""
     bands: tuple[str, ...] | None = None
-    """For `folder`: names of the bands in file order, instead of what the class file or the images say. For a dataset
-    that rsseg knows: which of its bands, in which order."""
+    """For `folder`: band names in file order, instead of those of the class file or the images. For a known dataset:
+    the bands to take, in this order."""
     split: str | None = None
     """Name of one of the card's split rules; None takes the first."""
     labels: str | None = None
     """Name of one of the card's label choices; None takes the first."""
     seed: int = 0
-    """Of splits that are drawn."""
+    """Seed of random splits."""
     ignore_classes: tuple[str, ...] = ()
     """Classes whose pixels are ignored."""
     ignore: tuple[int | Color, ...] = ()
@@ -85,6 +86,25 @@ class PrepareOptions(BaseModel):
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self
+
+
+def parse_options(values: Mapping[str, Any]) -> PrepareOptions:
+    """Validate options; raises `UsageError` with one line per problem that names the option."""
+    try:
+        return PrepareOptions.model_validate(values)
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if problem["type"] != "missing"]
+        if len(problems) < error.error_count():
+            raise UsageError(
+                "`folder` needs --src DIR, --classes FILE and --images PATTERN; docs/datasets.md has examples."
+            ) from None
+        raise UsageError("\n".join(_problem(problem) for problem in problems)) from None
+
+
+def _problem(problem: ErrorDetails) -> str:
+    names = [str(part) for part in problem["loc"] if part != "folder"]
+    option = "--" + names[0].replace("_", "-").replace("lists", "list") if names else ""
+    return f"{option} {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r}).".strip()
 
 
 def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:

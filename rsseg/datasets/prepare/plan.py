@@ -1,7 +1,7 @@
-"""What a request to prepare a dataset comes down to, before a file is opened."""
+"""Resolve a request to prepare a dataset, before its files are opened."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.card import DatasetCard, Labels, Variant
 from rsseg.datasets.cards import find_card
-from rsseg.datasets.class_file import ClassFile, load_classes
+from rsseg.datasets.class_file import load_classes
 from rsseg.datasets.layouts import Layout, find_prefix
 from rsseg.datasets.prepare.finish import Subject
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
@@ -22,11 +22,11 @@ from rsseg.task import IGNORE_INDEX, Color
 
 @dataclass(frozen=True)
 class Plan:
-    """A card, or anyone's folder, with all choices made.
+    """A card, or a folder of your own, with all choices made.
 
-    variants  layouts that serve, best first
-    rule      None: the layout divides the images
-    bands     to keep, in order; None keeps all
+    variants  usable layouts, best first
+    rule      None: the layout tells the splits
+    bands     bands to keep, in order; None keeps all
     """
 
     card: DatasetCard
@@ -42,7 +42,7 @@ class Plan:
     stretch: bool
 
     def subject(self, variant: Variant | None) -> Subject:
-        """What the finished index says about images of a layout; None: they were generated."""
+        """What is known about the copied files of a layout; None: they are generated."""
         found = self.card.bands if variant is None else variant.bands
         return Subject(
             name=self.name,
@@ -57,7 +57,7 @@ class Plan:
         )
 
     def transfer(self, variant: Variant) -> Transfer:
-        """How files of a layout are brought."""
+        """Conversions of the files of a layout."""
         rule, chosen = self.rule, None
         if self.bands is not None and self.bands != variant.bands:
             chosen = tuple(variant.bands.index(band) for band in self.bands)
@@ -78,13 +78,13 @@ class Plan:
         )
 
     def find(self, files: Sequence[str], where: Path) -> tuple[Variant, str]:
-        """The layout that fits, and the folder it fits from; raises `DataError`, naming labels that would fit."""
+        """The layout that fits, and the folder below which it does; raises `DataError` naming labels that would fit."""
         layouts = [variant.layout for variant in self.variants]
         try:
             layout, prefix = find_prefix(files, layouts, str(where))
         except DataError as error:
             for other in self.card.variants:
-                if other not in self.variants and other.labels and find_fits(files, other.layout):
+                if other not in self.variants and other.labels and _fits(files, other.layout):
                     raise DataError(
                         f"{where}: no labels {self.labels.name!r} for these bands, but {other.labels!r} with "
                         f"{','.join(other.bands)}. Pass --labels {other.labels} --bands {','.join(other.bands)}."
@@ -93,8 +93,7 @@ class Plan:
         return self.variants[layouts.index(layout)], prefix
 
 
-def find_fits(files: Sequence[str], layout: Layout) -> bool:
-    """Whether a layout fits somewhere."""
+def _fits(files: Sequence[str], layout: Layout) -> bool:
     try:
         find_prefix(files, [layout], "")
     except DataError:
@@ -103,12 +102,12 @@ def find_fits(files: Sequence[str], layout: Layout) -> bool:
 
 
 def make_plan(name: str, options: PrepareOptions) -> Plan:
-    """Check a request and make its choices; raises `UsageError`, and `DataError` for a bad class file or list."""
+    """Check and resolve a request; raises `UsageError`, and `DataError` for a bad class file or list."""
     card = find_card(name)
     if card.name == "folder":
         return _own(card, options)
     if options.folder is not None:
-        raise UsageError(f"--classes, --images, --masks and --split... are for `folder`; {card.name} knows its own.")
+        raise UsageError(f"--classes, --images, --masks and --split-... are for `folder`; {card.name} knows its own.")
     if card.name == "demo" and (options.src or options.tile or options.bands or options.stretch != "none"):
         raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands or --stretch.")
     rule = card.choose_rule(options.split)
@@ -137,11 +136,12 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
     if options.split or options.labels:
         raise UsageError("--split and --labels name choices of a known dataset; `folder` has --split-ratio and others.")
     classes = load_classes(options.folder.classes)
+    labels = Labels("own", "of the class file", classes.class_infos(), classes.label_map())
     bands = options.bands or classes.bands or ()
     return Plan(
         card=card,
         name=classes.name,
-        labels=_ignoring(_own_labels(classes), options),
+        labels=_ignoring(labels, options),
         variants=(Variant(_layout(options.folder, options.seed), bands),),
         rule=None,
         grid=_grid(None, options),
@@ -153,20 +153,16 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
     )
 
 
-def _own_labels(classes: ClassFile) -> Labels:
-    return Labels("own", "of the class file", classes.class_infos(), classes.label_map())
-
-
 def _with_bands(card: DatasetCard, variants: Sequence[Variant], bands: tuple[str, ...]) -> list[Variant]:
-    """Layouts that have the bands, first those that have just these; one file per band: only these files."""
+    """Layouts that have the bands, those with exactly these first; of single-band files only these are kept."""
     unknown = [band for band in bands if not any(band in variant.bands for variant in variants)]
     if unknown or len(set(bands)) < len(bands):
         known = " or ".join(dict.fromkeys(",".join(variant.bands) for variant in variants))
         raise UsageError(f"--bands {','.join(bands)}: {card.name} has {known}.")
-    serving = [_narrowed(variant, bands) for variant in variants if set(bands) <= set(variant.bands)]
-    if not serving:
+    usable = [_narrowed(variant, bands) for variant in variants if set(bands) <= set(variant.bands)]
+    if not usable:
         raise UsageError(f"--bands {','.join(bands)}: no layout of {card.name} has all of them.")
-    return sorted(serving, key=lambda variant: variant.bands != bands)
+    return sorted(usable, key=lambda variant: variant.bands != bands)
 
 
 def _narrowed(variant: Variant, bands: tuple[str, ...]) -> Variant:
@@ -178,7 +174,7 @@ def _narrowed(variant: Variant, bands: tuple[str, ...]) -> Variant:
 
 
 def _ignoring(labels: Labels, options: PrepareOptions) -> Labels:
-    """Without the classes, values and colours that the user wants ignored."""
+    """The labels without ignored classes, and with ignored values and colours."""
     labels = labels.without(options.ignore_classes) if options.ignore_classes else labels
     by_color = bool(labels.label_map.colors)
     wrong = [entry for entry in options.ignore if isinstance(entry, int) == by_color]
@@ -205,14 +201,10 @@ def _layout(options: FolderOptions, seed: int) -> Layout:
         masks=options.masks,
         unlabeled=options.unlabeled,
         split_as=options.split_as,
-        split_lists=_read_lists(options.split_lists),
+        split_lists={target: _lines(path) for target, path in options.split_lists.items()},
         split_ratio=options.split_ratio,
         seed=seed,
     )
-
-
-def _read_lists(files: Mapping[str, Path]) -> dict[str, list[str]]:
-    return {target: _lines(path) for target, path in files.items()}
 
 
 def _lines(path: Path) -> list[str]:

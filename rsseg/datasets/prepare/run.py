@@ -1,7 +1,7 @@
-"""`prepare`: from a publisher's archive, or anyone's folder, to a checked dataset with an index.
+"""`prepare`: from a publisher's archive, or a folder of your own, to a checked dataset with an index.
 
-The result stands on its own: files are hard-linked from the source where the disk allows it and copied where not, never
-referenced. It appears under its name only when it is complete; an interrupted call can be repeated and goes on.
+The result does not depend on its source: files are hard-linked where the disk allows it, else copied. It gets its name
+when it is complete; an interrupted call can be repeated and resumes.
 """
 
 import hashlib
@@ -15,21 +15,20 @@ from typing import Any
 
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
 from rsseg.datasets.layouts import Layout
-from rsseg.datasets.prepare.archives import is_archive
+from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import Subject, finish_index
-from rsseg.datasets.prepare.gather import gather
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
-from rsseg.datasets.prepare.stage import JOURNAL, holds_request, require_free_disk, staged_folder
+from rsseg.datasets.prepare.stage import JOURNAL, holds_request, partial_folder, require_free_disk, staged_folder
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import transfer
 from rsseg.datasets.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
 
 Progress = Callable[[str, int, int], None]
-"""What is done, how many of how many; 0 of the latter while it is not known."""
+"""Called with the stage, and the numbers of finished and of all steps (0 while unknown)."""
 UNPACKED = ".unpacked"
-"""Below the stage: what came out of archives."""
+"""Below the stage: content of archives."""
 LISTS = "lists"
 """Below the result: lists of images."""
 
@@ -38,20 +37,20 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     """Make a prepared dataset.
 
     Args:
-        name: of a card, see `rsseg dataset list`.
-        options: where from, where to, how.
+        name: name of a card, see `rsseg dataset list`.
+        options: source, output and conversions.
         progress: called on this thread.
 
     Returns:
-        The folder. If it holds already what the same request would make, nothing is done.
+        The folder. Nothing is done if it was made by the same request.
 
     Raises:
-        UsageError: unknown card, or options that do not fit together.
-        DataError: the source is missing, damaged or contradicts itself, or `out` exists.
-        MachineError: the disk is too small.
+        UsageError: unknown card, or options that contradict each other.
+        DataError: the source is missing, damaged or inconsistent, or `out` exists.
+        MachineError: not enough disk space.
     """
     plan = make_plan(name, options)
-    out = output_folder(plan, options)
+    out = _output_folder(plan, options)
     source = None if plan.card.name == "demo" else _find_source(plan, options, out, progress)
     _check_apart(source, out)
     request = _request(plan, options, source)
@@ -75,14 +74,19 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     return out
 
 
-def output_folder(plan: Plan, options: PrepareOptions) -> Path:
-    """Where the result goes."""
+def unfinished(name: str, options: PrepareOptions) -> Path | None:
+    """Folder in which an interrupted call of `prepare` resumes, if there is one."""
+    place = partial_folder(_output_folder(make_plan(name, options), options))
+    return place if place.is_dir() else None
+
+
+def _output_folder(plan: Plan, options: PrepareOptions) -> Path:
     return options.out or Path("data") / plan.name
 
 
 @contextmanager
 def _errors_name(source: Path, stage: Path) -> Iterator[None]:
-    """Let errors name files where they come from: the stage is gone when the user reads the message."""
+    """Name files of the source in errors: the stage is deleted when the user reads them."""
     try:
         yield
     except DataError as error:
@@ -104,16 +108,16 @@ def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progr
 
 
 def _check_apart(source: Path | None, out: Path) -> None:
-    """Replacing `out` must not delete the source, nor may a prepared dataset become part of its own source."""
+    """Raise `UsageError` if replacing `out` would delete the source, or `out` would become part of its own source."""
     if source is None:
         return
     inside, outside = source.resolve(), out.resolve()
     if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise UsageError(f"--out {out} and --src {source} lie in one another. Pass an --out elsewhere.")
+        raise UsageError(f"--out {out} and --src {source} contain each other. Pass another --out.")
 
 
 def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
-    """All that decides the result: options, and the source's files by name, size and time."""
+    """Everything that determines the result: options, and the source's files by name, size and time."""
     asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
     files = [] if source is None else [source] if source.is_file() else sorted(source.rglob("*"))
     if options.folder is not None:
@@ -131,7 +135,7 @@ def _generate(
     from rsseg.datasets.demo.dataset import write_demo
 
     require_free_disk(stage, 60_000_000)
-    # what an interrupted call left: generating takes seconds, so it begins anew
+    # generating takes seconds, so an interrupted call is not resumed
     for left in (path for path in stage.iterdir() if path.is_dir()):
         shutil.rmtree(left)
     return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
@@ -140,7 +144,7 @@ def _generate(
 def _collect(
     plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
 ) -> tuple[Subject, Sequence[IndexItem]]:
-    """Bring the files into `stage`."""
+    """Copy the files into `stage`."""
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
     variant, prefix = plan.find(tuple(found), source)
@@ -155,11 +159,11 @@ def _collect(
     how = plan.transfer(variant)
     _check_room(files, items, stage, how.grid)
     what = "cut tiles" if how.grid is not None else "copy files"
-    brought: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
+    copied: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
     if rule is not None and rule.tiles:
-        brought = rule.assign(brought, options.seed)
-        _check_splits(plan, brought)
-    return plan.subject(variant), brought
+        copied = rule.assign(copied, options.seed)
+        _check_splits(plan, copied)
+    return plan.subject(variant), copied
 
 
 def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
@@ -169,19 +173,19 @@ def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
     if missing:
         raise DataError(
             f"{plan.card.name}: the split {missing[0]!r} has no images by the rule {plan.rule.name!r} "
-            f"({plan.rule.title}). The source is not complete; get it again, or choose another --split."
+            f"({plan.rule.title}). The source is incomplete: get it again, or choose another --split."
         )
 
 
 def _check_room(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, grid: Grid | None) -> None:
-    """Compressed tiles take about as much as their compressed source, more where they overlap."""
+    """Raise `MachineError` if the disk is too small; tiles take about the size of their source, overlaps more."""
     names = {name for item in items for name in (*item.image.split("|"), item.mask) if name}
     repeats = 1.0 if grid is None else (grid.tile / (grid.step or grid.stride)) ** 2
     require_free_disk(stage, round(repeats * sum(files[name].stat().st_size for name in names)))
 
 
 def _write_lists(stage: Path, index: SegmentationIndex, shares: Sequence[float], seed: int) -> None:
-    """Lists of the training images that keep their labels, for `items` in a recipe."""
+    """Write lists of the training images that keep their labels, for `items` in a recipe."""
     for share, names in labeled_lists(index.items, shares, seed).items():
         file = stage / LISTS / f"labeled-{share * 100:g}pct.txt"
         file.parent.mkdir(exist_ok=True)

@@ -12,21 +12,21 @@ from rsseg.data.index import INDEX_NAME
 from rsseg.errors import DataError, MachineError
 
 REQUEST_NAME = "prepared.json"
-"""Beside the index: what was asked for, so that asking again costs nothing."""
+"""Beside the index: the request, so that repeating it costs nothing."""
 JOURNAL = ".done"
-"""Below the stage: results of finished parts."""
+"""Below the stage: results of finished steps."""
 
 
 @contextmanager
 def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
-    """Give a folder `NAME.partial` beside `out`; rename it to `out` when the block ends.
+    """Folder `NAME.partial` beside `out`, renamed to `out` when the block ends.
 
-    When the block is interrupted, or the process killed, the folder stays, and the same request goes on in it. It is
-    removed when the block fails because of the data, and when another request comes.
+    The folder stays if the block is interrupted or the process killed, and the same request resumes in it. It is
+    removed if the block fails because of the data, and by a different request.
 
     Raises:
-        DataError: `out` is not empty and `overwrite` is False, or what is there is not a prepared dataset.
-        MachineError: the place cannot be written, or the disk is full.
+        DataError: `out` is not empty and `overwrite` is False, or it is not a prepared dataset.
+        MachineError: `out` cannot be written, or the disk is full.
     """
     _check_free(out, overwrite=overwrite)
     stage = partial_folder(out)
@@ -43,21 +43,21 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
         raise
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MachineError(f"{error.filename or out}: no permission. Pass an --out that may be written.") from None
+            raise MachineError(f"{error.filename or out}: no permission. Pass an --out that is writable.") from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
-                f"{out}: the disk is full. Free some space and say the same again to go on, or pass --out elsewhere."
+                f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
             ) from None
         raise
 
 
 def partial_folder(out: Path) -> Path:
-    """Where an unfinished dataset lies."""
+    """Folder of an unfinished dataset."""
     return out.parent / f"{out.name}.partial"
 
 
 def holds_request(folder: Path, request: Mapping[str, Any]) -> bool:
-    """Whether a folder was made, or begun, for a request."""
+    """Whether a folder was made, or started, for a request."""
     try:
         return bool(json.loads((folder / REQUEST_NAME).read_text(encoding="utf-8")) == request)
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def holds_request(folder: Path, request: Mapping[str, Any]) -> bool:
 
 
 class Journal:
-    """Which parts of a long work are done, with their results, kept below the stage."""
+    """Results of finished steps, kept below the stage for resuming."""
 
     def __init__(self, stage: Path) -> None:
         """Use the stage's folder."""
@@ -73,14 +73,14 @@ class Journal:
         self._folder.mkdir(exist_ok=True)
 
     def get(self, number: int) -> Any | None:
-        """The result of a part, or None."""
+        """The result of a step, or None."""
         try:
             return json.loads((self._folder / str(number)).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def put(self, number: int, result: Any) -> None:
-        """Remember a part's result, which JSON can hold."""
+        """Store the result of a step, as JSON."""
         partial = self._folder / f"{number}.partial"
         partial.write_text(json.dumps(result), encoding="utf-8")
         partial.replace(self._folder / str(number))
@@ -97,7 +97,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def _replace(out: Path, stage: Path) -> None:
-    """Put `stage` in the place of `out`; what was there goes only after the new folder stands."""
+    """Rename `stage` to `out`; an old `out` is deleted only after that."""
     if not out.exists():
         stage.rename(out)
         return
@@ -109,7 +109,7 @@ def _replace(out: Path, stage: Path) -> None:
 
 
 def require_free_disk(folder: Path, needed: int) -> None:
-    """Raise `MachineError` unless the disk that holds `folder` has `needed` bytes to spare."""
+    """Raise `MachineError` unless the disk of `folder` has `needed` free bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(

@@ -1,7 +1,7 @@
-"""Brings the files of a dataset into the folder that is being prepared: whole, or cut into tiles.
+"""Copy the files of a dataset into the folder that is being prepared: whole, or cut into tiles.
 
-Whole images are hard-linked where the disk allows it. Tiles are GeoTIFF with Zstandard, a row of them at a time, so
-that several threads share a large scene. Converted masks hold class indices, and 255 where pixels are ignored.
+Whole images are hard-linked where the disk allows it. Tiles are GeoTIFF with Zstandard, written row by row, so that
+several threads share a large scene. Converted masks hold class indices, and 255 for ignored pixels.
 """
 
 import os
@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, LabelMap
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import in_order
-from rsseg.datasets.opening import open_image
-from rsseg.datasets.prepare.gather import SIDECARS, WORLD_FILES
+from rsseg.datasets.measure import in_order, open_image
+from rsseg.datasets.prepare.archives import SIDECARS, WORLD_FILES
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
-from rsseg.datasets.prepare.tiffs import Look, write_tile
-from rsseg.datasets.prepare.tiles import Grid
+from rsseg.datasets.prepare.tiles import Grid, Look, write_tile
 from rsseg.errors import DataError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
@@ -31,16 +29,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the files are brought.
+    """How files are copied and converted.
 
     grid        None keeps images whole
-    labels      what mask values or colours mean
+    labels      meaning of mask values or colours
     bands       names of the files' bands; None takes the files' own
     chosen      0-based bands to keep, in order; None keeps all
-    stretch     each band of each image from its least and greatest value to 8 bits
-    threshold   mask colours are rounded to 0 or 255 here
-    first_mask_band  further bands of masks do not tell classes
-    pad_label   class index where a tile reaches beyond its image
+    stretch     scale each band of each image from its minimum and maximum to 8 bits
+    threshold   mask colours are rounded to 0 or 255 at this value
+    first_mask_band  only the first band of masks holds classes
+    pad_label   class index beyond the edges of the image
     """
 
     grid: Grid | None
@@ -58,7 +56,7 @@ class Transfer:
 
     @property
     def rewrites_images(self) -> bool:
-        """Whether images change."""
+        """Whether images are written anew."""
         return self.grid is not None or self.chosen is not None or self.stretch
 
     @property
@@ -67,14 +65,14 @@ class Transfer:
         return self.colored or self.first_mask_band or self.rewrites_images
 
     def label_map(self, given: LabelMap) -> LabelMap:
-        """What the masks mean afterwards."""
+        """Meaning of the copied masks."""
         if not self.converts_masks:
             return given
         return LabelMap(values={**{i: i for i in range(len(self.classes))}, IGNORE_INDEX: IGNORE_INDEX})
 
 
 class _Part(NamedTuple):
-    """Some windows of an item; None takes the whole files."""
+    """Some windows of an item; None: the whole files."""
 
     item: IndexItem
     windows: tuple[Window, ...] | None
@@ -83,49 +81,47 @@ class _Part(NamedTuple):
 def transfer(
     items: Sequence[IndexItem], files: Mapping[str, Path], stage: Path, how: Transfer, jobs: int, progress: Progress
 ) -> list[IndexItem]:
-    """Bring all items into `stage`; what an interrupted call had done is not done again.
+    """Copy all items into `stage`; steps that an interrupted call finished are not repeated.
 
     Args:
-        items: images with masks and splits; paths are names in `files`.
-        files: where they are.
+        items: images with masks and splits; their paths are keys of `files`.
+        files: paths of the files.
         stage: folder to fill.
-        how: whole or in tiles.
-        jobs: threads; the result does not depend on it.
-        progress: told done and all parts.
+        how: conversions.
+        jobs: threads; the result does not depend on their number.
+        progress: called with the numbers of finished and of all steps.
 
     Returns:
         Items with paths relative to `stage`, one per tile that has a pixel with data.
 
     Raises:
-        DataError: an unreadable file, sizes that differ, undeclared labels.
+        DataError: an unreadable file, a mask of another size, undeclared labels.
         MachineError: the disk is full.
     """
-    if how.grid is None:
-        parts = [_Part(item, None) for item in items]
-    else:
-        planned = in_order(lambda item: _parts(item, files, how), items, jobs)
-        parts = [part for several in planned for part in several]
+    planned = in_order(lambda item: _parts(item, files, how), items, jobs)
+    parts = [part for several in planned for part in several]
     journal = Journal(stage)
 
-    def bring(number: int) -> list[IndexItem]:
+    def copy(number: int) -> list[IndexItem]:
         done = journal.get(number)
         if done is None:
-            done = [item.model_dump(mode="json") for item in _bring(parts[number], files, stage, how)]
+            done = [item.model_dump(mode="json") for item in _copy(parts[number], files, stage, how)]
             journal.put(number, done)
         return [IndexItem.model_validate(item) for item in done]
 
-    brought = list(in_order(bring, range(len(parts)), jobs, progress))
-    return [item for several in brought for item in several]
+    copied = list(in_order(copy, range(len(parts)), jobs, progress))
+    return [item for several in copied for item in several]
 
 
 def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_Part]:
-    """A row of tiles each where a file can be entered anywhere, else the whole image: PNG and JPEG begin at the top."""
-    grid = _required(how.grid)
+    """A row of tiles each where files allow random access, else the whole image: PNG and JPEG are read from the top."""
+    if how.grid is None:
+        return [_Part(item, None)]
     with _open(item, files, how) as raster:
         info = raster.info
-    windows = grid.windows(info.height, info.width)
+    windows = how.grid.windows(info.height, info.width)
     if not windows:
-        # smaller than a tile, by a rule that drops remainders
+        # smaller than a tile of a grid that drops remainders
         return []
     if how.stretch or not all(name.lower().endswith((".tif", ".tiff")) for name in _names(item)):
         return [_Part(item, tuple(windows))]
@@ -133,7 +129,7 @@ def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_P
     return [_Part(item, tuple(window for window in windows if window.row == row)) for row in rows]
 
 
-def _bring(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) -> list[IndexItem]:
+def _copy(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) -> list[IndexItem]:
     item, windows = part
     if windows is not None:
         return _cut(item, windows, files, stage, how)
@@ -155,7 +151,7 @@ def _bring(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) -
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file and what GDAL reads with it, or copy where that is impossible."""
+    """Hard-link a file and its side files, or copy them where that is impossible."""
     others = [(Path(f"{source}{suffix}"), Path(f"{target}{suffix}")) for suffix in SIDECARS]
     others += [(source.with_suffix(suffix), target.with_suffix(suffix)) for suffix in WORLD_FILES]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +175,7 @@ def _cut(
     tiles = []
     with _open(item, files, how) as raster:
         info = raster.info
-        # the stretch looks at the whole image, also where no tile lies
+        # the stretch takes the range of the whole image, beyond the tiles too
         inside = Window(0, 0, info.height, info.width) if how.stretch else _clip(area, info)
         pixels, valid = _stored(raster, inside, how)
         require_free_disk(stage, pixels.nbytes)
@@ -207,7 +203,7 @@ def _cut(
 
 
 def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Stored values of the bands to keep, or their stretched ones, and where there is data."""
+    """Stored (or stretched) values of the bands to keep, and where there is data."""
     _, valid = raster.read(window)
     pixels = raster.read_raw(window)
     if how.chosen is not None:
@@ -267,20 +263,14 @@ def _clip(window: Window, info: RasterInfo) -> Window:
 
 
 def _slices(window: Window, area: Window) -> tuple[slice, slice]:
-    """Of a window in an array that begins where `area` begins; what lies beyond it is cut off."""
+    """Index of a window in an array of `area`, clipped to it."""
     row, col = window.row - area.row, window.col - area.col
     return slice(row, row + window.height), slice(col, col + window.width)
 
 
 def _padded(array: NDArray[Any], window: Window, value: Any) -> NDArray[Any]:
-    """The array filled up at bottom and right to the window's size."""
+    """The array padded at the bottom and right to the window's size."""
     below, right = window.height - array.shape[-2], window.width - array.shape[-1]
     if not below and not right:
         return array
     return np.pad(array, ((0, 0),) * (array.ndim - 2) + ((0, below), (0, right)), constant_values=value)
-
-
-def _required(grid: Grid | None) -> Grid:
-    if grid is None:
-        raise ValueError("whole images have no grid")
-    return grid

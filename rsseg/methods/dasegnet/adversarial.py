@@ -1,4 +1,4 @@
-"""Adversarial alignment of one style's features: losses of the students and of the discriminator."""
+"""Adversarial alignment of one style's features: the discriminator and the losses on both sides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rsseg.layers.resize import resize_logits
+from rsseg.errors import RecipeError
+from rsseg.layers.blocks import resize_logits
 from rsseg.methods.dasegnet.recipe import AdversarialConfig
 
 
@@ -17,8 +18,8 @@ from rsseg.methods.dasegnet.recipe import AdversarialConfig
 class Alignment:
     """Features (B, C, h, w) of one student.
 
-    own          of images of the domain whose style the student has, and other of the other domain's
-    own_size     (H, W) of the images behind them
+    own       of images of the domain whose style the student learns; `other`: of the other domain
+    own_size  (H, W) of these images; `other_size` likewise
     """
 
     own: Tensor
@@ -37,7 +38,7 @@ class AdversarialTerms:
 
 
 def adversarial_terms(discriminator: nn.Module, alignment: Alignment, config: AdversarialConfig) -> AdversarialTerms:
-    """The student makes the other domain's features look like its own; the discriminator tells them apart."""
+    """Losses by which the student aligns the other domain's features with its own, against the discriminator."""
     own, other = spatial_softmax(alignment.own.detach()), spatial_softmax(alignment.other)
     fooled = upsampled(without_param_grad(discriminator, other), alignment.other_size)
     if own.shape[1:] == other.shape[1:]:
@@ -80,10 +81,61 @@ def gan_loss(
 
 
 def upsampled(logits: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Patch logits at image size, float32. A 1x1 map stays: resized it is constant, and the loss is a mean."""
+    """Patch logits at image size, float32. A 1x1 map stays 1x1, as resizing would not change the mean loss."""
     return logits if logits.shape[-2:] == (1, 1) else resize_logits(logits, image_size)
 
 
 def without_param_grad(module: nn.Module, inputs: Tensor) -> Tensor:
-    """`module(inputs)` whose gradient reaches the inputs and not the module's parameters."""
+    """`module(inputs)` with gradients for the inputs but not for the module's parameters."""
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (inputs,))  # type: ignore[no-any-return]
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions of kernel 4: `convs` of stride 2 and two of stride 1; the last one gives one logit per patch.
+
+    Instance norm after all but the first and the last, so that samples stay independent. Source: ST-DASegNet's AdapSeg.
+    """
+
+    def __init__(self, in_channels: int, *, base_channels: int = 64, convs: int = 2) -> None:
+        super().__init__()
+        widths = [base_channels * min(2**n, 8) for n in range(convs + 1)]
+        self.strides = (*[2] * convs, 1, 1)
+        pairs = zip([in_channels, *widths[:-1]], widths, self.strides[:-1], strict=True)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=stride, padding=1) for a, b, stride in pairs)
+        self.classify = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, a=0.2, mode="fan_out", nonlinearity="leaky_relu")  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> logits (B, 1, h', w'); raise `RecipeError` for a map too small for an instance norm."""
+        if not accepts_map(features.shape[-2:], self.strides):
+            smallest = smallest_map(self.strides)
+            raise RecipeError(
+                f"The discriminator got features of {features.shape[-2]} x {features.shape[-1]} pixels; with "
+                f"{len(self.convs) - 1} strided convolutions it needs {smallest} x {smallest} or more. "
+                "Enlarge the crop (data.augment.crop_size), or lower adversarial.convs."
+            )
+        maps = F.leaky_relu(self.convs[0](features), 0.2)
+        for conv in self.convs[1:]:
+            maps = F.leaky_relu(F.instance_norm(conv(maps)), 0.2)
+        return self.classify(maps)  # type: ignore[no-any-return]
+
+
+def accepts_map(size: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether kernel-4 convolutions with padding 1 fit a map of `size` and instance norms get several values."""
+    height, width = size
+    for layer, stride in enumerate(strides):
+        height, width = ((side - 2) // stride + 1 for side in (height, width))
+        normalized = 0 < layer < len(strides) - 1
+        if min(height, width) < 1 or (normalized and height * width < 2):
+            return False
+    return True
+
+
+def smallest_map(strides: Sequence[int]) -> int:
+    """Side of the smallest square map that a discriminator with these strides accepts."""
+    side = 1
+    while not accepts_map((side, side), strides):
+        side += 1
+    return side

@@ -1,40 +1,41 @@
-"""The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
+"""Import of the authors' checkpoints (.pth of their mmsegmentation fork)."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import rsseg
-from rsseg.backbones.mit_keys import mit_to_timm
-from rsseg.checkpoint import ModelHeader, load_into, write_model
+from rsseg.backbones.keys import mit_to_timm
+from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
-from rsseg.foreign import read_state_dict
+from rsseg.foreign import read_state_dict, rename
 from rsseg.methods.dasegnet.network import build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.methods.importing import check_classes, write_imported
 from rsseg.task import Task
 
+_NETWORK = "ST-DASegNet"
+
 _NECK_LEVEL = (
-    (r"fc\.", "distinct.squeeze."),
-    (r"fcs\.0\.", "distinct.weigh_source."),
-    (r"fcs\.1\.", "distinct.weigh_target."),
-    (r"conv\.conv\.", "universal.common."),
-    (r"conv_s\.conv\.", "universal.reduce_source."),
-    (r"conv_t\.conv\.", "universal.reduce_target."),
+    (r"fc\.(.+)", r"distinct.squeeze.\1"),
+    (r"fcs\.0\.(.+)", r"distinct.weigh_source.\1"),
+    (r"fcs\.1\.(.+)", r"distinct.weigh_target.\1"),
+    (r"conv\.conv\.(.+)", r"universal.common.\1"),
+    (r"conv_s\.conv\.(.+)", r"universal.reduce_source.\1"),
+    (r"conv_t\.conv\.(.+)", r"universal.reduce_target.\1"),
 )
 
 _DECODER = (
-    (r"conv_seg\.", "classifier.conv."),
-    (r"convs\.", "projections."),
-    (r"fusion_conv\.", "fusion."),
-    (r"image_pool\.1\.", "pool."),
-    (r"aspp_modules\.(\d+)\.", r"branches.\1."),
-    (r"sep_bottleneck\.(\d+)\.", r"refine.\1."),
-    (r"c1_bottleneck\.", "low."),
-    (r"bottleneck\.", "bottleneck."),
+    (r"conv_seg\.(.+)", r"classifier.conv.\1"),
+    (r"convs\.(.+)", r"projections.\1"),
+    (r"fusion_conv\.(.+)", r"fusion.\1"),
+    (r"image_pool\.1\.(.+)", r"pool.\1"),
+    (r"aspp_modules\.(\d+)\.(.+)", r"branches.\1.\2"),
+    (r"sep_bottleneck\.(\d+)\.(.+)", r"refine.\1.\2"),
+    (r"c1_bottleneck\.(.+)", r"low.\1"),
+    (r"bottleneck\.(.+)", r"bottleneck.\1"),
 )
 
 _SEPARABLE = (
@@ -58,14 +59,14 @@ _PARTS = {
     "cross_EMA_decoder": "decoder_target",
     "cross_EMA_backbone": "backbone_target",
 }
-"""The authors' module names -> ours; those of the teacher name what is averaged."""
+"""The authors' module names -> ours; parts of the teacher map to the module they average."""
 
 
 @dataclass(frozen=True)
 class AuthorsTensors:
-    """A checkpoint in our names.
+    """A checkpoint under our names.
 
-    segmenter       what ships, names as in its state dict
+    segmenter       the network that ships, names as in its state dict
     discriminators  `disc_source...`, `disc_target...`
     teacher         `decoder_source...` and so on, of the averaged copies
     """
@@ -76,42 +77,25 @@ class AuthorsTensors:
 
 
 def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, output: Path) -> ModelHeader:
-    """Turn an authors' checkpoint into a model.safetensors. Teacher and discriminators do not ship.
+    """Convert an authors' checkpoint into a model.safetensors, without teacher and discriminators.
 
     Args:
-        source: the .pth file. It is read without running any code in it.
+        source: the .pth file; no code in it is executed.
         recipe: describes the network.
-        task: classes in the checkpoint's order, bands red, green, blue as the authors' loader makes them.
-        output: file to write.
-
-    Returns:
-        The header that was written.
-
-    Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+        task: classes in the checkpoint's order, bands red, green, blue.
+        output: file to write, see `write_imported`.
     """
     tensors = rename_tensors(read_state_dict(source)).segmenter
-    classes = tensors.get("decoder_source.classifier.conv.weight")
-    if classes is not None and classes.shape[0] != task.num_classes:
-        raise WeightsError(
-            f"{source}: has {classes.shape[0]} classes, {task.name} has {task.num_classes}. Choose its own dataset."
-        )
+    check_classes(tensors, "decoder_source.classifier.conv.weight", task, source)
     segmenter = build_segmenter(recipe, task)
     unread = unread_neck_levels(tensors, segmenter.state_dict())
-    load_into(segmenter, {name: value for name, value in tensors.items() if name not in unread}, str(source))
-    header = ModelHeader(
-        recipe=recipe.model_dump(mode="json"),
-        task=task,
-        backbones={"source": asdict(segmenter.backbone_source.info), "target": asdict(segmenter.backbone_target.info)},
-        training={"imported_from": source.name},
-        made_with={"rsseg": rsseg.__version__, "torch": torch.__version__},
-    )
-    write_model(output, segmenter.state_dict(), header)
-    return header
+    read = {name: value for name, value in tensors.items() if name not in unread}
+    student = recipe.model_copy(update={"ship": "student"})  # the average in the file is a teacher that does not ship
+    return write_imported(source, read, segmenter, student, output=output)
 
 
 def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
-    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors' files have them all."""
+    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors store all levels."""
 
     def level(name: str) -> str | None:
         found = re.match(r"neck\.levels\.\d+\.", name)
@@ -122,10 +106,10 @@ def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts, under our names; nothing is dropped.
+    """Sort an authors' state dict into our parts under our names, dropping nothing.
 
     Raises:
-        WeightsError: a name that the networks of ST-DASegNet do not have.
+        WeightsError: a name that does not belong to ST-DASegNet.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -172,14 +156,14 @@ def rename_neck(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rename_neck_level(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`DSKNeck` or `DS2Neck` -> `DisentangledLevel`."""
-    return {_rename(name, _NECK_LEVEL): tensor for name, tensor in tensors.items()}
+    return {rename(name, _NECK_LEVEL, _NETWORK): tensor for name, tensor in tensors.items()}
 
 
 def rename_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`SegformerHead` -> `SegFormerHead`, `DepthwiseSeparableASPPHead` -> `SeparableASPPHead`."""
     renamed = {}
     for name, tensor in tensors.items():
-        name = _rename(name, _DECODER)
+        name = rename(name, _DECODER, _NETWORK)
         for theirs, ours in _SEPARABLE:
             name = name.replace(theirs, ours)
         renamed[name] = tensor
@@ -188,8 +172,8 @@ def rename_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rename_discriminator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`AdapSegDiscriminator` -> `PatchDiscriminator`."""
-    rules = ((r"discriminator\.(\d+)\.conv\.", r"convs.\1."), (r"discriminator\.\d+\.", "classify."))
-    return {_rename(name, rules): tensor for name, tensor in tensors.items()}
+    rules = ((r"discriminator\.(\d+)\.conv\.(.+)", r"convs.\1.\2"), (r"discriminator\.\d+\.(.+)", r"classify.\1"))
+    return {rename(name, rules, _NETWORK): tensor for name, tensor in tensors.items()}
 
 
 def _rename_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,10 +184,3 @@ def _rename_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return rename_neck(tensors)
         case _:
             return rename_decoder(tensors)
-
-
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        if found := re.match(pattern, name):
-            return found.expand(replacement) + name[found.end() :]
-    raise WeightsError(f"{name!r} is not a tensor of ST-DASegNet. Give a checkpoint of the authors' code.")

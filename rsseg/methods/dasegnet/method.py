@@ -1,7 +1,7 @@
-"""The training side of ST-DASegNet: adversarial alignment and self-training in one summed loss."""
+"""Training of ST-DASegNet: adversarial alignment and self-training in one summed loss."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
+from rsseg.errors import RecipeError
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.dasegnet.adversarial import Alignment, adversarial_terms
-from rsseg.methods.dasegnet.discriminator import PatchDiscriminator
-from rsseg.methods.dasegnet.mixing import class_mix, hide_patches
-from rsseg.methods.dasegnet.network import DASegNet, Styles
-from rsseg.methods.dasegnet.pseudo_labels import PseudoLabels, pseudo_labels
+from rsseg.methods.dasegnet.adversarial import (
+    Alignment,
+    PatchDiscriminator,
+    accepts_map,
+    adversarial_terms,
+    smallest_map,
+)
+from rsseg.methods.dasegnet.network import DASegNet, Styles, build_decoder, build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
-from rsseg.methods.dasegnet.teacher import Teacher
+from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, class_mix, hide_patches, pseudo_labels
+from rsseg.task import Task
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Target images that the students learn from: their logits on them, and what the teacher says."""
+    """A view of the target images for self-training: the students' logits and the pseudo-labels."""
 
     name: str
     weight: float
@@ -41,7 +47,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Passes:
-    """Everything that one step computes before its losses; `target` is None where no loss and no teacher needs it."""
+    """Results of all forward passes of a step; `target` is None if neither a loss nor the teacher needs it."""
 
     source: Styles
     logits: Logits
@@ -50,9 +56,9 @@ class Passes:
 
 
 class DASegNetMethod(Method):
-    """One backward trains all: discriminators see detached features, features see detached discriminators.
+    """Trains all parts in one backward pass: discriminators get detached features, students detached discriminators.
 
-    So every parameter gets gradient from its own losses only, which equals the published alternation of optimizers.
+    Each parameter thus gets gradients from its own losses only, which equals the published alternation of optimizers.
     """
 
     class_weights_source: Tensor | None
@@ -65,15 +71,17 @@ class DASegNetMethod(Method):
         *,
         discriminators: tuple[PatchDiscriminator, PatchDiscriminator] | None,
         teacher: Teacher | None,
+        class_weights: tuple[Tensor | None, Tensor | None],
         streams: Sequence[StreamSpec],
     ) -> None:
-        """Take the parts; the recipe gives weights and switches.
+        """Take the parts; the recipe gives loss weights and options.
 
         Args:
             recipe: asks for adversarial training or self-training only if their parts are given.
             segmenter: what is trained and shipped.
             discriminators: of source style and target style; None without adversarial training.
             teacher: labels target images; None without self-training.
+            class_weights: float (K,) of the cross-entropies of the source and the target decoder; None: all equal.
             streams: source, and target unless the run is source-only.
         """
         super().__init__()
@@ -83,17 +91,15 @@ class DASegNetMethod(Method):
         self.disc_source: PatchDiscriminator | None = discriminators[0] if discriminators else None
         self.disc_target: PatchDiscriminator | None = discriminators[1] if discriminators else None
         self.teacher = teacher
-        for name in ("source", "target"):
-            weights = getattr(recipe, f"{name}_decoder_weights")
-            tensor = None if weights is None else torch.tensor(weights)
-            self.register_buffer(f"class_weights_{name}", tensor, persistent=False)
+        for style, weights in zip(("source", "target"), class_weights, strict=True):
+            self.register_buffer(f"class_weights_{style}", weights, persistent=False)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - the interface's
-        """Losses of one micro-step on the streams `source` and `target`; the same in every step."""
+        """Losses of one micro-step on the streams `source` and `target`."""
         return self.losses_of(self.passes(batch), batch)
 
     def passes(self, batch: Batch) -> Passes:
-        """Students on both domains, then the teacher, then the students on whatever else they learn from."""
+        """Run the students on both domains, the teacher, then the students on further views of the target."""
         source, target = batch["source"], batch.get("target")
         if target is None or not self.recipe.students_see_target:
             (view,), target_view = self.segmenter.styles(source.images), None
@@ -104,8 +110,8 @@ class DASegNetMethod(Method):
         return Passes(view, logits, target_view, lessons)
 
     def losses_of(self, passes: Passes, batch: Batch) -> StepOutput:
-        """Weighted losses, which the trainer adds up. Logged are each decoder's cross-entropies before their weights,
-        the discriminators' losses, and the part of confident pixels.
+        """Weighted losses of a step. Logs: unweighted cross-entropies per decoder, losses of the discriminators, and
+        the fraction of confident pixels.
         """
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
@@ -120,21 +126,20 @@ class DASegNetMethod(Method):
             logs["pseudo_ratio"] = lesson.pseudo.ratio
         if target is not None and passes.target is not None and self.recipe.adversarial is not None:
             sizes = (source.images.shape[-2:], target.images.shape[-2:])
-            alignments = {
-                "source": Alignment(passes.source.source[-1], passes.target.source[-1], *sizes),
-                "target": Alignment(passes.target.target[-1], passes.source.target[-1], *reversed(sizes)),
-            }
-            for style, alignment in alignments.items():
-                discriminator = self.get_submodule(f"disc_{style}")
+            alignments = (
+                Alignment(passes.source.source[-1], passes.target.source[-1], *sizes),
+                Alignment(passes.target.target[-1], passes.source.target[-1], *reversed(sizes)),
+            )
+            for (style, discriminator), alignment in zip(self._discriminators(), alignments, strict=True):
                 terms = adversarial_terms(discriminator, alignment, self.recipe.adversarial)
                 losses |= {f"adv_{style}": terms.align, f"disc_{style}": terms.real + terms.fake}
                 logs |= {f"disc_{style}_real": terms.real.detach(), f"disc_{style}_fake": terms.fake.detach()}
         return StepOutput(losses, logs)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """`main` trains students, neck and decoders; each discriminator has an optimizer of its own."""
+        """`main` trains students, neck and decoders; each discriminator has its own optimizer."""
         net = self.segmenter
-        decayed, exempt = split_norms((net.backbone_source, net.backbone_target), self.recipe.norm_weight_decay)
+        decayed, exempt = split_norms((net.backbone_source, net.backbone_target), self.recipe.weight_decay_exempt)
         neck = [] if net.neck is None else list(net.neck.parameters())
         decoders = [*net.decoder_source.parameters(), *net.decoder_target.parameters()]
         groups = {
@@ -142,30 +147,29 @@ class DASegNetMethod(Method):
                 ParamGroup(decayed),
                 ParamGroup(exempt, weight_decay=0.0),
                 ParamGroup(neck),
-                ParamGroup(decoders, lr_scale=self.recipe.decoder_lr_scale),
+                ParamGroup(decoders, lr_scale=self.recipe.head_lr_scale),
             ]
         }
         groups["main"] = [group for group in groups["main"] if group.params]
-        for style, discriminator in (("source", self.disc_source), ("target", self.disc_target)):
-            if discriminator is not None:
-                groups[f"disc_{style}"] = [ParamGroup(list(discriminator.parameters()))]
+        for style, discriminator in self._discriminators():
+            groups[f"disc_{style}"] = [ParamGroup(list(discriminator.parameters()))]
         return groups
 
     def deployable(self) -> DASegNet:
-        """Students, neck and decoders."""
+        """The segmenter: students, neck and decoders."""
         return self.segmenter
 
     def after_optimizer_step(self, step: int) -> None:
-        """Move the teacher."""
+        """Update the teacher's averages."""
         if self.teacher is not None:
             self.teacher.update(self.segmenter, step)
 
     def _lessons(self, source: Samples, target: Samples, view: Styles | None) -> tuple[Lesson, ...]:
-        """What the students are to learn from target images; `view` is what they make of them as they are."""
+        """Lessons from target images; `view` holds the students' maps of the unchanged images, if they were run."""
         config = self.recipe.self_training
         if config is None or self.teacher is None:
             return ()
-        # the students' own pass comes first: a teacher that uses their decoders moves their running statistics too
+        # before the teacher, which may use the students' decoders and so change their running statistics
         same = self._decode(view) if view is not None and config.learns_from_teachers_image else None
         logits = self.teacher(self.segmenter, target.images, view)
         pseudo = pseudo_labels(logits, target.images.shape[-2:], target.valid, config)
@@ -181,6 +185,11 @@ class DASegNetMethod(Method):
             lessons.append(Lesson("masked", config.weight * masked.weight, seen, pseudo))
         return tuple(lessons)
 
+    def _discriminators(self) -> Sequence[tuple[str, PatchDiscriminator]]:
+        """Style -> discriminator; none without adversarial training."""
+        styles = (("source", self.disc_source), ("target", self.disc_target))
+        return [(style, discriminator) for style, discriminator in styles if discriminator is not None]
+
     def _decode(self, view: Styles) -> Logits:
         return Logits(
             self.segmenter.decoder_source(view.refined_source), self.segmenter.decoder_target(view.refined_target)
@@ -188,7 +197,7 @@ class DASegNetMethod(Method):
 
     def _cross_entropies(self, logits: Logits, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         source, target = (
-            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.ce_divisor)
+            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.loss_divisor)
             for maps, by_class in (
                 (logits.source, self.class_weights_source),
                 (logits.target, self.class_weights_target),
@@ -198,19 +207,19 @@ class DASegNetMethod(Method):
 
 
 def split_norms(
-    backbones: Sequence[nn.Module], rule: Literal["published", "all", "none"]
+    backbones: Sequence[nn.Module], rule: Literal["names_with_norm", "norms", "none"]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters with and without weight decay, by `DASegNetRecipe.norm_weight_decay`."""
+    """Trainable parameters with and without weight decay; see `DASegNetRecipe.weight_decay_exempt`."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for backbone in backbones:
         for name, module in backbone.named_modules():
             match rule:
-                case "published":  # the published code looks for "norm" in names; a stage's last norm had none in its
+                case "names_with_norm":  # the published code names the last norm of a stage otherwise
                     free = isinstance(module, nn.LayerNorm) and re.search(r"stages\.\d+\.norm$", name) is None
-                case "none":
+                case "norms":
                     free = isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
-                case "all":
+                case "none":
                     free = False
             parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
             (exempt if free else decayed).extend(parameters)
@@ -220,7 +229,7 @@ def split_norms(
 def _harder(
     source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
 ) -> tuple[Tensor, PseudoLabels]:
-    """Target images (B, C, H, W) with other colours and pasted source classes, and the labels that go with them."""
+    """Target images (B, C, H, W) in a strong view, with pasted source classes, and the matching labels."""
     images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
     if not config.class_mix or source.masks is None:
         return images, pseudo
@@ -231,3 +240,117 @@ def _harder(
         torch.where(pasted, 1.0, pseudo.weights),
         pseudo.ratio,
     )
+
+
+FreshPart = Callable[[str], nn.Module]
+"""Name of a part of the student ("" for all of it) -> a new such module with random weights."""
+
+
+def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
+    """Build both students with the weights that the recipe names, everything else untrained.
+
+    Raises:
+        RecipeError: class weights of the wrong length, crops too small for the discriminators, batches too small.
+        WeightsError: weights are missing or do not fit.
+    """
+    check_class_weights(recipe, task)
+    segmenter = build_segmenter(recipe, task, load_weights=True)
+
+    def fresh(part: str) -> nn.Module:
+        match part:
+            case "backbone_target":
+                return create_backbone(recipe.backbone, task, load_weights=False)
+            case "decoder_source" | "decoder_target":
+                return build_decoder(recipe.decoder, segmenter.decoder_channels, task.num_classes)
+            case _:
+                return build_segmenter(recipe, task)
+
+    return assemble_method(recipe, segmenter, fresh)
+
+
+def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPart) -> DASegNetMethod:
+    """Build discriminators and teacher of a recipe for a given network; see `build_method`."""
+    check_batches(recipe)
+    info = segmenter.backbone_source.info
+    discriminators = None
+    if recipe.adversarial is not None:
+        config = recipe.adversarial
+        first, second = (
+            PatchDiscriminator(info.channels[-1], base_channels=config.base_channels, convs=config.convs)
+            for _ in range(2)
+        )
+        check_crops(recipe, stride=info.strides[-1], strides=first.strides)
+        discriminators = (first, second)
+    teacher = None
+    strong_views = 0
+    if recipe.self_training is not None:
+        teacher = Teacher(recipe.self_training.teacher, segmenter, fresh)
+        strong_views = 1 if recipe.self_training.student_view == "strong" else 0
+    streams = [
+        StreamSpec("source", split="train", masks=True, fill=segmenter.fill, rare_classes=recipe.rare_class_sampling)
+    ]
+    if recipe.uses_target:
+        streams.append(StreamSpec("target", split="train", masks=False, fill=segmenter.fill, strong_views=strong_views))
+    source_weights, target_weights = (
+        None if weights is None else torch.tensor(weights)
+        for weights in (recipe.source_decoder_weights, recipe.target_decoder_weights)
+    )
+    return DASegNetMethod(
+        recipe,
+        segmenter,
+        discriminators=discriminators,
+        teacher=teacher,
+        class_weights=(source_weights, target_weights),
+        streams=streams,
+    )
+
+
+def check_class_weights(recipe: DASegNetRecipe, task: Task) -> None:
+    """Raise `RecipeError` unless every list of class weights has one entry per class."""
+    lists = {
+        "source_decoder_weights": recipe.source_decoder_weights,
+        "target_decoder_weights": recipe.target_decoder_weights,
+    }
+    if recipe.self_training is not None:
+        weights = recipe.self_training.class_weights
+        short = weights is not None and len(weights) < task.num_classes
+        if not (short and recipe.self_training.missing_class_weights == "class_index"):
+            lists["self_training.class_weights"] = weights
+    for key, weights in lists.items():
+        if weights is not None and len(weights) != task.num_classes:
+            raise RecipeError(
+                f"{key} has {len(weights)} entries, {task.name} has {task.num_classes} classes: "
+                f"{list(task.class_names)}. Give one weight per class, in this order."
+            )
+
+
+def check_crops(recipe: DASegNetRecipe, *, stride: int, strides: tuple[int, ...]) -> None:
+    """Raise `RecipeError` for crops whose last features are too small for discriminators with these strides."""
+    for stream in recipe.stream_names():
+        crop = recipe.data.augment_of(stream).crop_size
+        side = -(-crop // stride)
+        if not accepts_map((side, side), strides):
+            raise RecipeError(
+                f"stream {stream!r}: crops of {crop} pixels give features of {side} x {side}, too small for the "
+                f"discriminators. The smallest legal crop_size is {smallest_map(strides) * stride}; or lower "
+                "adversarial.convs."
+            )
+
+
+def check_batches(recipe: DASegNetRecipe) -> None:
+    """Raise `RecipeError` for batches and crops that the decoder or ClassMix cannot use."""
+    trainer = recipe.trainer
+    used = recipe.stream_names() if recipe.uses_target else ("source",)
+    smallest = min(trainer.stream_batch_sizes.get(stream, trainer.batch_size) for stream in used)
+    if recipe.decoder.type == "deeplabv3plus" and smallest < 2:
+        raise RecipeError(
+            "trainer.batch_size: DeepLabV3+ pools each image to one value per channel, so its batch norm needs 2 or "
+            "more images per stream. Set batch_size: 2 (and grad_accum_steps lower)."
+        )
+    mixes = recipe.self_training is not None and recipe.self_training.class_mix
+    sizes = [recipe.data.augment_of(stream).crop_size for stream in recipe.stream_names()]
+    if mixes and sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"self_training.class_mix: source crops have {sizes[0]} pixels, target crops {sizes[1]}. "
+            "Give both streams the same crop_size."
+        )

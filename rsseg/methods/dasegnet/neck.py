@@ -1,4 +1,4 @@
-"""The domain disentangled module: what two styles of one image share, and what is distinct in each."""
+"""Domain disentangled module: features that two styles of one image share, and features distinct to each."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,9 +12,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 class DistinctPurification(nn.Module):
-    """DSM: shares every channel between the two styles, by weights that add up to 1 and depend on both.
+    """DSM: distributes each channel over the two styles by weights that sum to 1 and depend on both.
 
-    Source: ST-DASegNet's `DSKNeck`. The softmax over two logits is computed as the sigmoid of their difference.
+    Source: ST-DASegNet's `DSKNeck`; its softmax over two logits is the sigmoid of their difference.
     """
 
     def __init__(self, channels: int, *, reduction: int = 8, min_width: int = 8) -> None:
@@ -34,10 +34,10 @@ class DistinctPurification(nn.Module):
 
 
 class UniversalExtraction(nn.Module):
-    """DUM: per style, a mixture of channels chosen by how little they agree with what both styles have in common.
+    """DUM: channel attention that favours channels unlike the features common to both styles.
 
-    Source: the attention of ST-DASegNet's `DS2Neck`. The paper draws a softmax, the code computes a soft minimum; this
-    is the code's. Energies are sums over positions, so that the attention sharpens as the map grows, or means.
+    Source: the attention of ST-DASegNet's `DS2Neck`. The paper draws a softmax, but the code computes a soft minimum,
+    as this does. Energies are sums over positions, which sharpen the attention on larger maps, or means.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class UniversalExtraction(nn.Module):
         size = source.shape[-2:]
         common = F.relu(self.common((source + target) / 2)).flatten(2).transpose(1, 2)
         rows = (source.flatten(2), target.flatten(2))
-        # energies reach the hundreds, and the soft minimum is nearly a step: half precision would pick other channels
+        # energies reach the hundreds and the soft minimum is nearly a step: half precision selects other channels
         with torch.autocast(source.device.type, enabled=False):
             scale = 1.0 if self.energies == "sum" else 1.0 / common.shape[1]
             source_energy, target_energy = (scale * torch.bmm(row.float(), common.float()) for row in rows)
@@ -67,7 +67,7 @@ class UniversalExtraction(nn.Module):
 
 
 class DisentangledLevel(nn.Module):
-    """DSM, and beside it DUM where wanted; the DSM's channels come first."""
+    """DSM, followed by the channels of a DUM if `universal`."""
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class DisentangledLevel(nn.Module):
 
 
 class DisentangledNeck(nn.Module):
-    """One level module per pyramid level that is used; the others pass as they are."""
+    """One level module per used pyramid level; other levels are returned unchanged."""
 
     def __init__(
         self,
         in_channels: Sequence[int],
         *,
-        kind: Literal["ds2", "dsk"] = "ds2",
+        type: Literal["ds2", "dsk"] = "ds2",
         reduction: int = 8,
         min_width: int = 8,
         energies: Literal["sum", "mean"] = "sum",
@@ -111,18 +111,18 @@ class DisentangledNeck(nn.Module):
 
         Args:
             in_channels: of each level.
-            kind: `ds2` puts the DUM at the last level, `dsk` nowhere (the published code's names).
-            reduction: channels over reduced channels.
+            type: `ds2` has the DUM at the last level, `dsk` none (the published code's names).
+            reduction: ratio of channels to reduced channels.
             min_width: least number of reduced channels.
-            energies: of the DUM, see there.
-            used: levels that a decoder reads; None for all. A module that nobody reads would never get a gradient.
+            energies: of the DUM.
+            used: levels that a decoder reads; None for all. Modules of other levels would never get gradients.
         """
         super().__init__()
         last = len(in_channels) - 1
         made = {
             str(i): DisentangledLevel(
                 channels,
-                universal=kind == "ds2" and i == last,
+                universal=type == "ds2" and i == last,
                 reduction=reduction,
                 min_width=min_width,
                 energies=energies,
@@ -139,7 +139,7 @@ class DisentangledNeck(nn.Module):
     def forward(
         self, source: Sequence[Tensor], target: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Two pyramids of the same images, source style and target style -> the refined two."""
+        """Two pyramids of the same images, source style and target style -> both refined."""
         pairs = [
             self.levels[str(i)](s, t) if str(i) in self.levels else (s, t)
             for i, (s, t) in enumerate(zip(source, target, strict=True))

@@ -1,4 +1,4 @@
-"""The shipped network: two students, the disentangled neck, two decoders whose logits are averaged."""
+"""The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
-from rsseg.layers.aspp import SeparableASPPHead
-from rsseg.layers.batch_norm import has_batch_norm
-from rsseg.layers.decoders import SegFormerHead
-from rsseg.layers.resize import resize_logits
+from rsseg.layers.blocks import has_batch_norm, resize_logits
+from rsseg.layers.decoders import SegFormerHead, SeparableASPPHead
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.dasegnet.neck import DisentangledNeck
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, DecoderConfig
@@ -22,7 +20,7 @@ Maps = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Styles:
-    """What both students see in the same images, one map per level: raw, and refined by the neck for the decoders."""
+    """Feature maps of both students for the same images, one per level: raw, and refined by the neck."""
 
     source: Maps
     target: Maps
@@ -31,7 +29,7 @@ class Styles:
 
 
 class DASegNet(Segmenter):
-    """Students in source style and target style; both see every image."""
+    """Two students, in source style and target style, that both process every image."""
 
     def __init__(
         self,
@@ -41,8 +39,6 @@ class DASegNet(Segmenter):
         *,
         neck: DisentangledNeck | None,
         tile: TileHint,
-        batching: bool = True,
-        side_by_side: bool = False,
     ) -> None:
         """Take the parts, source style first.
 
@@ -50,10 +46,8 @@ class DASegNet(Segmenter):
             task: classes and bands.
             backbones: of the same architecture.
             decoders: refined maps of all levels -> logits.
-            neck: None hands the students' maps to their decoders as they are.
+            neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
-            batching: let `styles` concatenate images where no norm mixes samples.
-            side_by_side: run the students on two CUDA streams.
         """
         info = backbones[0].info
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
@@ -62,52 +56,37 @@ class DASegNet(Segmenter):
         self.decoder_source, self.decoder_target = decoders
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
-        self.batching = batching and not has_batch_norm(backbones[0])
-        self.side_by_side = side_by_side
+        self.batching = not has_batch_norm(backbones[0])
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
-        return resize_logits(self.coarse(images), images.shape[-2:])
+        return resize_logits(self.low_resolution_logits(images), images.shape[-2:])
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """See `Segmenter.coarse`."""
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """See `Segmenter.low_resolution_logits`."""
         (view,) = self.styles(images)
         return (self.decoder_source(view.refined_source) + self.decoder_target(view.refined_target)) / 2  # type: ignore[no-any-return]
 
     def styles(self, *batches: Tensor) -> list[Styles]:
         """Maps of several image batches, such as source and target.
 
-        Students with token norms get all batches of one shape as one; others get one after the other, in the order
-        given, because batch norm must not mix domains.
+        Batches of the same shape are concatenated, except for students with batch norm, which must not mix domains and
+        process them in the given order.
         """
         if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
             (joint,) = self.styles(torch.cat(batches))
             return _split(joint, [len(batch) for batch in batches])
-        pairs = [self._students(batch) for batch in batches]
+        pairs = [(self.backbone_source(batch), self.backbone_target(batch)) for batch in batches]
         return [Styles(source, target, *self.refine(source, target)) for source, target in pairs]
 
     def refine(self, source: Maps, target: Maps) -> tuple[Maps, Maps]:
         """Both styles of the same images -> the decoders' inputs."""
         return (source, target) if self.neck is None else self.neck(source, target)
 
-    def _students(self, images: Tensor) -> tuple[Maps, Maps]:
-        if not (self.side_by_side and images.is_cuda):
-            return self.backbone_source(images), self.backbone_target(images)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            target = self.backbone_target(images)
-        source = self.backbone_source(images)
-        main.wait_stream(side)
-        images.record_stream(side)
-        for level in target:
-            level.record_stream(main)
-        return source, target
-
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
-    """A decoder with fresh weights."""
-    match config.kind:
+    """Build an untrained decoder."""
+    match config.type:
         case "segformer":
             return SegFormerHead(in_channels, num_classes, channels=config.channels, dropout=config.dropout)
         case "deeplabv3plus":
@@ -122,7 +101,7 @@ def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes
 
 
 def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
-    """The network that a recipe describes; `load_weights` reads the students' pretrained file, else all is random."""
+    """Build the network of a recipe; `load_weights` loads the students' pretrained weights, else all are random."""
     backbones = (
         create_backbone(recipe.backbone, task, load_weights=load_weights),
         create_backbone(recipe.backbone, task, load_weights=load_weights),
@@ -131,21 +110,21 @@ def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = 
 
 
 def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
-    """Neck and decoders for two given students."""
+    """Build neck and decoders for two given students."""
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
         config = recipe.neck
         neck = DisentangledNeck(
             channels,
-            kind=config.kind,
+            type=config.type,
             reduction=config.reduction,
             min_width=config.min_width,
             energies=config.energies,
-            used=None if recipe.decoder.kind == "segformer" else (0, len(channels) - 1),
+            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
         )
     refined = channels if neck is None else neck.out_channels
-    # the DUM's attention depends on the size of its map: without another word, tiles are as large as crops
+    # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size
     decoders = tuple(build_decoder(recipe.decoder, refined, task.num_classes) for _ in range(2))
     return DASegNet(
@@ -154,8 +133,6 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         (decoders[0], decoders[1]),
         neck=neck,
         tile=TileHint(size=side, overlap=side // 4, flexible=False),
-        batching=recipe.batching == "auto",
-        side_by_side=recipe.side_by_side,
     )
 
 

@@ -1,4 +1,4 @@
-"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults are the published code's, also where they surprise."""
+"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults follow the published code, including its quirks."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -13,34 +13,34 @@ Weights = tuple[Annotated[float, Field(ge=0)], ...]
 
 
 class DecoderConfig(Strict):
-    """Both decoders, and the averaged ones of the teacher."""
+    """Both decoders, and their averages in the teacher."""
 
-    kind: Literal["segformer", "deeplabv3plus"] = "segformer"
+    type: Literal["segformer", "deeplabv3plus"] = "segformer"
     channels: Count = 256
-    """Width; 256 for SegFormer (also beside MiT-B5), 512 for DeepLabV3+, as published."""
+    """Published: 256 for `segformer` (also with MiT-B5), 512 for `deeplabv3plus`."""
     dilations: tuple[Count, ...] = (1, 12, 24, 36)
-    """DeepLabV3+ only; 1 is a 1x1 convolution."""
+    """`deeplabv3plus` only: one branch per rate, 1 being a 1x1 convolution. Published for backbones of stride 8."""
     low_channels: Count = 48
-    """DeepLabV3+ only: width of the first level."""
+    """`deeplabv3plus` only: channels of the projected first level."""
     dropout: Probability = 0.1
 
 
 class NeckConfig(Strict):
-    """Domain disentangled module."""
+    """Domain disentangled module; ratio and least width are those of the published modules."""
 
-    kind: Literal["ds2", "dsk"] = "ds2"
+    type: Literal["ds2", "dsk"] = "ds2"
     """`ds2`: DSM at all levels and DUM at the last; `dsk`: DSM only."""
     reduction: Count = 8
-    """Channels over reduced channels."""
+    """Ratio of channels to reduced channels."""
     min_width: Count = 8
     """Least number of reduced channels."""
     energies: Literal["sum", "mean"] = "sum"
-    """How the DUM compares channels. Published: the sum over positions, whose soft minimum sharpens as the map
-    grows, so that a network sees tiles of another size differently than its crops. `mean` does not depend on it."""
+    """How the DUM compares channels. Published: sums over positions, which make the attention depend on the size of
+    the map, so that tiles of another size than the crops give other results; `mean` avoids this."""
 
 
 class AdversarialConfig(Strict):
-    """Feature alignment: one discriminator per style, on the softmax over positions of the last backbone level."""
+    """Feature alignment: one discriminator per style, on the spatial softmax of the last backbone level."""
 
     weight: Positive = 0.005
     loss: Literal["vanilla", "lsgan", "l1"] = "vanilla"
@@ -48,28 +48,25 @@ class AdversarialConfig(Strict):
     """Strided convolutions: 2 for stride-32 features (crops of 384 or more), 3 for ResNet's stride 8."""
     base_channels: Count = 64
     weight_on_discriminators: bool = True
-    """Published: `weight` also multiplies the discriminators' own losses (under Adam it hardly matters). The
-    documentation of the published code says it should not: False."""
+    """Published: `weight` also multiplies the discriminators' own losses, contrary to the published code's
+    documentation; with Adam it hardly matters."""
 
 
 class TeacherConfig(Strict):
-    """Where pseudo-labels come from."""
+    """The averaged networks that make the pseudo-labels."""
 
-    kind: Literal["decoder_only_t", "single_t", "whole"] = "decoder_only_t"
-    """`decoder_only_t`: averaged decoders on the students' own features. `single_t`: the averaged target backbone and
-    decoder beside the student's source path. `whole`: everything averaged (not published)."""
+    type: Literal["decoder_only_t", "single_t", "whole"] = "decoder_only_t"
+    """`decoder_only_t`: averaged decoders on the students' features. `single_t`: averaged target backbone and decoder
+    with the student's source path. `whole`: an average of the whole network (not published)."""
     decay: Probability = 0.999
-    """Of the average; in step t at most 1 - 1 / (t + 1), so that early steps count alike."""
+    """Decay of the average; in step t at most 1 - 1 / (t + 1), so that early steps have equal weight."""
     start: Literal["random", "student"] = "random"
-    """Published: weights of its own, drawn at random, whose share is 1 / (t + 1). `student`: a copy."""
+    """Initial weights. Published: random ones, whose share is 1 / (t + 1); `student`: a copy."""
     mode: Literal["train", "eval"] = "train"
-    """Published: dropout acts and batch norm uses the batch. `eval` switches both off."""
+    """Published: dropout and batch statistics are active; `eval` disables both."""
     buffers: Literal["own", "average"] = "own"
-    """Running statistics of batch norm: `own` follows the teacher's own passes (published; in `eval` mode they would
-    never change), `average` averages the student's."""
-    counter: Literal["step", "process"] = "step"
-    """What t counts: optimizer steps, or steps since the process began. The published code lost its counter when a run
-    was resumed, after which the first steps overwrote the teacher: `process`. Unbroken runs are the same."""
+    """Running statistics of batch norm: `own` records the teacher's passes (published; not in `eval` mode), `average`
+    averages the student's."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -79,7 +76,7 @@ class TeacherConfig(Strict):
 
 
 class MaskedConfig(Strict):
-    """Masked image consistency: the student must find the pseudo-label of target images of which parts are hidden.
+    """Masked image consistency: the students predict the pseudo-labels from partly hidden target images.
 
     Source: Hoyer et al. 2023 (arXiv 2212.01322).
     """
@@ -89,7 +86,7 @@ class MaskedConfig(Strict):
     patch: Count = 64
     """Side of a hidden square in pixels."""
     ratio: Probability = 0.7
-    """Part of the squares that is hidden."""
+    """Fraction of hidden squares."""
 
 
 class SelfTrainingConfig(Strict):
@@ -97,35 +94,33 @@ class SelfTrainingConfig(Strict):
 
     weight: Positive = 0.25
     confidence: Probability = 0.975
-    """A pixel at least this probable is confident; the part of confident pixels in the batch weights all of them."""
+    """Least probability of a confident pixel; the fraction of confident pixels in the batch weights all pixels."""
     rare_confidence: Probability | None = 0.8
-    """From here on `class_weights` act; below, `unsure_weight`. None: all pixels alike."""
+    """Probability from which `class_weights` apply; pixels below it weigh 0.5 (published). None: all pixels alike."""
     class_weights: Weights | None = None
-    """Per class; None: all pixels alike, whatever their probability."""
-    unsure_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight per class; None: all pixels alike."""
     class_weight_rule: Literal["in_place", "table"] = "in_place"
-    """Published: weights replace class indices in one map, class by class, so that a weight which equals a later index
-    is replaced again; hence 1.01 for 1. And a class with the weight 0 gets `unsure_weight`. `table` looks weights up,
-    0 included."""
+    """`in_place` (published): weights replace class indices in one map, class by class, so that a weight equal to a
+    later index is replaced again (hence 1.01 instead of 1), and weight 0 becomes 0.5. `table`: every class has its own
+    weight."""
     missing_class_weights: Literal["error", "class_index"] = "error"
-    """`class_index`: classes without an entry are weighted by their own index (published, four-class tasks)."""
+    """`class_index`: classes without an entry are weighted by their index (published, four-class tasks)."""
     teacher: TeacherConfig = TeacherConfig()
     student_view: Literal["same", "strong"] = "same"
-    """Published: the students learn from the image that the teacher saw. `strong`: from a view with colours changed as
-    `data.strong` says."""
+    """Published: the students learn from the teacher's image. `strong`: from a strong view of it, see `data.strong`."""
     class_mix: bool = False
-    """Paste half of a source image's classes, with their labels, on the target image (ClassMix; not published)."""
+    """Paste half of the classes of a source image with their labels on the target image (ClassMix; not published)."""
     masked: MaskedConfig | None = None
     """Not published."""
 
     @property
     def learns_from_teachers_image(self) -> bool:
-        """Whether the students' target image is the one that the teacher labels."""
+        """Whether the students learn from the image that the teacher labels."""
         return self.student_view == "same" and not self.class_mix
 
 
 class DASegNetRecipe(BaseRecipe):
-    """Two students in the style of the source and of the target, disentangled, aligned and self-trained.
+    """Two students, in the style of source and target, with disentangling, alignment and self-training.
 
     Ablations: `self_training: null`, `adversarial: null`, `neck: null`; without the first two only source images are
     used.
@@ -133,51 +128,48 @@ class DASegNetRecipe(BaseRecipe):
 
     method: Literal["dasegnet"]
     backbone: BackboneConfig
-    """Both students, from the same weights."""
+    """Of both students, from the same weights."""
     neck: NeckConfig | None = NeckConfig()
     decoder: DecoderConfig = DecoderConfig()
     adversarial: AdversarialConfig | None = AdversarialConfig()
     self_training: SelfTrainingConfig | None = SelfTrainingConfig()
     source_decoder_weights: Weights | None = None
-    """Cross-entropy weight per class of the source-style decoder, for labels and pseudo-labels."""
+    """Class weights of the source-style decoder's cross-entropy, for labels and pseudo-labels."""
     target_decoder_weights: Weights | None = None
     """The same for the target-style decoder."""
-    ce_divisor: Literal["all", "valid"] = "all"
-    """Published: the sum over labeled pixels is divided by the number of all pixels."""
+    loss_divisor: Literal["all", "valid"] = "all"
+    """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
     rare_class_sampling: Annotated[float, Field(gt=0)] | None = None
-    """Temperature of drawing source images by how rare their classes are (DAFormer: 0.01); None draws uniformly, as
+    """Temperature of sampling source images by the rarity of their classes (DAFormer: 0.01); None samples uniformly, as
     published."""
-    decoder_lr_scale: Positive = 1.0
-    """The published configurations ask for 10 with SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
-    norm_weight_decay: Literal["published", "all", "none"] = "published"
-    """Layer norms of the students: `published` exempts all but the one that ends each stage."""
-    batching: Literal["auto", "separate"] = "auto"
-    """`auto` passes source and target images together through students whose norms do not mix samples; the numbers are
-    the same. Batch norm always gets separate passes."""
-    side_by_side: bool = False
-    """Run both students at once on two CUDA streams."""
+    head_lr_scale: Positive = 1.0
+    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
+    SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
+    weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
+    """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
+    ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
 
     def stream_names(self) -> tuple[str, ...]:
-        """Source images with labels, target images without."""
+        """Labeled source images and unlabeled target images."""
         return ("source", "target")
 
     @property
     def uses_target(self) -> bool:
-        """Whether target images are needed in training."""
+        """Whether training reads target images."""
         return self.adversarial is not None or self.self_training is not None
 
     @property
     def students_see_target(self) -> bool:
-        """Whether the students must look at the target images as they are, not only at harder versions."""
+        """Whether the students process the unchanged target images, not only harder views."""
         config = self.self_training
         return self.adversarial is not None or (
-            config is not None and (config.learns_from_teachers_image or config.teacher.kind != "whole")
+            config is not None and (config.learns_from_teachers_image or config.teacher.type != "whole")
         )
 
     @model_validator(mode="before")
     @classmethod
     def _no_idle_optimizers(cls, values: Any) -> Any:
-        """An ablation needs one switch only: without discriminators, their optimizers go."""
+        """Drop the discriminators' optimizers without adversarial training, so that an ablation changes one key."""
         if isinstance(values, dict) and values.get("adversarial", ...) is None and "optimizers" in values:
             kept = {name: value for name, value in values["optimizers"].items() if name not in DISCRIMINATORS}
             return values | {"optimizers": kept}

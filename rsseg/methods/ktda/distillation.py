@@ -1,4 +1,4 @@
-"""The transfer: a frozen teacher and the loss that pulls FAM's outputs to its maps."""
+"""Distillation: a frozen teacher and the loss between its maps and the outputs of FAM."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
-from rsseg.layers.frozen import Frozen
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import cosine_distance, softened_kl
 from rsseg.methods.ktda.parts import fused
 from rsseg.methods.ktda.recipe import DistillationConfig
@@ -18,7 +18,7 @@ _AXES = {"channel": 1, "height": 2, "width": 3}
 
 
 class Distillation(nn.Module):
-    """Runs the teacher without a graph on the same augmented batch and compares its maps with FAM's."""
+    """Compares FAM's outputs with the maps of a frozen teacher on the same augmented batch."""
 
     def __init__(
         self,
@@ -29,14 +29,14 @@ class Distillation(nn.Module):
         fuse: bool = False,
         normalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Keep the parts.
+        """Freeze the teacher.
 
         Args:
-            teacher: returns one map per FAM level; is frozen here.
+            teacher: returns one map per FAM level.
             settings: of the loss and its weight.
-            total_steps: optimizer steps of the run, where a decay ends.
-            fuse: sum the teacher's maps, as FAM's are.
-            normalize: another network's normalization of the teacher's images; None takes the teacher's own.
+            total_steps: optimizer steps of the run, at which a decay ends.
+            fuse: sum the teacher's maps, as FAM's are summed.
+            normalize: normalization of the teacher's images; None uses the teacher's own.
         """
         super().__init__()
         self.teacher = Frozen(teacher)
@@ -48,7 +48,7 @@ class Distillation(nn.Module):
 
         Args:
             images: float (B, C, H, W), scaled units.
-            aligned: FAM's outputs, or their sum alone if fused.
+            aligned: FAM's outputs, or only their sum if fused.
             step: optimizer step, from 0.
         """
         maps = self.teacher_maps(images)
@@ -56,10 +56,10 @@ class Distillation(nn.Module):
         return weight_at(self.settings, step, self.total_steps) * loss
 
     def teacher_maps(self, images: Tensor) -> Sequence[Tensor]:
-        """The teacher's maps of a batch in scaled units, without a graph."""
+        """The teacher's maps of images (B, C, H, W) in scaled units, without gradients."""
         teacher = cast(Backbone, self.teacher.module)
         with torch.no_grad():
-            return teacher.taps_of_normalized(self._normalize(images))
+            return teacher.forward_normalized(self._normalize(images))
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], settings: DistillationConfig) -> Tensor:
@@ -70,7 +70,7 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], sett
         teacher: the same shapes; constants.
         settings: see `DistillationConfig`.
     Returns:
-        Scalar, float32. Finite for maps of any range: the authors' softmax().log() is not.
+        Scalar, float32. Finite for maps of any range, unlike the authors' softmax().log().
     """
     losses = [_level_loss(a, b.detach().float(), settings) for a, b in zip(student, teacher, strict=True)]
     loss = torch.stack(losses).mean()
@@ -79,11 +79,11 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], sett
 
 
 def weight_at(settings: DistillationConfig, step: int, total_steps: int) -> float:
-    """The loss's weight at an optimizer step: warm-up times decay times `settings.weight`."""
+    """Weight of the loss at an optimizer step: warm-up times decay times `settings.weight`."""
     warmup = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
     progress = min(1.0, max(0.0, (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)))
     left = {"none": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}[settings.decay]
-    return settings.weight * warmup * (settings.final + (1.0 - settings.final) * left)
+    return settings.weight * warmup * left
 
 
 def _level_loss(student: Tensor, teacher: Tensor, settings: DistillationConfig) -> Tensor:

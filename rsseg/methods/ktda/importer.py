@@ -1,21 +1,22 @@
-"""The authors' checkpoints (.pth of their mmsegmentation fork) as models of ours."""
+"""Import of the authors' checkpoints (.pth of their mmsegmentation fork)."""
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import rsseg
-from rsseg.backbones.reference_keys import convnext_from_mmpretrain, vit_from_mmpretrain
-from rsseg.checkpoint import ModelHeader, load_into, write_model
+from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
-from rsseg.foreign import read_state_dict
+from rsseg.foreign import read_state_dict, rename
+from rsseg.methods.importing import check_classes, write_imported
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.task import Task
+
+_NETWORK = "KTDA's networks"
 
 _SEGMENTER_RULES = (
     (r"(?:fam|student_adapter)\.convert\.(.+)", r"fam.projections.\1"),
@@ -40,7 +41,7 @@ _AUX_RULES = (
 
 @dataclass(frozen=True)
 class AuthorsTensors:
-    """A checkpoint in our names: the shipped network's, the auxiliary heads' (`0.head...`), the teacher backbone's."""
+    """A checkpoint under our names: shipped network, auxiliary heads (`0.head...`) and teacher backbone."""
 
     segmenter: dict[str, Tensor] = field(default_factory=dict)
     aux_heads: dict[str, Tensor] = field(default_factory=dict)
@@ -48,41 +49,26 @@ class AuthorsTensors:
 
 
 def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: Path) -> ModelHeader:
-    """Turn an authors' checkpoint into a model.safetensors. Teacher and auxiliary heads do not ship.
+    """Convert an authors' checkpoint into a model.safetensors, without teacher and auxiliary heads.
 
     Args:
-        source: the .pth file. It is read without running any code in it.
-        recipe: describes the network. FAM's grid is not in a checkpoint: the recipe's is taken.
+        source: the .pth file; no code in it is executed.
+        recipe: describes the network; also gives FAM's grid, which a checkpoint does not store.
         task: classes in the checkpoint's order, bands red, green, blue.
-        output: file to write.
-
-    Returns:
-        The header that was written.
-
-    Raises:
-        WeightsError: not such a checkpoint, or it belongs to another recipe; says what is missing or unexpected.
+        output: file to write, see `write_imported`.
     """
-    state = read_state_dict(source)
-    tensors = rename_tensors(state)
-    _check_recipe(tensors.segmenter, recipe, task, source)
-    segmenter = build_segmenter(recipe, task)
-    load_into(segmenter, tensors.segmenter, str(source))
-    header = ModelHeader(
-        recipe=recipe.model_dump(mode="json"),
-        task=task,
-        backbones={"student": asdict(segmenter.student.info)},
-        training={"imported_from": source.name},
-        made_with={"rsseg": rsseg.__version__, "torch": torch.__version__},
-    )
-    write_model(output, segmenter.state_dict(), header)
-    return header
+    tensors = rename_tensors(read_state_dict(source)).segmenter
+    check_classes(tensors, "decoder.classifier.conv.weight", task, source)
+    _check_modulation(tensors, recipe, source)
+    student = recipe.model_copy(update={"ship": "student"})  # the authors keep no average
+    return write_imported(source, tensors, build_segmenter(recipe, task), student, output=output)
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts, under our names; nothing is dropped.
+    """Sort an authors' state dict into our parts under our names, dropping nothing.
 
     Raises:
-        WeightsError: a name that KTDA's networks do not have.
+        WeightsError: a name that does not belong to KTDA's networks.
     """
     student = dict(_below(state, "backbone."))
     teacher = dict(_below(state, "teach_backbone."))
@@ -93,9 +79,9 @@ def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
         if name.startswith(("backbone.", "teach_backbone.")):
             continue
         if aux := re.fullmatch(r"auxiliary_head\.(?:(\d+)\.)?(.+)", name):
-            renamed.aux_heads[f"{aux[1] or 0}.{_rename(aux[2], _AUX_RULES)}"] = tensor
+            renamed.aux_heads[f"{aux[1] or 0}.{rename(aux[2], _AUX_RULES, _NETWORK)}"] = tensor
         else:
-            renamed.segmenter[_rename(name, _SEGMENTER_RULES)] = tensor
+            renamed.segmenter[rename(name, _SEGMENTER_RULES, _NETWORK)] = tensor
     return renamed
 
 
@@ -103,28 +89,16 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tens
     return ((name.removeprefix(prefix), tensor) for name, tensor in state.items() if name.startswith(prefix))
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
-    raise WeightsError(f"{name!r} is not a tensor of KTDA's networks. Give a checkpoint of the authors' KTDA code.")
-
-
-def _check_recipe(tensors: Mapping[str, Tensor], recipe: KTDARecipe, task: Task, source: Path) -> None:
-    """Name the settings that differ; strict loading alone would name tensors only."""
-    classes = tensors.get("decoder.classifier.conv.weight")
-    if classes is not None and classes.shape[0] != task.num_classes:
-        raise WeightsError(
-            f"{source}: has {classes.shape[0]} classes, {task.name} has {task.num_classes}. Choose its own dataset."
-        )
+def _check_modulation(tensors: Mapping[str, Tensor], recipe: KTDARecipe, source: Path) -> None:
+    """Raise if the FMM differs from the recipe's, naming the setting; strict loading would name only tensors."""
     found, stated = _fmm_of(tensors), (recipe.fmm.type, recipe.fmm.depth) if recipe.fmm else None
     if found != stated:
         wanted = f"fmm: {{type: {found[0]}, depth: {found[1]}}}" if found else "fmm: null"
-        raise WeightsError(f"{source}: was trained with `{wanted}`, the recipe differs there. Set it so.")
+        raise WeightsError(f"{source}: was trained with `{wanted}`, unlike the recipe. Set it in the recipe.")
 
 
 def _fmm_of(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Type and depth of a checkpoint's FMM."""
+    """Type and depth of a checkpoint's FMM; None without one."""
     blocks = {int(name.split(".")[3]) for name in tensors if name.startswith("fmm.stacks.0.")}
     if not blocks:
         return None

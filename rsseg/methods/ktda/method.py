@@ -1,8 +1,7 @@
-"""KTDA's training: segmentation, auxiliary and distillation losses from one pass of the student."""
+"""Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -19,17 +18,8 @@ from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
 from rsseg.task import Task
 
 
-@dataclass(frozen=True)
-class TrainingRules:
-    """How the losses are taken and what decays; meanings as in `KTDARecipe`."""
-
-    divisor: Literal["all", "valid"] = "all"
-    weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
-    student_passes: Literal[1, 2] = 1
-
-
 class AuxHead(nn.Module):
-    """An FCN head on one level, with the weight of its loss."""
+    """An FCN head on one level, and the weight of its loss."""
 
     def __init__(self, head: FCNHead, *, level: int, weight: float) -> None:
         super().__init__()
@@ -45,17 +35,16 @@ class KTDAMethod(Method):
 
     def __init__(
         self,
+        recipe: KTDARecipe,
         segmenter: KTDASegmenter,
         *,
-        aux_heads: Sequence[AuxHead] = (),
-        distillation: Distillation | None = None,
-        rules: TrainingRules = TrainingRules(),
+        aux_heads: Sequence[AuxHead],
+        distillation: Distillation | None,
     ) -> None:
         super().__init__()
-        self.segmenter = segmenter
+        self.recipe, self.segmenter = recipe, segmenter
         self.aux_heads = nn.ModuleList(aux_heads)
         self.distillation = distillation
-        self.rules = rules
         self.streams = (StreamSpec("labeled", split="train", masks=True, fill=segmenter.fill),)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:
@@ -65,22 +54,22 @@ class KTDAMethod(Method):
             raise ValueError("the stream 'labeled' came without masks")
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
-        losses = {"seg": cross_entropy(logits, masks, divisor=self.rules.divisor)}
+        losses = {"seg": cross_entropy(logits, masks, divisor=self.recipe.loss_divisor)}
         logs = {"acc": pixel_accuracy(logits, masks)}
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
             logits = self._at_size(head(student.features), masks)
             share = head.weight / len(self.aux_heads)
-            losses[f"aux{suffix}"] = share * cross_entropy(logits, masks, divisor=self.rules.divisor)
+            losses[f"aux{suffix}"] = share * cross_entropy(logits, masks, divisor=self.recipe.loss_divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
         if self.distillation:
-            aligned = student.aligned if self.rules.student_passes == 1 else self.segmenter.align(images)
+            aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             losses["distill"] = self.distillation(images, aligned, step)
         return StepOutput(losses, logs)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """One optimizer, `main`; one rate; exempt parameters in a group without weight decay."""
+        """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""
         decayed: list[nn.Parameter] = []
         exempt: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
@@ -90,11 +79,11 @@ class KTDAMethod(Method):
         return {"main": [group for group in groups if group.params]}
 
     def deployable(self) -> Segmenter:
-        """Student to decoder; auxiliary heads and the teacher stay behind."""
+        """The segmenter, without auxiliary heads and teacher."""
         return self.segmenter
 
     def _is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        match self.rules.weight_decay_exempt:
+        match self.recipe.weight_decay_exempt:
             case "names_with_norm":
                 return "norm" in name
             case "norms_and_biases":
@@ -103,16 +92,16 @@ class KTDAMethod(Method):
                 return False
 
     def _at_size(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """float32 logits on the masks' pixels, for loss and accuracy alike."""
+        """float32 logits at the size of the masks, for loss and accuracy."""
         return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
 def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
-    """Student and teacher with the weights that the recipe names, the rest untrained.
+    """Build student and teacher with the weights that the recipe names, everything else untrained.
 
     Raises:
         RecipeError: parts of the recipe do not fit together.
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
     """
     student = create_backbone(recipe.student, task)
     teacher = create_backbone(recipe.teacher, task) if recipe.teacher else None
@@ -121,7 +110,7 @@ def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
 
 
 def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None) -> KTDAMethod:
-    """Losses and auxiliary heads as the recipe says, round given networks; see `build_method`."""
+    """Build losses and auxiliary heads of a recipe for given networks; see `build_method`."""
     distillation = None
     if teacher:
         _check_grid(recipe, teacher)
@@ -133,17 +122,17 @@ def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backb
             normalize=segmenter.student.normalize if recipe.teacher_input == "student_normalized" else None,
         )
     return KTDAMethod(
+        recipe,
         segmenter,
         aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
-        rules=TrainingRules(recipe.cross_entropy_divisor, recipe.weight_decay_exempt, recipe.student_passes),
     )
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:
-    """An auxiliary head on one of the decoder's inputs, whose widths are given."""
+    """Build an auxiliary head on one of the decoder's inputs, which have `widths` channels."""
     if config.level >= len(widths):
-        raise RecipeError(f"aux.level: {config.level} of {len(widths)} levels; they count from 0. Give a lower one.")
+        raise RecipeError(f"aux.level: {config.level}, but the decoder has {len(widths)} levels. Give a lower one.")
     head = FCNHead(
         widths[config.level],
         num_classes,
@@ -156,7 +145,7 @@ def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) ->
 
 
 def _check_grid(recipe: KTDARecipe, teacher: Backbone) -> None:
-    """A fixed FAM grid must be the teacher's for the training crops."""
+    """Raise unless a fixed FAM grid equals the teacher's grid for the training crops."""
     crop, patch = recipe.data.augment_of("labeled").crop_size, teacher.info.patch_size
     if recipe.fam is None or recipe.fam.grid == "auto" or patch is None:
         return

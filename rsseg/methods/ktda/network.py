@@ -1,7 +1,8 @@
-"""KTDA's shipped network: student, FAM, neck, FMM and decoder. The teacher is not part of it."""
+"""The network of KTDA that ships: student, FAM, neck, FMM and decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
+from rsseg.layers.blocks import resize_logits
 from rsseg.layers.decoders import SegFormerHead, UPerNet
-from rsseg.layers.resize import resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.ktda.parts import (
     BottleneckMlp,
@@ -29,9 +30,9 @@ _FLEXIBLE_TILE = TileHint(size=1024, overlap=128, flexible=True)
 
 @dataclass(frozen=True)
 class StudentPass:
-    """What one pass of the student gives a training step.
+    """Results of one forward pass that a training step uses.
 
-    aligned   FAM's outputs (their sum alone if fused), which are distilled; the student's levels without FAM
+    aligned   FAM's outputs (only their sum if fused), which are distilled; without FAM the student's levels
     features  the decoder's inputs, one per level
     logits    (B, K, h, w) at the decoder's resolution
     """
@@ -42,7 +43,7 @@ class StudentPass:
 
 
 class KTDASegmenter(Segmenter):
-    """Student -> FAM -> (sum) -> neck -> FMM -> decoder; every part but student and decoder may be None."""
+    """Student -> FAM -> (sum) -> neck -> FMM -> decoder; all parts except student and decoder may be None."""
 
     def __init__(
         self,
@@ -65,12 +66,12 @@ class KTDASegmenter(Segmenter):
         """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""
         return self.to_size(self.run(images).logits, images.shape[-2:])
 
-    def coarse(self, images: Tensor) -> Tensor:
-        """See `Segmenter.coarse`."""
+    def low_resolution_logits(self, images: Tensor) -> Tensor:
+        """See `Segmenter.low_resolution_logits`."""
         return self(images) if self.decoder.align_corners else self.run(images).logits
 
     def run(self, images: Tensor) -> StudentPass:
-        """One pass with everything that losses look at; images as in `forward`."""
+        """Forward pass with all tensors that losses need; images as in `forward`."""
         aligned = self.align(images)
         features = self.neck(aligned) if self.neck else aligned
         features = self.fmm(features) if self.fmm else features
@@ -84,12 +85,12 @@ class KTDASegmenter(Segmenter):
         return [fused(levels)] if self.fuse else levels
 
     def to_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of any resolution, resized as the decoder resizes."""
+        """Resize logits of any resolution in the way the decoder does."""
         return resize_logits(logits, size, align_corners=self.decoder.align_corners)
 
 
 def build_segmenter(recipe: KTDARecipe, task: Task) -> KTDASegmenter:
-    """The network with untrained weights; opens no file.
+    """Build the network untrained, without opening a file.
 
     Raises:
         RecipeError: parts of the recipe do not fit together.
@@ -99,7 +100,7 @@ def build_segmenter(recipe: KTDARecipe, task: Task) -> KTDASegmenter:
 
 
 def teacher_info(config: BackboneConfig | None, task: Task) -> BackboneInfo | None:
-    """What the student must know of the teacher (width, patch), without its weights or its memory."""
+    """Widths and patch size of the teacher, found without allocating its weights."""
     if config is None:
         return None
     with torch.device("meta"):
@@ -109,7 +110,7 @@ def teacher_info(config: BackboneConfig | None, task: Task) -> BackboneInfo | No
 def assemble_segmenter(
     recipe: KTDARecipe, task: Task, student: Backbone, teacher: BackboneInfo | None
 ) -> KTDASegmenter:
-    """Everything after the student, as the recipe says, round a given student; see `build_segmenter`."""
+    """Build everything after a given student as the recipe says; see `build_segmenter`."""
     widths: Sequence[int] = student.info.channels
     fam = neck = fmm = None
     if recipe.fam:
@@ -143,15 +144,15 @@ def assemble_segmenter(
 
 
 def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:
-    """Channels per FAM level; checks that they are the teacher's."""
+    """Channels per FAM level; raise unless they are the teacher's."""
     if teacher is None:
         return [config.width or 0] * levels
     if teacher.kind != "vit":
-        raise RecipeError(f"teacher: {teacher.name} is no vision transformer. `rsseg backbone ls` shows the kinds.")
+        raise RecipeError(f"teacher: {teacher.name} is not a vision transformer. `rsseg backbone ls` shows the kinds.")
     if len(teacher.channels) != levels:
         raise RecipeError(
-            f"teacher.taps: the student has {levels} levels, the teacher gives {len(teacher.channels)} maps. "
-            "Set teacher.taps or student.taps so that they agree."
+            f"teacher.out_indices: the student has {levels} levels, the teacher gives {len(teacher.channels)} maps. "
+            "Set teacher.out_indices or student.out_indices so that they agree."
         )
     if config.width and {config.width} != set(teacher.channels):
         raise RecipeError(
@@ -161,42 +162,34 @@ def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None)
 
 
 def make_fmm(config: FmmConfig, widths: Sequence[int]) -> FeatureModulation:
-    """One stack of blocks per level of the given widths."""
+    """Build one stack of blocks per level of the given widths."""
     return FeatureModulation([_fmm_stack(config, width) for width in widths])
 
 
 def _fmm_stack(config: FmmConfig, width: int) -> list[nn.Module]:
     if config.type == "mlp":
         if width < config.rank_dim:
-            raise RecipeError(f"fmm.rank_dim: {config.rank_dim} leaves nothing of {width} channels. Give less.")
+            raise RecipeError(f"fmm.rank_dim: {config.rank_dim} is more than the {width} channels. Give a smaller one.")
         return [BottleneckMlp(width, rank_dim=config.rank_dim) for _ in range(config.depth)]
     if width % config.heads:
-        raise RecipeError(f"fmm.heads: {width} channels do not divide into {config.heads} heads. Give another number.")
+        raise RecipeError(f"fmm.heads: {width} channels are not divisible by {config.heads} heads. Change it.")
     return [TransformerBlock(width, heads=config.heads, norm_eps=config.norm_eps) for _ in range(config.depth)]
 
 
 def make_decoder(config: DecoderConfig, widths: Sequence[int], num_classes: int) -> UPerNet | SegFormerHead:
-    """The head over levels of the given widths."""
+    """Build the decoder for levels of the given widths."""
+    options: dict[str, Any] = {
+        "channels": config.channels,
+        "dropout": config.dropout,
+        "align_corners": config.align_corners,
+    }
     if config.type == "segformer":
-        return SegFormerHead(
-            widths,
-            num_classes,
-            channels=config.channels,
-            dropout=config.dropout,
-            align_corners=config.align_corners,
-        )
-    return UPerNet(
-        widths,
-        num_classes,
-        channels=config.channels,
-        pool_scales=config.pool_scales,
-        dropout=config.dropout,
-        align_corners=config.align_corners,
-    )
+        return SegFormerHead(widths, num_classes, **options)
+    return UPerNet(widths, num_classes, pool_scales=config.pool_scales, **options)
 
 
 def _tile_hint(recipe: KTDARecipe) -> TileHint:
-    """Convolutional networks take large tiles; a fixed grid or attention was trained for one size."""
+    """Large tiles for convolutional networks; the training size with a fixed grid or attention."""
     attends = recipe.fmm is not None and recipe.fmm.type == "vit_block"
     if attends or (recipe.fam and recipe.fam.grid != "auto"):
         crop = recipe.data.augment_of("labeled").crop_size

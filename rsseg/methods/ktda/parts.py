@@ -1,4 +1,4 @@
-"""KTDA's own modules: feature alignment (FAM), multi-level neck, and feature modulation (FMM)."""
+"""Modules of KTDA: feature alignment (FAM), multi-level neck, and feature modulation (FMM)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.layers.resize import resize
+from rsseg.layers.blocks import resize
 
 
 class FeatureAlignment(nn.Module):
-    """FAM: every student level to the teacher's width (1x1 convolution) and to the teacher's grid (bilinear).
+    """FAM: projects each student level to the teacher's width (1x1 convolution) and grid (bilinear resize).
 
-    A level larger than the grid is sub-sampled, not averaged, as published.
+    A level larger than the grid is sub-sampled without averaging, as published.
     """
 
     def __init__(
@@ -24,8 +24,8 @@ class FeatureAlignment(nn.Module):
         Args:
             in_channels: per student level.
             out_channels: per teacher map.
-            grid: side of the square grid, whatever the image's shape (published); None follows the image, one cell per
-                started patch.
+            grid: side of the square grid for images of any shape (published); None makes one cell per started patch of
+                the image.
             patch: the teacher's patch size in pixels; used only without `grid`.
         """
         super().__init__()
@@ -40,9 +40,9 @@ class FeatureAlignment(nn.Module):
 
 
 class MultiLevelNeck(nn.Module):
-    """Rebuilds a pyramid from maps of one size: 1x1 convolution, resize by a factor, 3x3 convolution, level by level.
+    """Builds a pyramid from maps of one size: per level a 1x1 convolution, a resize by a factor and a 3x3 convolution.
 
-    Levels do not mix. From a single input every factor makes one level.
+    Levels do not mix. A single input yields one level per factor.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class MultiLevelNeck(nn.Module):
             in_channels: per input map: one, or as many as `scales`.
             out_channels: of every level.
             scales: size factor per level; sizes are rounded down.
-            sampling: where a size is rounded, `factor` samples at multiples of 1/scale as published and so leaves out
-                the last part of the map, `ratio` spreads the samples over all of it.
+            sampling: if a size was rounded, `factor` samples at multiples of 1/scale (published), which omits the end
+                of the map; `ratio` spreads the samples over the whole map.
         """
         super().__init__()
         self.scales, self.sampling = tuple(scales), sampling
@@ -87,7 +87,7 @@ class MultiLevelNeck(nn.Module):
 
 
 class FeatureModulation(nn.Module):
-    """FMM: a stack of token blocks per level, without positions, windows, or sharing between levels."""
+    """FMM: one stack of token blocks per level, without position embeddings, windows or shared weights."""
 
     def __init__(self, stacks: Sequence[Sequence[nn.Module]]) -> None:
         """`stacks[i]` are level i's blocks, each (B, tokens, channels) -> the same shape."""
@@ -104,7 +104,7 @@ class FeatureModulation(nn.Module):
 
 
 class BottleneckMlp(nn.Module):
-    """FMM's `mlp`: channels to channels // rank_dim and back. No residual, as published: all passes the bottleneck."""
+    """FMM's `mlp`: channels -> channels // rank_dim -> channels, without a residual, as published."""
 
     def __init__(self, channels: int, *, rank_dim: int = 4) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class BottleneckMlp(nn.Module):
 class TransformerBlock(nn.Module):
     """FMM's `vit_block`: pre-norm attention over all tokens of a level, then an MLP of ratio 4, residuals on both.
 
-    Attention runs in blocks (scaled_dot_product_attention), so memory grows with T, not with T squared.
+    Memory grows with T, not with T squared (scaled_dot_product_attention).
     """
 
     def __init__(self, channels: int, *, heads: int = 8, norm_eps: float = 1e-5) -> None:
@@ -144,12 +144,12 @@ class TransformerBlock(nn.Module):
 
 
 def fused(maps: Sequence[Tensor]) -> Tensor:
-    """Sum of maps of one shape; the inputs stay as they are."""
+    """Sum of maps of one shape, not in place."""
     return torch.stack(list(maps)).sum(dim=0)
 
 
 def _truncated_normal(module: nn.Module) -> None:
-    """The published initialization of FAM and FMM: standard deviation 0.02, cut at +-2 (absolute), biases 0."""
+    """Published initialization of FAM and FMM: normal, std 0.02, truncated at +-2 (absolute); biases 0."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Pseudo-labels, CutMix and complementary dropout: what RS-MTDF takes from FixMatch and UniMatch V2."""
+"""Pseudo-labels, CutMix and complementary dropout, after FixMatch and UniMatch V2."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Labels that the averaged student gives the weak view.
+    """Pseudo-labels of the weak view, predicted by the averaged student.
 
-    labels      int64 (B, H, W), the likeliest class
+    labels      int64 (B, H, W), the most probable class
     confidence  float (B, H, W), its probability
     valid       bool (B, H, W), False on padding and nodata
     """
@@ -23,22 +23,22 @@ class PseudoLabels:
 
     @classmethod
     def of(cls, logits: Tensor, valid: Tensor) -> Self:
-        """From float (B, K, H, W) logits; no softmax map is built."""
+        """Pseudo-labels from float (B, K, H, W) logits, without storing the softmax."""
         logits = logits.float()
         largest, labels = logits.max(dim=1)
         return cls(labels, torch.exp(largest - logits.logsumexp(dim=1)), valid)
 
     def mixed(self, mix: Tensor) -> "PseudoLabels":
-        """The labels of the cut-mixed view; see `cutmix`."""
+        """The labels of the CutMix view; see `cutmix`."""
         return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
 
     def confident_ratio(self, threshold: float) -> Tensor:
-        """Share of the valid pixels whose confidence reaches `threshold`; 0 without valid pixels."""
+        """Fraction of valid pixels with a confidence of at least `threshold`; 0 without valid pixels."""
         return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
 
 
 def cutmix(x: Tensor, mix: Tensor) -> Tensor:
-    """Take the pixels in each sample's box from its partner, sample B - 1 - i.
+    """Replace the pixels in the box of each sample i by those of sample B - 1 - i.
 
     Args:
         x: (B, H, W) or (B, C, H, W), any dtype.
@@ -50,16 +50,16 @@ def cutmix(x: Tensor, mix: Tensor) -> Tensor:
 def pseudo_label_loss(
     logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
 ) -> Tensor:
-    """Cross-entropy summed over the confident, valid pixels.
+    """Cross-entropy summed over confident valid pixels, divided as `divisor` says.
 
     Args:
         logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
         pseudo: labels, confidence and valid area.
-        threshold: confidence that a pixel needs to count.
-        divisor: divide by the number of `valid` pixels (the authors' code) or of the `confident` ones.
+        threshold: least confidence of a pixel that counts.
+        divisor: divide by the number of `valid` pixels (the authors' code) or of `confident` ones.
 
     Returns:
-        Scalar; exactly 0 where no pixel counts.
+        Scalar; exactly 0 if no pixel counts.
     """
     with torch.autocast(logits.device.type, enabled=False):
         confident = pseudo.valid & (pseudo.confidence >= threshold)
@@ -71,7 +71,7 @@ def pseudo_label_loss(
 def complementary_masks(
     pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Channel factors for two views of the same samples: what one view keeps, doubled, the other drops.
+    """Channel factors for two views of the same samples: each channel is doubled in one and dropped in the other.
 
     Half of the pairs (rounded down, drawn at random) keep every channel in both views.
 
@@ -79,7 +79,7 @@ def complementary_masks(
         pairs: samples per view.
         channels: of the maps.
         device: of the result.
-        generator: source of the draws; None: torch's own, which the trainer seeds for every step.
+        generator: random source; None uses torch's global one, which the trainer seeds for every step.
 
     Returns:
         float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.

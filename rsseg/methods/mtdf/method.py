@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
@@ -12,27 +13,77 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
-from rsseg.layers.batch_norm import has_batch_norm, unrecorded_statistics
-from rsseg.layers.ema import Ema
+from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
+from rsseg.layers.ema import Ema, Frozen
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
-from rsseg.methods.mtdf.teacher import Teacher
 from rsseg.task import Task
+
+
+class Teacher(nn.Module):
+    """A frozen backbone with its input preparation and its loss."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        input_size: int | None = None,
+        bands: Sequence[int] | None = None,
+        student_normalized: bool = False,
+        grid: Literal["teacher", "student"] = "teacher",
+        standardize: bool = False,
+        loss_weight: float = 1.0,
+    ) -> None:
+        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
+        super().__init__()
+        self.frozen = Frozen(backbone)
+        self.input_size = input_size
+        self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
+        self.student_normalized = student_normalized
+        self.grid = grid
+        self.standardize = standardize
+        self.loss_weight = loss_weight
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, student: Backbone) -> Tensor:
+        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without gradients."""
+        backbone = cast(Backbone, self.frozen.module)
+        if self.student_normalized:
+            images = student.normalize(images)
+        if self.bands is not None:
+            images = images.index_select(1, cast(Tensor, self.bands))
+        if self.input_size is not None:
+            images = resize(images, (self.input_size, self.input_size), align_corners=True)
+        maps = backbone.forward_normalized(images) if self.student_normalized else backbone(images)
+        target = maps[-1].float()
+        if self.standardize:
+            target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
+        return target
+
+    def loss(self, translated: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error between the predicted and the teacher's map (B, D, h, w), on the configured grid."""
+        with torch.autocast(translated.device.type, enabled=False):
+            translated = translated.float()
+            if self.grid == "teacher":
+                translated = resize(translated, target.shape[-2:], align_corners=True)
+            else:
+                target = resize(target, translated.shape[-2:], align_corners=True)
+            return F.mse_loss(translated, target)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers and choices of the method; each is explained in the recipe's field of the same name."""
+    """Options of the method; see the recipe's field of the same name."""
 
     labeled_weight: float
     pseudo_weight: float = 0.0
     distill_weight: float = 0.0
     unlabeled: bool = True
     confidence: float = 0.95
-    pseudo_divisor: Literal["valid", "confident"] = "valid"
+    loss_divisor: Literal["valid", "confident"] = "valid"
     strong_views: int = 1
     complementary_dropout: bool = False
     ema_decay: float = 0.996
@@ -41,14 +92,14 @@ class Settings:
 
 
 class MTDFMethod(Method):
-    """The student with what trains it: its average, which gives the pseudo-labels, and its teachers."""
+    """The student, its average, which makes the pseudo-labels, and its teachers."""
 
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
         """Join the parts.
 
         Args:
-            student: what ships; has one translator per teacher.
-            teachers: by the names of the translators; none: no distillation.
+            student: the network that ships, with one translator per teacher.
+            teachers: by translator name; empty without distillation.
             settings: see `Settings`.
         """
         super().__init__()
@@ -64,8 +115,8 @@ class MTDFMethod(Method):
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
 
-        The weak view of the unlabeled crops is labelled by the average; the student must give those labels to the
-        strong, cut-mixed views. Teachers see what the student sees: labeled crops and strong views.
+        The average labels the weak view of the unlabeled crops; the student learns these labels on the strong CutMix
+        views. Teachers receive the same images as the student: labeled crops and strong views.
         """
         s, x = self.settings, batch["labeled"]
         weak: PseudoLabels | None = None
@@ -83,7 +134,7 @@ class MTDFMethod(Method):
         logs: dict[str, Tensor] = {}
         if weak is not None:
             per_view = [
-                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.pseudo_divisor)
+                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
             losses["pseudo"] = s.pseudo_weight * torch.stack(per_view).mean()
@@ -95,12 +146,12 @@ class MTDFMethod(Method):
         return StepOutput(losses, logs)
 
     def after_optimizer_step(self, step: int) -> None:
-        """Average the weights. Early on the average is the plain mean of all students since step 0."""
+        """Update the average; in the first steps it is the plain mean of all students since step 0."""
         if self.average is not None:
             self.average.update(self.student, decay=ema_ratio(step, self.settings.ema_decay))
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """The backbone at the optimizer's rate, all else of the student at a multiple of it."""
+        """The backbone at the optimizer's learning rate, the rest of the student at a multiple of it."""
         backbone = [p for p in self.student.backbone.parameters() if p.requires_grad]
         known = {id(p) for p in self.student.backbone.parameters()}
         rest = [p for p in self.student.parameters() if id(p) not in known]
@@ -108,7 +159,7 @@ class MTDFMethod(Method):
         return {"main": [group for group in groups if group.params]}
 
     def deployable(self) -> MTDFSegmenter:
-        """The student or its average, as the recipe says."""
+        """The student or its average, by the recipe's `ship`."""
         if self.settings.ship == "average" and self.average is not None:
             return self.average.module  # type: ignore[return-value]
         return self.student
@@ -119,10 +170,10 @@ class MTDFMethod(Method):
         return PseudoLabels.of(self.average.module(u.images), u.valid)
 
     def _student_output(self, images: Tensor, labeled: int, channel_mask: Tensor | None) -> StudentOutput:
-        """The student on labeled crops and strong views together.
+        """Student output for labeled crops and strong views.
 
-        A student with batch norm sees them one after the other, and keeps the statistics of the labeled crops alone:
-        strong views look like nothing that it will have to predict.
+        A student with batch norm processes them separately and records statistics of the labeled crops only, as
+        strong views do not resemble the images of prediction.
         """
         if labeled == len(images) or not has_batch_norm(self.student):
             return self.student.forward_translated(images, channel_mask)
@@ -134,7 +185,7 @@ class MTDFMethod(Method):
         return StudentOutput(torch.cat([weak.logits, strong.logits]), translated)
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
-        """Factors (B, D) for the channels of all maps: the two strong views see different halves."""
+        """Factors (B, D) for the channels of all maps: each of the two strong views keeps another half."""
         if not self.settings.complementary_dropout:
             return None
         channels = self.student.backbone.info.channels[-1]
@@ -142,7 +193,7 @@ class MTDFMethod(Method):
         return torch.cat([masks.new_ones(labeled, channels), masks])
 
     def _distillation(self, images: Tensor, translated: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per teacher the weighted error of the student's prediction of its map."""
+        """Teacher name -> weighted error of the student's prediction of its map."""
         errors = {}
         for name, teacher in self.teachers.items():
             assert isinstance(teacher, Teacher)  # ModuleDict forgets the type of its values
@@ -151,12 +202,12 @@ class MTDFMethod(Method):
 
 
 def ema_ratio(step: int, largest: float) -> float:
-    """What the average keeps of itself after optimizer step `step` (from 0, over all restarts)."""
+    """Decay of the average after optimizer step `step`, counted from 0 across resumed runs."""
     return min(1.0 - 1.0 / (step + 1), largest)
 
 
 def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
-    """Per strong view the cut-mixed images and the labels mixed alike."""
+    """CutMix images and their labels, per strong view."""
     assert u.strong is not None  # the stream asks for both
     assert u.mix is not None
     boxes = u.mix.unbind(dim=1)
@@ -170,12 +221,12 @@ def _labels(x: Samples) -> Tensor:
 
 
 def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
-    """Student and teachers with the weights that the recipe names, the rest untrained.
+    """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Raises:
         RecipeError: parts of the recipe do not fit together.
-        DataError: a teacher wants a band that the task does not have.
-        WeightsError: weights are missing, foreign or may not be fetched.
+        DataError: a teacher needs a band that the task does not have.
+        WeightsError: weights are missing or do not fit.
     """
     backbone = create_backbone(recipe.student, task)
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
@@ -187,7 +238,7 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
 
 
 def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mapping[str, Backbone]) -> MTDFMethod:
-    """Losses, average and teachers as the recipe says, round given networks; see `build_method`."""
+    """Build losses, average and teachers of a recipe for given networks; see `build_method`."""
     _check_sizes(recipe, student.backbone, backbones)
     teachers = {
         config.name: Teacher(
@@ -210,7 +261,7 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
         distill_weight=distill,
         unlabeled=recipe.unlabeled,
         confidence=recipe.confidence,
-        pseudo_divisor=recipe.pseudo_divisor,
+        loss_divisor=recipe.loss_divisor,
         strong_views=recipe.strong_views,
         complementary_dropout=recipe.complementary_dropout,
         ema_decay=recipe.ema_decay,
@@ -221,9 +272,9 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
 
 
 def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, Backbone]) -> None:
-    """Every image that a network sees must be a whole number of its patches.
+    """Raise unless the input of every network consists of whole patches.
 
-    A convolutional teacher takes any size: its map is compared on one grid whatever its size.
+    A convolutional teacher accepts any size, as maps are resized to a common grid before the comparison.
     """
     crops = crop_sizes(recipe)
     if len(set(crops.values())) > 1:
@@ -243,6 +294,6 @@ def _check_side(key: str, side: int, network: Backbone) -> None:
     if side % multiple:
         below = side // multiple * multiple
         raise RecipeError(
-            f"{key}: {side} pixels are no multiple of {multiple}, which {network.info.name} needs. "
+            f"{key}: {side} pixels are not a multiple of {multiple}, as {network.info.name} needs. "
             f"Take {below or multiple} or {below + multiple}."
         )

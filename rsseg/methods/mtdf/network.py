@@ -1,4 +1,4 @@
-"""The student of RS-MTDF, which is all that ships: backbone, feature translators, fusion and DPT head."""
+"""The student of RS-MTDF, the network that ships: backbone, feature translators, fusion and DPT head."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
-from rsseg.layers.batch_norm import unrecorded_statistics
+from rsseg.layers.blocks import resize, resize_logits, unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
-from rsseg.layers.resize import resize, resize_logits
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task, task_with_bands
@@ -20,10 +19,10 @@ from rsseg.task import Task, task_with_bands
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What one pass of the student gives for training.
+    """Results of one forward pass that a training step uses.
 
     logits      float (B, K, H, W)
-    translated  teacher name -> float (B, D, h, w): the prediction of that teacher's map
+    translated  teacher name -> float (B, D, h, w), prediction of that teacher's map
     """
 
     logits: Tensor
@@ -31,9 +30,9 @@ class StudentOutput:
 
 
 class Translator(nn.Module):
-    """Predicts one teacher's map from the student's last map, and leads the prediction back for the fusion.
+    """Predicts one teacher's map from the student's last map, and projects the prediction back for the fusion.
 
-    Every layer works on each position alone, so the order of layer and resize is free.
+    All layers act on single positions.
     """
 
     def __init__(
@@ -52,9 +51,9 @@ class Translator(nn.Module):
             student_channels: of the student's last map.
             teacher_channels: of the teacher's map.
             hidden: width of the hidden layer.
-            input_size: side in pixels of the image that the student sees for this teacher; None: the full crop.
-            shared: take the features of the full crop instead, resized to the grid of an image of `input_size`.
-            project: build the way back to the student's channels.
+            input_size: side in pixels of the image that the student processes for this teacher; None: the full crop.
+            shared: use the features of the full crop instead, resized to the grid of an image of `input_size`.
+            project: build the projection back to the student's channels.
         """
         super().__init__()
         self.input_size = input_size
@@ -73,24 +72,24 @@ class Translator(nn.Module):
         return _pointwise(self.project, translated)
 
     def forward_back(self, features: Tensor) -> Tensor:
-        """`back(forward(features))` with the two layers that have no ReLU between them multiplied out."""
-        weight, bias = self._multiplied_out()
+        """`back(forward(features))`, with the two consecutive linear layers merged."""
+        weight, bias = self._merged()
         hidden = F.relu(_pointwise(self.expand, features))
         return F.linear(hidden.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
     def folded(self, share: float) -> "FoldedTranslator":
-        """`forward_back` times `share` as a module of its own."""
-        weight, bias = self._multiplied_out()
+        """`forward_back` times `share` as a separate module."""
+        weight, bias = self._merged()
         return FoldedTranslator(self, weight * share, bias * share)
 
-    def _multiplied_out(self) -> tuple[Tensor, Tensor]:
+    def _merged(self) -> tuple[Tensor, Tensor]:
         """Weight (C, hidden) and bias (C) of `project` after `predict`."""
         assert self.project is not None  # for the type checker: the owner built it
         return self.project.weight @ self.predict.weight, self.project.weight @ self.predict.bias + self.project.bias
 
 
 class FoldedTranslator(nn.Module):
-    """What is left of a translator where nothing but its share in the fusion is wanted."""
+    """A translator reduced to its share in the fusion, for prediction."""
 
     def __init__(self, translator: Translator, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class FoldedTranslator(nn.Module):
 
 
 class MTDFSegmenter(Segmenter):
-    """The student. Prediction needs the translators, but no teacher."""
+    """The student with its translators."""
 
     def __init__(
         self,
@@ -124,17 +123,17 @@ class MTDFSegmenter(Segmenter):
         """Join the parts.
 
         Args:
-            backbone: four taps; the last one is translated and fused.
+            backbone: four maps; the last one is translated and fused.
             head: takes the four maps.
             task: classes and bands.
             translators: by teacher name.
-            fusion_weights: by teacher name, share of its features in the last map; empty: no fusion.
+            fusion_weights: by teacher name, share of its features in the last map; empty without fusion.
             student_weight: share of the student's own last map in the fusion.
-            fill: per band, scaled units: value of pixels without data; None takes the normalization mean.
+            fill: per band, scaled units: value of pixels without data; None uses the normalization mean.
             tile: training crop side in pixels, the preferred tile.
         """
         info = backbone.info
-        # Attention sees the whole tile, so tiles stay at the training size.
+        # attention spans the whole tile, so tiles stay at the training size
         hint = TileHint(size=tile, overlap=tile // 4, flexible=info.kind == "pyramid")
         super().__init__(task, input_multiple=info.input_multiple, fill=fill or info.mean, tile=hint)
         self.backbone = backbone
@@ -144,7 +143,7 @@ class MTDFSegmenter(Segmenter):
         self.student_weight = student_weight
 
     def forward(self, images: Tensor) -> Tensor:
-        """See `Segmenter.forward`. Translators and projections are multiplied out where training needs both apart."""
+        """See `Segmenter.forward`. Each translator is merged with its projection."""
         maps = self.backbone(images)
         if not self.fusion_weights:
             return self._decode(maps, images)
@@ -153,9 +152,9 @@ class MTDFSegmenter(Segmenter):
         return self._decode(self._fuse(maps, back), images)
 
     def fold(self) -> None:
-        """Multiply out translators and projections, and leave out what the fusion does not use; see `Segmenter.fold`.
+        """Merge translators with their projections and drop those that the fusion does not use; see `Segmenter.fold`.
 
-        `forward` stays as it was up to rounding; `forward_translated` cannot be called any more.
+        `forward` is unchanged up to rounding; `forward_translated` can no longer be called.
         """
         self.translators = nn.ModuleDict(
             {name: self._translator(name).folded(weight) for name, weight in self.fusion_weights.items()}
@@ -163,11 +162,11 @@ class MTDFSegmenter(Segmenter):
         self.fusion_weights = dict.fromkeys(self.fusion_weights, 1.0)
 
     def forward_translated(self, images: Tensor, channel_mask: Tensor | None = None) -> StudentOutput:
-        """Like `forward`, but also returns the predicted teacher maps.
+        """`forward` that also returns the predicted teacher maps.
 
         Args:
             images: float (B, C, H, W), scaled units.
-            channel_mask: float (B, channels), factors of the channels of all maps that reach the head.
+            channel_mask: float (B, channels), multiplied with the channels of all maps before the head.
         """
         maps = self.backbone(images)
         features = self._translator_inputs(images, maps[-1], self.translators)
@@ -184,7 +183,7 @@ class MTDFSegmenter(Segmenter):
         return self.translators[name]  # type: ignore[return-value]
 
     def _translator_inputs(self, images: Tensor, last: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Per named teacher the student's features (B, C, h, w); one further pass per input size that needs one."""
+        """Teacher name -> student features (B, C, h, w); runs the backbone once more per additional input size."""
         passes: dict[int, Tensor] = {}
         features = {}
         for name in names:
@@ -197,14 +196,14 @@ class MTDFSegmenter(Segmenter):
                 features[name] = resize(last, (grid, grid), align_corners=True)
             else:
                 if size not in passes:
-                    # At prediction batch norms of both passes share the statistics: those of the full images.
+                    # both passes share batch norm statistics at prediction; only full images are recorded
                     with unrecorded_statistics(self.backbone):
                         passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
                 features[name] = passes[size]
         return features
 
     def _fuse(self, maps: Sequence[Tensor], back: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Mix the projected features into the last map. They are resized after the projection: fewer channels."""
+        """Mix projected features into the last map; resized after the projection, which has fewer channels."""
         *finer, last = maps
         mixed = self.student_weight * last
         for name, weight in self.fusion_weights.items():
@@ -216,18 +215,18 @@ class MTDFSegmenter(Segmenter):
 
 
 def _pointwise(layer: nn.Module, features: Tensor) -> Tensor:
-    """Apply a linear layer to the channels of (B, C, h, w). A ViT's maps are tokens seen as NCHW: no copy is made."""
+    """Apply a linear layer to the channels of (B, C, h, w); a ViT's maps, views of tokens, are not copied."""
     return layer(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def build_segmenter(recipe: MTDFRecipe, task: Task) -> MTDFSegmenter:
-    """The network with untrained weights; opens no file and builds no teacher.
+    """Build the network untrained, without opening a file or building a teacher.
 
     Raises:
         RecipeError: parts of the recipe do not fit together.
     """
     student = create_backbone(recipe.student, task, load_weights=False)
-    with torch.device("meta"):  # only their widths matter here
+    with torch.device("meta"):  # only their widths are needed
         teachers = {
             config.name: create_backbone(config.backbone, teacher_task(config, task), load_weights=False)
             for config in recipe.teachers
@@ -238,19 +237,19 @@ def build_segmenter(recipe: MTDFRecipe, task: Task) -> MTDFSegmenter:
 def assemble_segmenter(
     recipe: MTDFRecipe, task: Task, student: Backbone, teacher_channels: Mapping[str, int]
 ) -> MTDFSegmenter:
-    """Translators and head as the recipe says, round a given student; see `build_segmenter`.
+    """Build translators and head of a recipe for a given student; see `build_segmenter`.
 
     Args:
         recipe: the whole recipe.
         task: classes and bands.
-        student: four taps.
-        teacher_channels: by teacher name, channels of its map.
+        student: returns four maps.
+        teacher_channels: teacher name -> channels of its map.
     """
     info = student.info
     if recipe.complementary_dropout and len(set(info.channels)) > 1:
         raise RecipeError(
-            f"complementary_dropout: drops the same channels of all maps, but {info.name} has maps of {info.channels} "
-            "channels. Choose a ViT, or leave it out."
+            f"complementary_dropout: needs maps of equal width; those of {info.name} have {info.channels} channels. "
+            "Choose a ViT, or leave it out."
         )
     try:
         head = DPTHead(
@@ -261,7 +260,7 @@ def assemble_segmenter(
             features=recipe.decoder_features,
         )
     except ValueError as error:
-        raise RecipeError(f"student: {error}. Set student.taps.") from None
+        raise RecipeError(f"student: {error}. Set student.out_indices.") from None
     fused = {t.name: t.fusion_weight for t in recipe.teachers if recipe.fusion and t.fusion_weight > 0}
     translators = {
         config.name: Translator(
@@ -287,22 +286,22 @@ def assemble_segmenter(
 
 
 def teacher_task(config: TeacherConfig, task: Task) -> Task:
-    """The task as a teacher sees it: its bands only.
+    """The task restricted to a teacher's bands.
 
     Raises:
         DataError: a band that the task does not have.
-        RecipeError: pretrained weights see red, green and blue, the teacher would get another number of bands.
+        RecipeError: the teacher's pretrained weights need three bands, but it would get another number.
     """
     seen = task if config.bands is None else task_with_bands(task, config.bands)
     if config.backbone.weights == "pretrained" and len(seen.bands) != 3:
         raise RecipeError(
-            f"teachers: {config.name!r} was trained on red, green and blue and does not learn here; it would get "
-            f"{list(seen.bands)}. Name three bands in its `bands`, or give weights of a network for these bands."
+            f"teachers: {config.name!r} was pretrained on red, green and blue and stays frozen, but would get "
+            f"{list(seen.bands)}. Name three bands in its `bands`, or give weights for these bands."
         )
     return seen
 
 
 def crop_sizes(recipe: MTDFRecipe) -> dict[str, int]:
-    """Side in pixels of the training crops, by stream that is read."""
+    """Stream in use -> side of its training crops in pixels."""
     read = recipe.stream_names() if recipe.unlabeled else ("labeled",)
     return {name: recipe.data.augment_of(name).crop_size for name in read}

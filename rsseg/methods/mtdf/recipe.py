@@ -3,40 +3,35 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-def _as_torch_spells(value: Any) -> Any:
-    """Accept the British spelling too."""
-    return "student_normalized" if value == "student_normalised" else value
-
-
 class TeacherConfig(Strict):
-    """One frozen teacher, and how the student imitates it. The student learns to predict the teacher's last map."""
+    """One frozen teacher, whose last map the student learns to predict."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
     """Names the translator in the model file and the loss in the log."""
     backbone: BackboneConfig
-    """Its last tap is the target. `dtype: bfloat16` halves its memory."""
+    """Its last returned map is the target. `dtype: bfloat16` halves its memory."""
     input_size: Count | None = None
     """Side in pixels of the square that the image is resized to for this teacher; None keeps the crop."""
     bands: tuple[str, ...] | None = None
-    """Bands that the teacher sees; None takes all bands of the task."""
-    teacher_input: Annotated[Literal["own", "student_normalized"], BeforeValidator(_as_torch_spells)] = "own"
-    """Normalize the teacher's images with its own statistics, or feed it the student's normalized batch (published:
-    CLIP gets ImageNet statistics)."""
+    """Bands of the task that the teacher receives, such as red, green and blue of a multispectral task; None: all."""
+    teacher_input: Literal["own", "student_normalized"] = "own"
+    """Normalize the teacher's images with its own statistics or with the student's (published: CLIP receives ImageNet
+    statistics)."""
     student_pass: Literal["resized", "shared"] = "resized"
-    """Which student features are translated: `resized` runs the student once more on the image at `input_size` (the
-    publication; also at prediction), `shared` takes the features of the full crop, resized to the grid that the resized
-    image would have. Without `input_size` both are the same."""
+    """Student features that are translated: `resized` runs the student once more on the image at `input_size` (as
+    published, also at prediction); `shared` resizes the features of the full crop to the grid of the resized image.
+    Identical without `input_size`."""
     grid: Literal["teacher", "student"] = "teacher"
-    """Where the teacher's grid differs from the student's, the loss compares on this one; the other map is resized."""
+    """Grid of the loss if those of teacher and student differ; the other map is resized."""
     standardize: bool = False
-    """Bring each target vector to mean 0 and variance 1, so that a few large channels do not rule the loss."""
+    """Scale each target vector to mean 0 and variance 1, so that a few large channels do not dominate the loss."""
     loss_weight: Positive = 1.0
     """Weight of this teacher's mean squared error; the weighted errors are averaged over the teachers."""
     fusion_weight: Weight = 0.1
@@ -44,57 +39,57 @@ class TeacherConfig(Strict):
 
 
 class MTDFRecipe(BaseRecipe):
-    """FixMatch with a ViT student that also predicts, and feeds on, the features of frozen teachers."""
+    """FixMatch with a student that also predicts the features of frozen teachers and uses these predictions."""
 
     method: Literal["mtdf"]
     student: BackboneConfig
-    """A ViT with four taps, or a pyramid with four levels whose strides double."""
+    """Four maps: of ViT blocks, or of pyramid levels whose strides double."""
     decoder_widths: tuple[Count, Count, Count, Count] = (48, 96, 192, 384)
-    """Channels of the four maps in the DPT head (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
+    """Channels of the four maps in the DPT head (ViT-S; B: 96, 192, 384, 768; L: 256, 512, 1024, 1024)."""
     decoder_features: Count = 64
-    """Channels of the DPT head's fusion path (small; base 128, large 256)."""
+    """Channels of the DPT head's fusion path (ViT-S; B: 128, L: 256)."""
     teachers: tuple[TeacherConfig, ...] = ()
-    """Any number; none is FixMatch alone."""
+    """Any number; without any this is FixMatch."""
     only_teachers: tuple[str, ...] | None = None
-    """Names of the teachers to keep, for ablations; None keeps all of them, [] none."""
+    """Names of the teachers to keep, for ablations with `--set`; None keeps all, [] none."""
     start_from: Path | None = None
-    """Model file or run folder of the same network, such as an imported one, whose weights the student starts from.
-    `student_pass` may differ from the model's."""
+    """Model file or run folder of the same network, such as an imported one, that the student is initialized from;
+    `student_pass` may differ."""
     translator_width: Count = 1024
     """Hidden width of each feature translator."""
     fusion: bool = True
-    """Mix the translated features into the student's last map; False only distils."""
+    """Mix the translated features into the student's last map; False only distils (ablation)."""
     student_weight: Weight = 0.8
-    """Share of the student's own last map in the mix."""
+    """Share of the student's own last map in the fusion."""
     unlabeled: bool = True
-    """Train on pseudo-labels of unlabeled images; False leaves their stream unread (the supervised baseline)."""
+    """Train on pseudo-labels of unlabeled images; False never reads them (supervised baseline)."""
     confidence: Probability = 0.95
-    """Softmax maximum that a pseudo-label needs to count."""
-    pseudo_divisor: Literal["valid", "confident"] = "valid"
-    """What the sum over confident pixels is divided by: all pixels with data (published), or the confident ones."""
+    """Least probability of a pseudo-label that counts."""
+    loss_divisor: Literal["valid", "confident"] = "valid"
+    """Divisor of the pseudo-label loss, a sum over confident pixels: all pixels with data (published), or the confident
+    ones."""
     padding: Literal["black", "mean"] = "black"
-    """Value of pixels without data: 0 before scaling (published), or the student's normalization mean."""
+    """Value of pixels without data: 0 before scaling (published) or the student's normalization mean."""
     strong_views: Annotated[int, Field(ge=1, le=2)] = 1
     """Strongly augmented views of each unlabeled crop (UniMatch V2 has two)."""
     complementary_dropout: bool = False
     """UniMatch V2: drop half of the channels in one strong view and the other half in the other."""
     ema_decay: Probability = 0.996
-    """Largest share that the pseudo-labeller keeps of itself; update k keeps min(1 - 1/(k + 1), this)."""
-    ship: Literal["student", "average"] = "student"
-    """Which weights are evaluated and shipped: the student's (published) or their average, the pseudo-labeller."""
+    """Upper bound of the decay of the moving average that makes the pseudo-labels, and ships with `ship: average`;
+    update k decays by min(1 - 1/(k + 1), this)."""
     labeled_weight: Weight | None = None
-    """Weight of the supervised loss; None here and below: 1 / number of losses in use (published)."""
+    """Weight of the supervised loss; None, here and below, means 1 / number of losses in use (published)."""
     pseudo_weight: Weight | None = None
     """Weight of the pseudo-label loss."""
     distill_weight: Weight | None = None
-    """Weight of the teachers' mean loss."""
+    """Weight of the distillation loss, the mean over teachers."""
     head_lr_scale: Positive = 40.0
-    """Learning rate of everything but the student's backbone, as a multiple of the optimizer's."""
+    """Learning rate of all parameters outside the student's backbone, as a multiple of the optimizer's."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_idle_teachers(cls, values: Any) -> Any:
-        """Drop the teachers that `only_teachers` leaves out, so that nobody asks for their weights."""
+        """Drop the teachers that `only_teachers` leaves out, so that their weights are not needed."""
         if not isinstance(values, dict) or not isinstance(values.get("only_teachers"), list | tuple):
             return values
         wanted, teachers = values["only_teachers"], values.get("teachers")
@@ -119,6 +114,11 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
         return self
 
+    @property
+    def trainer_averages(self) -> bool:
+        """False: the pseudo-labeller is the average."""
+        return False
+
     def stream_names(self) -> tuple[str, ...]:
-        """Labeled images and unlabeled ones; the supervised baseline reads only the first."""
+        """Labeled and unlabeled images; the supervised baseline reads only the former."""
         return ("labeled", "unlabeled")

@@ -7,8 +7,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from rsseg.inference.device import ready_to_predict
-from rsseg.inference.folding import simplify, store_convolutions
+from rsseg.inference.network import fold_convolutions, ready_to_predict, store_convolutions
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from tests.toys import ConvSegmenter, make_task
@@ -61,7 +60,7 @@ def test_uneven_padding_becomes_even_with_the_same_output(kernel: int, stride: i
     images = torch.rand(1, 4, 16, 32)
     with torch.no_grad():
         expected = network(images)
-        simplify(network, functools.partial(network, images))
+        fold_convolutions(network, functools.partial(network, images))
         torch.testing.assert_close(network(images), expected)
     assert type(network[0]) is nn.Conv2d
 
@@ -90,12 +89,12 @@ class SharedConv(nn.Module):
 
 
 @pytest.mark.parametrize("make", [ReadTwice, SharedConv])
-def test_network_that_cannot_be_simplified_stays_as_it_was(make: type[nn.Module]) -> None:
+def test_network_that_cannot_be_folded_stays_as_it_was(make: type[nn.Module]) -> None:
     network = trained(make())
     images = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         expected = network(images)
-        simplify(network, functools.partial(network, images))
+        fold_convolutions(network, functools.partial(network, images))
         assert torch.equal(network(images), expected)
     assert count(network, nn.BatchNorm2d) == count(make(), nn.BatchNorm2d)
 
@@ -105,7 +104,7 @@ def test_activation_inside_a_norm_stays() -> None:
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = network(images)
-        simplify(network, functools.partial(network, images))
+        fold_convolutions(network, functools.partial(network, images))
         torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
     assert count(network, nn.BatchNorm2d) == 0
 

@@ -1,14 +1,12 @@
-"""SegFormer's encoder (MiT) in the names of the libraries that publish it, turned into timm's PVTv2 names.
-
-Known are the original code base (NVlabs), mmsegmentation, and both generations of Hugging Face's. Networks and numbers
-are the same; only projections are packed differently.
-"""
+"""Tensor names of other libraries' backbones, converted to timm's and ours."""
 
 import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from rsseg.foreign import rename
 
 _HEADS = re.compile(r"(classifier|head|decode_head|decode_head\..*|auxiliary_head)\..*")
 _PREFIX = re.compile(r"^(backbone\.)?(segformer\.)?(encoder\.)?")
@@ -61,8 +59,7 @@ _RENAMINGS = tuple(
 def mit_to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a MiT, or of a whole model around it, under timm's `pvt_v2` names.
 
-    Heads are left out, names in timm's form stay, and so do names that no library is known for: whoever loads the
-    result reports them.
+    Heads are dropped; timm's own and unknown names are unchanged, and the latter are reported on loading.
     """
     renamed: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
@@ -99,3 +96,53 @@ def _packed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "k" in parts and "v" in parts:
         return {"q": parts["q"], "kv": torch.cat([parts["k"], parts["v"]])}
     return dict(parts)
+
+
+_CONVNEXT = (
+    (r"downsample_layers\.0\.(0|1)\.(weight|bias)", r"network.stem.\1.\2"),
+    (r"downsample_layers\.([1-3])\.(0|1)\.(weight|bias)", r"network.stages.\1.downsample.\2.\3"),
+    (r"stages\.(\d+)\.(\d+)\.depthwise_conv\.(weight|bias)", r"network.stages.\1.blocks.\2.conv_dw.\3"),
+    (r"stages\.(\d+)\.(\d+)\.norm\.(weight|bias)", r"network.stages.\1.blocks.\2.norm.\3"),
+    (r"stages\.(\d+)\.(\d+)\.pointwise_conv([12])\.(weight|bias)", r"network.stages.\1.blocks.\2.mlp.fc\3.\4"),
+    (r"stages\.(\d+)\.(\d+)\.gamma", r"network.stages.\1.blocks.\2.gamma"),
+    (r"stages\.(\d+)\.(\d+)\.grn\.gamma", r"network.stages.\1.blocks.\2.mlp.grn.weight"),
+    (r"stages\.(\d+)\.(\d+)\.grn\.beta", r"network.stages.\1.blocks.\2.mlp.grn.bias"),
+    (r"norm([0-3])\.(weight|bias)", r"norms.\1.\2"),
+)
+
+_VIT = (
+    (r"cls_token", r"network.cls_token"),
+    (r"pos_embed", r"network.pos_embed"),
+    (r"patch_embed\.projection\.(weight|bias)", r"network.patch_embed.proj.\1"),
+    (r"layers\.(\d+)\.ln([12])\.(weight|bias)", r"network.blocks.\1.norm\2.\3"),
+    (r"layers\.(\d+)\.attn\.(qkv|proj)\.(weight|bias)", r"network.blocks.\1.attn.\2.\3"),
+    (r"layers\.(\d+)\.attn\.gamma1\.weight", r"network.blocks.\1.ls1.gamma"),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(weight|bias)", r"network.blocks.\1.mlp.fc1.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.(weight|bias)", r"network.blocks.\1.mlp.fc2.\2"),
+    (r"layers\.(\d+)\.ffn\.gamma2\.weight", r"network.blocks.\1.ls2.gamma"),
+    (r"ln1\.(weight|bias)", r"network.norm.\1"),
+)
+
+
+def convnext_from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of mmpretrain's ConvNeXt (V1 or V2) to our `Backbone`'s.
+
+    Args:
+        tensors: names without the `backbone.` prefix; Linear weights of the pointwise convolutions are 2-D.
+
+    Raises:
+        WeightsError: a name that such a network does not have.
+    """
+    return {f"body.{rename(name, _CONVNEXT, 'mmpretrain ConvNeXt')}": tensor for name, tensor in tensors.items()}
+
+
+def vit_from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of mmpretrain's VisionTransformer to our `Backbone`'s.
+
+    Args:
+        tensors: names without prefix. The position table keeps its grid; see `position.resample_positions`.
+
+    Raises:
+        WeightsError: a name that such a network does not have.
+    """
+    return {f"body.{rename(name, _VIT, 'mmpretrain VisionTransformer')}": tensor for name, tensor in tensors.items()}

@@ -1,0 +1,136 @@
+"""Predict one image in memory: tiled or resized, averaged over scales and mirror images."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsseg.config import EvalConfig
+from rsseg.inference.blend import Tile, argmax_classes, blend_logits
+from rsseg.inference.predict import Compute, Forward, choose_tiling, extended, predict_strips, predict_tile_logits
+from rsseg.inference.tiling import TilePlan, plan_tiles
+from rsseg.layers.blocks import resize
+from rsseg.methods.base import Segmenter
+
+
+class View(NamedTuple):
+    """One test-time view of an image: scaled, then mirrored left to right."""
+
+    scale: float
+    flip: bool
+
+
+def predict_image(
+    segmenter: Segmenter,
+    image: NDArray[np.float32] | Tensor,
+    valid: NDArray[np.bool_] | None,
+    config: EvalConfig,
+    *,
+    device: torch.device | str,
+) -> NDArray[np.uint8]:
+    """Classes of one image in memory.
+
+    Args:
+        segmenter: on `device`, in eval mode.
+        image: float32 (C, H, W) in scaled units.
+        valid: bool (H, W), False where the image has no data; the network sees `segmenter.fill` there. None: all valid.
+        config: tiling, blending and test-time augmentation; None in it takes what suits the network.
+        device: where the network runs.
+
+    Returns:
+        uint8 (H, W) class indices. Where the image has no data they mean nothing.
+    """
+    pixels = _filled(segmenter, image, valid)
+    views = _views_of(config)
+    if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
+        plan, tiles, compute = _tiles_of(segmenter, pixels, config, device)
+        strips = predict_strips(segmenter, tiles, plan, config.blend, compute)
+        return np.concatenate([strip.classes for strip in strips])
+    if len(views) == 1:
+        return argmax_classes(_view_logits(segmenter, pixels, views[0], config, device))
+    return argmax_classes(_mean_probabilities(segmenter, pixels, config, device))
+
+
+def predict_probabilities(
+    segmenter: Segmenter,
+    image: NDArray[np.float32] | Tensor,
+    valid: NDArray[np.bool_] | None,
+    config: EvalConfig,
+    *,
+    device: torch.device | str,
+) -> Tensor:
+    """Like `predict_image`, but float32 (H, W, K) probabilities, the mean over test-time views."""
+    return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device)
+
+
+def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:
+    """The pixels that the network sees."""
+    pixels = torch.as_tensor(image, dtype=torch.float32)
+    if valid is None:
+        return pixels
+    return torch.where(torch.tensor(valid), pixels, torch.tensor(segmenter.fill)[:, None, None])
+
+
+def _views_of(config: EvalConfig) -> tuple[View, ...]:
+    """All scales, each unmirrored and also mirrored if the recipe asks for that."""
+    return tuple(View(scale, flip) for scale in config.scales for flip in ((False, True) if config.flip else (False,)))
+
+
+def _mean_probabilities(segmenter: Segmenter, pixels: Tensor, config: EvalConfig, device: torch.device | str) -> Tensor:
+    views = _views_of(config)
+    total: Any = sum(_view_logits(segmenter, pixels, view, config, device).softmax(-1) for view in views)
+    return total / len(views)  # type: ignore[no-any-return]
+
+
+def _tiles_of(
+    segmenter: Segmenter, image: Tensor, config: EvalConfig, device: torch.device | str
+) -> tuple[TilePlan, Iterator[Tile], Compute]:
+    tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
+    height, width = image.shape[1:]
+    plan = plan_tiles(height, width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+    image = extended(image, plan.rows.covered, plan.cols.covered)
+    tiles = (
+        Tile(row, col, partial(_cut, image, top, left, plan))
+        for row, top in enumerate(plan.rows.origins)
+        for col, left in enumerate(plan.cols.origins)
+    )
+    return plan, tiles, Compute(torch.device(device), batch_size=config.batch_size, least=tiling.least)
+
+
+def _cut(image: Tensor, top: int, left: int, plan: TilePlan) -> Tensor:
+    return image[:, top : top + plan.rows.tile, left : left + plan.cols.tile]
+
+
+@torch.inference_mode()
+def _view_logits(
+    segmenter: Segmenter, image: Tensor, view: View, config: EvalConfig, device: torch.device | str
+) -> Tensor:
+    """float32 logits (H, W, K) of one view of the image, at the image's own size."""
+    size = (image.shape[1], image.shape[2])
+    seen = image.flip(-1) if view.flip else image
+    if config.mode == "resized":
+        side = choose_tiling(segmenter, config.tile, 0, config.blend).tile
+        inner, corners = _scaled_size((side, side), view.scale, config.resize_multiple), False
+    else:
+        inner, corners = _scaled_size(size, view.scale, config.resize_multiple), config.resize_multiple is not None
+    seen = resize(seen[None], inner, align_corners=corners)[0]
+    if config.mode == "tiled" and config.resize_multiple is None:
+        plan, tiles, compute = _tiles_of(segmenter, seen, config, device)
+        of_tiles = predict_tile_logits(segmenter, tiles, compute)
+        strips = blend_logits(of_tiles, plan, config.blend, segmenter.task.num_classes)
+        logits = torch.cat([strip.logits for strip in strips]).permute(2, 0, 1)
+    else:
+        logits = Forward(segmenter, Compute(torch.device(device)))(seen[None])[0].whole()
+    logits = resize(logits[None], size, align_corners=corners)[0]
+    return (logits.flip(-1) if view.flip else logits).permute(1, 2, 0)
+
+
+def _scaled_size(size: tuple[int, int], scale: float, multiple: int | None) -> tuple[int, int]:
+    """Height and width times `scale`, each to the nearest pixel or the nearest multiple (half up), at least one."""
+    step = multiple or 1
+    height, width = (max(int(side * scale / step + 0.5), 1) * step for side in size)
+    return height, width

@@ -1,0 +1,213 @@
+"""From a model file to a network that is ready to predict: batch norms and paddings folded, weights converted."""
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from rsseg.checkpoint import find_model, load_tensors, read_header
+from rsseg.errors import RecipeError, WeightsError
+from rsseg.inference.device import resolve_device
+from rsseg.methods.base import Segmenter
+from rsseg.methods.registry import segmenter_for
+from rsseg.recipe import recipe_from_dict
+
+_TOLERANCE = 1e-3
+"""Of the logits, relative to the largest: far above rounding in float32, far below a mistake."""
+
+
+def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
+    """The network of a model file or of a run folder, in eval mode; needs no other file and no network connection.
+
+    Args:
+        path: `model.safetensors`, another file of that format, or the folder of a run.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        WeightsError: there is no model, or it is damaged, foreign, or of another version.
+        MachineError: there is no such device.
+    """
+    target = resolve_device(device)
+    file = find_model(Path(path))
+    header = read_header(file)
+    try:
+        segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
+    except RecipeError as error:
+        made_with = header.made_with.get("rsseg", "another version")
+        raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
+    load_tensors(segmenter, file)
+    return segmenter.to(target).eval()
+
+
+def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:
+    """A copy in eval mode for inference, and the type to compute in; the original is not changed.
+
+    A network that cannot compute in `dtype`, which is tried with one small image, computes in float32. Weights that
+    need no conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU;
+    those of a convolutional network are folded as well, see `fold_convolutions`.
+    """
+    # deepcopy takes what the memo already holds: the weights are not copied twice.
+    memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
+    for parameter in segmenter.parameters():
+        layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+        placed = parameter.detach().to(device, memory_format=layout)
+        memo[id(parameter)] = nn.Parameter(placed, requires_grad=False)
+    ready = copy.deepcopy(segmenter, memo).eval()
+    ready.fold()
+    if ready.tile.flexible:
+        fold_convolutions(ready, functools.partial(ready.predict_logits, _small_image(ready, device)))
+    if dtype == torch.float32 or not _can_compute(ready, device, dtype):
+        return ready, torch.float32
+    store_convolutions(ready, dtype, lambda: _can_compute(ready, device, dtype))
+    return ready, dtype
+
+
+@torch.no_grad()
+def fold_convolutions(network: nn.Module, run: Callable[[], Tensor]) -> None:
+    """Fold batch norms into the preceding convolutions and make asymmetric padding symmetric; in place.
+
+    The logits are compared: where they change, as where another layer reads the output of a convolution too, the
+    network is restored.
+
+    Args:
+        network: in eval mode, and only given images whose sides its strides divide. Its tensors are not written to:
+            they may be shared with another network.
+        run: applies the network to a small image in float32; returns its logits.
+    """
+    expected = run()
+    edits = _Edits()
+    _pad_evenly(network, edits)
+    _fold_batch_norms(network, run, edits)
+    if (run() - expected).abs().max() > _TOLERANCE * expected.abs().max():
+        edits.undo()
+
+
+@torch.no_grad()
+def store_convolutions(network: nn.Module, dtype: torch.dtype, works: Callable[[], bool]) -> None:
+    """Store the weights of convolutions in the type that autocast converts them to at every call; in place.
+
+    Undone if `works`, which runs the network, returns False because some part computes in float32.
+    """
+    edits = _Edits()
+    for conv in [module for module in network.modules() if isinstance(module, nn.Conv2d)]:
+        edits.set(conv, "weight", _constant(conv.weight.to(dtype)))
+        if conv.bias is not None:
+            edits.set(conv, "bias", _constant(conv.bias.to(dtype)))
+    if not works():
+        edits.undo()
+
+
+@torch.inference_mode()
+def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        with torch.autocast(device.type, dtype):
+            return bool(segmenter.predict_logits(_small_image(segmenter, device)).isfinite().all())
+    except RuntimeError:  # an operation has no kernel for this type, or does not mix it with float32
+        return False
+
+
+def _small_image(segmenter: Segmenter, device: torch.device) -> Tensor:
+    """Noise (1, C, side, side) about the mean, of the smallest side that suits the network."""
+    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
+    mean = torch.tensor(segmenter.fill)[:, None, None]
+    noise = torch.randn(len(mean), side, side, generator=torch.Generator().manual_seed(0))
+    return (mean + noise * mean.abs())[None].to(device)
+
+
+class _Edits:
+    """Changes of attributes that can be undone."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, str, Any]] = []
+
+    def set(self, owner: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def replace(self, network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+        for owner in list(network.modules()):
+            for name, child in owner.named_children():
+                if child is old:
+                    self.set(owner, name, new)
+
+    def undo(self) -> None:
+        for owner, name, value in reversed(self._before):
+            setattr(owner, name, value)
+
+
+def _pad_evenly(network: nn.Module, edits: _Edits) -> None:
+    """Replace TensorFlow's asymmetric padding, which copies the map, by the padding of the convolution itself.
+
+    A kernel with a first row and column of zeros needs the same padding on both sides.
+    """
+    for conv in [module for module in network.modules() if isinstance(module, Conv2dSame)]:
+        side, stride = conv.kernel_size[0], conv.stride[0]
+        padding = max(side - stride, 0)
+        after, more = padding - padding // 2, padding % 2
+        if conv.kernel_size != (side, side) or conv.stride != (stride, stride) or conv.dilation != (1, 1):
+            continue
+        even = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            side + more,
+            stride,
+            after,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        even.weight = _constant(F.pad(conv.weight, (more, 0, more, 0)))
+        even.bias = conv.bias
+        edits.replace(network, conv, even.eval())
+
+
+def _fold_batch_norms(network: nn.Module, run: Callable[[], Tensor], edits: _Edits) -> None:
+    for conv, norm in _pairs(network, run):
+        assert norm.running_mean is not None  # for the type checker: `_pairs` tests it
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        edits.set(conv, "weight", _constant(weight))
+        edits.set(conv, "bias", _constant(bias))
+        # Norms of timm have their activation inside.
+        rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
+        edits.replace(network, norm, nn.Sequential(*rest))
+
+
+def _pairs(network: nn.Module, run: Callable[[], Tensor]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and the norms that always follow them, found by running the network."""
+    made: list[tuple[Tensor, nn.Module]] = []
+    calls: Counter[nn.Module] = Counter()
+    follows: Counter[tuple[nn.Module, nn.Module]] = Counter()
+
+    def after_conv(conv: nn.Module, _: Any, output: Tensor) -> None:
+        calls[conv] += 1
+        made.append((output, conv))  # kept alive, so that no later tensor has its identity
+
+    def before_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        calls[norm] += 1
+        follows.update((conv, norm) for output, conv in made if output is inputs[0])
+
+    hooks = [m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    hooks += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [pair for pair, n in follows.items() if calls[pair[0]] == calls[pair[1]] == n]  # type: ignore[misc]
+
+
+def _constant(values: Tensor) -> nn.Parameter:
+    layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+    return nn.Parameter(values.contiguous(memory_format=layout), requires_grad=False)
