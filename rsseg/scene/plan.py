@@ -69,7 +69,7 @@ class PreparedScene:
         return self.products[0][0]
 
     @property
-    def wanted(self) -> PixelOutputs:
+    def pixel_outputs(self) -> PixelOutputs:
         """Values to compute for each pixel."""
         return PixelOutputs(self.options.confidence, self.options.probabilities)
 
@@ -143,6 +143,11 @@ def prepare_scene(
     """
     network = prepared.network
     with open_scene(scene, options, None) as raster:
+        if raster.info.colormap is not None and len(network.task.bands) > 1:
+            raise DataError(
+                f"{scene}: a palette image with one band; the model needs {len(network.task.bands)}. Convert it with "
+                "gdal_translate -expand rgb."
+            )
         try:
             bands = match_bands(raster.info, network.task.bands, options.bands)
         except DataError as error:

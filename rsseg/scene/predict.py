@@ -281,7 +281,7 @@ def _compute(
             panel.plan,
             prepared.options.blend,
             prepared.compute,
-            outputs=prepared.wanted,
+            outputs=prepared.pixel_outputs,
             report=report,
         )
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)

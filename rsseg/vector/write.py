@@ -21,7 +21,9 @@ from rsseg.task import NODATA, Task
 from rsseg.vector.grid import LONGITUDE_LATITUDE, Grid, reproject
 from rsseg.vector.polygons import PixelPolygon, trace_polygons
 
-# Rasters without coordinates are normal here. Once for the process: a filter around a call leaks between threads.
+# GDAL's warnings, with lines of source code, and those of missing coordinates, which are normal here. Once for the
+# process: a filter around a call leaks between threads.
+warnings.filterwarnings("ignore", module=r"pyogrio\.")
 warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".shp": "ESRI Shapefile", ".parquet": ""}
