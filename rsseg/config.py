@@ -6,13 +6,21 @@ A field's docstring gives meaning, unit and default's origin; `rsseg recipe sche
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+"""Channels of a layer."""
+Depth = Annotated[int, Field(ge=1, le=64)]
+"""Layers of one kind, heads of an attention, or levels."""
+Side = Annotated[int, Field(ge=1, le=16384)]
+"""Side of an image, a crop or a grid."""
+Index = Annotated[int, Field(ge=0, lt=64)]
+"""Level of a pyramid or block of a ViT, from 0."""
 
 
 class Strict(BaseModel):
@@ -28,12 +36,12 @@ class BackboneConfig(Strict):
     """Name in the zoo, such as `convnext_base` or `vit_base_patch14_dinov2`."""
     weights: str = "pretrained"
     """`pretrained` (hub or cache), `random`, or the path of a .safetensors file in timm's names."""
-    out_indices: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    out_indices: Annotated[tuple[Index, ...], Field(max_length=64)] | None = None
     """Indices of the pyramid levels or ViT blocks to return, from 0; None uses the zoo's default."""
     out_norm: Literal["all", "last", "none"] | None = None
     """Which returned maps pass a LayerNorm: for a ViT the network's final norm (`last` as in mmpretrain, `all` as in
     DINOv2), for a pyramid one norm per level. None uses the zoo's default."""
-    image_size: Count | None = None
+    image_size: Side | None = None
     """Image side in pixels that random weights and `pos_embed_round_trip` lay the position table out for; None keeps
     the network's own."""
     pos_embed: Literal["timm", "dinov2", "bicubic"] = "timm"
@@ -53,6 +61,19 @@ class BackboneConfig(Strict):
     training data."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage and compute type of a frozen teacher."""
+
+
+def _trains_in_float32(config: BackboneConfig) -> BackboneConfig:
+    if config.dtype != "float32":
+        raise ValueError(
+            f"dtype: {config.dtype} is for frozen teachers, a network that trains is stored in float32. Leave it out; "
+            "trainer.amp_dtype computes in 16 bits"
+        )
+    return config
+
+
+TrainedBackbone = Annotated[BackboneConfig, AfterValidator(_trains_in_float32)]
+"""A backbone whose weights are optimized."""
 
 
 class ScheduleConfig(Strict):
@@ -125,9 +146,36 @@ class TrainerConfig(Strict):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
 
+class LossConfig(Strict):
+    """What every method can add to its cross-entropy on labels. All off: the published losses."""
+
+    class_weights: Literal["none", "auto"] | tuple[Annotated[float, Field(ge=0)], ...] = "none"
+    """Weight of each class's pixels, in the order of the task. Where few pixels show a class, the mean over pixels
+    hardly asks for it, while mean IoU counts it like any other. `auto`: one over the square root of the class's share
+    in the labeled training images, scaled so that the mean over their pixels stays 1. Not for DASegNet's decoders that
+    have weights of their own."""
+    focal_gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Each pixel's cross-entropy counts (1 - p)^gamma times, p being the probability of its class (arXiv 1708.02002):
+    what is learnt already no longer outvotes what is not. 0: all pixels alike."""
+    dice: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the Dice loss (arXiv 1606.04797), which is added: one minus the overlap of probabilities and labels per
+    class, mean over the classes that the batch shows. It follows IoU rather than the number of right pixels."""
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "light": {"scale_range": (0.8, 1.25), "hflip": 0.5, "vflip": 0.5, "rot90": 0.75, "photometric": "none"},
+    "strong": {"scale_range": (0.5, 2.0), "hflip": 0.5, "vflip": 0.5, "rot90": 0.75, "photometric": "fast"},
+}
+"""Values of `AugmentConfig` by preset."""
+
+
 class AugmentConfig(Strict):
     """Weak augmentation of a training crop, applied in this order."""
 
+    preset: Literal["light", "strong"] | None = None
+    """Start from values for images from above, where no direction is special; keys that are given beside it win.
+    `light`: all eight orientations, scales 0.8 to 1.25. `strong`: scales 0.5 to 2 and changed colours as well, for few
+    images, or images of other places and seasons."""
     crop_size: Count = 512
     """Side of the square crop in pixels."""
     scale_range: tuple[Positive, Positive] | None = None
@@ -151,6 +199,12 @@ class AugmentConfig(Strict):
     jitters brightness, contrast, saturation and hue of any bands in one pass."""
     fit: Literal["crop", "squeeze"] = "crop"
     """`squeeze` resizes the whole image to the crop size without keeping its shape (ST-DASegNet's target)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        preset = PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        return values if preset is None else {**preset, **values}
 
 
 class StrongConfig(Strict):
@@ -226,6 +280,10 @@ class DataConfig(Strict):
     """Per training stream of the method; the method's defaults apply to what is not said."""
     val: SelectConfig = SelectConfig(split="val")
     test: SelectConfig = SelectConfig(split="test")
+    rare_class_sampling: Positive | None = None
+    """Temperature of drawing the labeled images of training by how rare their classes are (arXiv 2111.14887: 0.01):
+    first a class, the rarer the likelier, then an image that shows it, and a crop with at least a hundredth of its
+    pixels of that class, if ten tries find one. None draws all images alike, as published by all three methods."""
     match_gsd: bool = False
     """Scale images of other datasets to the ground sampling distance of `data.path`, as both declare it, before
     anything else: in training and where they are scored."""
@@ -236,6 +294,20 @@ class DataConfig(Strict):
         """Augmentation of a training stream: its own, or that of all."""
         select = self.streams.get(stream)
         return self.augment if select is None or select.augment is None else select.augment
+
+
+class NormStatisticsConfig(Strict):
+    """Measure the batch-norm statistics of the shipped network anew, on images without labels.
+
+    A network that learnt in one place or season normalizes with the statistics of that place. On images of the place
+    where it will predict, they are worth a part of a domain adaptation at the cost of some forward passes. The weights
+    stay; `checkpoints/best.safetensors` keeps the statistics of training.
+    """
+
+    images: SelectConfig = SelectConfig(split="unlabeled")
+    """Of the place where the network will predict; their masks are never opened."""
+    batches: Count = 32
+    """Of `trainer.batch_size` crops each, without augmentation; the statistics are the mean over them."""
 
 
 class EvalConfig(Strict):
@@ -259,6 +331,12 @@ class EvalConfig(Strict):
     ignore_classes: tuple[str, ...] = ()
     """Classes left out of the score: their labeled pixels are not counted."""
 
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        if self.tile is not None and self.overlap is not None and self.overlap >= self.tile:
+            raise ValueError(f"overlap: {self.overlap} pixels do not fit tiles of {self.tile}")
+        return self
+
 
 class BaseRecipe(Strict):
     """What every recipe has, whatever its method."""
@@ -271,11 +349,14 @@ class BaseRecipe(Strict):
     """Paper and table row that this recipe reproduces, and the score to expect."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: DataConfig
+    loss: LossConfig = LossConfig()
     optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
     ship: Literal["student", "average"] = "student"
     """Weights that are evaluated and shipped: those that the optimizers train, or their exponential moving average."""
+    norm_statistics: NormStatisticsConfig | None = None
+    """None ships the statistics of training."""
     ema_decay: Probability = 0.999
     """Decay of the moving average per optimizer step; not used with `ship: student`."""
 

@@ -76,20 +76,20 @@ def is_nan(value: float | None) -> bool:
 def is_nodata(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
     """Where a band holds the nodata value, compared as GDAL does; nowhere if its type cannot hold it.
 
-    Floats within four units in the last place are equal, and near the largest float all that overflow when added:
-    nodata values are often written with fewer digits than the pixels have.
+    Integers are compared with the truncated value. Floats may differ by four units in the last place of a float32, and
+    those near the largest float are equal if their sum overflows: nodata values are often written with fewer digits
+    than the pixels have.
     """
     if value is None:
         return np.zeros(band.shape, np.bool_)
     if band.dtype.kind in "ui":
         limits = np.iinfo(band.dtype)
-        if not float(value).is_integer() or not limits.min <= value <= limits.max:
+        if not limits.min <= value <= limits.max:
             return np.zeros(band.shape, np.bool_)
-        return np.asarray(band == band.dtype.type(value))
-    limit = np.finfo(band.dtype)
+        return np.asarray(band == band.dtype.type(int(value)))
     if math.isnan(value):
         return np.asarray(np.isnan(band))
-    largest, tolerance = float(limit.max), 4 * float(limit.eps)
+    largest, tolerance = float(np.finfo(band.dtype).max), 4 * float(np.finfo(np.float32).eps)
     if abs(value) > largest:
         return np.asarray(band == math.copysign(math.inf, value))
     size = abs(value)

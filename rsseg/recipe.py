@@ -15,9 +15,10 @@ from rsseg.errors import RecipeError
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.methods.mtdf.recipe import MTDFRecipe
+from rsseg.methods.supervised.recipe import SupervisedRecipe
 
-Recipe = Annotated[KTDARecipe | MTDFRecipe | DASegNetRecipe, Field(discriminator="method")]
-MEMBERS: tuple[type[BaseRecipe], ...] = (KTDARecipe, MTDFRecipe, DASegNetRecipe)
+Recipe = Annotated[SupervisedRecipe | KTDARecipe | MTDFRecipe | DASegNetRecipe, Field(discriminator="method")]
+MEMBERS: tuple[type[BaseRecipe], ...] = (SupervisedRecipe, KTDARecipe, MTDFRecipe, DASegNetRecipe)
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsseg.errors import MachineError
+from rsseg.errors import MachineError, UsageError
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -44,11 +44,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def own_device(name: str, number: int | None) -> torch.device:
-    """Like `resolve_device`, for one of several processes: a name without an index means the GPU `number`.
+    """Like `resolve_device`, for one of several processes: with a number, the GPU of that number.
 
     Raises:
         MachineError: there is no such device, or fewer than processes.
+        UsageError: the name has a number of its own, so that all processes would share one GPU.
     """
+    if number is not None and ":" in name:
+        raise UsageError(f"device {name!r} is one device, but each of several processes needs its own. Choose cuda.")
     device = resolve_device(name)
     if number is not None and device.type == "cuda" and device.index is None:
         device = resolve_device(f"cuda:{number}")

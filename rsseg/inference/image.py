@@ -63,8 +63,8 @@ def predict_probabilities(
     *,
     device: torch.device | str,
 ) -> Tensor:
-    """Like `predict_image`, but float32 (H, W, K) probabilities, the mean over test-time views."""
-    return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device)
+    """Like `predict_image`, but float32 (H, W, K) probabilities in host memory, the mean over test-time views."""
+    return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device).cpu()
 
 
 def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:

@@ -13,12 +13,9 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rsseg.checkpoint import find_model, load_tensors, read_header
-from rsseg.errors import RecipeError, WeightsError
 from rsseg.inference.device import resolve_device
 from rsseg.methods.base import Segmenter
-from rsseg.methods.registry import segmenter_for
-from rsseg.recipe import recipe_from_dict
+from rsseg.methods.registry import load_model
 
 _TOLERANCE = 1e-3
 """Of the logits, relative to the largest: far above rounding in float32, far below a mistake."""
@@ -36,15 +33,7 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
         MachineError: there is no such device.
     """
     target = resolve_device(device)
-    file = find_model(Path(path))
-    header = read_header(file)
-    try:
-        segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
-    except RecipeError as error:
-        made_with = header.made_with.get("rsseg", "another version")
-        raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
-    load_tensors(segmenter, file)
-    return segmenter.to(target).eval()
+    return load_model(Path(path)).to(target)
 
 
 def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:

@@ -231,11 +231,6 @@ def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
         assert all(loss.isfinite() for loss in method(batch, 0).losses.values())
 
 
-def test_rare_classes_are_drawn_more_often_only_in_the_source() -> None:
-    assert [spec.rare_classes for spec in make_method(rare_class_sampling=0.01).streams] == [0.01, None]
-    assert [spec.rare_classes for spec in make_method().streams] == [None, None]
-
-
 def test_students_look_at_plain_target_images_only_if_a_loss_or_the_teacher_needs_it() -> None:
     seen: list[int] = []
     for kind, forwards in (("whole", 2), ("decoder_only_t", 2)):
@@ -274,3 +269,26 @@ def test_energies_softmax_and_losses_stay_in_single_precision_under_autocast() -
     assert types.seen["cross_entropy"] == types.seen["binary_cross_entropy_with_logits"] == {torch.float32}
     assert torch.float32 in types.seen["bmm"]
     assert mixed[-1].dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_students_side_by_side_give_the_same_gradients() -> None:
+    alone = make_method().cuda()
+    beside = copy.deepcopy(alone)
+    beside.segmenter.side_by_side = True
+    batch = {
+        name: replace(
+            samples,
+            images=samples.images.cuda(),
+            valid=samples.valid.cuda(),
+            masks=None if samples.masks is None else samples.masks.cuda(),
+        )
+        for name, samples in make_batch().items()
+    }
+    for method in (alone, beside):
+        torch.stack(list(method(batch, 0).losses.values())).sum().backward()
+    torch.cuda.synchronize()
+    for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)

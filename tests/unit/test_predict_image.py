@@ -1,10 +1,13 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rsseg.config import EvalConfig
-from rsseg.inference.image import predict_image
+from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.predict import Tiling, choose_tiling
 from rsseg.methods.base import TileHint
 from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, StridedSegmenter, make_task
@@ -126,3 +129,16 @@ def test_network_with_a_stride_sees_in_tiles_what_it_sees_in_the_whole_image(siz
     whole = predict_image(network, image, None, EvalConfig(tile=160), device="cpu")
     tiled = predict_image(network, image, None, EvalConfig(tile=32, overlap=16), device="cpu")
     assert_array_equal(tiled, whole)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mode": "resized"}, {"resize_multiple": 14}, {"scales": (1.0, 0.5)}, {"flip": True}]
+)
+def test_probabilities_come_to_host_memory_from_a_gpu(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and devices only, so that no GPU is needed
+        with torch.device("cuda:0"):
+            network = ConvSegmenter(make_task(), tile=ATTENTION)
+        config = EvalConfig(tile=32, **changes)
+        image = random_image(40, 48)
+        assert predict_probabilities(network, image, None, config, device="cuda:0").device.type == "cpu"

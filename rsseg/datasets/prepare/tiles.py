@@ -91,7 +91,7 @@ class Look:
     scales: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
     masked: bool = False
-    """The image has an alpha or mask band."""
+    """Validity is written as a mask band."""
     colormap: tuple[tuple[int, tuple[int, int, int]], ...] = ()
 
     @classmethod
@@ -99,14 +99,17 @@ class Look:
         """Metadata of an image; `names` replaces its band names, `chosen` selects bands (0-based)."""
         kept = range(info.count) if chosen is None else chosen
         known = info.band_names if names is None else names
+        nodata = {str(value) for value in info.band_nodata}
+        # GeoTIFF has one nodata value for all bands, and one of a band that is left out still counts.
+        by_mask = len(nodata) > 1 or (nodata != {"None"} and len(kept) < info.count)
         return cls(
             crs=info.crs,
             transform=info.transform,
-            nodata=info.nodata,
+            nodata=None if by_mask else info.nodata,
             names=tuple(known[i] for i in kept),
             scales=tuple(info.scales[i] for i in kept),
             offsets=tuple(info.offsets[i] for i in kept),
-            masked=info.has_alpha or info.has_mask,
+            masked=info.has_alpha or info.has_mask or by_mask,
         )
 
     def stretched(self) -> Self:
