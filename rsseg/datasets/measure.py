@@ -13,7 +13,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
-from rsseg.data.labels import LabelTable
+from rsseg.data.labels import LabelTable, histogram
 from rsseg.errors import DataError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
@@ -198,8 +198,7 @@ def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64
 def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
     with mask_errors():
         indices = labels.read(mask, window)
-    counted = indices.ravel() if valid is None or valid.all() else indices[valid]
-    return np.bincount(counted, minlength=IGNORE_INDEX + 1)
+    return histogram(indices if valid is None or valid.all() else indices[valid])
 
 
 def strips(info: RasterInfo) -> Iterator[Window]:

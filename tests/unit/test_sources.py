@@ -288,3 +288,23 @@ def test_an_unpacked_source_tree_prepares_without_metadata(tmp_path: Path, monke
 
     monkeypatch.setattr("importlib.metadata.version", unknown)
     assert made(own_source(tmp_path / "src"), tmp_path / "out").items
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_masks_are_compared_by_place_and_turned(tmp_path: Path, tile: int | None) -> None:
+    source = own_source(tmp_path / "src", size=(16, 16))
+    mask = np.repeat(np.array([1] * 10 + [2] * 6, np.uint8)[:, None], 16, axis=1)
+    north, south = from_origin(500000, 4000000, 10, 10), from_origin(500000, 4000000 - 160, 10, -10)
+    masks = [(file.parents[1] / "masks" / f"{file.stem}.tif", file) for file in source.rglob("*.tif")]
+    for path, image in masks:
+        write_tif(image, np.full((3, 16, 16), 90, np.uint8), transform=north)
+        write_tif(path, mask[None, ::-1], transform=south)
+    index = made(source, tmp_path / "a", tile=tile, folder={"masks": "{split}/masks/*.tif"})
+    counts = np.sum([item.classes for item in index.items if item.split == "val"], axis=0)
+    assert counts.tolist() == [160, 96]
+    if tile:
+        first = next(item for item in index.items if item.origin == (8, 0))
+        assert first.classes == (2 * 8, 6 * 8)
+    write_tif(masks[0][0], mask[None], transform=from_origin(500020, 4000000, 10, 10))
+    with pytest.raises(DataError, match=r"the mask lies elsewhere than its image"):
+        made(source, tmp_path / "b", tile=tile, folder={"masks": "{split}/masks/*.tif"})
