@@ -80,6 +80,26 @@ def _csv_line(values: Sequence[Any]) -> str:
     return line.getvalue()
 
 
+def publish(source: Path, target: Path) -> None:
+    """Replace `target` by `source` in one step: a hard link, or a copy where links are not possible.
+
+    Raises:
+        MachineError: neither is possible.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise MachineError(
+            f"{target}: cannot be written: {error}. Free some space or choose another --output."
+        ) from None
+
+
 PRODUCT_ENDING = "_rsseg"
 """Added to the stem of a scene for the name of its class raster."""
 _LONGEST = 120

@@ -1,16 +1,14 @@
 """The one reader of images, masks and scenes, over rasterio. Free of torch.
 
-GDAL's block cache is bounded here: its default of 5 % of the memory would slowly hold a whole scene.
+GDAL's block cache is bounded here: its default, 5 % of the memory, would grow to hold a whole scene.
 """
 
 import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -23,6 +21,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.rpc import RPC
 from rasterio.transform import Affine
 
+from rsseg import gdal
 from rsseg.errors import DataError
 
 # Images without coordinates are normal here. Once for the process: a filter around a call leaks between threads.
@@ -30,8 +29,6 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _CACHE_BYTES = (16 << 20, 512 << 20)
 """Least and most that GDAL may cache."""
-_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
-"""Without these, GDAL returns truncated JPEG and PNG files as if they were whole."""
 _UNNAMED = (ColorInterp.undefined, ColorInterp.gray, ColorInterp.palette, ColorInterp.alpha)
 
 
@@ -46,16 +43,16 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class RasterInfo:
-    """What a raster says about itself. Alpha and mask bands are not counted among its bands."""
+    """Metadata of a raster. Alpha and mask bands are not counted among its bands."""
 
     height: int
     width: int
     count: int
-    """Bands that are read."""
+    """Bands to read."""
     available: int
-    """Bands that the files have, alpha included."""
+    """All bands of the files, alpha included."""
     dtype: str
-    """NumPy name of the pixels that `Raster.read` returns: float32 if scale or offset tags are applied."""
+    """NumPy name of the type that `Raster.read` returns: float32 if scale or offset tags apply."""
     stored_dtype: str
     numbers: tuple[int, ...]
     """1-based position of each band among all bands of the files."""
@@ -71,6 +68,8 @@ class RasterInfo:
     area_or_point: str | None
     nodata: float | None
     """As given to `Raster`, else as declared for the first band."""
+    band_nodata: tuple[float | None, ...]
+    """The same per band: a VRT can declare another value for each."""
     has_alpha: bool
     has_mask: bool
     scales: tuple[float, ...]
@@ -78,20 +77,29 @@ class RasterInfo:
     block_shape: tuple[int, int]
     """Rows and columns of a stored block."""
     colormap: dict[int, tuple[int, int, int, int]] | None
-    """Red, green, blue, alpha of each value of a palette image."""
+    """Red, green, blue, alpha of each value of a palette image, if it has a table."""
 
 
 class _Part(NamedTuple):
-    """One open file and its image bands that are read, 1-based."""
+    """One open file, its image bands to read (1-based), and its order of rows and columns."""
 
     dataset: Any
     bands: list[int]
     alpha: int | None
     mask: bool
+    mirror: gdal.Mirror = (False, False)
+
+    def read(self, read: Callable[..., NDArray[Any]], window: Window, **options: Any) -> NDArray[Any]:
+        """`read(window=..., **options)` of the window of the whole image."""
+        (rows, cols), (row, col, height, width) = self.mirror, window
+        row = self.dataset.height - row - height if rows else row
+        col = self.dataset.width - col - width if cols else col
+        pixels = read(window=((row, row + height), (col, col + width)), **options)
+        return np.ascontiguousarray(pixels[..., :: -1 if rows else 1, :: -1 if cols else 1])
 
 
 class Raster:
-    """An image in one file, or in several files of the same size whose bands follow one another.
+    """An image in one file, or in several files on the same grid, stacked in band order.
 
     Use as a context manager, from one thread at a time.
     """
@@ -112,29 +120,30 @@ class Raster:
 
         Args:
             paths: file or URL, or the files of one image in band order.
-            bands: 1-based bands in the order wanted, counted through all files; None takes all but alpha. An alpha band
-                that is named here is data.
-            nodata: value without data in every band, instead of what the files declare; NaN declares NaN.
+            bands: 1-based bands in the order to return, counted through all files; None takes all but alpha. An alpha
+                band listed here is data.
+            nodata: value without data in every band, instead of what the files declare; NaN is added to it.
             zero_collar: pixels that are 0 in every band have no data.
-            threads: threads that GDAL may decompress with.
-            columns: widest window that will be read; for it, GDAL keeps two rows of blocks. None: the whole width.
+            threads: decompression threads of GDAL.
+            columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
 
         Raises:
-            DataError: a file is missing or unreadable, sizes differ, or a band does not exist.
+            DataError: a file is missing or unreadable, the files lie on different grids, or a band does not exist.
         """
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         self.name = " | ".join(str(file) for file in files)
         self._zero_collar = zero_collar
-        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": threads, **_STRICT}
+        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": threads, **gdal.STRICT}
         self._stack = ExitStack()
         try:
-            datasets = [self._stack.enter_context(_open(file, self._options)) for file in files]
+            datasets = [self._stack.enter_context(gdal.open_dataset(file, self._options)) for file in files]
             self._parts = self._choose(datasets, bands)
             self.info = self._describe(nodata)
         except BaseException:
             self._stack.close()
             raise
         self._nodata = self._nodata_values(nodata)
+        self._nan_is_nodata = gdal.is_nan(nodata) or any(map(gdal.is_nan, self._declared_nodata()))
         rows, cols = self.info.block_shape
         blocks = min(math.ceil((columns or self.info.width) / cols) + 1, math.ceil(self.info.width / cols))
         row_of_blocks = rows * blocks * cols * self.info.count
@@ -144,14 +153,17 @@ class Raster:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
+
+    def can_lack_data(self) -> bool:
+        """Whether the file or the caller declares anything that marks pixels without data."""
+        declared = self._nan_is_nodata or any(value is not None for value in self._nodata)
+        return self.info.has_alpha or self.info.has_mask or self._zero_collar or declared
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -161,10 +173,12 @@ class Raster:
     def read(self, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Pixels and where they have data.
 
+        Alpha or a mask band decides alone, as in GDAL's dataset mask. Without one, the nodata value decides: in any
+        band, but for unsigned pixels and for the value 0, which can be a valid dark or saturated value, in all bands.
+        A nodata value that was given to `Raster` always applies, and so does NaN where it is declared.
+
         Returns:
-            `(count, h, w)` of `info.dtype`, 0 where there is no data, and bool `(h, w)`. There is no data where alpha
-            or the mask band is 0, and where the nodata value is: in any band, or for unsigned pixels and the value 0,
-            which can be a legal dark or saturated value of one band, in all of them.
+            `(count, h, w)` of `info.dtype`, 0 where there is no data, and bool `(h, w)`.
 
         Raises:
             DataError: a damaged file, or a pixel that is NaN or infinite although NaN is not declared as nodata.
@@ -190,25 +204,39 @@ class Raster:
             raise ValueError(f"{window} is not inside the {self.info.height} x {self.info.width} pixels of {self.name}")
         with self._reading():
             parts = [
-                part.dataset.read(part.bands, window=_slices(window), out_dtype=self.info.stored_dtype)
+                part.read(part.dataset.read, window, indexes=part.bands, out_dtype=self.info.stored_dtype)
                 for part in self._parts
                 if part.bands
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)[self._order]
 
-    def _valid(self, pixels: NDArray[Any], window: Window) -> NDArray[np.bool_]:
-        valid = np.ones(pixels.shape[1:], np.bool_)
+    def read_opacity(self, window: Window) -> NDArray[np.bool_]:
+        """Bool `(h, w)`, False where alpha or the mask band is 0."""
+        opaque = np.ones((window.height, window.width), np.bool_)
         for part in self._parts:
             with self._reading():
                 if part.alpha is not None:
-                    valid &= part.dataset.read(part.alpha, window=_slices(window)) > 0
+                    opaque &= part.read(part.dataset.read, window, indexes=part.alpha) > 0
                 if part.mask:
-                    valid &= part.dataset.read_masks(1, window=_slices(window)) > 0
+                    opaque &= part.read(part.dataset.read_masks, window, indexes=1) > 0
+        return opaque
+
+    def align_to(self, reference: RasterInfo, *, what: str, of: str) -> bool:
+        """Read in the pixel order of an image on the same grid, and return whether that mirrors this one.
+
+        Arguments and errors are those of `gdal.alignment`.
+        """
+        mirrors = [gdal.alignment(part.dataset, reference, what=what, of=of) for part in self._parts]
+        self._parts = [part._replace(mirror=mirror) for part, mirror in zip(self._parts, mirrors, strict=True)]
+        return any(map(any, mirrors))
+
+    def _valid(self, pixels: NDArray[Any], window: Window) -> NDArray[np.bool_]:
+        valid = self.read_opacity(window)
         if self._zero_collar:
             valid &= (pixels != 0).any(axis=0)
         if all(value is None for value in self._nodata):
             return valid
-        missing = [_equals(band, value) for band, value in zip(pixels, self._nodata, strict=True)]
+        missing = [gdal.is_nodata(band, value) for band, value in zip(pixels, self._nodata, strict=True)]
         if pixels.dtype.kind == "u" or all(value in (0, None) for value in self._nodata):
             valid &= ~np.logical_and.reduce(missing)
         else:
@@ -216,11 +244,11 @@ class Raster:
         return valid
 
     def _check_finite(self, pixels: NDArray[Any], valid: NDArray[np.bool_], window: Window) -> None:
-        """Take undefined pixels out of `valid` where NaN is declared, else complain about the first one."""
+        """Clear `valid` at NaN and infinity if NaN is declared as nodata, else raise for the first of them."""
         finite = np.isfinite(pixels)
         if finite.all():
             return
-        if any(value is not None and math.isnan(value) for value in self._nodata):
+        if self._nan_is_nodata:
             valid &= finite.all(axis=0)
             return
         if (wrong := ~finite & valid).any():
@@ -228,32 +256,33 @@ class Raster:
             raise DataError(
                 f"{self.name}: the pixel at row {window.row + row}, column {window.col + col} of band "
                 f"{self.info.band_names[band]} is {pixels[band, row, col]}, and NaN is not declared as nodata. "
-                "Declare it in the file or pass nan as the nodata value."
+                "If such pixels have no data, pass nan as the nodata value (`--nodata nan`, or `nodata: .nan` in a "
+                "class file): it adds to what the file declares."
             )
 
     def _choose(self, datasets: Sequence[Any], bands: Sequence[int] | None) -> list[_Part]:
-        """Distribute the wanted bands over the files; a file without wanted bands still counts for validity."""
-        if len(sizes := {dataset.shape for dataset in datasets}) > 1:
-            raise DataError(f"{self.name}: the files of one image differ in size: {sorted(sizes)} (rows, columns).")
+        """Assign the bands to their files; a file of which no band is read still has its say on validity."""
         located = [(number, band) for number, dataset in enumerate(datasets) for band in dataset.indexes]
-        alphas = {place for place in located if _is_alpha(datasets[place[0]], place[1])}
+        alphas = {place for place in located if gdal.is_alpha(datasets[place[0]], place[1])}
         if wrong := [band for band in bands or () if not 1 <= band <= len(located)]:
             raise DataError(f"{self.name}: there is no band {wrong[0]}; the image has {len(located)}.")
         chosen = range(1, len(located) + 1) if bands is None else bands
         wanted = [located[band - 1] for band in chosen if bands or located[band - 1] not in alphas]
         if not wanted:
-            raise DataError(f"{self.name}: the image has no band beside its alpha.")
+            raise DataError(f"{self.name}: the image has no band but its alpha.")
         self._numbers = tuple(located.index(place) + 1 for place in wanted)
         self._order = np.argsort(np.argsort([number for number, _ in wanted], kind="stable"), kind="stable")
         parts = []
         for number, dataset in enumerate(datasets):
             flags = dataset.mask_flag_enums[0]
+            what, of = f"{dataset.name}: the file", "the first file of its image"
             parts.append(
                 _Part(
                     dataset,
                     [band for owner, band in wanted if owner == number],
                     next((band for owner, band in sorted(alphas - set(wanted)) if owner == number), None),
                     MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+                    gdal.alignment(dataset, datasets[0], what=what, of=of) if number else (False, False),
                 )
             )
         return parts
@@ -261,16 +290,21 @@ class Raster:
     def _describe(self, nodata: float | None) -> RasterInfo:
         first = self._parts[0].dataset
         bands = self._bands()
-        stored = np.result_type(*(dataset.dtypes[band - 1] for dataset, band in bands))
-        if stored.kind not in "uif":
-            raise DataError(f"{self.name}: pixels of type {stored} cannot be used; convert them to real numbers.")
+        types = [dataset.dtypes[band - 1] for dataset, band in bands]
+        # GDAL has complex integers, NumPy has not.
+        if wrong := [name for name in types if name.startswith("complex") or np.dtype(name).kind not in "uif"]:
+            raise DataError(
+                f"{self.name}: pixels of type {wrong[0]} cannot be used. Convert them to real numbers, such as "
+                "amplitudes."
+            )
+        stored = np.result_type(*types)
         scales = tuple(float(dataset.scales[band - 1]) for dataset, band in bands)
         offsets = tuple(float(dataset.offsets[band - 1]) for dataset, band in bands)
         scaled = any(scale != 1 for scale in scales) or any(offset != 0 for offset in offsets)
         colors = tuple(dataset.colorinterp[band - 1] for dataset, band in bands)
         descriptions = [dataset.descriptions[band - 1] for dataset, band in bands]
         dataset, band = bands[0]
-        has_palette = colors[0] == ColorInterp.palette
+        declared = self._declared_nodata()
         return RasterInfo(
             height=first.height,
             width=first.width,
@@ -290,23 +324,30 @@ class Raster:
             gcps_crs=first.gcps[1],
             rpcs=first.rpcs,
             area_or_point=first.tags().get("AREA_OR_POINT"),
-            nodata=dataset.nodatavals[band - 1] if nodata is None else nodata,
+            nodata=declared[0] if nodata is None or (math.isnan(nodata) and declared[0] is not None) else nodata,
+            band_nodata=declared if nodata is None or math.isnan(nodata) else (nodata,) * len(bands),
             has_alpha=any(part.alpha is not None for part in self._parts),
             has_mask=any(part.mask for part in self._parts),
             scales=scales,
             offsets=offsets,
             block_shape=first.block_shapes[0],
-            colormap=dataset.colormap(band) if has_palette else None,
+            colormap=gdal.colormap(dataset, band) if colors[0] == ColorInterp.palette else None,
         )
 
+    def _declared_nodata(self) -> tuple[float | None, ...]:
+        """Per band to read."""
+        return tuple(dataset.nodatavals[band - 1] for dataset, band in self._bands())
+
     def _nodata_values(self, nodata: float | None) -> list[float | None]:
-        """Per band that is read."""
-        if nodata is not None:
+        """The finite or infinite value that decides in each band to read."""
+        if nodata is not None and not math.isnan(nodata):
             return [nodata] * self.info.count
-        return [dataset.nodatavals[band - 1] for dataset, band in self._bands()]
+        opacity = [part.dataset for part in self._parts if part.mask or part.alpha is not None]
+        values = zip(self._bands(), self._declared_nodata(), strict=True)
+        return [None if dataset in opacity or gdal.is_nan(value) else value for (dataset, _), value in values]
 
     def _bands(self) -> list[tuple[Any, int]]:
-        """File and 1-based number of each band that is read, in the order wanted."""
+        """File and 1-based number of each band to read, in order."""
         by_file = [(part.dataset, band) for part in self._parts for band in part.bands]
         return [by_file[i] for i in self._order]
 
@@ -316,28 +357,28 @@ class Raster:
             try:
                 yield
             except RasterioError as error:
-                raise DataError(f"{self.name}: the file is damaged: {_reason(error)}. Get it again.") from None
+                raise DataError(f"{self.name}: the file is damaged: {gdal.reason(error)}. Get it again.") from None
 
 
 def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] | None = None) -> tuple[int, ...]:
-    """Which bands of a raster are the bands of a task.
+    """Match the bands of a raster to the bands of a task.
 
     Args:
         info: the raster.
         wanted: the task's band names.
-        chosen: names or 1-based numbers given by the user, one per wanted band; None finds them by name, else by colour
-            interpretation, else takes the file's order if the counts agree.
+        chosen: names or 1-based numbers given by the user, one per wanted band; None matches by name, else by colour
+            interpretation, else in the file's order if the counts agree.
 
     Returns:
         1-based band numbers in the task's order.
 
     Raises:
-        DataError: the bands cannot be told; the message lists what the file has.
+        DataError: the bands cannot be matched; the message lists those of the file.
     """
     names = [name.casefold() for name in info.band_names]
+    if chosen is not None and len(chosen) != len(wanted):
+        raise DataError(f"--bands names {len(chosen)} bands, but {len(wanted)} are needed: {', '.join(wanted)}.")
     if chosen is not None:
-        if len(chosen) != len(wanted):
-            raise DataError(f"--bands names {len(chosen)} bands, but {len(wanted)} are needed: {', '.join(wanted)}.")
         return tuple(_band_number(name, names, info) for name in chosen)
     for known in (names, list(info.colors)):
         if all(known.count(name.casefold()) == 1 for name in wanted):
@@ -346,7 +387,7 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
         return info.numbers
     raise DataError(
         f"the image has {info.count} band(s) ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
-        f"Say which is which with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
+        f"Name them with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
     )
 
 
@@ -357,43 +398,3 @@ def _band_number(name: str, names: Sequence[str], info: RasterInfo) -> int:
         have = f"it has {', '.join(info.band_names)} (or 1 to {info.available})"
         raise DataError(f"--bands: the image has no band {name!r}; {have}.")
     return info.numbers[names.index(name.casefold())]
-
-
-def _open(file: Path | str, options: dict[str, Any]) -> Any:
-    try:
-        with rasterio.Env(**options):
-            return rasterio.open(os.fspath(file))
-    except RasterioError as error:
-        if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
-            raise DataError(f"{file}: there is no such file.") from None
-        raise DataError(f"{file}: not an image that can be read: {_reason(error)}.") from None
-
-
-def _is_alpha(dataset: Any, band: int) -> bool:
-    """GDAL calls the fourth band of an 8-bit file alpha unless told otherwise; a name such as "nir" says what it is."""
-    description = dataset.descriptions[band - 1]
-    return dataset.colorinterp[band - 1] == ColorInterp.alpha and (not description or "alpha" in description.lower())
-
-
-def _reason(error: BaseException) -> str:
-    """GDAL's own words; rasterio hides them in the cause."""
-    return str(error.__cause__ or error).strip().rstrip(".")
-
-
-def _slices(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (window.row, window.row + window.height), (window.col, window.col + window.width)
-
-
-def _equals(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
-    """Where a band holds the nodata value; nowhere if its type cannot hold it."""
-    same = np.zeros(band.shape, np.bool_)
-    if value is None:
-        return same
-    if math.isnan(value):
-        return np.asarray(np.isnan(band))
-    if band.dtype.kind in "ui":
-        limits = np.iinfo(band.dtype)
-        if not float(value).is_integer() or not limits.min <= value <= limits.max:
-            return same
-    np.equal(band, band.dtype.type(value), out=same)
-    return same

@@ -13,8 +13,14 @@ def evaluate(
     model: Annotated[Path | None, typer.Option("--model", help="Run folder or model file; the newest run.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset; the one of the recipe.")] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the dataset.")] = "test",
-    pred: Annotated[Path | None, typer.Option("--pred", help="Folder of class rasters to score instead.")] = None,
-    truth: Annotated[Path | None, typer.Option("--truth", help="Folder of true class rasters.")] = None,
+    pred: Annotated[
+        Path | None,
+        typer.Option("--pred", help="Folder of class rasters (of `rsseg predict`) to score instead."),
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option("--truth", help="Folder of true class rasters; 255 and nodata: no label."),
+    ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     fail_under: Annotated[

@@ -3,10 +3,15 @@
 A random window of a compressed file costs the decoding of all its blocks; from here it costs a few page faults.
 """
 
+import ctypes
 import hashlib
+import mmap
+import os
 import tempfile
+import time
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +20,11 @@ import numpy as np
 import tifffile
 from numpy.typing import DTypeLike, NDArray
 
+from rsseg.errors import RssegWarning
+
 CACHE_NAME = ".rsseg-cache"
+_ABANDONED_S = 3600
+"""Age of a temporary file that no process can still be writing."""
 
 
 class Page(NamedTuple):
@@ -34,13 +43,16 @@ class ArrayCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`; it is created if missing."""
+        """Use `folder`; it is created if missing, and cleared of what killed processes left."""
         self._folder = folder
         self.enabled = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            for file in folder.glob("*.tmp"):
+                if file.stat().st_mtime < time.time() - _ABANDONED_S:
+                    file.unlink(missing_ok=True)
         except OSError as error:
             self.disable(error)
 
@@ -48,8 +60,9 @@ class ArrayCache:
         """Stop caching, with a warning."""
         self.enabled = False
         warnings.warn(
-            f"{self._folder}: images cannot be cached ({error}); they are decoded at every use instead.",
-            RuntimeWarning,
+            f"{self._folder}: images cannot be cached ({error.strerror or error}); they are decoded at every use, "
+            "which is slower. Make the folder writable, or set data.cache: false.",
+            RssegWarning,
             stacklevel=2,
         )
 
@@ -61,12 +74,16 @@ class ArrayCache:
 
     @staticmethod
     def load(path: Path) -> tuple[NDArray[Any], ...] | None:
-        """The file's arrays `(h, w, bands)`, memory-mapped; None if it is missing or incomplete."""
+        """The file's arrays `(h, w, bands)`, memory-mapped, read-only; None if it is missing or incomplete."""
         try:
             with tifffile.TiffFile(path) as file:
-                sizes = [(page.imagelength, page.imagewidth) for page in file.pages]
-            return tuple(tifffile.memmap(path, page=i, mode="r").reshape(*size, -1) for i, size in enumerate(sizes))
-        except (OSError, ValueError, tifffile.TiffFileError):
+                layouts = [
+                    ((page.imagelength, page.imagewidth, page.samplesperpixel), page.dtype, page.dataoffsets[0])
+                    for page in map(tifffile.TiffPage.aspage, file.pages)
+                ]
+            data = _mapped(path)
+            return tuple(np.ndarray(shape, dtype, data, offset) for shape, dtype, offset in layouts)
+        except (OSError, ValueError, TypeError, tifffile.TiffFileError):
             return None
 
     def store(self, path: Path, pages: Iterable[Page]) -> None:
@@ -89,3 +106,26 @@ class ArrayCache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file, mapped read-only, without a file descriptor.
+
+    `numpy.memmap` holds a descriptor as long as the array lives: a thousand images would exhaust the usual limit.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if library is None:
+        return np.memmap(path, np.uint8, "r")
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        address = library.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    buffer = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(buffer, library.munmap, address, size).atexit = False
+    data: NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
+    data.flags.writeable = False
+    return data

@@ -19,8 +19,8 @@ _NATIVE = ("uint8", "uint16", "int16", "float32")
 """Pixel types kept until the pixels are on the device; others are converted to float32."""
 _STRIP_VALUES = 1 << 24
 """Values per strip of a conversion."""
-_MOST_OPEN = 1024
-"""Memory maps kept per process."""
+_MOST_MAPS = 1024
+"""Images and masks kept mapped per reader: Linux grants a process 65530 maps."""
 _T = TypeVar("_T")
 
 
@@ -53,6 +53,8 @@ class SampleReader:
         self._images: dict[str, _Image] = {}
         self._masks: dict[str, NDArray[np.uint8]] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._aligned: set[str] = set()
+        """Images whose masks are known to lie on them as they are."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps are not pickled."""
@@ -199,13 +201,12 @@ class SampleReader:
     def _read_mask(self, item: IndexItem, file: Path, window: Window | None) -> NDArray[np.uint8]:
         """Class indices from the file; only the values in the window are checked."""
         with Raster(file) as raster:
-            info, expected = raster.info, self.size(item)
-            if (info.height, info.width) != expected:
-                raise DataError(
-                    f"{file}: the mask has {info.height} x {info.width} pixels (rows x columns), its image "
-                    f"{item.image} {expected[0]} x {expected[1]}. They must agree."
-                )
-            return self._labels.indices(raster.read_raw(window), info.colormap, name=str(file))
+            if item.image not in self._aligned:
+                with self._open(item) as image:
+                    mirrored = raster.align_to(image.info, what=f"{file}: the mask", of=f"its image {item.image}")
+                if not mirrored:
+                    self._aligned.add(item.image)
+            return self._labels.read(raster, window)
 
 
 def _page(array: NDArray[np.uint8]) -> Page:
@@ -214,9 +215,9 @@ def _page(array: NDArray[np.uint8]) -> Page:
 
 
 def _remember(table: dict[str, _T], key: str, value: _T) -> None:
-    """Keep the number of open files bounded."""
-    if len(table) >= _MOST_OPEN:
-        table.clear()
+    """Add a map, dropping the oldest one of a full table."""
+    if len(table) >= _MOST_MAPS:
+        del table[next(iter(table))]
     table[key] = value
 
 

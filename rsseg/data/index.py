@@ -59,7 +59,7 @@ class SegmentationIndex(BaseModel):
     ignore_zero_collar: bool = False
     """Pixels that are 0 in every band have no data."""
     nodata: float | None = None
-    """Value without data in every band, beside what the files declare."""
+    """Value without data in every band, instead of what the files declare; NaN is added to it."""
     split_rule: str = ""
     """Name of the rule that assigned the splits."""
     mixes_scenes: bool = False

@@ -1,17 +1,21 @@
 """Convert stored mask values or colours to class indices."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rsseg import gdal
 from rsseg.data.index import LabelMap
 from rsseg.errors import DataError
+from rsseg.raster import Raster, Window
 from rsseg.task import IGNORE_INDEX
 
 Palette = Mapping[int, tuple[int, int, int, int]]
+Edit = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class LabelTable:
@@ -41,55 +45,85 @@ class LabelTable:
         self._declared = np.full(256, unknown is not None)
         self._declared[self._keys[fits]] = True
 
+    def read(self, raster: Raster, window: Window | None = None, *, edit: Edit | None = None) -> NDArray[np.uint8]:
+        """Class index, or 255 to ignore, of each pixel of a mask; uint8 `(h, w)`.
+
+        A pixel has no label where alpha or a mask band of the mask is 0, and where it holds the mask's nodata value,
+        unless the label map declares that value.
+
+        Args:
+            raster: open mask.
+            window: None reads all.
+            edit: applied to the stored values `(bands, h, w)` first.
+
+        Raises:
+            DataError: see `indices`.
+        """
+        info = raster.info
+        window = window or Window(0, 0, info.height, info.width)
+        stored = raster.read_raw(window)
+        hidden = ~raster.read_opacity(window) if info.has_alpha or info.has_mask else None
+        return self.indices(
+            stored if edit is None else edit(stored),
+            info.colormap,
+            name=raster.name,
+            origin=(window.row, window.col),
+            nodata=info.nodata if info.count == 1 else None,
+            hidden=hidden,
+        )
+
     def indices(
-        self, stored: NDArray[Any], palette: Palette | None, *, name: str, origin: tuple[int, int] = (0, 0)
+        self,
+        stored: NDArray[Any],
+        palette: Palette | None,
+        *,
+        name: str,
+        origin: tuple[int, int] = (0, 0),
+        nodata: float | None = None,
+        hidden: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.uint8]:
         """Class index, or 255 to ignore, of each pixel.
 
         Args:
-            stored: `(bands, h, w)` as the file holds them: one band for values (or equal ones), red, green, blue for
-                colours.
-            palette: colours of a palette image, used if the map lists colours.
+            stored: `(bands, h, w)` as in the file: one band for values (or equal ones), red, green, blue for colours.
+            palette: colours of a palette image.
             name: file, for the message.
             origin: row and column of the first pixel, for the message.
+            nodata: value to ignore unless it is declared.
+            hidden: bool `(h, w)`, True where the pixel has no label whatever it holds.
 
         Returns:
             uint8 `(h, w)`.
 
         Raises:
-            DataError: undeclared values (named with count and first position), or a wrong number of bands.
+            DataError: undeclared values (named with count and first position), a wrong number of bands, or a palette
+                whose positions and colours stand for different classes.
         """
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
-            if not self._declared[_histogram(keys) > 0].all():
-                self._refuse(keys, ~self._declared[keys], name, origin)
             indices: NDArray[np.uint8] = cv2.LUT(keys, self._table) if keys.size else self._table[keys]
-            return indices
-        position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        unknown = self._keys[position] != keys
-        found = self._indices[position]
-        if not unknown.any():
-            return found
-        if self._unknown is None:
+            if self._declared[histogram(keys) > 0].all():
+                return indices if hidden is None else np.where(hidden, np.uint8(IGNORE_INDEX), indices)
+            unknown = ~self._declared[keys]
+        else:
+            position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            unknown, indices = self._keys[position] != keys, self._indices[position]
+        ignored = unknown & gdal.is_nodata(stored[0], nodata)
+        if hidden is not None:
+            ignored |= hidden
+        unknown &= ~ignored
+        if self._unknown is not None:
+            indices = np.where(unknown, np.uint8(self._unknown), indices)
+        elif unknown.any():
             self._refuse(keys, unknown, name, origin)
-        return np.where(unknown, np.uint8(self._unknown or 0), found)
-
-    def counts(
-        self, stored: NDArray[Any], palette: Palette | None, *, name: str, origin: tuple[int, int] = (0, 0)
-    ) -> NDArray[np.int64]:
-        """Pixels per class index, int64 `(256,)`; arguments and errors as for `indices`."""
-        if len(stored) == 1 and not self._colors and stored.dtype == np.uint8:
-            # One pass over the pixels instead of three.
-            found = _histogram(stored[0])
-            if self._declared[found > 0].all():
-                return np.bincount(self._table, weights=found, minlength=256).astype(np.int64)
-        indices = self.indices(stored, palette, name=name, origin=origin)
-        return _histogram(indices)
+        return np.where(ignored, np.uint8(IGNORE_INDEX), indices)
 
     def _pixel_keys(self, stored: NDArray[Any], palette: Palette | None, name: str) -> NDArray[Any]:
         """Key of each pixel: its value, or its colour as one integer."""
         keys: NDArray[Any] = stored[0]
         if not self._colors:
+            if len(stored) == 1 and palette is not None:
+                return self._viewed(keys, palette, name)
             if (stored[1:] != keys).any():
                 raise DataError(
                     f"{name}: the mask has {len(stored)} different bands, expected one of class values. If it shows "
@@ -107,18 +141,50 @@ class LabelTable:
             raise DataError(f"{name}: the mask has {len(stored)} bands, expected red, green and blue.")
         return keys
 
+    def _viewed(self, keys: NDArray[Any], palette: Palette, name: str) -> NDArray[Any]:
+        """Values of a palette mask: its positions, or the grey levels that a viewer shows for them.
+
+        Writers of GIF and indexed PNG keep only the grey levels that occur, in files of grey levels: position 3 can
+        show 4. A palette with colours, or with grey levels that are no class values, only decorates the positions.
+        """
+        last = max((position for position, color in palette.items() if any(color[:3])), default=0)
+        grays = {position: color[0] for position, color in palette.items() if position <= last}
+        known = set(self._keys.tolist())
+        moved = {gray for position, gray in grays.items() if gray != position}
+        if not moved & known or any(len(set(color[:3])) > 1 for color in palette.values()):
+            return keys
+        if set(grays.values()) <= known and not set(grays) <= known:
+            shown = [grays.get(position, position) for position in range(256)]
+            return np.asarray(np.array(shown, np.uint8)[keys])
+        raise DataError(
+            f"{name}: positions in the palette and the grey levels that it shows are both class values, but differ "
+            f"(position {next(p for p, g in grays.items() if g != p)} shows {min(moved & known)}). Save the mask "
+            "without a palette, or list the grey levels as colours (`labels: colors`) in the class file."
+        )
+
     def _refuse(self, keys: NDArray[Any], unknown: NDArray[np.bool_], name: str, origin: tuple[int, int]) -> NoReturn:
         values, counts = np.unique(keys[unknown], return_counts=True)
         row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))
         declared = ", ".join(self._text(key) for key in self._keys[:20])
-        colors = ", ".join(f'"#{int(v):06x}"' for v in values[:5])
-        line = f"ignore_colors: [{colors}]" if self._colors else f"ignore: [{', '.join(map(self._text, values[:5]))}]"
-        option = " ".join(f"--ignore '#{int(v):06x}'" if self._colors else f"--ignore {v:g}" for v in values[:5])
+        if name.lower().endswith((".jpg", ".jpeg")):
+            advice = "JPEG compression changes values: export the masks as PNG or GeoTIFF."
+        elif values.dtype.kind == "f" and (values != np.rint(values)).any():
+            advice = (
+                "Class values are whole numbers: round or threshold the mask, and resample it by nearest neighbour. "
+                "NaN is ignored where the file declares it as nodata."
+            )
+        else:
+            keyed = [f"#{int(v):06x}" if self._colors else f"{v:g}" for v in values[:5]]
+            line = f"ignore_colors: {json.dumps(keyed)}" if self._colors else f"ignore: [{', '.join(keyed)}]"
+            option = " ".join(f"--ignore '{key}'" if self._colors else f"--ignore {key}" for key in keyed)
+            advice = (
+                f"Add a class to the class file, or ignore them: `{line}` in the class file, or {option}; then prepare "
+                "the dataset again."
+            )
         raise DataError(
             f"{name}: {len(values)} undeclared mask value(s): {shown}, first at row {origin[0] + row}, column "
-            f"{origin[1] + col}; declared are {declared}. Add a class to the class file, or ignore them: `{line}` in "
-            f"the class file, or {option}; then prepare the dataset again."
+            f"{origin[1] + col}; declared are {declared}. {advice}"
         )
 
     def _text(self, key: Any) -> str:
@@ -131,8 +197,8 @@ def _color_key(color: tuple[int, int, int]) -> int:
     return (color[0] << 16) | (color[1] << 8) | color[2]
 
 
-def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pixels per value, int64 `(256,)`."""
+def histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Pixels per value of a uint8 array, int64 `(256,)`."""
     if values.size == 0 or values.size >= 1 << 24:
         # OpenCV counts in float32, exact below 2**24.
         return np.bincount(values.ravel(), minlength=256)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image, open_image
+from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -150,11 +150,8 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
 
     def measure(item: IndexItem) -> tuple[Moments, NDArray[np.int64]]:
         with _open(index, item) as raster:
-            size = raster.info.height, raster.info.width
-            moments = measure_image(raster, samples=0)
-        mask = index.mask_file(item)
-        counts = np.zeros(index.task.num_classes + 1, np.int64)
-        return moments, counts if mask is None else count_classes(mask, labels, index.task.num_classes, size)
+            moments, counts = measure_item(raster, index.mask_file(item), labels, index.task.num_classes)
+        return moments, np.zeros(index.task.num_classes + 1, np.int64) if counts is None else counts
 
     report = None if progress is None else lambda done, total: progress("measure", done, total)
     measured = list(in_order(measure, index.items, jobs, report))
@@ -180,29 +177,25 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
 
 
 def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
-    """All problems of one item."""
-    problems = []
-    size = None
+    """All problems of one item; a damaged image does not hide those of its mask."""
+    problems, classes, mask = [], index.task.num_classes, index.mask_file(item)
+    grid, counts = None, None
     try:
         with _open(index, item) as raster:
-            info = raster.info
-            size = info.height, info.width
+            info = grid = raster.info
             if info.dtype != index.task.dtype:
                 raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
-                measure_image(raster, samples=0)
+                _, counts = measure_item(raster, mask, labels, classes)
     except DataError as error:
-        problems.append(Problem(file=item.image, split=item.split, reason=str(error)))
-    mask = index.mask_file(item)
-    if mask is None or item.mask is None:
-        return _Checked(None, tuple(problems))
-    try:
-        if size is None:
-            with Raster(mask) as raster:
-                size = raster.info.height, raster.info.width
-        counts = count_classes(mask, labels, index.task.num_classes, size)
-    except DataError as error:
-        return _Checked(None, (*problems, Problem(file=item.mask, split=item.split, reason=str(error))))
+        file = item.image if item.mask is None or not isinstance(error, MaskError) else item.mask
+        problems.append(Problem(file=file, split=item.split, reason=str(error)))
+        mask = None if file == item.mask else mask
+    if mask is not None and counts is None:
+        try:
+            counts = count_classes(mask, labels, classes, grid)
+        except DataError as error:
+            problems.append(Problem(file=item.mask or "", split=item.split, reason=str(error)))
     return _Checked(counts, tuple(problems))
 
 

@@ -1,7 +1,9 @@
 """Score a folder of class rasters against a folder of true ones."""
 
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,10 @@ from rsseg.task import IGNORE_INDEX, Task
 
 ROWS = 1024
 """Rows of a raster that are compared at a time."""
+PREDICTED_SUFFIX = "_rsseg"
+"""End of the names that `rsseg predict` gives to class rasters."""
+_NONE = 256
+"""Stands for no label and no prediction, beside the values 0..255."""
 
 
 def evaluate_rasters(
@@ -25,89 +31,120 @@ def evaluate_rasters(
     ignore: tuple[str, ...] = (),
     progress: Advance | None = None,
 ) -> Evaluation:
-    """Score class rasters, paired by file name without extension.
+    """Score class rasters, paired by file name without extension; `STEM_rsseg` is a prediction of `STEM`.
+
+    Pixels without data (nodata, alpha, mask band) have no label or no prediction. So has the value 255, unless `task`
+    is None and both folders hold only 0 and 255: these are binary masks, in which 255 is a class.
 
     Args:
-        predictions: folder of single-band 8-bit rasters; 255 and declared nodata are no prediction.
-        truths: folder of rasters of the same sizes, with the same values; 255 and declared nodata have no label. Every
-            one must have a prediction.
+        predictions: folder of rasters with one band of whole numbers 0..255.
+        truths: folder of rasters on the same grids, with the same values. Every one must have a prediction.
         task: gives names to the values; None names each value that occurs by its number.
         ignore: names of classes left out of the score.
-        progress: told after every pair.
+        progress: called after every pair.
 
     Raises:
-        DataError: nothing to compare, a missing prediction, sizes that differ, a value that is not declared.
+        DataError: nothing to compare, a missing prediction, other grids, an undeclared value, or truths that label a
+            single class besides undeclared 255, which no score can be made of.
     """
     started = time.monotonic()
     pairs = _pairs(predictions, truths)
-    # Every 8-bit value is a class of its own at first; 255 stays free for "no label".
-    confusion, unpredicted = ConfusionMatrix(IGNORE_INDEX), 0
+    confusion = ConfusionMatrix(_NONE + 1)
     for done, (predicted, true) in enumerate(pairs, start=1):
-        unpredicted += _compare(predicted, true, confusion)
+        _compare(predicted, true, confusion)
         if progress is not None:
             progress(done, len(pairs))
-    counts = confusion.counts.numpy()
-    seen = [int(v) for v in np.flatnonzero(counts[:-1].sum(1) + counts[:-1].sum(0))]
+    table = confusion.counts.numpy()[: _NONE + 1]
+    if task is not None or not _is_binary(table):
+        _drop_ignored(table, truths)
+    seen = [int(v) for v in np.flatnonzero(table[:_NONE, :_NONE].sum(1) + table[:_NONE, :_NONE].sum(0))]
     values = seen if task is None else [c.value for c in task.classes]
     names = tuple(str(v) for v in seen) if task is None else task.class_names
     if unknown := [v for v in seen if v not in values]:
         raise DataError(f"{truths}, {predictions}: value {unknown[0]} is no class of {names}. Declare it, or use 255.")
     return Evaluation.of(
-        counts[[*values, IGNORE_INDEX]][:, values],
+        table[[*values, _NONE]][:, values],
         names,
         ignore,
         images=len(pairs),
         seconds=time.monotonic() - started,
-        unpredicted=unpredicted,
+        unpredicted=int(table[:_NONE, _NONE].sum()),
     )
+
+
+def _is_binary(table: NDArray[np.int64]) -> bool:
+    """Whether the rasters hold no values but 0 and 255."""
+    others = np.delete(np.arange(_NONE), [0, IGNORE_INDEX])
+    return bool(table[IGNORE_INDEX].any() and not table[others].any() and not table[:, others].any())
+
+
+def _drop_ignored(table: NDArray[np.int64], truths: Path) -> None:
+    """Count 255 as no label and no prediction."""
+    labeled = np.flatnonzero(np.delete(table, [IGNORE_INDEX, _NONE], axis=0).sum(1))
+    if table[IGNORE_INDEX].any() and len(labeled) < 2:
+        only = f"only {labeled[0]}" if len(labeled) else "nothing"
+        raise DataError(
+            f"{truths}: besides 255, which means no label, the rasters hold {only}. If 255 is a class, store it as "
+            "another value there and in the predictions; if not, declare it as nodata in the files."
+        )
+    table[_NONE] += table[IGNORE_INDEX]
+    table[:, _NONE] += table[:, IGNORE_INDEX]
+    table[IGNORE_INDEX] = table[:, IGNORE_INDEX] = 0
 
 
 def _pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
     for folder in (predictions, truths):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder. Give folders of class rasters.")
-    found = {file.stem: file for file in predictions.iterdir() if _is_raster(file)}
+    found: defaultdict[str, list[Path]] = defaultdict(list)
+    for file in sorted(file for file in predictions.iterdir() if _is_raster(file)):
+        found[file.stem].append(file)
     wanted = sorted(file for file in truths.iterdir() if _is_raster(file))
     if not wanted:
         raise DataError(f"{truths}: no raster here. Give a folder of class rasters.")
-    missing = [file for file in wanted if file.stem not in found]
+    matches = {file: found[file.stem] or found[file.stem + PREDICTED_SUFFIX] for file in wanted}
+    missing = [file for file, predicted in matches.items() if not predicted]
     if missing:
         raise DataError(
             f"{predictions}: {len(missing)} of {len(wanted)} rasters of {truths} have no prediction, the first is "
-            f"{missing[0].name}. Names must agree up to the extension."
+            f"{missing[0].name}. Names must agree up to the extension and {PREDICTED_SUFFIX}."
         )
-    return [(found[file.stem], file) for file in wanted]
+    if several := [files for files in matches.values() if len(files) > 1]:
+        raise DataError(
+            f"{predictions}: {several[0][0].name} and {several[0][1].name} have one name. Keep one of them."
+        )
+    return [(predicted[0], file) for file, predicted in matches.items()]
 
 
 def _is_raster(file: Path) -> bool:
     return file.suffix.lower() in {".tif", ".tiff", ".png", ".vrt", ".jp2", ".img"}
 
 
-def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix) -> int:
-    """Add a pair of rasters; returns how many labeled pixels have no prediction."""
-    unpredicted = 0
+def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix) -> None:
+    """Add a pair of rasters."""
     with Raster(predicted) as ours, Raster(true) as theirs:
+        theirs.align_to(ours.info, what=str(true), of=str(predicted))
         height, width = ours.info.height, ours.info.width
-        if (height, width) != (theirs.info.height, theirs.info.width):
-            raise DataError(
-                f"{predicted} has {height} x {width} pixels, {true} {theirs.info.height} x {theirs.info.width}. "
-                "Give rasters on the same grid."
-            )
         for top in range(0, height, ROWS):
             window = Window(top, 0, min(ROWS, height - top), width)
-            prediction, known = _classes(ours, window, predicted)
-            target, labeled = _classes(theirs, window, true)
-            unpredicted += int((labeled & ~known).sum())
-            confusion.update(
-                torch.from_numpy(np.where(known, prediction, 0)),
-                torch.from_numpy(target),
-                valid=torch.from_numpy(labeled & known),
-            )
-    return unpredicted
+            prediction, target = _values(ours, window), _values(theirs, window)
+            confusion.update(torch.from_numpy(prediction), torch.from_numpy(target))
 
 
-def _classes(raster: Raster, window: Window, file: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _values(raster: Raster, window: Window) -> NDArray[np.int16]:
+    """0..255, or `_NONE` where there is no data."""
     pixels, valid = raster.read(window)
-    if len(pixels) != 1 or pixels.dtype != np.uint8:
-        raise DataError(f"{file}: {len(pixels)} bands of {pixels.dtype}. A class raster has one band of uint8.")
-    return pixels[0], valid & (pixels[0] != IGNORE_INDEX)
+    if len(pixels) != 1:
+        raise DataError(f"{raster.name}: {len(pixels)} bands. A class raster has one band.")
+    found: NDArray[Any] = pixels[0][valid]
+    wrong = (found < 0) | (found > IGNORE_INDEX)
+    if found.dtype.kind == "f":
+        wrong |= found != np.rint(found)
+    if wrong.any():
+        raise DataError(
+            f"{raster.name}: the value {found[wrong][0]:g} is no class. Class rasters hold whole numbers, 0 to 255; "
+            "declare values without a class as nodata in the file."
+        )
+    values: NDArray[np.int16] = pixels[0].astype(np.int16)
+    values[~valid] = _NONE
+    return values

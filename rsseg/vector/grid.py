@@ -118,6 +118,11 @@ class PixelAreas:
     cols: NDArray[np.int64]
     square_meters: NDArray[np.float64]
 
+    def at(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Square metres of single pixels, float64 (n,)."""
+        cells = (np.searchsorted(edges, where, "right") - 1 for edges, where in ((self.rows, rows), (self.cols, cols)))
+        return np.asarray(self.square_meters[tuple(cells)])
+
     def of_ring(self, ring: NDArray[np.int64]) -> float:
         """Signed area of a closed ring (n, 2) along the sides of pixels, positive for outer rings."""
         vertical = ring[:-1, 0] == ring[1:, 0]

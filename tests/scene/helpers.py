@@ -83,7 +83,7 @@ def write_tiny_model(folder: Path) -> Path:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many threads of torch, and so many lanes where memory suffices."""
+    """Set the number of torch threads, and so of parallel batches where memory suffices."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -31,7 +31,7 @@ def test_lanes_give_the_pixels_of_a_single_one(tmp_path: Path, blend: str, size:
 
 
 @threads(3)
-def test_less_memory_takes_fewer_lanes_first(tmp_path: Path) -> None:
+def test_less_memory_takes_fewer_parallel_batches_first(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
     usual = plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
     tight = plan_scene(

@@ -1,7 +1,10 @@
 """Reading samples: bands, labels, sizes, and the cache of decoded images."""
 
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 
 from rsseg.data.cache import CACHE_NAME, ArrayCache, Page
-from rsseg.data.dataset import SampleReader
-from rsseg.data.index import LabelMap, SegmentationIndex
+from rsseg.data.dataset import SampleReader, _remember
+from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RssegWarning
 from rsseg.raster import Raster, Window
-from tests.conftest import write_png, write_tif
+from tests.conftest import rgb_task, write_png, write_tif
 
 
 def reader_of(root: Path, *, cache: bool = True, bands: tuple[str, ...] | None = None) -> SampleReader:
@@ -123,10 +126,10 @@ def test_changed_image_is_converted_again(rgb_dataset: Path) -> None:
 def test_unwritable_cache_warns_once_and_reads_directly(rgb_dataset: Path) -> None:
     (rgb_dataset / CACHE_NAME).write_text("a file where the folder should be")
     items = SegmentationIndex.load(rgb_dataset).items
-    with pytest.warns(RuntimeWarning, match="cannot be cached"):
+    with pytest.warns(RssegWarning, match="cannot be cached"):
         reader = reader_of(rgb_dataset)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", RssegWarning)
         assert all(reader.image(item)[0].any() for item in items[:2])
 
 
@@ -139,7 +142,7 @@ def test_full_disk_while_converting_leaves_no_file_and_reads_directly(
     monkeypatch.setattr("tifffile.TiffWriter.write", full)
     item = SegmentationIndex.load(rgb_dataset).items[0]
     reader = reader_of(rgb_dataset)
-    with pytest.warns(RuntimeWarning, match="No space left"):
+    with pytest.warns(RssegWarning, match="No space left"):
         assert reader.image(item)[0].any()
     assert list((rgb_dataset / CACHE_NAME).iterdir()) == []
 
@@ -171,3 +174,47 @@ def test_strips_of_a_large_image_are_stored_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded[0], array)
     shutil.rmtree(tmp_path / "cache")
     assert cache.load(path) is None
+
+
+MANY_IMAGES = """
+import resource, sys
+from pathlib import Path
+from rsseg.config import DataConfig, SelectConfig
+from rsseg.data.sources import Datasets
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+datasets = Datasets(DataConfig(path=Path(sys.argv[1])))
+source = datasets.open(SelectConfig(), "train", datasets.task, masks=True)
+kept = [source.reader.sample(item) for _ in range(2) for item in source.items]
+assert len(kept) == 1400
+for i, (pixels, _, mask) in enumerate(kept):
+    assert (pixels == i % 700 % 256).all() and (mask == 2).all()
+"""
+
+
+def test_seven_hundred_images_are_read_with_few_file_descriptors(tmp_path: Path) -> None:
+    write_png(tmp_path / "mask.png", np.full((8, 8), 2, np.uint8))
+    items = []
+    for number in range(700):
+        write_png(tmp_path / f"images/{number}.png", np.full((8, 8, 3), number % 256, np.uint8))
+        items.append(IndexItem(image=f"images/{number}.png", mask="mask.png", split="train"))
+    label_map = LabelMap(values={0: 0, 1: 1, 2: 2})
+    SegmentationIndex(task=rgb_task(), label_map=label_map, items=tuple(items)).save(tmp_path)
+    subprocess.run([sys.executable, "-c", MANY_IMAGES, str(tmp_path)], check=True, timeout=60)
+
+
+def test_maps_stay_bounded_whatever_the_number_of_images() -> None:
+    table: dict[str, int] = {}
+    for number in range(100_000):
+        _remember(table, str(number), number)
+    assert list(table.values()) == list(range(100_000 - len(table), 100_000))
+    # image and mask of up to eight readers, well under the 65530 maps of a Linux process
+    assert 2 * 8 * len(table) < 65_530 / 2
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / "a.0.tmp", tmp_path / "b.1.tmp"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    ArrayCache(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [new.name]

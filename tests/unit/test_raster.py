@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.transform import Affine
 
 from rsseg.errors import DataError
 from rsseg.raster import Raster, Window, match_bands
@@ -46,7 +47,7 @@ def test_several_files_are_one_image_in_any_band_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(raster.read()[0], bands[[2, 0]])
         assert (raster.info.count, raster.info.available) == (2, 3)
     files.append(write_tif(tmp_path / "other.tif", bands[:1, :4]))
-    with pytest.raises(DataError, match="differ in size"):
+    with pytest.raises(DataError, match=r"other\.tif: the file has 4 x 9 pixels .* the first file of its image 8 x 9"):
         Raster(files)
 
 
@@ -95,6 +96,109 @@ def test_mask_band_is_validity(tmp_path: Path) -> None:
     with Raster(file) as raster:
         assert raster.info.has_mask
         np.testing.assert_array_equal(raster.read()[1], np.eye(3, dtype=bool))
+
+
+def test_alpha_or_mask_band_decides_alone_beside_a_declared_nodata_value(tmp_path: Path) -> None:
+    pixels = np.full((4, 3, 3), 50, np.uint8)
+    pixels[:3, 1] = 0
+    pixels[3, 0] = 0
+    file = write_tif(tmp_path / "a.tif", pixels, photometric="RGB", alpha="YES", nodata=0)
+    with Raster(file) as raster, rasterio.open(file) as dataset:
+        np.testing.assert_array_equal(raster.read()[1], dataset.dataset_mask() > 0)
+    with Raster(file, nodata=0) as raster:
+        assert raster.read()[1].tolist() == [[False] * 3, [False] * 3, [True] * 3]
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        file = write_tif(tmp_path / "b.tif", np.zeros((1, 3, 3), np.float32), nodata=0)
+        with rasterio.open(file, "r+") as target:
+            target.write_mask(np.eye(3, dtype=np.uint8) * 255)
+    with Raster(file) as raster:
+        np.testing.assert_array_equal(raster.read()[1], np.eye(3, dtype=bool))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "uint8"])
+@pytest.mark.parametrize(
+    "declared",
+    [-3.4028234663852886e38, -3.40282e38, -3.4e38, 3.402823e38, -9999, -9999.001, 0.1, 1e20, 255, -32768, 0],
+)
+def test_nodata_values_are_compared_as_gdal_does(tmp_path: Path, dtype: str, declared: float) -> None:
+    values = [-3.4028234663852886e38, 3.4028234663852886e38, -9999, -9998.99, 0, 0.1, 1e20, 255, 7, -32768, 100]
+    limits = np.finfo(dtype) if dtype.startswith("f") else np.iinfo(dtype)
+    pixels = np.array([v for v in values if limits.min <= v <= limits.max], np.float64).astype(dtype)[None, None]
+    try:
+        file = write_tif(tmp_path / "a.tif", pixels, nodata=declared)
+    except ValueError:
+        return  # rasterio does not write what the type cannot hold
+    with Raster(file) as raster, rasterio.open(file) as dataset:
+        np.testing.assert_array_equal(raster.read()[1], dataset.read_masks(1) > 0)
+
+
+def test_nan_adds_to_the_declared_nodata_value(tmp_path: Path) -> None:
+    pixels = np.array([[[1, -9999, np.nan, 2]]], np.float32)
+    file = write_tif(tmp_path / "a.tif", pixels, nodata=-9999)
+    with Raster(file) as raster, pytest.raises(DataError, match="--nodata nan"):
+        raster.read()
+    with Raster(file, nodata=np.nan) as raster:
+        assert raster.read()[1].tolist() == [[True, False, False, True]]
+        assert raster.info.nodata == -9999
+
+
+def test_each_band_has_its_own_nodata_value(tmp_path: Path) -> None:
+    one = write_tif(tmp_path / "1.tif", np.array([[[1, -1, 3, 4]]], np.int16), nodata=-1)
+    two = write_tif(tmp_path / "2.tif", np.array([[[1, 2, -2, -1]]], np.int16), nodata=-2)
+    with Raster([one, two]) as raster:
+        assert raster.read()[1].tolist() == [[True, False, False, True]]
+        assert raster.info.band_nodata == (-1, -2)
+
+
+def test_bands_of_one_image_lie_on_one_grid(tmp_path: Path) -> None:
+    bands = np.random.default_rng(0).integers(0, 255, (2, 6, 7), np.uint8)
+    first = write_tif(tmp_path / "1.tif", bands[:1], transform=Affine(10, 0, 0, 0, -10, 600))
+    south_up = write_tif(tmp_path / "2.tif", bands[1:, ::-1], transform=Affine(10, 0, 0, 0, 10, 540))
+    with Raster([first, south_up]) as raster:
+        np.testing.assert_array_equal(raster.read()[0], bands)
+        np.testing.assert_array_equal(raster.read(Window(1, 2, 3, 4))[0], bands[:, 1:4, 2:6])
+    shifted = write_tif(tmp_path / "3.tif", bands[1:], transform=Affine(10, 0, 10, 0, -10, 600))
+    with pytest.raises(DataError, match=r"3\.tif: the file lies elsewhere than the first file of its image"):
+        Raster([first, shifted])
+    rounded = write_tif(tmp_path / "4.tif", bands[1:], transform=Affine(10.0001, 0, 2, 0, -10, 601))
+    other_words = write_tif(tmp_path / "5.tif", bands[1:], transform=Affine(10, 0, 0, 0, -10, 600), crs=UTM_WKT)
+    pixels = write_tif(tmp_path / "6.tif", bands[1:], crs=None, transform=Affine(1, 0, 0, 0, -1, 6))
+    for file in (rounded, other_words, pixels, write_png(tmp_path / "7.png", bands[1])):
+        with Raster([first, file]) as raster:
+            np.testing.assert_array_equal(raster.read()[0], bands)
+
+
+UTM_WKT = (
+    'PROJCS["mine",GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],PRIMEM["Greenwich",0],'
+    'UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],PARAMETER["latitude_of_origin",0],'
+    'PARAMETER["central_meridian",3],PARAMETER["scale_factor",0.9996],PARAMETER["false_easting",500000],'
+    'PARAMETER["false_northing",0],UNIT["metre",1]]'
+)
+"""EPSG:32631 under another name."""
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "complex_int16"])
+def test_complex_pixels_are_refused(tmp_path: Path, dtype: str) -> None:
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", height=4, width=4, count=1, dtype=dtype) as file:
+        file.write(np.ones((1, 4, 4), np.complex64))
+    with pytest.raises(DataError, match=rf"pixels of type {dtype} cannot be used"):
+        Raster(tmp_path / "a.tif")
+
+
+def test_palette_image_without_a_table_and_crs_of_a_side_file_are_read(tmp_path: Path) -> None:
+    file = write_tif(tmp_path / "a.tif", np.full((1, 4, 4), 3, np.uint8), crs="+proj=eqearth")
+    assert (tmp_path / "a.tif.aux.xml").is_file()
+    vrt = tmp_path / "a.vrt"
+    vrt.write_text(
+        '<VRTDataset rasterXSize="4" rasterYSize="4"><VRTRasterBand dataType="Byte" band="1">'
+        "<ColorInterp>Palette</ColorInterp><SimpleSource><SourceFilename relativeToVRT='1'>a.tif</SourceFilename>"
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with Raster(file) as raster:
+        assert raster.info.crs is not None
+    with Raster(vrt) as raster:
+        assert raster.info.colormap is None
+        assert (raster.read()[0] == 3).all()
 
 
 def test_undeclared_nan_is_an_error_naming_file_and_first_pixel(tmp_path: Path) -> None:

@@ -239,6 +239,19 @@ def test_evaluation_gives_whole_scaled_images_shared_out_by_rank(
     assert bare.mask is None
 
 
+def test_crops_of_scaled_images_are_redrawn_while_one_class_fills_them(plain_recipe: PlainRecipe) -> None:
+    root = plain_recipe.data.path
+    halves = np.repeat(np.array([0, 1], np.uint8), 32)[None].repeat(64, 0)
+    for file in (root / "images").iterdir():
+        write_png(file, np.zeros((64, 64, 3), np.uint8))
+        write_png(root / "masks" / file.name, halves)
+    augment = {"crop_size": 32, "resampling": "pillow", "crop_max_class_ratio": 0.75}
+    for batch in batches(with_changes(plain_recipe, data={"augment": augment}), 10, LABELED):
+        assert batch["labeled"].masks is not None
+        for mask in batch["labeled"].masks:
+            assert mask.flatten().bincount().max() <= 0.75 * 32 * 32
+
+
 def test_squeezed_target_shows_the_whole_image(plain_recipe: PlainRecipe) -> None:
     root = plain_recipe.data.path
     for file in (root / "images").iterdir():

@@ -1,0 +1,111 @@
+"""`rsseg sample` and `rsseg assess`: accuracy and areas of a map from reference points."""
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rsseg.commands.console import print_json, print_note, print_result, print_table
+
+if TYPE_CHECKING:
+    from rsseg.evaluation.assessment import Assessment, Estimate
+
+MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Class raster, such as `rsseg predict` makes.")]
+StrataFile = Annotated[
+    Path | None, typer.Option("--strata", help="Raster of strata on the same grid; the classes of the map.")
+]
+
+
+def sample(
+    source: MapFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to make.")],
+    per_stratum: Annotated[int | None, typer.Option("--per-stratum", help="Points in every stratum.")] = None,
+    target_se: Annotated[
+        float | None, typer.Option("--target-se", help="Or: standard error wanted of the overall accuracy, as 0.01.")
+    ] = None,
+    expected_accuracy: Annotated[
+        float, typer.Option("--expected-accuracy", help="User's accuracy expected, for --target-se.")
+    ] = 0.8,
+    least: Annotated[int, typer.Option("--least", help="Points of even the rarest stratum, for --target-se.")] = 50,
+    strata: StrataFile = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same sample.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Draw a stratified random sample of a map as points to label in a GIS (Olofsson et al. 2014)."""
+    from rsseg.evaluation.points import SampleSize, draw_points
+
+    size = SampleSize(per_stratum, target_se, expected_accuracy, least)
+    drawn = draw_points(source, output, size, strata=strata, seed=seed, overwrite=overwrite)
+    if as_json:
+        print_json(drawn)
+        return
+    print_table(("stratum", "pixels", "points"), [(n, drawn.pixels[n], drawn.points[n]) for n in drawn.points])
+    print_note(f"Label every point in the field `truth`, then run: rsseg assess {source} {output}")
+    print_result(f"{output}")
+
+
+def assess(
+    source: MapFile,
+    points: Annotated[Path, typer.Argument(help="Labeled points: any vector file.")],
+    field: Annotated[str, typer.Option("--field", help="Attribute with the true class, as name or value.")] = "truth",
+    layer: Annotated[str | None, typer.Option("--layer", help="Layer of the file, if it has several.")] = None,
+    strata: StrataFile = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Also write the figures per class as CSV.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing CSV file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Estimate a map's accuracy and the true areas of its classes, with 95 % intervals, from labeled points."""
+    from rsseg.evaluation.points import assess_points
+    from rsseg.files import check_outputs, write_text
+
+    if table is not None:
+        inputs = [file for file in (source, points, strata) if file is not None]
+        check_outputs([("--csv", table)], inputs, overwrite=overwrite)
+    result = assess_points(source, points, field=field, strata=strata, layer=layer)
+    if table is not None:
+        write_text(table, _csv(result))
+    if as_json:
+        print_json(result)
+        return
+    overall = result.overall_accuracy
+    columns = ("class", "points", "user's accuracy", "producer's accuracy", "mapped share", "area share", "area (ha)")
+    rows = [
+        (
+            c.name,
+            c.points,
+            _interval(c.users_accuracy),
+            _interval(c.producers_accuracy),
+            c.mapped_share,
+            _interval(c.area_share),
+            None if c.area_ha is None else _interval(c.area_ha, decimals=2),
+        )
+        for c in result.classes
+    ]
+    print_table(columns, rows)
+    print_result(f"overall accuracy {_interval(overall)} (95 % interval, {result.points} points)")
+    for warning in result.warnings:
+        print_note(f"warning: {warning}")
+
+
+def _interval(estimate: "Estimate", *, decimals: int = 3) -> str | None:
+    if estimate.value is None:
+        return None
+    half = "-" if estimate.half_width is None else f"{estimate.half_width:.{decimals}f}"
+    return f"{estimate.value:.{decimals}f} ± {half}"
+
+
+def _csv(result: "Assessment") -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    measures = ("users_accuracy", "producers_accuracy", "area_share", "area_ha")
+    writer.writerow(["class", "points", "mapped_share", *(f"{m}{end}" for m in measures for end in ("", "_se", "_95"))])
+    overall = result.overall_accuracy
+    for c in result.classes:
+        estimates = [c.users_accuracy, c.producers_accuracy, c.area_share, c.area_ha]
+        cells = [v for e in estimates for v in ((e.value, e.se, e.half_width) if e else (None, None, None))]
+        writer.writerow([c.name, c.points, c.mapped_share, *cells])
+    writer.writerow(["overall accuracy", result.points, "", overall.value, overall.se, overall.half_width])
+    return text.getvalue()

@@ -1,0 +1,153 @@
+"""What GDAL says about a file: errors, alpha bands, palettes, nodata values, place on the ground."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
+from rasterio.transform import Affine
+from rasterio.warp import transform as warp_points
+
+from rsseg.errors import DataError
+
+STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
+"""Without these, GDAL returns truncated JPEG and PNG files without an error."""
+_MOST_SHIFT = 0.51
+"""Pixels that rounded coordinates of the same grid may differ by."""
+
+Mirror = tuple[bool, bool]
+"""Whether rows and whether columns are in reverse order."""
+
+
+class _Located(Protocol):
+    """Size and place of a raster: a `RasterInfo`, or a dataset of rasterio."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def crs(self) -> CRS | None: ...
+    @property
+    def transform(self) -> Affine: ...
+
+
+def open_dataset(file: Path | str, options: dict[str, Any]) -> Any:
+    """Open a file with rasterio under GDAL options; raises `DataError`."""
+    try:
+        with rasterio.Env(**options):
+            return rasterio.open(os.fspath(file))
+    except RasterioError as error:
+        if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
+            raise DataError(f"{file}: there is no such file.") from None
+        raise DataError(f"{file}: not an image that can be read: {reason(error)}.") from None
+
+
+def reason(error: BaseException) -> str:
+    """GDAL's message, which rasterio keeps as the cause."""
+    return str(error.__cause__ or error).strip().rstrip(".")
+
+
+def is_alpha(dataset: Any, band: int) -> bool:
+    """GDAL marks the fourth band of an 8-bit file as alpha by default; a description such as "nir" shows otherwise."""
+    description = dataset.descriptions[band - 1]
+    return dataset.colorinterp[band - 1] == ColorInterp.alpha and (not description or "alpha" in description.lower())
+
+
+def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
+    """Red, green, blue, alpha of the values of a palette band; None if it has no table."""
+    try:
+        return dict(dataset.colormap(band))
+    except ValueError:
+        return None
+
+
+def is_nan(value: float | None) -> bool:
+    """Whether a nodata value is NaN."""
+    return value is not None and math.isnan(value)
+
+
+def is_nodata(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
+    """Where a band holds the nodata value, compared as GDAL does; nowhere if its type cannot hold it.
+
+    Integers are compared with the truncated value. Floats may differ by four units in the last place of a float32, and
+    those near the largest float are equal if their sum overflows: nodata values are often written with fewer digits
+    than the pixels have.
+    """
+    if value is None:
+        return np.zeros(band.shape, np.bool_)
+    if band.dtype.kind in "ui":
+        limits = np.iinfo(band.dtype)
+        if not limits.min <= value <= limits.max:
+            return np.zeros(band.shape, np.bool_)
+        return np.asarray(band == band.dtype.type(int(value)))
+    if math.isnan(value):
+        return np.asarray(np.isnan(band))
+    largest, tolerance = float(np.finfo(band.dtype).max), 4 * float(np.finfo(np.float32).eps)
+    if abs(value) > largest:
+        return np.asarray(band == math.copysign(math.inf, value))
+    size = abs(value)
+    near, far = size * (1 - tolerance), size * (1 + tolerance)
+    if 2 * near > largest:
+        near, far = min(near, max(largest - size, largest * 2.0**-24)), math.inf
+    low, high = (near, far) if value >= 0 else (-far, -near)
+    return np.asarray((band >= band.dtype.type(low)) & (band <= band.dtype.type(high)))
+
+
+def alignment(own: _Located, reference: _Located, *, what: str, of: str) -> Mirror:
+    """How a raster must be mirrored to lie on another pixel by pixel.
+
+    Rasters without a location are taken to lie there. A raster stored south-up lies upside down on one stored north-up.
+
+    Args:
+        own: the raster.
+        reference: the other one.
+        what: its name, for the message.
+        of: name of the other one.
+
+    Raises:
+        DataError: sizes differ, or corners lie half a pixel or more apart on the ground.
+    """
+    size, expected = (own.height, own.width), (reference.height, reference.width)
+    if size != expected:
+        raise DataError(
+            f"{what} has {size[0]} x {size[1]} pixels (rows x columns), {of} {expected[0]} x {expected[1]}. "
+            "They must agree."
+        )
+    if not _is_located(own) or not _is_located(reference):
+        return False, False
+    corners = [(0, 0), (own.width, 0), (own.width, own.height), (0, own.height)]
+    x, y = zip(*(own.transform * corner for corner in corners), strict=True)
+    if own.crs and reference.crs and own.crs != reference.crs:
+        try:
+            x, y = warp_points(own.crs, reference.crs, x, y)
+        except RasterioError:
+            x, y = (math.nan,) * 4, (math.nan,) * 4
+    seen = np.array([~reference.transform * point for point in zip(x, y, strict=True)])
+    for rows, cols in ((False, False), (True, False), (False, True), (True, True)):
+        mirrored = [(own.width - col if cols else col, own.height - row if rows else row) for col, row in corners]
+        if np.abs(seen - mirrored).max() <= _MOST_SHIFT:
+            return rows, cols
+    raise DataError(
+        f"{what} lies elsewhere than {of}: {_place(own)}, not {_place(reference)}. "
+        "Warp it onto the grid of the other one (`rio warp --like`), or remove its coordinates if they are wrong."
+    )
+
+
+def _is_located(raster: _Located) -> bool:
+    """Whether the transform is one of ground coordinates, not of plain pixels."""
+    t = raster.transform
+    plain = raster.crs is None and (abs(t.a), abs(t.e), t.b, t.d) == (1, 1, 0, 0)
+    return bool(t.determinant) and not t.is_identity and not plain
+
+
+def _place(raster: _Located) -> str:
+    crs = "no coordinate system" if raster.crs is None else raster.crs.to_string()
+    t = raster.transform
+    return f"upper left ({t.c:.9g}, {t.f:.9g}), pixel ({t.a:.6g}, {t.e:.6g}), {crs if len(crs) < 60 else 'own CRS'}"
