@@ -1,7 +1,6 @@
 """Recipes that ask for too much are refused before anything is allocated."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,8 @@ def changed(recipe: str, *overrides: str) -> Recipe:
     ],
 )
 def test_absurd_sizes_are_refused_with_their_key(recipe: str, key: str, value: object) -> None:
-    began = time.monotonic()
     with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
         changed(recipe, f"{key}={json.dumps(value)}")
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("build", [segmenter_for, method_for])
