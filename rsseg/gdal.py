@@ -18,6 +18,7 @@ from rsseg.errors import DataError
 
 STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Without these, GDAL returns truncated JPEG and PNG files without an error."""
+_VECTOR_FILES = (".geojson", ".json", ".gpkg", ".shp", ".kml", ".fgb")
 _MOST_SHIFT = 0.51
 """Pixels that rounded coordinates of the same grid may differ by."""
 
@@ -46,7 +47,9 @@ def open_dataset(file: Path | str, options: dict[str, Any]) -> Any:
     except RasterioError as error:
         if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
             raise DataError(f"{file}: there is no such file.") from None
-        raise DataError(f"{file}: not an image that can be read: {reason(error)}.") from None
+        vector = Path(file).suffix.lower() in _VECTOR_FILES
+        remedy = " Vector files must be burned into rasters first, such as by `rio rasterize --like`." if vector else ""
+        raise DataError(f"{file}: not an image that can be read: {reason(error)}.{remedy}") from None
 
 
 def reason(error: BaseException) -> str:
@@ -61,11 +64,16 @@ def is_alpha(dataset: Any, band: int) -> bool:
 
 
 def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
-    """Red, green, blue, alpha of the values of a palette band; None if it has no table."""
+    """Red, green, blue, alpha of the values of a palette band, or of one of 1 to 4 bits; None if there is no table."""
     try:
         return dict(dataset.colormap(band))
     except ValueError:
+        levels = 2 ** int(dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    if levels > 16 or dataset.colorinterp[band - 1] == ColorInterp.palette:
         return None
+    # GDAL reads 0 and 1 where a viewer shows 0 and 255.
+    grays = [value * 255 // (levels - 1) for value in range(levels)]
+    return {value: (gray, gray, gray, 255) for value, gray in enumerate(grays)}
 
 
 def is_nan(value: float | None) -> bool:

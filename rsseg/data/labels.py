@@ -149,8 +149,12 @@ class LabelTable:
         """
         last = max((position for position, color in palette.items() if any(color[:3])), default=0)
         grays = {position: color[0] for position, color in palette.items() if position <= last}
+        if 0 not in grays.values() and last + 1 in palette:
+            grays[last + 1] = 0  # black comes last; what follows fills the table up
         known = set(self._keys.tolist())
         moved = {gray for position, gray in grays.items() if gray != position}
+        if grays in ({0: 0, 1: 255}, {0: 255, 1: 0}) and {0, 1} <= known:
+            return keys  # one bit
         if not moved & known or any(len(set(color[:3])) > 1 for color in palette.values()):
             return keys
         if set(grays.values()) <= known and not set(grays) <= known:
