@@ -222,7 +222,7 @@ class Raster:
         return opaque
 
     def align_to(self, reference: RasterInfo, *, what: str, of: str) -> bool:
-        """Read in the pixel order of an image on the same grid; returns whether it is mirrored. See `gdal.alignment`."""
+        """Read in the pixel order of an image on the same grid; returns whether that mirrors. See `gdal.alignment`."""
         mirrors = [gdal.alignment(part.dataset, reference, what=what, of=of) for part in self._parts]
         self._parts = [part._replace(mirror=mirror) for part, mirror in zip(self._parts, mirrors, strict=True)]
         return any(map(any, mirrors))
