@@ -1,4 +1,4 @@
-# One command each: demo, test, check, bench, clean.
+# One command each: demo, test, check, bench, bench-accuracy, clean.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ RSSEG := $(BIN)/rsseg
 DEMO ?= demo-output
 CUT_NOISE := --quiet --disable-pip-version-check --root-user-action=ignore
 
-.PHONY: demo test check bench bench-predict clean
+.PHONY: demo test check bench bench-predict bench-accuracy clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsseg needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -57,6 +57,11 @@ bench-predict: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/predict_memory.py
 	$(BIN)/python benchmarks/predict_memory.py --stub --sides 5000 20000
 	$(BIN)/python benchmarks/predict_seams.py
+
+# Every method beside plain training of the same network: docs/results.md. Hours; a second call continues.
+# ACCURACY="--quick" runs three tiny cells; else for example ACCURACY="--data DATA --weights WEIGHTS --jobs 2 --hours 8".
+bench-accuracy: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 
 clean:
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache

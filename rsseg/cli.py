@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ import typer
 from rsseg import __version__
 from rsseg.commands import assess, backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
 from rsseg.commands.console import print_error, print_note
-from rsseg.errors import RssegError, RssegWarning
+from rsseg.errors import RssegError, RssegWarning, UsageError, machine_error
+from rsseg.text import shortened
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, "
@@ -97,6 +99,13 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # every bug ends here
+        if (machine := machine_error(error)) is not None:
+            print_error(str(machine))
+            return machine.exit_code
+        if isinstance(error, OSError) and error.filename is not None:
+            # The system refuses a file; where it is known what for, there is a better message.
+            print_error(f"{shortened(str(error.filename))}: {error.strerror}. Give another file or folder.")
+            return UsageError.exit_code
         return _report_bug(error)
     return 0
 
@@ -105,8 +114,10 @@ def _report_bug(error: Exception) -> int:
     text = f"rsseg {__version__}, Python {sys.version}\ncommand: {sys.argv}\n\n{traceback.format_exc()}"
     if os.environ.get("RSSEG_DEBUG"):
         print_error(text)
-    report = Path(f"rsseg-bug-{os.getpid()}.txt")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsseg"
+    report = cache / f"rsseg-bug-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         report.write_text(text, encoding="utf-8")
         where = f"The traceback is in {report}; please attach it to a bug report."
     except OSError:
@@ -117,4 +128,10 @@ def _report_bug(error: Exception) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run())
+    code = run()
+    if code and "LOCAL_RANK" in os.environ:
+        # Python's exit could wait for processes that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from rsseg.errors import Interrupted, RssegError
+
+POLL_S = 0.2
+"""Seconds between two looks at what other processes published."""
+GRACE_S = 2.0
+"""Seconds that a process lets another print its error: torchrun ends all as soon as one has ended."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +47,112 @@ def current_ranks() -> Ranks:
 
 
 @contextmanager
-def process_group(device_type: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started; without torchrun, do nothing."""
+def process_group(device_type: str, on_peer_failure: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; without torchrun, do nothing.
+
+    An exception in one process ends all of them, with its exit code: the process that fails first raises, the others
+    may be waiting for it in a collective call and exit silently.
+
+    Args:
+        device_type: `cuda` or `cpu`. Tensors on the CPU can be exchanged in either case.
+        on_peer_failure: called with the message of another process before this one exits.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield current_ranks()
         return
-    # Generous, since one rank may still be fetching weights while the others wait.
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    # Long, since one rank may be downloading weights while the others wait.
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    board = _Board(on_peer_failure)
     try:
-        yield current_ranks()
-    finally:
+        with board:
+            yield current_ranks()
+    except Interrupted:
         dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        # The group stays open: to leave it could wait for processes that wait for this one.
+        board.fail(error)
+        raise
+    else:
+        dist.destroy_process_group()
+
+
+class _Board:
+    """What processes tell each other outside of collective calls: a signal received, a failure.
+
+    A thread looks at a key-value store that is common to all processes, so that it works while the main thread waits.
+    """
+
+    current: "_Board | None" = None
+
+    def __init__(self, on_peer_failure: Callable[[str], None]) -> None:
+        self._on_peer_failure = on_peer_failure
+        # A connection of its own: that of the process group blocks while a collective is set up.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+        start = f"rsseg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
+        self._name = str(dist.get_rank())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.signals: StopSignals | None = None
+
+    def __enter__(self) -> None:
+        _Board.current = self
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        _Board.current = None
+        self._closed.set()
+        self._thread.join()
+
+    def fail(self, error: BaseException) -> None:
+        """Publish a failure, or exit if another process failed before."""
+        code = error.exit_code if isinstance(error, RssegError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        try:
+            mine = f"{self._name} {code} {error}"
+            first = self._store.compare_set("failed", "", mine).decode()
+        except RuntimeError:  # the process that holds the store is gone
+            return
+        if first != mine:
+            self._exit(first)
+
+    def _watch(self) -> None:
+        try:
+            while not self._closed.wait(POLL_S):
+                if self._store.check(["failed"]):
+                    self._exit(self._store.get("failed").decode())
+                if self.signals is not None:
+                    self._share(self.signals)
+        except RuntimeError:  # the process that holds the store is gone
+            return
+
+    def _share(self, signals: "StopSignals") -> None:
+        if self._store.check(["signal"]):
+            signals.received = signals.received or self._store.get("signal").decode()
+        elif signals.received is not None:
+            self._store.set("signal", signals.received)
+
+    def _exit(self, failure: str) -> None:
+        rank, code, message = failure.split(" ", 2)
+        if rank == self._name:  # the main thread is about to raise it
+            return
+        try:
+            self._on_peer_failure(message)
+        finally:
+            time.sleep(GRACE_S)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(code))
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest value of all ranks; all ranks must call it. Does not wait for a GPU."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -58,13 +162,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank; all ranks must call it."""
-    if not dist.is_initialized():
-        return flag
-    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
-
-
 def broadcast_from_main(value: str) -> str:
     """The value of the main process, on every rank; all ranks must call it."""
     if not dist.is_initialized():
@@ -72,6 +169,13 @@ def broadcast_from_main(value: str) -> str:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Replace the buffers of every rank, such as running statistics, by those of the main process."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
@@ -91,11 +195,13 @@ def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager[None
 class StopSignals:
     """Context that records the first SIGINT or SIGTERM in `received`; a second Ctrl-C raises `KeyboardInterrupt`.
 
-    A run then ends after the current step, saved, when a user or a scheduler (Slurm, spot machines) stops it.
+    A run then ends after the current step, saved, when a user or a scheduler (Slurm, spot machines) stops it. In a
+    process group, a signal to one process is recorded in all of them within `POLL_S` or two.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> Self:
@@ -103,14 +209,21 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._record)
+        if _Board.current is not None:
+            _Board.current.signals = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        if _Board.current is not None:
+            _Board.current.signals = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        # One Ctrl-C can arrive twice: from the terminal and passed on by torchrun.
+        if self.received is not None and number == signal.SIGINT and now - self._received_at > 1:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now

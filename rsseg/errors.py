@@ -3,6 +3,8 @@
 The command line prints the message without a traceback and exits with the class's code. Any other exception is a bug.
 """
 
+import errno
+import re
 from typing import ClassVar
 
 
@@ -62,3 +64,31 @@ class Interrupted(RssegError):  # noqa: N818 - not an error of the program
     """Stopped by a signal after saving."""
 
     exit_code = 130
+
+
+_LIMITS = re.compile(
+    r"out of memory|can't allocate memory|_ALLOC_FAILED|[Ww]orker.* (killed by signal|exited unexpectedly)"
+    r"|out of shared memory|[Tt]oo many open files|No space left on device"
+)
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer")
+
+
+def machine_error(error: BaseException) -> MachineError | None:
+    """What an exception of torch or of the system says about the machine; None if it is about something else."""
+    if isinstance(error, RssegError):
+        return None
+    limits = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+    lines = str(error).strip().splitlines() or ["no memory left"]
+    reason = next((line for line in lines if _LIMITS.search(line)), lines[0]).rstrip(".")
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in limits):
+        found = True
+    else:
+        found = isinstance(error, RuntimeError | OSError) and _LIMITS.search(str(error)) is not None
+    if found:
+        return MachineError(
+            f"memory, disk or open files do not suffice: {reason}. Choose a smaller batch, crop, tile or network, "
+            "fewer loader workers, or free some space."
+        )
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        return MachineError(f"lost the connection to another process: {reason}. See what that process printed.")
+    return None

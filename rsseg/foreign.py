@@ -1,8 +1,8 @@
 """Checkpoints of other code bases (.pth), read without executing anything in the file."""
 
-import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,31 @@ def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
         ]
         with safe_globals(unknown):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # damaged or hostile pickles raise almost anything
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: not a readable checkpoint: {reason}. Give the authors' .pth file.") from None
     state = content.get(entry, content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: holds no state dict {entry!r}. Give the authors' .pth file of a whole model.")
+    if not isinstance(state, dict) or not state or not all(map(_is_tensor, state, state.values())):
+        raise WeightsError(f"{path}: has no state dict {entry!r}. Give the authors' .pth file of a whole model.")
     return dict(state)
+
+
+def _is_tensor(name: object, value: object) -> bool:
+    """Whether an entry of a state dict is a named, dense tensor of numbers in memory."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and plain and not value.is_quantized  # type: ignore[attr-defined]
+
+
+@contextmanager
+def odd_tensors_refused(path: Path, network: str) -> Iterator[None]:
+    """Turn the failure of an operation on tensors of unexpected shape or number into a `WeightsError`."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{path}: its tensors are not those of {network}: {reason}. Give a checkpoint of that network."
+        ) from None
 
 
 def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
@@ -49,7 +67,7 @@ def rename(name: str, rules: Sequence[tuple[str, str]], network: str) -> str:
     for pattern, replacement in rules:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
-    raise WeightsError(f"{name!r} is not a tensor of {network}. Give a checkpoint of that network.")
+    raise WeightsError(f"{name[:200]!r} is not a tensor of {network}. Give a checkpoint of that network.")
 
 
 class _Inert:

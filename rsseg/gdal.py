@@ -18,7 +18,6 @@ from rsseg.errors import DataError
 
 STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Without these, GDAL returns truncated JPEG and PNG files without an error."""
-_VECTOR_FILES = (".geojson", ".json", ".gpkg", ".shp", ".kml", ".fgb")
 _MOST_SHIFT = 0.51
 """Pixels that rounded coordinates of the same grid may differ by."""
 
@@ -47,9 +46,7 @@ def open_dataset(file: Path | str, options: dict[str, Any]) -> Any:
     except RasterioError as error:
         if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
             raise DataError(f"{file}: there is no such file.") from None
-        vector = Path(file).suffix.lower() in _VECTOR_FILES
-        remedy = " Vector files must be burned into rasters first, such as by `rio rasterize --like`." if vector else ""
-        raise DataError(f"{file}: not an image that can be read: {reason(error)}.{remedy}") from None
+        raise DataError(f"{file}: not an image that can be read: {reason(error)}.") from None
 
 
 def reason(error: BaseException) -> str:

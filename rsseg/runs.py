@@ -64,14 +64,14 @@ class RunSummary(BaseModel):
 
     name: str
     path: Path
-    method: str
-    recipe: str
-    state: str
-    """An exit state, or `killed`: still marked as running, but the process is gone."""
-    step: int
-    best: float | None
-    monitor: str
-    created: str
+    method: str | None = None
+    recipe: str | None = None
+    state: str = "unreadable"
+    """An exit state; `killed`: still marked as running, but the process is gone; `unreadable`: no valid manifest."""
+    step: int | None = None
+    best: float | None = None
+    monitor: str | None = None
+    created: str | None = None
 
 
 class RunDetails(BaseModel):
@@ -132,7 +132,10 @@ class RunFolder:
 
     def summary(self) -> RunSummary:
         """The row of `rsseg runs ls`."""
-        manifest = self.manifest()
+        try:
+            manifest = self.manifest()
+        except UsageError:
+            return RunSummary(name=self.path.name, path=self.path)
         return RunSummary(
             name=self.path.name,
             path=self.path,
@@ -197,14 +200,27 @@ def create_run(output: Path, *, method: str, name: str) -> RunFolder:
 
 
 def list_runs(root: Path) -> list[RunFolder]:
-    """Every run below `root`, oldest first."""
+    """Every run below `root`, oldest first; runs with an unreadable manifest before all others."""
     runs = [RunFolder(file.parent) for file in root.glob(f"*/{MANIFEST}") if not file.parent.is_symlink()]
-    return sorted(runs, key=lambda run: (run.manifest().created, run.path.name))
+    return sorted(runs, key=lambda run: (_created(run), run.path.name))
+
+
+def readable_runs(root: Path) -> list[RunFolder]:
+    """Like `list_runs`, without unreadable runs."""
+    return [run for run in list_runs(root) if _created(run) > 0]
+
+
+def _created(run: RunFolder) -> float:
+    """Time of the manifest in seconds, whatever its UTC offset; 0 if it cannot be read."""
+    try:
+        return datetime.fromisoformat(run.manifest().created).timestamp()
+    except (UsageError, ValueError, OverflowError):
+        return 0.0
 
 
 def newest_finished(root: Path) -> RunFolder:
     """The newest finished run with a model; raise `WeightsError` if there is none."""
-    finished = [run for run in list_runs(root) if run.manifest().state == "finished" and run.model.exists()]
+    finished = [run for run in readable_runs(root) if run.manifest().state == "finished" and run.model.exists()]
     if not finished:
         raise WeightsError(
             f"{root}: no finished run. Train one with `rsseg train --recipe NAME`, or give --model FILE."
@@ -219,7 +235,7 @@ def find_run(path: Path | None, root: Path) -> RunFolder:
         UsageError: there is none.
     """
     if path is None:
-        runs = list_runs(root)
+        runs = readable_runs(root)
         if not runs:
             raise UsageError(f"{root}: no runs here. `rsseg train --recipe NAME` makes one.")
         return runs[-1]

@@ -83,6 +83,10 @@ class Backbone(nn.Module):
         """
         return self.forward_normalized(self.normalize(images))
 
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """All parameters from input to output: a transformer's embedding and blocks, a pyramid's levels."""
+        return self.body.parameters_by_depth()  # type: ignore[no-any-return, operator]
+
     def normalize(self, images: Tensor) -> Tensor:
         """(images - mean) / std, per band, float32."""
         return (images.float() - self.mean) / self.std

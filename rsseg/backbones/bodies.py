@@ -100,6 +100,13 @@ class Pyramid(nn.Module):
         for part in self._frozen:
             part.requires_grad_(False).eval()
 
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """One list per level; the stem counts with the first, a level's own norm with its level."""
+        levels = [[p for part in parts for p in part.parameters()] for parts in self._stages]
+        for level, norm in self.norms.items():
+            levels[int(level)] += norm.parameters()
+        return levels
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but the frozen stages."""
         super().train(mode)
@@ -158,6 +165,14 @@ class TokenMaps(nn.Module):
         self._frozen = tuple(parts)
         for part in self._frozen:
             part.requires_grad_(False).eval()
+
+    def parameters_by_depth(self) -> list[list[nn.Parameter]]:
+        """Embedding, then one list per block; the final norm counts with the last block."""
+        last = dict(self.network.named_children()).get("norm", nn.Identity())
+        blocks = [list(block.parameters()) for block in self.network.blocks]
+        blocks[-1] += last.parameters()
+        later = {id(p) for block in blocks for p in block}
+        return [[p for p in self.network.parameters() if id(p) not in later], *blocks]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but the frozen blocks."""

@@ -140,7 +140,7 @@ def vit_from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of mmpretrain's VisionTransformer to our `Backbone`'s.
 
     Args:
-        tensors: names without prefix. The position table keeps its grid; see `position.resample_positions`.
+        tensors: names without prefix. The position table keeps its grid; see `resample_positions`.
 
     Raises:
         WeightsError: a name that such a network does not have.

@@ -14,6 +14,7 @@ from rsseg.backbones.bodies import Pyramid, TokenMaps, resample_positions
 from rsseg.backbones.keys import mit_to_timm
 from rsseg.backbones.timm_adapter import LEVELS, Architecture, complete_network, in_timm_names
 from rsseg.errors import WeightsError
+from rsseg.foreign import odd_tensors_refused
 
 _UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")
 """Tensors that only pretraining uses or that follow from the architecture."""
@@ -43,16 +44,20 @@ def load_pretrained(body: Pyramid | TokenMaps, source: Source, bands: Sequence[s
         WeightsError: the file is unreadable or does not fit; names the first missing and unexpected tensor.
     """
     try:
-        tensors = {name: tensor.float() for name, tensor in load_file(source.path).items()}
+        stored = load_file(source.path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source.path} cannot be read: {error}. Fetch or convert it again.") from None
-    if source.architecture.name.startswith("pvt_v2"):
-        tensors = mit_to_timm(tensors)
-    complete = complete_network(source.architecture)
-    tensors = {name: tensor for name, tensor in in_timm_names(complete, tensors).items() if not _UNUSED.fullmatch(name)}
-    wanted = body.network.state_dict()
-    _check_names(source, tensors, wanted, known=complete.state_dict())
-    _adapt(body, tensors, source, bands)
+    bad = next((name for name, tensor in stored.items() if tensor.is_complex() or not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise WeightsError(f"{source.path}: {bad[:200]!r} has complex or infinite values. Fetch or convert it again.")
+    tensors = {name: tensor.float() for name, tensor in stored.items()}
+    complete, wanted = complete_network(source.architecture), body.network.state_dict()
+    with odd_tensors_refused(source.path, source.architecture.name):
+        if source.architecture.name.startswith("pvt_v2"):
+            tensors = mit_to_timm(tensors)
+        tensors = {n: tensor for n, tensor in in_timm_names(complete, tensors).items() if not _UNUSED.fullmatch(n)}
+        _check_names(source, tensors, wanted, known=complete.state_dict())
+        _adapt(body, tensors, source, bands)
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise WeightsError(
@@ -70,7 +75,7 @@ def _check_names(
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in known]
     if missing or unexpected:
-        found = [f"{what} {names[0]!r}" for what, names in (("no", missing), ("an unknown", unexpected)) if names]
+        found = [f"{what} {names[0][:200]!r}" for what, names in (("no", missing), ("an unknown", unexpected)) if names]
         raise WeightsError(
             f"{source.path} has {' and '.join(found)} ({len(missing)} missing, {len(unexpected)} unexpected). "
             f"Give a file of {source.architecture.name} in timm's names."

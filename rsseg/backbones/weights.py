@@ -52,9 +52,13 @@ def check_weights(config: BackboneConfig) -> WeightsFile | None:
     if config.weights == "pretrained":
         return resolve_weights(entry)
     path = Path(config.weights)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
         raise WeightsError(
-            f"{config.name}: there is no weights file {config.weights}. "
+            f"{config.name}: there is no weights file {config.weights[:200]}. "
             "Give the path of a .safetensors file, or write pretrained or random."
         )
     if path.suffix != ".safetensors":

@@ -89,9 +89,14 @@ def prepare(
         list[str] | None, typer.Option("--split-list", help=f"{OWN}: SPLIT=FILE, one image per line.")
     ] = None,
     split_ratio: Annotated[
-        list[str] | None, typer.Option("--split-ratio", help=f"{OWN}: train=0.7,val=0.15,test=0.15.")
+        list[str] | None,
+        typer.Option("--split-ratio", help="Draw splits by scene: train=0.7,val=0.15,test=0.15."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of random splits.")] = 0,
+    subset: Annotated[
+        bool,
+        typer.Option("--subset", help="Accept a part of a dataset: omit unpaired files, allow empty splits."),
+    ] = False,
     jobs: Jobs = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
@@ -114,9 +119,9 @@ def prepare(
         "unlabeled": unlabeled,
         "split_as": parse_pairs("--split-as", split_as or []),
         "split_lists": parse_pairs("--split-list", split_list or []),
-        "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
     }
     options = parse_options(
+        name,
         {
             "out": out,
             "src": src,
@@ -129,13 +134,15 @@ def prepare(
             "bands": bands.split(",") if bands else None,
             "scale": parse_scale(scale),
             "split": split,
+            "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
+            "subset": subset,
             "labels": labels,
             "seed": seed,
             "ignore_classes": ignore_class or (),
             "ignore": parse_ignored(ignore or []),
             "stretch": stretch,
             "folder": {key: value for key, value in own.items() if value} or None,
-        }
+        },
     )
     try:
         with stage_bar() as progress:
@@ -205,15 +212,12 @@ def inspect(
 ) -> None:
     """Show one image, its mask in class colours, and a legend."""
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.picture import draw_sample, find_sample, legend, sample_colors
+    from rsseg.datasets.picture import find_sample, legend, sample_colors, save_sample
 
     index = SegmentationIndex.load(path)
     item = find_sample(index, image)
     if out is not None:
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists already. Pass --overwrite to replace it, or another --out.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draw_sample(index, item).save(out, "PNG")
+        save_sample(index, item, out, overwrite=overwrite)
         print_result(str(out))
         return
     _print_picture(sample_colors(index, item, 400), legend(index, item))

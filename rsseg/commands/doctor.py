@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from rsseg import __version__
 from rsseg.commands.console import print_json, print_note, print_table
 from rsseg.errors import CheckFailed
 
@@ -39,7 +40,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _versions() -> tuple[dict[str, str], list[str]]:
-    facts = {"python": sys.version.split()[0], "system": platform.platform(), "rsseg": version("rsseg")}
+    facts = {"python": sys.version.split()[0], "system": platform.platform(), "rsseg": __version__}
     problems = []
     for package in PACKAGES:
         try:

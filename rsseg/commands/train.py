@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rsseg.commands.console import is_live, print_json, print_note, print_result, print_scores, stderr
-from rsseg.commands.launch import start_workers
+from rsseg.commands.launch import silent, start_workers
 from rsseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsseg.recipe import Recipe
 
 
 def train(
@@ -23,10 +26,14 @@ def train(
     grad_accum_steps: Annotated[int | None, typer.Option("--grad-accum-steps", help="trainer.grad_accum_steps")] = None,
     amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    max_hours: Annotated[float | None, typer.Option("--max-hours", help="trainer.max_hours")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to continue.")] = None,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Also with a changed recipe or dataset.")
+    ] = False,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes to start, one per GPU.")] = 1,
     check: Annotated[
         bool, typer.Option("--check", help="Run one step, one evaluation, saving and loading, then stop.")
@@ -39,10 +46,8 @@ def train(
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
     """
-    from rsseg.recipe import find_recipe, load_recipe
+    from rsseg.recipe import load_recipe
 
-    if gpus > 1 and "LOCAL_RANK" not in os.environ:
-        raise typer.Exit(start_workers(gpus))
     flags = {
         "data.path": data,
         "trainer.steps": steps,
@@ -50,9 +55,10 @@ def train(
         "trainer.grad_accum_steps": grad_accum_steps,
         "trainer.amp_dtype": amp_dtype,
         "trainer.device": device,
+        "trainer.max_hours": max_hours,
         "seed": seed,
     }
-    settings = [*(overrides or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    settings = [*(overrides or ()), *((key, value) for key, value in flags.items() if value is not None)]
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
@@ -62,7 +68,17 @@ def train(
     if recipe is None:
         raise UsageError("which recipe? Give --recipe NAME; `rsseg recipe ls` lists the packaged ones.")
     loaded = load_recipe(recipe, settings, method=method)
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        raise typer.Exit(start_workers(gpus))
+    with silent(os.environ.get("RANK", "0") != "0"):
+        options = {"output": output, "name": name, "resume": resume, "resume_anyway": resume_anyway}
+        _train(loaded, recipe, options, check=check, dry_run=dry_run, as_json=as_json)
 
+
+def _train(
+    loaded: "Recipe", recipe: str, options: dict[str, Any], *, check: bool, dry_run: bool, as_json: bool
+) -> None:
+    from rsseg.recipe import read_recipe
     from rsseg.training import run
     from rsseg.training.progress import LineProgress, LiveProgress
 
@@ -73,10 +89,10 @@ def train(
     if check:
         print_note(run.check(loaded))
         return
-    source = find_recipe(recipe).read_text(encoding="utf-8")
+    source = read_recipe(recipe).text
     progress = LiveProgress(stderr()) if is_live() else LineProgress()
     try:
-        result = run.train(loaded, output=output, name=name, resume=resume, progress=progress, source=source)
+        result = run.train(loaded, progress=progress, source=source, **options)
     finally:
         progress.close()
     if as_json:

@@ -15,7 +15,7 @@ Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
 
 @app.command()
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the backbones that have pretrained weights, and which of them are on this machine."""
+    """List the backbones with pretrained weights, and whether these are on this machine."""
     from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
 
@@ -29,7 +29,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
 @app.command()
 def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg backbone ls`.")]) -> None:
-    """Download pretrained weights from the hub; says what, how big and under which licence."""
+    """Download pretrained weights from the hub, after printing their file, size and licence."""
     from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import pull_weights
 
@@ -39,7 +39,7 @@ def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg ba
 
 @app.command()
 def verify(name: Name) -> None:
-    """Compare cached weights with the hash that the hub gave; exit 5 if they are damaged."""
+    """Compare cached weights with the hash stated by the hub; exit code 5 if they are damaged."""
     from rsseg.backbones.table import find_entry
     from rsseg.backbones.weights import verify_weights
 
@@ -60,15 +60,17 @@ def import_checkpoint(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Turn a checkpoint that the authors published into a model; nothing in the file is executed."""
+    """Convert a checkpoint that the authors published into a model, without executing anything in it."""
     from rsseg.data.sources import Datasets
     from rsseg.datasets.cards import find_card
     from rsseg.methods.registry import import_checkpoint as import_for
     from rsseg.recipe import load_recipe
 
+    if output.exists() and file.exists() and output.samefile(file):
+        raise UsageError(f"{output} is the checkpoint to import. Choose another name for the model.")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
-    loaded = load_recipe(recipe, [f"data.path={data}"] if data else (), method=method)
+    loaded = load_recipe(recipe, [("data.path", data)] if data else (), method=method)
     task = Datasets(loaded.data).task if data else find_card(loaded.data.path.name).task()
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")

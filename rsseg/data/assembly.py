@@ -39,6 +39,8 @@ from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX
 
 _CROP_TRIES = 10
+_RARE_SHARE = 0.01
+"""Of a crop's pixels, for the class that it was drawn for."""
 
 
 class Crop(NamedTuple):
@@ -123,7 +125,7 @@ class RareClassOrder:
         self._seed, self._key = seed, stream_key(stream)
         counts = np.asarray(pixels, np.float64)
         totals = counts.sum(0)
-        present = np.flatnonzero(totals)
+        self._present = present = np.flatnonzero(totals)
         logits = (1.0 - totals[present] / totals.sum()) / temperature
         weights = np.exp(logits - logits.max())
         self._probabilities = weights / weights.sum()
@@ -131,8 +133,13 @@ class RareClassOrder:
 
     def __getitem__(self, position: int) -> int:
         """A pure function of seed, stream and position."""
+        return self.draw(position)[0]
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """Item number, and the class that it was drawn for."""
         rng = np.random.default_rng([self._seed, self._key, position, 2])
-        return int(rng.choice(self._items[rng.choice(len(self._items), p=self._probabilities)]))
+        drawn = rng.choice(len(self._items), p=self._probabilities)
+        return int(rng.choice(self._items[drawn])), int(self._present[drawn])
 
 
 class Order:
@@ -168,9 +175,12 @@ class StreamReader:
     def crop(self, position: int) -> Crop:
         """The augmented sample at a position."""
         plan = self.plan
-        item = plan.items[self._order[position]]
+        number, wanted = self._order[position], None
+        if isinstance(self._order, RareClassOrder):
+            number, wanted = self._order.draw(position)
+        item = plan.items[number]
         rng = sample_generator(plan.seed, plan.name, position)
-        geometry, mask = self._geometry(rng, item)
+        geometry, mask = self._geometry(rng, item, wanted)
         pixels, valid = self._reader.image(item, geometry.window)
         image = transform_image(pixels.transpose(1, 2, 0), geometry)
         valid = np.ones(image.shape[:2], np.bool_) if valid.all() else transform_mask(valid, geometry)
@@ -184,8 +194,12 @@ class StreamReader:
         mix = np.stack([box_mask(draw_box(rng, size, plan.strong), size) for _ in range(plan.strong_views)])
         return crop._replace(strong=strong, mix=mix)
 
-    def _geometry(self, rng: np.random.Generator, item: IndexItem) -> tuple[Geometry, NDArray[np.uint8] | None]:
-        """Draw a crop, again while one class covers too much of it; also returns the labels of its window."""
+    def _geometry(
+        self, rng: np.random.Generator, item: IndexItem, wanted: int | None
+    ) -> tuple[Geometry, NDArray[np.uint8] | None]:
+        """Draw a crop, again while one class covers too much of it or the wanted class is hardly in it; also returns
+        the labels of its window.
+        """
         plan, augment = self.plan, self.plan.augment
         size = self._reader.size(item)
         scaled = draw_scaled_size(rng, zoomed(size, plan.zoom), augment)
@@ -198,11 +212,11 @@ class StreamReader:
             else:
                 window, out = draw_window(rng, size, scaled, augment.crop_size)
             mask = self._reader.mask(item, window) if plan.masks else None
-            if mask is None or limit >= 1:
+            if mask is None or (wanted is None and limit >= 1):
                 break
             # Pillow scales the whole image: the crop is only a part of its mask.
             crop = mask if cut is None else transform_mask(mask, Geometry(window, out, False, False, 0, cut))
-            if not one_class_dominates(crop, limit):
+            if _shows(crop, wanted) and not (limit < 1 and one_class_dominates(crop, limit)):
                 break
         return draw_geometry(rng, window, out, augment, cut), mask
 
@@ -214,6 +228,10 @@ class StreamReader:
                 return self.plan.space.apply(image, draw_fast_distortion(rng, self.plan.space))
             case "none":
                 return image
+
+
+def _shows(mask: NDArray[np.uint8], wanted: int | None) -> bool:
+    return wanted is None or int(np.count_nonzero(mask == wanted)) >= _RARE_SHARE * mask.size
 
 
 def _order(plan: StreamPlan) -> Order | RareClassOrder:

@@ -102,7 +102,7 @@ class LabelTable:
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
             indices: NDArray[np.uint8] = cv2.LUT(keys, self._table) if keys.size else self._table[keys]
-            if self._declared[_histogram(keys) > 0].all():
+            if self._declared[histogram(keys) > 0].all():
                 return indices if hidden is None else np.where(hidden, np.uint8(IGNORE_INDEX), indices)
             unknown = ~self._declared[keys]
         else:
@@ -171,9 +171,7 @@ class LabelTable:
         row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))
         declared = ", ".join(self._text(key) for key in self._keys[:20])
-        if name.lower().endswith((".jpg", ".jpeg")):
-            advice = "JPEG compression changes values: export the masks as PNG or GeoTIFF."
-        elif values.dtype.kind == "f" and (values != np.rint(values)).any():
+        if values.dtype.kind == "f" and (values != np.rint(values)).any():
             advice = (
                 "Class values are whole numbers: round or threshold the mask, and resample it by nearest neighbour. "
                 "NaN is ignored where the file declares it as nodata."
@@ -201,8 +199,8 @@ def _color_key(color: tuple[int, int, int]) -> int:
     return (color[0] << 16) | (color[1] << 8) | color[2]
 
 
-def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pixels per value, int64 `(256,)`."""
+def histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Pixels per value of a uint8 array, int64 `(256,)`."""
     if values.size == 0 or values.size >= 1 << 24:
         # OpenCV counts in float32, exact below 2**24.
         return np.bincount(values.ravel(), minlength=256)

@@ -51,7 +51,6 @@ class StreamSpec:
     masks         True: a missing mask is an error; False: masks are never read
     fill          per band, scaled units: value of pixels without data
     strong_views  number of strong views
-    rare_classes  temperature of rare class sampling; None draws uniformly
     """
 
     name: str
@@ -59,7 +58,6 @@ class StreamSpec:
     masks: bool
     fill: tuple[float, ...]
     strong_views: int = 0
-    rare_classes: float | None = None
 
 
 class Scaling(NamedTuple):
@@ -169,7 +167,7 @@ def _stream_reader(recipe: BaseRecipe, spec: StreamSpec, source: Source) -> Stre
         items=source.items,
         masks=spec.masks,
         strong_views=spec.strong_views,
-        rare_classes=spec.rare_classes,
+        rare_classes=recipe.data.rare_class_sampling if spec.masks else None,
         batch_size=recipe.trainer.stream_batch_sizes.get(spec.name, recipe.trainer.batch_size),
         augment=augment,
         strong=recipe.data.strong,

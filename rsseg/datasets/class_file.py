@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rsseg.data.index import LabelMap
 from rsseg.errors import DataError
 from rsseg.task import IGNORE_INDEX, ClassInfo, Color
+from rsseg.text import load_yaml, read_text
 
 
 def _color(value: Any) -> Any:
@@ -23,6 +23,9 @@ def _color(value: Any) -> Any:
     return value
 
 
+_MOST_LINES = 20
+"""Problems that an error lists."""
+MaskValue = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 HexColor = Annotated[Color, BeforeValidator(_color)]
 
 
@@ -33,12 +36,12 @@ class _Part(BaseModel):
 class ClassEntry(_Part):
     """One class."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,100}$")]
     color: HexColor
     """`"#RRGGBB"` or [red, green, blue]."""
-    value: int | None = None
+    value: MaskValue | None = None
     """Its mask value."""
-    also: tuple[int, ...] = ()
+    also: tuple[MaskValue, ...] = ()
     """Further mask values of the class."""
     also_colors: tuple[HexColor, ...] = ()
     """Further mask colours of the class."""
@@ -47,18 +50,18 @@ class ClassEntry(_Part):
 class ClassFile(_Part):
     """Classes in index order, ignored values, and facts that the files do not state."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=100)]
     """Name of the task, and of the prepared folder unless --out is given."""
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=254)]
     labels: str | None = Field(default=None, pattern="^(values|colors)$")
     """Whether masks store `values` or `colors`; by default values if classes have them."""
-    ignore: tuple[int, ...] = ()
+    ignore: tuple[MaskValue, ...] = ()
     """Mask values without a class."""
     ignore_colors: tuple[HexColor, ...] = ()
     """Mask colours without a class."""
     bands: tuple[str, ...] | None = None
     """Band names in file order; by default those of the files."""
-    gsd_m: Annotated[float, Field(gt=0)] | None = None
+    gsd_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Ground sampling distance in metres."""
     nodata: float | None = None
     """Nodata value of every band, where the files declare none."""
@@ -67,6 +70,11 @@ class ClassFile(_Part):
 
     @model_validator(mode="after")
     def _all_have_labels(self) -> Self:
+        names = [entry.name for entry in self.classes]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two classes are named {twice[0]!r}")
+        if self.bands is not None and (not all(self.bands) or len(set(self.bands)) < len(self.bands)):
+            raise ValueError(f"bands must be different names, not {', '.join(self.bands)!r}")
         unvalued = [entry.name for entry in self.classes if entry.value is None]
         if not self.by_color and unvalued:
             raise ValueError(f"class {unvalued[0]!r} has no value; give every class one, or set `labels: colors`")
@@ -107,12 +115,7 @@ def _check_unique(keys: list[Any]) -> None:
 
 def load_classes(path: Path) -> ClassFile:
     """Read a class file; raises `DataError` with file, key, problem and the nearest valid key."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such class file. docs/examples/dubai-classes.yaml shows one.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid YAML: {error}") from None
+    content = load_yaml(read_text(path, DataError), str(path), DataError).values
     if not isinstance(content, dict):
         raise DataError(
             f"{path}: expected a table with `name` and `classes`. docs/examples/dubai-classes.yaml shows one."
@@ -125,9 +128,10 @@ def load_classes(path: Path) -> ClassFile:
 
 def _lines(error: ValidationError) -> Iterable[str]:
     known = {*ClassFile.model_fields, *ClassEntry.model_fields}
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        line = f"{key}: {problem['msg']}" if key else problem["msg"]
+    for problem in error.errors()[:_MOST_LINES]:
+        key = ".".join(str(part)[:80] for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        line = f"{key}: {message}" if key else message
         if problem["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             line = f"{key}: unknown key" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")

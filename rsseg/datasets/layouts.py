@@ -7,8 +7,10 @@ may be written for the `*` of the file name. `{any}` (folders) and `{text}` (wit
 `{id}` is compared only between the bands of an image. Patterns joined by `|` are these bands.
 """
 
+import filecmp
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,14 @@ _TOKEN = re.compile(r"\{(\w+)\}|\*\*/|\*|\?|[^*?{]+|.")
 _PLACEHOLDERS = ("split", "domain", "group", "stem", "part", "id")
 _FREE = {"any": "(?:[^/]+/)*", "text": "[^/]*"}
 """Placeholders that are not compared."""
+SIDECARS = (".aux.xml", ".msk", ".ovr")
+"""Suffixes of files that GDAL reads with an image; they follow its name."""
+WORLD_FILES = (
+    ".tfw", ".tifw", ".tiffw", ".jgw", ".jpgw", ".jpegw", ".pgw", ".pngw", ".j2w", ".jp2w", ".bpw", ".wld", ".hdr",
+    ".prj",
+)  # fmt: skip
+"""Suffixes of such files that replace the image's, in lower case."""
+_IMAGES = ("tif", "tiff", "TIF", "TIFF", "png", "PNG", "jpg", "jpeg", "JPG", "JPEG", "jp2", "bmp", "img", "dat")
 _DEPTH = 4
 """Folders that archives may wrap around a dataset."""
 
@@ -113,6 +123,8 @@ class Layout:
     """Patterns of files that are neither image nor mask."""
     beside: tuple[str, ...] = ()
     """Patterns of further files to extract from archives."""
+    subset: bool = False
+    """Leave out masks without an image and images without a mask; otherwise they are errors."""
 
     def patterns(self) -> tuple[PathPattern, ...]:
         """Patterns of all bands and of the masks."""
@@ -120,32 +132,40 @@ class Layout:
 
     def items(self, root: Path) -> tuple[IndexItem, ...]:
         """The images below `root`; see `items_of`."""
-        return self.items_of(tuple(list_files(root)))
+        return self.items_of({name: root / name for name in list_files(root)})
 
-    def items_of(self, files: Sequence[str]) -> tuple[IndexItem, ...]:
+    def items_of(self, files: Mapping[str, Path]) -> tuple[IndexItem, ...]:
         """The images among files, sorted by path, with masks and splits.
 
         Args:
-            files: paths relative to the dataset's folder, with `/`.
+            files: path relative to the dataset's folder, with `/` -> file.
 
         Raises:
-            DataError: no match, an image without a mask, a mask without an image, a list that names an unknown image.
+            DataError: no match, an image without a mask, a mask without an image, two different files for one image, a
+                list that names an unknown image.
             UsageError: patterns and options that contradict each other.
         """
         located = self._pair(files)
         return self._check_masks(tuple(self._with_splits(located)), located)
 
-    def _pair(self, files: Sequence[str]) -> tuple[Located, ...]:
-        patterns = [PathPattern(text) for text in self.images.split("|")]
+    def _pair(self, files: Mapping[str, Path]) -> tuple[Located, ...]:
         excluded = [PathPattern(text) for text in self.exclude]
-        files = [file for file in files if not any(pattern.match(file) for pattern in excluded)]
-        bands = [_by_key(pattern, files) for pattern in patterns]
-        if not bands[0]:
-            raise DataError(f"no image matches {patterns[0].text!r} among {len(files)} files{_examples(files)}.")
+        files = {
+            name: path
+            for name, path in sorted(files.items())
+            if not is_side_file(name, files) and not any(pattern.match(name) for pattern in excluded)
+        }
+        patterns = [PathPattern(text) for text in self.images.split("|")]
         masks = PathPattern(self.masks) if self.masks else None
         common = patterns[0].placeholders & masks.placeholders if masks else frozenset()
-        others = set(files).difference(*(band.values() for band in bands))
-        mask_of = _by_key(masks, sorted(others), only=common) if masks else {}
+        bands = [_by_key(pattern, files) for pattern in patterns]
+        both = _masks_among(bands[0], masks, common) if masks else set()
+        if both:
+            bands = [_by_key(pattern, {n: p for n, p in files.items() if n not in both}) for pattern in patterns]
+        if not bands[0]:
+            raise DataError(f"no image matches {patterns[0].text!r} among {len(files)} files{_examples(list(files))}.")
+        others = {n: p for n, p in files.items() if n in both or not any(pattern.match(n) for pattern in patterns)}
+        mask_of = _by_key(masks, others, only=common) if masks else {}
         alone = dict(mask_of)
         located = []
         for key, first in sorted(bands[0].items(), key=lambda entry: entry[1]):
@@ -156,10 +176,10 @@ class Layout:
             mask = mask_of.get(_restricted(key, common))
             alone.pop(_restricted(key, common), None)
             located.append(Located(tuple(band[key] for band in bands), mask, dict(key)))
-        if alone and not self.split_lists:
+        if alone and not self.split_lists and not self.subset:
             raise DataError(
                 f"{len(alone)} mask(s) have no image, the first is {min(alone.values())}. "
-                "Add the images, or make the mask pattern narrower."
+                "Add the images, make the mask pattern narrower, or pass --subset to leave these masks out."
             )
         return tuple(located)
 
@@ -193,53 +213,97 @@ class Layout:
         taken: dict[str, str] = {}
         for target, lines in self.split_lists.items():
             for line in lines:
-                found = names.get(line.removeprefix("./"), [])
+                found = names.get(line.removeprefix("./"), []) or names.get(line.replace("\\", "/"), [])
                 if len(found) != 1:
                     kind = "is not the name of an image" if not found else f"is the name of {len(found)} images"
                     raise DataError(f"split list {target}: {line!r} {kind}. List paths relative to the source folder.")
                 image = found[0].images[0]
-                if image in taken:
+                if taken.get(image, target) != target:
                     raise DataError(
                         f"{image} is listed in {taken[image]} and in {target}; splits must not share images."
                     )
+                if image not in taken:
+                    yield _item(found[0], target, self.domain_as)
                 taken[image] = target
-                yield _item(found[0], target, self.domain_as)
 
     def _check_masks(self, items: tuple[IndexItem, ...], located: Sequence[Located]) -> tuple[IndexItem, ...]:
         hidden = tuple(
             item.model_copy(update={"mask": None}) if item.split in self.unlabeled else item for item in items
         )
         lost = [item for item in hidden if item.mask is None and item.split not in self.unlabeled]
+        if self.subset and self.masks and len(lost) < len(hidden):
+            return tuple(item for item in hidden if item not in lost)
         if lost:
+            name, split = lost[0].image, lost[0].split
+            remedy = (
+                "Add the masks, pass --unlabeled SPLIT for a split without masks, or --subset to omit these images."
+            )
+            if self.masks and PathPattern(self.masks).match(name):
+                remedy = "The mask pattern also matches it: make the image pattern narrower, or add its image."
             raise DataError(
-                f"{len(lost)} of {len(located)} images have no mask, the first is {lost[0].image} "
-                f"(split {lost[0].split}). "
-                "Add the masks, or pass --unlabeled SPLIT for a split that has none."
+                f"{len(lost)} of {len(located)} images have no mask, the first is {name} (split {split}). {remedy}"
             )
         return hidden
 
 
-def find_prefix(files: Sequence[str], layouts: Sequence[Layout], where: str) -> tuple[Layout, str]:
+def find_prefix(files: Mapping[str, Path], layouts: Sequence[Layout], where: str) -> tuple[Layout, str]:
     """The first layout that fits, and the folder below which it fits: "" or a path that ends with "/".
 
-    Raises `DataError` naming `where` if none does.
+    Raises `DataError` naming `where` if none does, or if two folders of the same depth hold different files for it.
     """
     for layout in layouts:
-        fitting = [pattern.prefixes(files) for pattern in layout.patterns()]
-        if prefixes := set.intersection(*fitting):
-            return layout, min(prefixes, key=lambda prefix: (prefix.count("/"), prefix))
+        patterns = layout.patterns()
+        prefixes = set.intersection(*(pattern.prefixes(files) for pattern in patterns))
+        if not prefixes:
+            continue
+        first, *others = sorted(prefixes, key=lambda prefix: (prefix.count("/"), prefix))
+        for other in others:
+            if other.count("/") == first.count("/"):
+                _check_copy(files, patterns, first, other)
+        return layout, first
     # what the closest layout lacks
     nearest = max(layouts, key=lambda layout: sum(bool(pattern.prefixes(files)) for pattern in layout.patterns()))
     missing = [pattern.text for pattern in nearest.patterns() if not pattern.prefixes(files)] or [nearest.images]
-    raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(files)}.")
+    raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(list(files))}.")
+
+
+def _check_copy(files: Mapping[str, Path], patterns: Sequence[PathPattern], first: str, other: str) -> None:
+    """Raise `DataError` unless each file of the dataset below `other` is a copy of the one below `first`."""
+    for name, path in files.items():
+        rest = name.removeprefix(other)
+        if name == rest or not any(pattern.match(rest) for pattern in patterns):
+            continue
+        if f"{first}{rest}" not in files or not same_content(files[f"{first}{rest}"], path):
+            raise DataError(f"{first} and {other} both look like the dataset, and {rest} differs. Pass one as --src.")
 
 
 def list_files(root: Path) -> Iterator[str]:
-    """Files below a folder, as sorted relative paths with `/`; hidden files and folders are left out."""
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix()
+    """Files below a folder, as sorted relative paths with `/`; links are followed, hidden files and folders left out.
+
+    Raises `DataError` for a folder that cannot be read.
+    """
+    found = []
+    folders = [("", frozenset((os.path.realpath(root),)))]
+    while folders:
+        prefix, above = folders.pop()
+        try:
+            entries = [entry for entry in os.scandir(root / prefix) if not entry.name.startswith(".")]
+        except OSError as error:
+            raise DataError(f"{root / prefix}: the folder cannot be read ({error.strerror}).") from None
+        found += [f"{prefix}{entry.name}" for entry in entries if entry.is_file()]
+        for entry in entries:
+            # a link to a folder that contains it would never end
+            if entry.is_dir() and (real := os.path.realpath(entry.path)) not in above:
+                folders.append((f"{prefix}{entry.name}/", above | {real}))
+    yield from sorted(found)
+
+
+def is_side_file(name: str, files: Container[str]) -> bool:
+    """Whether GDAL reads a file together with an image among `files`: statistics, masks, overviews, world files."""
+    stem, dot, suffix = name.rpartition(".")
+    if f"{dot}{suffix}".lower() in WORLD_FILES:
+        return any(f"{stem}.{image}" in files for image in _IMAGES)
+    return any(name.removesuffix(side) in files for side in SIDECARS if name.endswith(side))
 
 
 def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:
@@ -257,18 +321,38 @@ def _item(one: Located, target: str, domain_as: Mapping[str, str]) -> IndexItem:
     )
 
 
-def _by_key(pattern: PathPattern, files: Iterable[str], only: frozenset[str] | None = None) -> dict[Key, str]:
-    """Files that match, by placeholder values (only those in `only` and the stem, if given)."""
+def _by_key(pattern: PathPattern, files: Mapping[str, Path], only: frozenset[str] | None = None) -> dict[Key, str]:
+    """Files that match, by placeholder values (only those in `only` and the stem, if given); copies are left out."""
     found: dict[Key, str] = {}
-    for file in files:
-        values = pattern.match(file)
+    for name, path in files.items():
+        values = pattern.match(name)
         if values is None:
             continue
         key: Key = tuple(sorted(values.items()))
         key = key if only is None else _restricted(key, only)
-        if key in found:
-            raise DataError(f"{found[key]} and {file} cannot be told apart by the pattern {pattern.text!r}. Keep one.")
-        found[key] = file
+        other = found.setdefault(key, name)
+        if other != name and not same_content(files[other], path):
+            raise DataError(
+                f"{other} and {name} differ and cannot be told apart by the pattern {pattern.text!r}. Keep one of them."
+            )
+    return found
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes."""
+    return filecmp.cmp(one, other, shallow=False)
+
+
+def _masks_among(images: Mapping[Key, str], masks: PathPattern, common: frozenset[str]) -> set[str]:
+    """Files that match both patterns, but are the mask of another image: `a_mask.png` beside `a.png`."""
+    owners: dict[Key, set[str]] = {}
+    for key, name in images.items():
+        owners.setdefault(_restricted(key, common), set()).add(name)
+    found = set()
+    for name in images.values():
+        values = masks.match(name)
+        if values is not None and owners.get(_restricted(tuple(sorted(values.items())), common), set()) - {name}:
+            found.add(name)
     return found
 
 

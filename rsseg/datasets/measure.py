@@ -3,19 +3,22 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
-from rsseg.data.labels import LabelTable
+from rsseg.data.labels import LabelTable, histogram
 from rsseg.errors import DataError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 
+_VECTOR = {".geojson", ".json", ".shp", ".gpkg", ".kml", ".gml", ".fgb", ".parquet"}
 _STRIP_VALUES = 1 << 24
 """Values in memory per thread."""
 
@@ -86,24 +89,84 @@ def open_image(
     return Raster(files, bands=range(1, len(names) + 1), nodata=nodata, zero_collar=zero_collar)
 
 
-def measure_image(raster: Raster, *, samples: int) -> Moments:
-    """Statistics of a whole image; raises `DataError` if it is damaged.
+class MaskError(DataError):
+    """A mask that cannot be used."""
+
+
+@contextmanager
+def mask_errors() -> Iterator[None]:
+    """Raise errors about a mask as `MaskError`."""
+    try:
+        yield
+    except DataError as error:
+        raise MaskError(str(error)) from None
+
+
+def open_mask(path: Path, grid: RasterInfo | None = None, *, jpeg: bool = False) -> Raster:
+    """Open a mask, to be read in the pixel order of its image.
+
+    Args:
+        path: file.
+        grid: its image; None compares nothing.
+        jpeg: accept JPEG compression, for colours that are rounded.
+
+    Raises:
+        MaskError: an unreadable or a vector file, another grid, or JPEG, which changes values without a trace.
+    """
+    if path.suffix.lower() in _VECTOR:
+        raise MaskError(
+            f"{path}: a vector file, but masks must be rasters. Burn the polygons into one on the grid of each image, "
+            f"such as `gdal_rasterize -a VALUE {path.name} {path.stem}.tif`."
+        )
+    with mask_errors():
+        raster = Raster(path)
+    try:
+        if not jpeg and _is_jpeg(path):
+            raise MaskError(f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF.")
+        if grid is not None:
+            with mask_errors():
+                raster.align_to(grid, what=f"{path}: the mask", of="its image")
+    except MaskError:
+        raster.close()
+        raise
+    return raster
+
+
+def _is_jpeg(path: Path) -> bool:
+    with rasterio.open(path) as file:
+        return file.driver == "JPEG" or str(file.profile.get("compress")).lower() == "jpeg"
+
+
+def measure_item(
+    raster: Raster, mask: Path | None, labels: LabelTable, num_classes: int, *, samples: int = 0
+) -> tuple[Moments, NDArray[np.int64] | None]:
+    """Statistics of a whole image, and class counts of its mask where the image has data.
 
     Args:
         raster: open image.
+        mask: file, or None.
+        labels: meaning of its values.
+        num_classes: K.
         samples: approximate number of pixels to keep as a sample.
+
+    Returns:
+        Statistics, and int64 `(K + 1,)`: pixels with data per class index, ignored ones last; None without a mask.
+
+    Raises:
+        DataError: a damaged file, a mask on another grid, an undeclared mask value.
     """
     info = raster.info
     step = max(info.height * info.width // max(samples, 1), 1)
-    total: Moments | None = None
-    for window in strips(info):
-        pixels, valid = raster.read(window)
-        values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
-        moments = _moments(values, step if samples else 0)
-        total = moments if total is None else total.joined(moments)
-    if total is None:
-        raise DataError(f"{raster.name}: the image has no pixels.")
-    return total
+    total, counts = _moments(np.zeros((info.count, 0)), 0), np.zeros(IGNORE_INDEX + 1, np.int64)
+    with ExitStack() as stack:
+        stored = None if mask is None else stack.enter_context(open_mask(mask, info))
+        for window in strips(info):
+            pixels, valid = raster.read(window)
+            values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
+            total = total.joined(_moments(values, step if samples else 0))
+            if stored is not None:
+                counts += _count(stored, window, labels, valid)
+    return total, None if mask is None else _of_classes(counts, num_classes)
 
 
 def _moments(values: NDArray[Any], step: int) -> Moments:
@@ -119,35 +182,23 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
     return Moments(pixels, sums, squares, low, high, samples)
 
 
-def count_classes(
-    mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None, image: Raster | None = None
-) -> NDArray[np.int64]:
-    """Pixels per class index of a mask, ignored ones last.
-
-    Args:
-        mask: file.
-        labels: meaning of its values.
-        num_classes: K.
-        grid: of its image; None compares nothing.
-        image: its image, open; pixels that have no data there are not counted. None counts all.
-
-    Returns:
-        int64 `(K + 1,)`.
-
-    Raises:
-        DataError: another grid than the image's, an undeclared value, a damaged file.
-    """
+def count_classes(mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None) -> NDArray[np.int64]:
+    """Class counts of a mask whose image is not read; see `open_mask` and `measure_item`."""
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
-    with Raster(mask) as raster:
-        if grid is not None:
-            raster.align_to(grid, what=f"{mask}: the mask", of="its image")
-        gaps = image is not None and image.can_lack_data()
-        for window in strips(raster.info if image is None else image.info):
-            indices = labels.read(raster, window)
-            if image is not None and gaps:
-                indices = indices[image.read(window)[1]]
-            counts += np.bincount(indices.ravel(), minlength=len(counts))
+    with open_mask(mask, grid) as raster:
+        for window in strips(raster.info):
+            counts += _count(raster, window, labels, None)
+    return _of_classes(counts, num_classes)
+
+
+def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
+
+
+def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    with mask_errors():
+        indices = labels.read(mask, window)
+    return histogram(indices if valid is None or valid.all() else indices[valid])
 
 
 def strips(info: RasterInfo) -> Iterator[Window]:

@@ -1,6 +1,8 @@
 """Draw a sample of a prepared dataset: image, mask in class colours, legend."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
-from rsseg.errors import DataError
+from rsseg.datasets.prepare.stage import output_errors
+from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX
 
 _MARGIN = 12
@@ -21,7 +24,7 @@ def find_sample(index: SegmentationIndex, which: str | None) -> IndexItem:
     """Image by name, part of a name or number, by default the first labeled one; raises `DataError`."""
     if which is None:
         return next((item for item in index.items if item.mask is not None), index.items[0])
-    if which.isdecimal() and int(which) < len(index.items):
+    if which.isdecimal() and len(which) < 10 and int(which) < len(index.items):
         return index.items[int(which)]
     found = [item for item in index.items if which == item.image] or [i for i in index.items if which in i.image]
     if not found:
@@ -71,6 +74,29 @@ def draw_sample(index: SegmentationIndex, item: IndexItem, side: int = 700) -> I
         draw.rectangle((left, top, left + 22, top + 18), fill=color, outline="black")
         draw.text((left + 32, top), text, fill="black", font=font)
     return sheet
+
+
+def save_sample(index: SegmentationIndex, item: IndexItem, out: Path, *, overwrite: bool) -> None:
+    """Write `draw_sample` as PNG.
+
+    Raises:
+        UsageError: no name of a PNG file, a file of the dataset, or it exists and `overwrite` is False.
+        MachineError: the file cannot be written.
+    """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the picture is a PNG file. Give it a name that ends with .png.")
+    with output_errors(out):
+        if index.root.resolve() in out.resolve().parents:
+            raise UsageError(f"--out {out} lies in the dataset. Pass another --out.")
+        if out.is_dir() or ((out.exists() or out.is_symlink()) and not overwrite):
+            raise UsageError(f"{out} exists already. Pass --overwrite to replace a file, or another --out.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{os.getpid()}.tmp")
+        try:
+            draw_sample(index, item).save(partial, "PNG")
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[int, int, int], str]]:

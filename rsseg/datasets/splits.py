@@ -97,7 +97,7 @@ def halved_val(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
 def draw(
     names: Sequence[str], shares: Mapping[str, float], seed: int, *, whole: Callable[[float], int] = round
 ) -> dict[str, str]:
-    """Split of each name, in a random order that depends on names and seed alone.
+    """Split of each name, in a random order that depends on names and seed alone; none is empty if there are enough.
 
     Args:
         names: images, tiles or scenes.
@@ -106,21 +106,35 @@ def draw(
         whole: rounds `share * len(names)`.
 
     Raises:
-        DataError: a split would be empty.
+        DataError: fewer names than splits.
     """
+    if len(names) < len(shares):
+        raise DataError(
+            f"{len(names)} images (or scenes) cannot fill the {len(shares)} splits {', '.join(shares)}. "
+            "Give more images, or fewer splits."
+        )
     order = sorted(names)
     random.Random(seed).shuffle(order)
     # the small term guards against 0.7 * 22500 = 15749.999999999998
     counts = [whole(share * len(order) + 1e-6) for share in shares.values()]
     counts[-1] = len(order) - sum(counts[:-1])
-    result: dict[str, str] = {}
-    for split, count in zip(shares, counts, strict=True):
-        if count <= 0:
-            raise DataError(
-                f"split {split!r} gets none of {len(order)} images (or scenes). Give it a larger share, or more images."
-            )
-        result |= dict.fromkeys(order[len(result) : len(result) + count], split)
-    return result
+    while min(counts) < 1:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(min(counts))] += 1
+    splits = [split for split, count in zip(shares, counts, strict=True) for _ in range(count)]
+    return dict(zip(order, splits, strict=True))
+
+
+def ratio_rule(shares: Mapping[str, float]) -> SplitRule:
+    """Rule that splits the labeled images of any dataset by scene; images without masks keep their split."""
+    check_shares("--split-ratio", shares)
+
+    def assign(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
+        split_of = _per_domain([item for item in items if item.mask is not None], shares, seed)
+        return [_in_split(item, split_of.get(item.image, item.split)) for item in items]
+
+    title = ", ".join(f"{split} {share:g}" for split, share in shares.items())
+    return SplitRule("ratio", title, assign, tuple(shares))
 
 
 def check_shares(option: str, shares: Mapping[str, float]) -> None:
@@ -162,7 +176,7 @@ def resplit(
 
     Args:
         index: prepared dataset.
-        shares: split -> share; they add up to 1. Each domain is split on its own.
+        shares: split -> share; they add up to 1. Each domain is split on its own if all have enough scenes.
         by: `scene` keeps the images of a scene together. `block` keeps the tiles of a square of `block` pixels
             together, and puts tiles that overlap squares of two splits into the split `unused`.
         block: side in pixels, at least that of the tiles.
@@ -240,9 +254,12 @@ def _domains(items: Sequence[IndexItem]) -> list[list[IndexItem]]:
 
 
 def _per_domain(items: Sequence[IndexItem], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Split of each image, by scene."""
+    """Split of each image, by scene; all domains together if one has fewer scenes than there are splits."""
     split_of: dict[str, str] = {}
-    for group in _domains(items):
+    groups = _domains(items)
+    if any(len({scene_of(item) for item in group}) < len(shares) for group in groups):
+        groups = [list(items)]
+    for group in groups:
         drawn = draw(sorted({scene_of(item) for item in group}), shares, seed)
         split_of |= {item.image: drawn[scene_of(item)] for item in group}
     return split_of

@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image, open_image
+from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -150,12 +149,9 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
     labels = LabelTable(index.label_map, index.task.num_classes)
 
     def measure(item: IndexItem) -> tuple[Moments, NDArray[np.int64]]:
-        mask, classes = index.mask_file(item), index.task.num_classes
         with _open(index, item) as raster:
-            moments = measure_image(raster, samples=0)
-            if mask is None:
-                return moments, np.zeros(classes + 1, np.int64)
-            return moments, count_classes(mask, labels, classes, raster.info, raster)
+            moments, counts = measure_item(raster, index.mask_file(item), labels, index.task.num_classes)
+        return moments, np.zeros(index.task.num_classes + 1, np.int64) if counts is None else counts
 
     report = None if progress is None else lambda done, total: progress("measure", done, total)
     measured = list(in_order(measure, index.items, jobs, report))
@@ -181,26 +177,25 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
 
 
 def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
-    """All problems of one item."""
-    problems, grid, image = [], None, None
-    with ExitStack() as stack:
-        try:
-            raster = stack.enter_context(_open(index, item))
+    """All problems of one item; a damaged image does not hide those of its mask."""
+    problems, classes, mask = [], index.task.num_classes, index.mask_file(item)
+    grid, counts = None, None
+    try:
+        with _open(index, item) as raster:
             info = grid = raster.info
             if info.dtype != index.task.dtype:
                 raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
             if pixels:
-                measure_image(raster, samples=0)
-                image = raster
-        except DataError as error:
-            problems.append(Problem(file=item.image, split=item.split, reason=str(error)))
-        mask = index.mask_file(item)
-        if mask is None or item.mask is None:
-            return _Checked(None, tuple(problems))
+                _, counts = measure_item(raster, mask, labels, classes)
+    except DataError as error:
+        file = item.image if item.mask is None or not isinstance(error, MaskError) else item.mask
+        problems.append(Problem(file=file, split=item.split, reason=str(error)))
+        mask = None if file == item.mask else mask
+    if mask is not None and counts is None:
         try:
-            counts = count_classes(mask, labels, index.task.num_classes, grid, image)
+            counts = count_classes(mask, labels, classes, grid)
         except DataError as error:
-            return _Checked(None, (*problems, Problem(file=item.mask, split=item.split, reason=str(error))))
+            problems.append(Problem(file=item.mask or "", split=item.split, reason=str(error)))
     return _Checked(counts, tuple(problems))
 
 

@@ -1,5 +1,6 @@
 """Score a network on the images of a split, with one confusion matrix over all of them."""
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,8 @@ from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
-from rsseg.distributed import current_ranks, sum_over_ranks
-from rsseg.errors import RecipeError
+from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
+from rsseg.errors import Interrupted, RecipeError
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
@@ -118,12 +119,16 @@ def check_settings(config: EvalConfig, segmenter: Segmenter) -> None:
     """Raise `RecipeError` for `eval` settings that do not fit the network or its task."""
     names = segmenter.task.class_names
     if unknown := [name for name in config.ignore_classes if name not in names]:
-        raise RecipeError(f"eval.ignore_classes: there is no class {unknown[0]!r}; the task has {', '.join(names)}.")
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The classes are {', '.join(names)}."
+        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is no class of this dataset. {hint}")
     if set(config.ignore_classes) >= set(names):
         raise RecipeError("eval.ignore_classes: every class is ignored. Keep one at least.")
     tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
     if config.mode == "tiled" and tiling.overlap >= tiling.tile:
-        raise RecipeError(f"eval.overlap: {tiling.overlap} pixels do not fit tiles of {tiling.tile}. Make it smaller.")
+        raise RecipeError(
+            f"eval.overlap: {tiling.overlap} pixels do not fit tiles of {tiling.tile}. Choose 0 to {tiling.tile - 1}."
+        )
 
 
 def evaluate(
@@ -134,6 +139,7 @@ def evaluate(
     device: torch.device | str,
     progress: Advance | None = None,
     labels: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score a network on selected images; the ranks of a process group share the images, and all get the result.
 
@@ -144,9 +150,11 @@ def evaluate(
         device: where the network runs.
         progress: called after every image of this process.
         labels: False reads no mask and measures the entropy instead.
+        stop: asked after every image; ends the evaluation on all ranks once it returns True on any.
 
     Raises:
         DataError: unreadable files, an ignored class that does not exist.
+        Interrupted: `stop` returned True.
     """
     started = time.monotonic()
     ranks, task = current_ranks(), segmenter.task
@@ -163,6 +171,10 @@ def evaluate(
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, share)
+        if stop():
+            break
+    if max_over_ranks(int(stop())):
+        raise Interrupted("The evaluation was stopped.")
     total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([share])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()

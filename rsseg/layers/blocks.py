@@ -1,8 +1,9 @@
 """Building blocks that networks share: bilinear resizing, convolution blocks, and control of batch norms."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,6 +54,25 @@ class Classifier(nn.Module):
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any part of `module` normalizes over the batch."""
     return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+@torch.no_grad()
+def measure_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of all batch norms by the plain mean over `batches`, inputs of `module`.
+
+    All other parts stay in eval mode, and so does `module` afterwards.
+    """
+    norms = [part for part in module.eval().modules() if isinstance(part, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's sign for the cumulative mean
+        norm.train()
+    for batch in batches:
+        module(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.eval()
 
 
 @contextmanager

@@ -99,6 +99,30 @@ class SegFormerHead(nn.Module):
         return fused
 
 
+class LinearHead(nn.Module):
+    """Batch norm and one 1x1 convolution per level, summed at the first level's size.
+
+    The linear probe of DINOv2 (arXiv 2304.07193): normalizing and classifying the stacked maps is the same, as each
+    level has its own part of the weight, and a 1x1 convolution and bilinear resizing commute.
+    """
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in in_channels)
+        self.classifiers = nn.ModuleList(
+            nn.Conv2d(width, num_classes, 1, bias=level == 0) for level, width in enumerate(in_channels)
+        )
+        for conv in self.classifiers:
+            nn.init.normal_(conv.weight, std=0.01)  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """One (B, in_channels[i], H_i, W_i) per level -> logits (B, K, H_0, W_0)."""
+        parts = [
+            classify(norm(level)) for level, norm, classify in zip(maps, self.norms, self.classifiers, strict=True)
+        ]
+        return torch.stack([resize(part, maps[0].shape[-2:]) for part in parts]).sum(dim=0)
+
+
 class FCNHead(nn.Module):
     """A few 3x3 convolutions on one map; the usual auxiliary head.
 

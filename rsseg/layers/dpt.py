@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from rsseg.layers.blocks import resize
 
+PYRAMID_FACTORS = (4, 2, 1, 0.5)
+"""Size factors that make four maps of one stride a pyramid."""
+
 
 class ResidualUnit(nn.Module):
     """Two 3x3 convolutions, each after a ReLU, with a residual. Keeps (B, C, H, W)."""
@@ -104,6 +107,25 @@ class DPTHead(nn.Module):
         return self.predict(path)  # type: ignore[no-any-return]
 
 
+class TokenPyramid(nn.Module):
+    """Maps of one stride, such as a ViT's, brought to a pyramid; channels stay."""
+
+    def __init__(self, channels: Sequence[int], factors: Sequence[float] = PYRAMID_FACTORS) -> None:
+        """Build one layer per map; `factors` are those of the sizes: whole numbers, or 0.5.
+
+        Raises:
+            ValueError: not as many maps as factors.
+        """
+        super().__init__()
+        if len(channels) != len(factors):
+            raise ValueError(f"the pyramid has {len(factors)} levels; got {len(channels)} maps")
+        self.levels = nn.ModuleList(_resampling(width, f) for width, f in zip(channels, factors, strict=True))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One float (B, channels[i], h, w) per level -> (B, channels[i], factors[i] * h, factors[i] * w)."""
+        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+
+
 def _size(x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
@@ -111,12 +133,16 @@ def _size(x: Tensor) -> tuple[int, int]:
 def _reassemble(strides: Sequence[int], widths: Sequence[int]) -> list[nn.Module]:
     """The layer per map that resizes it to the stride of its level."""
     if len(set(strides)) == 1:
-        return [
-            nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
-            nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
-            nn.Identity(),
-            nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
-        ]
+        return [_resampling(width, factor) for width, factor in zip(widths, PYRAMID_FACTORS, strict=True)]
     if all(fine * 2 == coarse for fine, coarse in pairwise(strides)):
         return [nn.Identity() for _ in strides]
     raise ValueError(f"strides of four maps must be equal or double from level to level; got {tuple(strides)}")
+
+
+def _resampling(width: int, factor: float) -> nn.Module:
+    """A layer that multiplies height and width by `factor`."""
+    if factor == 1:
+        return nn.Identity()
+    if factor < 1:
+        return nn.Conv2d(width, width, 3, stride=2, padding=1)
+    return nn.ConvTranspose2d(width, width, int(factor), stride=int(factor))

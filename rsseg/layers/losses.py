@@ -1,13 +1,19 @@
 """Losses and training accuracy, computed in float32 also under autocast."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from rsseg.config import LossConfig
+from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize_logits
-from rsseg.task import IGNORE_INDEX
+from rsseg.task import IGNORE_INDEX, Task
+
+_SMALL = 1e-12
+"""Keeps powers and quotients of 0 finite."""
 
 
 def cross_entropy(
@@ -17,6 +23,7 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     pixel_weights: Tensor | None = None,
     divisor: Literal["all", "valid"] = "valid",
+    focal_gamma: float = 0.0,
     align_corners: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits resized to the target. Weights do not affect the divisor.
@@ -28,6 +35,7 @@ def cross_entropy(
         pixel_weights: float (B, H, W).
         divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, the default
             of common code bases.
+        focal_gamma: factor (1 - p)^gamma of each pixel, p the probability of its class; see `LossConfig`.
         align_corners: of the resize.
     Returns:
         Scalar; exactly 0 for a batch without labeled pixels.
@@ -35,11 +43,92 @@ def cross_entropy(
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
         per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+        if focal_gamma:
+            plain = per_pixel if class_weights is None else _plain_cross_entropy(resized, target)
+            per_pixel = per_pixel * (-torch.expm1(-plain)).clamp(min=_SMALL) ** focal_gamma
         if pixel_weights is not None:
             per_pixel = per_pixel * pixel_weights
         if divisor == "all":
             return per_pixel.mean()
         return per_pixel.sum() / (target != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def dice_loss(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+    """One minus the Dice overlap of probabilities and labels over the batch, mean over the classes that are labeled.
+
+    Args:
+        logits: float (B, K, h, w), resized bilinearly.
+        target: int64 (B, H, W), IGNORE_INDEX where there is no label; such pixels do not count.
+        align_corners: of the resize.
+
+    Returns:
+        Scalar from 0 to 1; exactly 0 for a batch without one labeled pixel.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
+        labeled = target != IGNORE_INDEX
+        shown = F.one_hot(torch.where(labeled, target, 0), resized.shape[1]).movedim(-1, 1) * labeled[:, None]
+        probabilities = resized.softmax(dim=1) * labeled[:, None]
+        axes = (0, 2, 3)
+        overlap, sums = (probabilities * shown).sum(axes), probabilities.sum(axes) + shown.sum(axes)
+        present = shown.sum(axes) > 0
+        per_class = torch.where(present, 1.0 - 2.0 * overlap / sums.clamp(min=_SMALL), 0.0)
+        return per_class.sum() / present.sum().clamp(min=1)
+
+
+class LabelLoss(nn.Module):
+    """The loss on labels that all methods share: cross-entropy with what a recipe's `loss` adds."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, config: LossConfig | None = None, task: Task | None = None) -> None:
+        """Take the settings, by default plain cross-entropy; `auto` weights are 1 until `weigh` was called.
+
+        Raises:
+            RecipeError: other than one weight per class of the task.
+        """
+        super().__init__()
+        self.config = config = config or LossConfig()
+        given = None if isinstance(config.class_weights, str) else torch.tensor(config.class_weights)
+        if given is not None and task is not None and len(given) != task.num_classes:
+            raise RecipeError(
+                f"loss.class_weights has {len(given)} entries, {task.name} has {task.num_classes} classes: "
+                f"{list(task.class_names)}. Give one weight per class, in this order."
+            )
+        self.register_buffer("class_weights", given, persistent=False)
+
+    def weigh(self, pixels: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """Set the class weights from the number of labeled pixels of each class."""
+        self.class_weights = class_weights_of(pixels).to(device)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        class_weights: Tensor | None = None,
+        divisor: Literal["all", "valid"] = "valid",
+    ) -> Tensor:
+        """Scalar; arguments as of `cross_entropy`. `class_weights` take the place of the recipe's."""
+        loss = cross_entropy(
+            logits,
+            target,
+            class_weights=self.class_weights if class_weights is None else class_weights,
+            divisor=divisor,
+            focal_gamma=self.config.focal_gamma,
+        )
+        return loss + self.config.dice * dice_loss(logits, target) if self.config.dice else loss
+
+
+def class_weights_of(pixels: Sequence[int]) -> Tensor:
+    """float32 (K,): one over the square root of each class's share, mean over pixels 1; 1 for absent classes."""
+    shares = torch.tensor(pixels, dtype=torch.float64) / max(sum(pixels), 1)
+    roots = shares.sqrt()
+    return torch.where(shares > 0, 1.0 / (roots * roots.sum()), 1.0).float()
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:

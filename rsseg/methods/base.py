@@ -1,15 +1,21 @@
 """Interfaces of a method: `Segmenter`, the network that ships, and `Method`, which trains it."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
+from rsseg.errors import MachineError
+from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
 
 
@@ -98,6 +104,40 @@ class Segmenter(nn.Module, ABC):
         return F.pad(images, (0, right, 0, bottom), mode=mode)
 
 
+LARGEST_NETWORK = 4_000_000_000
+"""Parameters; the zoo's largest network has 1.1e9."""
+
+
+@contextmanager
+def bounded_parameters() -> Iterator[None]:
+    """Raise `MachineError` as soon as the modules built within have more parameters than this machine can hold."""
+    largest = LARGEST_NETWORK
+    if hasattr(os, "sysconf"):
+        largest = min(largest, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # 4 bytes each
+    refusal = MachineError(
+        f"the recipe describes a network of more than {largest / 1e9:.2g} billion parameters, which is too large for "
+        "this machine. Choose a smaller backbone, or fewer channels or blocks."
+    )
+    count = 0
+
+    def add(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        if parameter is not None and not parameter.is_meta:
+            count += parameter.numel()
+        if count > largest:
+            raise refusal
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise refusal from None
+        raise
+    finally:
+        handle.remove()
+
+
 def backbone_infos(segmenter: Segmenter) -> dict[str, dict[str, Any]]:
     """`BackboneInfo` of each backbone in a network by module name, as the header of a model file stores it."""
     return {name: asdict(part.info) for name, part in segmenter.named_modules() if isinstance(part, Backbone)}
@@ -110,6 +150,10 @@ class Method(nn.Module, ABC):
     """
 
     streams: tuple[StreamSpec, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label_loss = LabelLoss()  # on labeled streams; the registry puts the recipe's in its place
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:

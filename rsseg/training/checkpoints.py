@@ -1,17 +1,16 @@
 """The model and state files of a run."""
 
-import os
 import platform
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import rsseg
-from rsseg.checkpoint import ModelHeader, write_model
+from rsseg.checkpoint import ModelHeader, write_model, write_tensors
 from rsseg.config import BaseRecipe
-from rsseg.errors import MachineError
+from rsseg.data.streams import Batch
+from rsseg.files import publish
 from rsseg.methods.base import Segmenter, backbone_infos
 from rsseg.runs import RunFolder
 from rsseg.training.state import Counters, Identity, Parts, save_state
@@ -61,6 +60,13 @@ class Checkpoints:
         save_state(self._folder.state, parts, counters, self._identity)
         self._folder.update_manifest(steps=counters.step, best_score=counters.best_score, best_step=counters.best_step)
 
+    def save_batch(self, batch: Batch, rank: int) -> Path:
+        """Save a batch for inspection: the tensors of each stream as `stream/images` and so on."""
+        path = self._folder.path / f"diverged-batch-{rank}.safetensors"
+        values = {f"{name}/{key}": value for name, samples in batch.items() for key, value in vars(samples).items()}
+        write_tensors(path, {name: value for name, value in values.items() if value is not None}, {})
+        return path
+
     def last_good(self) -> str:
         """Sentence for messages that names the last checkpoint."""
         kept = self._folder.last
@@ -96,23 +102,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "unknown"
     return found
-
-
-def publish(source: Path, target: Path) -> None:
-    """Replace `target` by `source` in one step: a hard link, or a copy where links are not possible.
-
-    Raises:
-        MachineError: neither is possible.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    except OSError as error:
-        raise MachineError(
-            f"{target}: cannot be written: {error}. Free some space or choose another --output."
-        ) from None

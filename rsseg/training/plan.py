@@ -29,12 +29,13 @@ class Hardware:
 
 
 def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; a device without a number means one GPU per process.
+    """Resolve `auto` for device and autocast type; each of several processes gets a GPU of its own.
 
     Raises:
         MachineError: the device does not exist here.
+        UsageError: several processes would share a device.
     """
-    device = own_device(config.device, ranks.local)
+    device = own_device(config.device, ranks.local if ranks.world_size > 1 else None)
     match config.amp_dtype:
         case "none":
             return Hardware(device)
@@ -173,6 +174,22 @@ def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets)
     return {
         spec.name: datasets.open(_select(recipe, spec), spec.split, task, masks=spec.masks) for spec in method.streams
     }
+
+
+def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:
+    """Pixels of each class in the images of the labeled streams, as counted when their dataset was prepared.
+
+    Raises:
+        DataError: the index has no counts.
+    """
+    items = [item for spec in method.streams if spec.masks for item in streams[spec.name].items]
+    counts = [item.classes for item in items if item.classes is not None]
+    if len(counts) < len(items):
+        raise DataError(
+            "loss.class_weights: auto goes by the classes of the labeled images, but the index does not count them. "
+            "Prepare the dataset again."
+        )
+    return [sum(column) for column in zip(*counts, strict=True)]
 
 
 def absent_classes(method: Method, streams: Mapping[str, Source], task: Task) -> list[str]:

@@ -175,7 +175,7 @@ def evaluation_line(report: EvaluationReport) -> str:
     if report.entropy is not None:
         named = [("entropy", report.entropy)]
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
-    best = "  (best)" if report.improved else ""
+    best = "  (best)" if report.improved and report.score is not None else ""
     return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{best}"
 
 

@@ -52,6 +52,8 @@ class Recorder(Progress):
             kept = {name: getattr(before, name) for name in ("created", "steps", "best_score", "best_step")}
             manifest = manifest.model_copy(update={**kept, "resumed": (*before.resumed, entry)})
             self._drop_after(plan.start_step)
+            for leftover in self._folder.rglob(".*.tmp"):  # of a killed process
+                leftover.unlink(missing_ok=True)
         else:
             write_text(self._folder / "recipe.yaml", source if source is not None else dump_recipe(self._recipe))
             write_json(self._folder / "data.json", index.model_dump(mode="json", exclude={"items"}))

@@ -1,5 +1,6 @@
 """A recipe -> a trained run: the only composition of training."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,25 +12,28 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.config import check_eval
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
-from rsseg.errors import Interrupted, MachineError, UsageError
-from rsseg.evaluation.model import Evaluation, check_settings, evaluate
-from rsseg.inference.device import keep_heap, resolve_device
+from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
+from rsseg.evaluation.model import check_settings, evaluate
+from rsseg.inference.device import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
-from rsseg.methods.base import Method, Segmenter
+from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
     Hardware,
     TrainPlan,
     absent_classes,
     choose_hardware,
+    class_pixels,
     find_weights,
     make_plan,
     open_streams,
@@ -38,7 +42,9 @@ from rsseg.training.plan import (
 from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
-from rsseg.training.trainer import Trainer
+from rsseg.training.trainer import Evaluate, Trainer
+
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class _Built:
     method: Method
     streams: dict[str, Source]
     validation: Source | None
+    statistics: Source | None
     plan: TrainPlan
 
 
@@ -62,6 +69,7 @@ def train(
     resume: Path | None = None,
     progress: Progress | None = None,
     source: str | None = None,
+    resume_anyway: bool = False,
 ) -> TrainResult:
     """Train as a recipe says.
 
@@ -72,6 +80,7 @@ def train(
         resume: run to continue exactly where it was saved; `trainer.steps` may be larger than before.
         progress: listener; None prints plain lines on stderr.
         source: the recipe's text as given, for the run folder.
+        resume_anyway: a recipe or dataset that changed since the checkpoint is a warning, not an error.
 
     Raises:
         DataError, WeightsError, RecipeError, MachineError: something is missing or does not fit; all files are looked
@@ -79,13 +88,20 @@ def train(
         RecipeError: training diverged.
         Interrupted: SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    with _session(recipe) as ranks:
+    recorder: Recorder | None = None
+
+    def record(message: str) -> None:
+        if recorder is not None:
+            recorder.on_error(MachineError(message))
+
+    with _session(recipe, record) as ranks:
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
-        run, counters = _open_run(recipe, parts, identity, output=output, name=name, resume=resume)
+        warnings = absent_classes(built.method, built.streams, built.task)
+        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
+        run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
         listener: Progress = Silent()
-        recorder = None
         if ranks.is_main:
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
@@ -113,9 +129,12 @@ def train(
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in absent_classes(built.method, built.streams, built.task):
+            for warning in warnings:
                 listener.on_message(warning)
             reason = trainer.fit()
+            if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
+                device = str(built.hardware.device)
+                ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
         result = _result(run, recipe, counters, reason, recorder)
         listener.on_end(result)
         if result.state == "interrupted":
@@ -142,10 +161,12 @@ def check(recipe: Recipe) -> str:
             ),
         }
     )
-    with tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(folder), progress=Silent())
-        segmenter = load_segmenter(result.model)
-    parameters = sum(p.numel() for p in segmenter.parameters())
+    # The main process's folder serves all; the others have left it before it is removed.
+    with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        parameters = 0
+        if ranks.is_main:
+            parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
     return (
         f"{recipe.name}: one step, one evaluation, saving and loading work; {parameters / 1e6:.2f} M parameters ship. "
         "Train with `rsseg train`."
@@ -153,30 +174,38 @@ def check(recipe: Recipe) -> str:
 
 
 @contextmanager
-def _session(recipe: Recipe) -> Iterator[distributed.Ranks]:
+def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: None) -> Iterator[distributed.Ranks]:
     """Process group and torch's global settings for the length of a run."""
     keep_heap()
     before = torch.are_deterministic_algorithms_enabled()
-    with distributed.process_group(resolve_device(recipe.trainer.device).type) as ranks:
+    if recipe.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first call of cuBLAS
+    # An unknown device is refused inside of the group, by one message.
+    device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
+    with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
         try:
-            yield ranks
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise _out_of_memory(error) from None
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):
-                raise _out_of_memory(error) from None
-            raise
+            with _explained():
+                yield ranks
         finally:
             torch.use_deterministic_algorithms(before)
 
 
-def _out_of_memory(error: BaseException) -> MachineError:
-    first_line = str(error).splitlines()[0] if str(error) else "no memory left"
-    return MachineError(
-        f"memory does not suffice: {first_line} Halve trainer.batch_size and double trainer.grad_accum_steps, or "
-        "choose a smaller crop or network."
-    )
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do about torch's errors that are not bugs."""
+    try:
+        yield
+    except Exception as error:
+        if (machine := machine_error(error)) is not None:
+            raise machine from None
+        if _NOT_DETERMINISTIC in str(error):
+            kernel = str(error).partition(_NOT_DETERMINISTIC)[0]
+            raise RecipeError(
+                f"trainer.deterministic: {kernel} has no deterministic form on this device. Set it to false, or "
+                "replace the layer that uses it."
+            ) from None
+        raise
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
@@ -189,9 +218,13 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
+    check_eval(recipe.eval, task.class_names, method.deployable().tile.size)
     streams = open_streams(recipe, method, task, datasets)
+    if recipe.loss.class_weights == "auto":
+        method.label_loss.weigh(class_pixels(method, streams), hardware.device)
+    statistics = open_statistics(recipe, method.deployable(), task, datasets)
     plan = make_plan(recipe, task, hardware, method, weights, streams, validation, ranks)
-    return _Built(task, datasets, hardware, method, streams, validation, plan)
+    return _Built(task, datasets, hardware, method, streams, validation, statistics, plan)
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
@@ -204,7 +237,7 @@ def _parts(recipe: Recipe, built: _Built) -> Parts:
     )
 
 
-def _evaluation(recipe: Recipe, built: _Built) -> Callable[[Segmenter], Evaluation] | None:
+def _evaluation(recipe: Recipe, built: _Built) -> Evaluate | None:
     if built.validation is None:
         return None
     labels = recipe.trainer.monitor != "entropy"
@@ -224,15 +257,15 @@ def _identity(recipe: Recipe, built: _Built) -> Identity:
 
 
 def _open_run(
-    recipe: Recipe, parts: Parts, identity: Identity, *, output: Path, name: str | None, resume: Path | None
+    recipe: Recipe, load: Callable[[Path], Counters], *, output: Path, name: str | None, resume: Path | None
 ) -> tuple[RunFolder, Counters]:
     if resume is None:
         main = distributed.current_ranks().is_main
         path = str(create_run(output, method=recipe.method, name=name or recipe.name).path) if main else ""
         return RunFolder(Path(distributed.broadcast_from_main(path))), Counters()
     run = find_run(resume, output)
-    counters = load_state(run.state, parts, identity)
-    if counters.step >= recipe.trainer.steps:
+    counters = load(run.state)
+    if counters.step >= recipe.trainer.steps and not counters.evaluation_due:
         raise UsageError(
             f"{run.path}: has its {counters.step} steps already. Give more with --set trainer.steps=N, or start anew."
         )
@@ -243,7 +276,8 @@ def _open_run(
 def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
     """Leave the reason in the run folder, whatever ends the training."""
     try:
-        yield
+        with _explained():
+            yield
     except BaseException as error:
         if recorder is not None:
             recorder.on_error(error)

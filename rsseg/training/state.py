@@ -5,7 +5,7 @@ Randomness and data order are functions of (seed, rank, step, micro-step), so th
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from rsseg.checkpoint import load_into, write_tensors
-from rsseg.errors import DataError, RecipeError, WeightsError
+from rsseg.errors import DataError, RecipeError, RssegError, WeightsError
+from rsseg.files import publish
 from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import Method
 
@@ -28,6 +29,10 @@ FREE_KEYS = (
     "trainer.max_hours", "trainer.workers", "trainer.device", "eval.batch_size",
 )  # fmt: skip
 """Recipe values that may change on resume; images are compared by name, not by `data.path`."""
+
+
+PREVIOUS = "previous.safetensors"
+"""The state before, in case the newest is damaged."""
 
 
 class Counters(BaseModel):
@@ -40,6 +45,11 @@ class Counters(BaseModel):
     since_best: int = 0
     """Evaluations since the best score."""
     elapsed_s: float = 0.0
+    skipped: int = 0
+    """Steps without an update, because a loss was not finite."""
+    skipped_in_row: int = 0
+    evaluation_due: bool = False
+    """The evaluation after `step` was not finished."""
 
 
 class Identity(BaseModel):
@@ -76,6 +86,8 @@ def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity)
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{name}/{index}/{key}": v for key, v in state.items() if v is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        publish(path, path.with_name(PREVIOUS))
     metadata = {
         "counters": counters.model_dump_json(),
         "identity": identity.model_dump_json(),
@@ -84,34 +96,73 @@ def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity)
     write_tensors(path, tensors, metadata)
 
 
-def load_state(path: Path, parts: Parts, identity: Identity) -> Counters:
-    """Restore a saved state into `parts`.
+def load_state(
+    path: Path,
+    parts: Parts,
+    identity: Identity,
+    *,
+    anyway: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Counters:
+    """Restore a saved state into `parts`, or the one saved before it if it is damaged.
+
+    Args:
+        path: state file.
+        parts: method, average and optimizers as the recipe builds them.
+        identity: of the resumed run.
+        anyway: a changed recipe, dataset, teacher or number of processes is a warning.
+        warn: gets the warnings.
 
     Raises:
         WeightsError: the state is missing or damaged, or a teacher has other weights than before.
         RecipeError: a value that must not change differs from the run's.
         DataError: a split has other images than before.
     """
+    previous = path.with_name(PREVIOUS)
+    try:
+        counters, before, scaler, stored = _read_state(path)
+    except WeightsError:
+        if not previous.exists():
+            raise
+        counters, before, scaler, stored = _read_state(previous)
+        warn(f"{path} is damaged; the run resumes from the state before it, after step {counters.step}.")
+    try:
+        _check_same_run(path, before, identity)
+    except RssegError as error:
+        if not anyway:
+            raise type(error)(f"{error} --resume-anyway accepts the change.") from None
+        warn(f"resumed anyway: {error}")
+    load_into(parts.method, _section(stored, "method"), str(path))
+    if parts.ema is not None:
+        load_into(parts.ema.module, _section(stored, "ema"), str(path))
+    for name, optimizer in parts.optimizers.items():
+        kinds = {each.recipe.get("optimizers", {}).get(name, {}).get("name") for each in (before, identity)}
+        if len(kinds) > 1:
+            warn(f"optimizer {name!r} is another one than before and starts without a state.")
+            continue
+        try:
+            _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
+        except (KeyError, ValueError) as error:
+            raise RecipeError(
+                f"{path.parents[2]}: the state of optimizer {name!r} does not fit: {error}. Start a new run."
+            ) from None
+    if scaler:
+        parts.scaler.load_state_dict(scaler)
+    return counters
+
+
+def _read_state(path: Path) -> tuple[Counters, Identity, dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             counters = Counters.model_validate_json(metadata["counters"])
             before = Identity.model_validate_json(metadata["identity"])
             scaler = json.loads(metadata["scaler"])
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return counters, before, scaler, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
         raise WeightsError(
             f"{path}: no state to resume from: {error}. Start a new run, or --resume another one."
         ) from None
-    _check_same_run(path, before, identity)
-    load_into(parts.method, _section(stored, "method"), str(path))
-    if parts.ema is not None:
-        load_into(parts.ema.module, _section(stored, "ema"), str(path))
-    for name, optimizer in parts.optimizers.items():
-        _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
-    if scaler:
-        parts.scaler.load_state_dict(scaler)
-    return counters
 
 
 def frozen_hashes(method: nn.Module) -> dict[str, str]:

@@ -1,12 +1,11 @@
 """The one loop that trains every method."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from rsseg import distributed
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals
-from rsseg.errors import RecipeError
+from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.model import Evaluation
 from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints
@@ -25,6 +24,16 @@ from rsseg.training.optimizers import lr_at
 from rsseg.training.plan import Hardware
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
+
+MAX_SKIPPED = 3
+"""Steps in a row whose loss is not finite before a run ends."""
+
+
+class Evaluate(Protocol):
+    """Scores a network, see `rsseg.evaluation.model.evaluate`."""
+
+    def __call__(self, segmenter: Segmenter, *, stop: Callable[[], bool]) -> Evaluation:
+        """Raises `Interrupted` on all ranks once `stop` returns True on any."""
 
 
 class Trainer:
@@ -38,7 +47,7 @@ class Trainer:
         counters: Counters,
         *,
         batches_from: Callable[[int], Generator[Batch]],
-        evaluate: Callable[[Segmenter], Evaluation] | None,
+        evaluate: Evaluate | None,
         checkpoints: Checkpoints,
         progress: Progress,
         signals: StopSignals,
@@ -68,6 +77,8 @@ class Trainer:
         if self.config.compile:
             self.model = cast(nn.Module, torch.compile(self.model))
         self.means = LossMeans()
+        self.bad_losses: list[str] = []
+        self._running = RunningStatistics(parts.method)
         self.samples = 0
         self.speed_clock = self.clock = time.monotonic()
         self.speed_step = counters.step
@@ -94,26 +105,30 @@ class Trainer:
         config, counters = self.config, self.counters
         self.parts.method.train()
         reason = None
-        while reason is None:
+        if counters.evaluation_due:
+            reason = self._evaluate(None)
+            if reason or counters.step >= config.steps:
+                self._save()
+        while reason is None and counters.step < config.steps:
             self.train_step(counters.step, batches)
             counters.step += 1
             reason = "all steps" if counters.step >= config.steps else self._reason_to_stop()
-            evaluation_due = counters.step % config.eval_every == 0 or reason == "all steps"
+            counters.evaluation_due = counters.step % config.eval_every == 0 or reason == "all steps"
             checkpoint_due = counters.step % config.checkpoint_every == 0
-            if counters.step % config.log_every == 0 or evaluation_due or checkpoint_due or reason:
+            if counters.step % config.log_every == 0 or counters.evaluation_due or checkpoint_due or reason:
                 self._report()
-            if evaluation_due:
-                self._evaluate()
-                if reason is None and config.patience is not None and counters.since_best >= config.patience:
-                    reason = "patience"
+            if counters.evaluation_due:
+                reason = self._evaluate(reason)
             if checkpoint_due or reason:
                 self._save()
-        return reason
+        return reason or "all steps"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
         self._set_learning_rates(step)
         parts, accumulate, amp_dtype = self.parts, self.config.grad_accum_steps, self.hardware.amp_dtype
+        self._running.keep()
+        micro_steps = []
         for micro in range(accumulate):
             seed_everything(self.recipe.seed, self.ranks.rank, step, micro)
             batch = self._arranged(next(batches))
@@ -122,9 +137,15 @@ class Trainer:
                 with torch.autocast(self.hardware.device.type, amp_dtype, enabled=amp_dtype is not None):
                     output = self.model(batch, step)
                     loss = torch.stack(list(output.losses.values())).sum() / accumulate
+                micro_steps.append(MicroStep(batch, output.losses, loss))
                 parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.means.add(output)
             self.samples += sum(len(samples.images) for samples in batch.values())
+        broken = [micro_step for micro_step in micro_steps if not micro_step.is_finite()]
+        if distributed.max_over_ranks(int(bool(broken))):
+            self._skip(broken)
+            return
+        self.counters.skipped_in_row = 0
         for optimizer in parts.optimizers.values():
             parts.scaler.unscale_(optimizer)
             if self.config.clip_grad is not None:
@@ -135,6 +156,22 @@ class Trainer:
         parts.method.after_optimizer_step(step)
         if parts.ema is not None:
             parts.ema.update(parts.method.deployable())
+
+    def _skip(self, broken: "list[MicroStep]") -> None:
+        """Undo a step with a loss that is not finite; give up after `MAX_SKIPPED` in a row."""
+        counters = self.counters
+        for optimizer in self.parts.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self._running.restore()
+        counters.skipped += 1
+        counters.skipped_in_row += 1
+        names = [name for micro in broken for name, value in micro.losses.items() if not bool(value.isfinite())]
+        self.bad_losses = list(dict.fromkeys([*self.bad_losses, *names]))
+        if counters.skipped_in_row == MAX_SKIPPED:
+            saved = [self.checkpoints.save_batch(micro.batch, self.ranks.rank) for micro in broken[:1]]
+            raise self._diverged(counters.step + 1, "".join(f"The batch is in {file}. " for file in saved))
+        what = f"{self._named_losses()} not finite; the step is skipped, {counters.skipped} so far."
+        self.progress.on_message(f"step {counters.step + 1}: {what}")
 
     def _set_learning_rates(self, step: int) -> None:
         for name, optimizer in self.parts.optimizers.items():
@@ -155,23 +192,23 @@ class Trainer:
         }
 
     def _reason_to_stop(self) -> str | None:
-        several = self.ranks.world_size > 1
-        # Ranks must stop at the same step; to agree costs a message, so several ask only when they report.
-        if several and self.counters.step % self.config.log_every:
-            return None
         limit = self.config.max_hours
         late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
-        signal = self.signals.received
-        if not several:
-            return signal or ("max_hours" if late else None)
-        if distributed.any_rank(signal is not None, self.hardware.device):
-            return signal or "SIGTERM"
-        return "max_hours" if distributed.any_rank(late, self.hardware.device) else None
+        # All ranks must stop at the same step.
+        match distributed.max_over_ranks(2 if self.signals.received is not None else int(late)):
+            case 2:
+                return self.signals.received or "SIGTERM"
+            case 1:
+                return "max_hours"
+        return None
 
     def _report(self) -> None:
         step, now = self.counters.step, time.monotonic()
         losses, logs = self.means.take()
-        self._check_finite(losses)
+        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
+        if not bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
+            raise self._diverged(step)
+        self.bad_losses = []
         seconds = max(now - self.speed_clock, 1e-9)
         self.progress.on_step(
             StepReport(
@@ -191,24 +228,40 @@ class Trainer:
     def _restart_speed(self) -> None:
         self.samples, self.speed_step, self.speed_clock = 0, self.counters.step, time.monotonic()
 
-    def _check_finite(self, losses: Mapping[str, float]) -> None:
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
-        if not bad and bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
-            return
-        several = "es" if len(bad) > 1 else ""
-        what = f"the loss{several} {', '.join(bad)} {'are' if several else 'is'}" if bad else "the weights are"
-        raise RecipeError(
-            f"training diverged: {what} not finite by step {self.counters.step}. Lower optimizers.*.lr, set "
+    def _named_losses(self) -> str:
+        bad = self.bad_losses
+        return f"the losses {', '.join(bad)} are" if len(bad) > 1 else f"the loss {''.join(bad) or 'of a process'} is"
+
+    def _diverged(self, step: int, where: str = "") -> RecipeError:
+        what = self._named_losses() if self.bad_losses or where else "the weights are"
+        return RecipeError(
+            f"training diverged: {what} not finite by step {step}. {where}Lower optimizers.*.lr, set "
             f"trainer.clip_grad, or use trainer.amp_dtype=none. {self.checkpoints.last_good()}"
         )
 
-    def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
+    def _evaluate(self, reason: str | None) -> str | None:
+        """Score the network to ship; return why the run ends after this, if it does.
+
+        A signal ends the evaluation early; a resumed run then begins with it.
+        """
+        counters, patience = self.counters, self.config.patience
+        if self.evaluate is not None:
+            # Every rank scores its share of the images with the buffers that are saved.
+            for module in filter(None, (self.parts.method, self.parts.ema)):
+                distributed.broadcast_buffers(module)
+            try:
+                evaluation = self.evaluate(self.shipped.eval(), stop=lambda: self.signals.received is not None)
+            except Interrupted:
+                return self._reason_to_stop()
+            finally:
+                self.parts.method.train()
+            self._compare(evaluation)
+        counters.evaluation_due = False
+        return "patience" if reason is None and patience is not None and counters.since_best >= patience else reason
+
+    def _compare(self, evaluation: Evaluation) -> None:
+        """Save the network if it is the best so far, and report."""
         counters = self.counters
-        evaluation = self.evaluate(self.shipped.eval())
-        self.parts.method.train()
         monitor = self.config.monitor
         match monitor:
             case "last":
@@ -246,6 +299,41 @@ class Trainer:
 def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
     """Seed torch by counters, so that randomness does not depend on what happened before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class MicroStep:
+    """Batch and losses of one micro-step; their check is copied to the host while the backward pass runs."""
+
+    def __init__(self, batch: Batch, losses: Mapping[str, Tensor], total: Tensor) -> None:
+        self.batch = batch
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        self._finite = total.detach().isfinite().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None
+
+    def is_finite(self) -> bool:
+        """Whether the sum of the losses is finite; waits for the forward pass only."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._finite)
+
+
+class RunningStatistics:
+    """The batch-norm statistics of a module before a step, since a forward pass changes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        self._live = [buffer for name, buffer in module.named_buffers() if name.endswith(names)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def keep(self) -> None:
+        """Remember the present values."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    def restore(self) -> None:
+        """Bring back the values that were kept."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
 
 
 class LossMeans:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,36 @@ def test_typo_in_a_recipe_exits_3_and_names_the_key(tmp_path: Path, capsys: pyte
 def test_bug_is_reported_in_a_file_and_exits_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("rsseg.recipe.packaged_recipes", lambda: 1 / 0)
     assert run(["recipe", "ls"]) == 1
-    (report,) = tmp_path.glob("rsseg-bug-*.txt")
+    assert list(Path().iterdir()) == []
+    (report,) = (tmp_path / "cache" / "rsseg").glob("rsseg-bug-*.txt")
     assert "ZeroDivisionError" in report.read_text()
     assert report.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        OSError(28, "No space left on device"),
+        RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
+    ],
+)
+def test_limit_of_the_machine_is_no_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("rsseg.recipe.packaged_recipes", fail)
+    assert run(["recipe", "ls"]) == 6
+    assert "do not suffice" in capsys.readouterr().err
 
 
 def test_progress_off_a_terminal_is_one_line_per_message_and_interval(
@@ -108,12 +133,20 @@ def test_progress_off_a_terminal_is_one_line_per_message_and_interval(
     assert [line.split(",")[0] for line in lines[1:]] == ["verify: 2/3"]
 
 
+def from_a_source_tree(package: str) -> str:
+    """`importlib.metadata.version` where rsseg is not installed."""
+    if package == "rsseg":
+        raise PackageNotFoundError
+    return version(package)
+
+
 def test_doctor_finds_this_machine_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("GDAL_DATA", "PROJ_LIB", "PROJ_DATA", "GDAL_DRIVER_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rsseg.commands.doctor.version", from_a_source_tree)
     assert run(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["facts"]
     assert facts["rsseg"] == __version__

@@ -63,6 +63,31 @@ def test_inspect_writes_a_picture_or_shows_one_here(
     assert run(["dataset", "inspect", str(tiled), "nowhere"]) == 4
 
 
+def test_inspect_never_replaces_an_input_or_leaves_half_a_file(
+    tiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def inspect(out: Path, *more: str) -> int:
+        return run(["dataset", "inspect", str(tiled), "--out", str(out), *more])
+
+    image = next(tiled.rglob("images/**/*.tif"))
+    before = image.read_bytes()
+    assert inspect(image, "--overwrite") == 2
+    assert inspect(tiled / "new.png", "--overwrite") == 2
+    assert inspect(tmp_path, "--overwrite") == 2
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    assert inspect(tmp_path / "dangling.png") == 2
+    assert inspect(tmp_path / f"{'n' * 300}.png") == 2
+    (tmp_path / "file").touch()
+    assert inspect(tmp_path / "file/s.png") == 6
+    assert inspect(Path("/proc/s.png")) == 6
+    assert "bug" not in capsys.readouterr().err
+    assert image.read_bytes() == before
+    (tmp_path / "link.png").symlink_to(image)
+    assert inspect(tmp_path / "link.png", "--overwrite") == 2
+    assert image.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("bands", [1, 8])
 def test_inspect_shows_images_without_colours(tmp_path: Path, bands: int) -> None:
     source = own_source(tmp_path / "src", dtype="uint16", bands=bands)

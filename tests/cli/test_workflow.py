@@ -77,6 +77,34 @@ def test_from_images_to_a_class_raster(
     assert run(["predict", str(scene)]) == 2, "an existing file needs --overwrite"
 
 
+@pytest.mark.parametrize("folder", ["2024", "1.5", "yes", "~", "a: b", "-", "[1", "\u00fc \U0001f30d"])
+def test_dataset_folder_may_have_any_name(workplace: Path, rgb_dataset: Path, folder: str) -> None:
+    Path(folder).symlink_to(rgb_dataset, target_is_directory=True)
+    assert run(["train", "--recipe", "mine.yaml", "--data", folder, "--dry-run"]) == 0
+
+
+def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", "--gpus", "2", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_two_processes_check_in_one_folder_and_print_once(workplace: Path) -> None:
+    done = in_two_processes("--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saving and loading work") == 1
+    done = in_two_processes("--dry-run", "--json")
+    assert json.loads(done.stdout)["processes"] == 2
+
+
+def test_one_device_for_two_processes_is_refused_once(workplace: Path) -> None:
+    done = in_two_processes("--device", "cuda:0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: device 'cuda:0' is one device, but each of several processes needs its own. Choose cuda."
+    ]
+
+
 def test_killed_training_resumes_to_the_same_weights(workplace: Path) -> None:
     steps = ["--steps", "30", "--set", "trainer.eval_every=100"]
     command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", *steps, "--name", "killed"]
@@ -107,6 +135,24 @@ def test_interrupted_training_says_how_to_go_on(workplace: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the loader process in /proc")
+def test_killed_loader_process_is_a_limit_of_the_machine(workplace: Path) -> None:
+    """The system kills one when memory is short."""
+    options = ["--steps", "10000", "--set", "trainer.workers=1", "--set", "trainer.eval_every=10000"]
+    command = [sys.executable, "-m", "rsseg", "train", "--recipe", "mine.yaml", *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    while not list(Path("runs").glob("*/checkpoints/last.state/state.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6, errors
+    assert "fewer loader workers" in errors
+    (manifest,) = Path("runs").glob("*_ktda_*/manifest.json")
+    assert json.loads(manifest.read_text())["state"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -117,6 +163,7 @@ def test_interrupted_training_says_how_to_go_on(workplace: Path) -> None:
         (["train", "--recipe", "mine.yaml", "--data", "elsewhere"], 4, "elsewhere"),
         (["--offline", "train", "--recipe", "mine.yaml", "--set", "student.weights=pretrained"], 5, "weights"),
         (["train", "--resume", "runs/nothing"], 2, "nothing"),
+        (["train", "--recipe", "mine.yaml", "--max-hours", "0"], 3, "trainer.max_hours"),
         (["eval"], 5, "train"),
         (["eval", "--model", "mine.yaml"], 5, "mine.yaml"),
         (["predict", "scene.tif"], 5, "train"),

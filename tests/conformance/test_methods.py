@@ -5,21 +5,24 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsseg.checkpoint import load_tensors, write_model
+from rsseg.config import LossConfig
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
 from rsseg.layers.blocks import resize_logits
 from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
-from rsseg.methods.registry import segmenter_for
+from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
@@ -83,6 +86,43 @@ def test_crops_without_a_label_have_no_segmentation_loss_and_finite_gradients(
     assert losses["seg"].item() == 0.0
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Refuses operations that make the host wait for a GPU: reading values, shapes that depend on values, constants."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "lift_fresh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.WAITING, f"{func} waits for the device"
+        assert not masks, f"{func} by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_does_not_wait_for_the_device(method: Method, batches: Iterator[Batch]) -> None:
+    batch = next(batches)
+    backward(method, batch)  # the first step may copy constants to the device
+    method.after_optimizer_step(0)
+    with NoSynchronization():
+        output = method(batch, 1)
+        torch.stack(list(output.losses.values())).sum().backward()
+        method.after_optimizer_step(1)
+
+
+def test_what_a_recipe_adds_to_the_loss_on_labels_acts_in_every_method(case: Case) -> None:
+    def seg(**loss: object) -> float:
+        torch.manual_seed(0)
+        method = method_for(case.recipe.model_copy(update={"loss": LossConfig.model_validate(loss)}), case.task).train()
+        return backward(method, batch)["seg"].item()
+
+    batch = next(training_batches(case.recipe, case.method().streams, case.task, device="cpu", start_step=0))
+    plain = seg()
+    assert seg(dice=1.0) > plain
+    assert seg(focal_gamma=2.0) < plain
+    if getattr(case.recipe, "source_decoder_weights", None) is None:
+        assert seg(class_weights=(2.0, 2.0, 2.0)) == pytest.approx(2 * plain, rel=1e-5)
 
 
 def test_frozen_parts_stay_as_they_are(case: Case, method: Method, batches: Iterator[Batch]) -> None:

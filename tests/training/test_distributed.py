@@ -9,15 +9,26 @@ from safetensors.torch import load_file
 
 from tests.training.ddp_worker import main
 
+HANGING_S = 15.0
+"""Far above the second that it takes, far below the minutes that a process group waits for a lost process."""
+
+
+def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *worker], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
 
 @pytest.mark.parametrize(("case", "rtol", "atol"), [("toy", 1e-10, 1e-12), ("dasegnet", 1e-4, 1e-6)])
 def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: float, atol: float, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = ["-m", "tests.training.ddp_worker", str(tmp_path), "2", case]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *worker], env=environment, capture_output=True, text=True, check=False)
+    done = in_two_processes("-m", "tests.training.ddp_worker", str(tmp_path), "2", case)
     assert done.returncode == 0, done.stderr[-3000:]
     main(tmp_path, 4, case)
+    first, second = (load_file(tmp_path / f"2-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == [], "ranks score what ships"
     one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
     assert one.keys() == two.keys()
     # running statistics follow the images that each process sees; they are the main process's
@@ -28,3 +39,30 @@ def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: floa
         assert not single or one[name].max() > 0
         close = {"rtol": max(rtol, 1e-6) if single else rtol, "atol": max(atol, 1e-8) if single else atol}
         torch.testing.assert_close(two[name], one[name], **close, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_failure_of_one_process_ends_the_other_at_once_with_its_message(tmp_path: Path) -> None:
+    done = in_two_processes("-m", "tests.training.group_worker", "fail", str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.count("error: mask 7 is broken.") == 1
+    assert "bug in rsseg" not in done.stderr
+    assert (tmp_path / "told").read_text() == "mask 7 is broken."
+    failed_at = float((tmp_path / "failed").read_text())
+    assert (tmp_path / "told").stat().st_mtime - failed_at < HANGING_S
+
+
+def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    done = in_two_processes("-m", "tests.training.group_worker", "signal", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    sent = float((tmp_path / "sent").read_text())
+    ends = [(tmp_path / f"end-{rank}").read_text().split() for rank in (0, 1)]
+    assert {(step, reason) for step, reason, _ in ends} == {(ends[0][0], "SIGTERM")}
+    assert int(ends[0][0]) % 20, "not only where ranks report"
+    assert all(float(at) - sent < HANGING_S for *_, at in ends)
+
+
+def test_signal_to_one_process_is_seen_by_one_that_evaluates(tmp_path: Path) -> None:
+    done = in_two_processes("-m", "tests.training.group_worker", "evaluate", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    sent = float((tmp_path / "sent").read_text())
+    assert all(float((tmp_path / f"end-{rank}").read_text()) - sent < HANGING_S for rank in (0, 1))

@@ -139,7 +139,7 @@ def test_value_255_is_a_class_of_binary_masks_and_no_label_elsewhere(tmp_path: P
 
 def test_eval_settings_are_checked_before_training(rgb_dataset: Path) -> None:
     for settings, message in (
-        ({"ignore_classes": ["watr"]}, "there is no class 'watr'; the task has field, road, water"),
+        ({"ignore_classes": ["watr"]}, "'watr' is no class of this dataset. Did you mean 'water'"),
         ({"ignore_classes": ["water", "road", "field"]}, "every class is ignored"),
         ({"tile": 32, "overlap": 32}, "overlap: 32 pixels do not fit tiles of 32"),
     ):

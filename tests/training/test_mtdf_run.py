@@ -1,6 +1,7 @@
 """Whole runs of RS-MTDF: resume, files that must stay closed, what ships, and what is said before the first step."""
 
 import copy
+import json
 import os
 import shutil
 import socket
@@ -125,8 +126,11 @@ def test_two_processes_end_as_one_that_accumulates(rgb_dataset: Path, tmp_path: 
     models = {}
     for name, options in (("one", ["--grad-accum-steps", "2"]), ("two", ["--gpus", "2"])):
         command = [sys.executable, "-m", "rsseg", "train", "--recipe", str(file), "--output", str(tmp_path / name)]
-        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *options, "--json"], env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["steps"] == 4
         (run,) = (tmp_path / name).glob("*_mtdf_*")
         models[name] = load_file(run / "model.safetensors")
     assert models["one"].keys() == models["two"].keys()

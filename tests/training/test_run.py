@@ -87,6 +87,7 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
         "checkpoints/step-00000004.safetensors",
         "checkpoints/step-00000006.safetensors",
         "checkpoints/last.state/state.safetensors",
+        "checkpoints/last.state/previous.safetensors",
     }
     assert (run / "recipe.yaml").read_text() == "# as given\n"
     resolved = (run / "config.resolved.yaml").read_text()
@@ -122,17 +123,20 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
     assert find_run(Path("latest"), tmp_path / "runs").path == run
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "stopped_after"), [(2, 3), (3, 3), (4, 5), (6, 6)])
+def test_interrupted_run_resumes_exactly(rgb_dataset: Path, tmp_path: Path, step: int, stopped_after: int) -> None:
+    """Steps 3 and 6 end with an evaluation, which the signal cuts short."""
     recipe = tiny_recipe(rgb_dataset, trainer={"clip_grad": 1.0}, ship="average", ema_decay=0.5)
     unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
     with pytest.raises(Interrupted, match=r"SIGTERM: stopped after step .* Continue with `rsseg train --resume"):
         train(recipe, output=tmp_path / "b", progress=SignalAt(step))
     stopped = find_run(None, tmp_path / "b")
     assert stopped.manifest().state == "interrupted"
-    assert stopped.manifest().steps == step + 1
+    assert stopped.manifest().steps == stopped_after
+    (stopped.path / "checkpoints" / ".best.safetensors.77.tmp").write_text("of a killed process")
     train(recipe, output=tmp_path / "b", resume=Path("latest"), progress=QUIET)
     assert_same_ends(unbroken, stopped)
+    assert list(stopped.path.rglob(".*")) == []
     manifest = stopped.manifest()
     assert manifest.state == "finished"
     assert len(manifest.resumed) == 1
@@ -195,6 +199,31 @@ def test_run_without_state_cannot_be_resumed(rgb_dataset: Path, tmp_path: Path) 
         train(recipe, output=tmp_path, resume=tmp_path / "absent", progress=QUIET)
 
 
+def test_damaged_state_falls_back_to_the_one_before(rgb_dataset: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(rgb_dataset)
+    unbroken = RunFolder(train(recipe, output=tmp_path / "a", progress=QUIET).run)
+    with pytest.raises(Interrupted):
+        train(recipe, output=tmp_path / "b", progress=SignalAt(4))
+    broken = find_run(None, tmp_path / "b")
+    broken.state.write_bytes(broken.state.read_bytes()[:-10])
+    train(recipe, output=tmp_path / "b", resume=broken.path, progress=QUIET)
+    assert_same_ends(unbroken, broken)
+    log = (broken.path / "log.txt").read_text()
+    assert "is damaged; the run resumes from the state before it, after step 4." in log
+
+
+def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path) -> None:
+    run = train(tiny_recipe(rgb_dataset, trainer={"steps": 2}), output=tmp_path, progress=QUIET).run
+    changed = tiny_recipe(rgb_dataset, trainer={"steps": 3, "clip_grad": 1.0})
+    with pytest.raises(RecipeError, match=r"clip_grad: was None, is 1.0.*--resume-anyway accepts the change"):
+        train(changed, output=tmp_path, resume=run, progress=QUIET)
+    assert train(changed, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 3
+    assert "resumed anyway: " in (run / "log.txt").read_text()
+    sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
+    assert train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 4
+    assert "optimizer 'main' is another one than before" in (run / "log.txt").read_text()
+
+
 def test_diverged_run_names_the_loss_and_keeps_the_last_good_checkpoint(rgb_dataset: Path, tmp_path: Path) -> None:
     wild = {"main": {"lr": 1e20, "schedule": {"decay": "constant", "warmup_steps": 3, "warmup_start": 0.0}}}
     trainer = {"checkpoint_every": 1, "grad_accum_steps": 1, "steps": 9}
@@ -230,6 +259,45 @@ def test_student_or_average_is_shipped(rgb_dataset: Path, tmp_path: Path) -> Non
         prefix = "ema/" if ship == "average" else "method/segmenter."
         assert all(torch.equal(tensor, stored[prefix + name]) for name, tensor in ends[ship].items())
     assert not all(torch.equal(ends["average"][name], tensor) for name, tensor in ends["student"].items())
+
+
+def test_misfit_of_the_evaluation_is_found_before_training(rgb_dataset: Path) -> None:
+    for values, message in (
+        ({"overlap": 9999}, r"eval\.overlap: 9999 pixels do not fit tiles of \d+. Choose 0 to \d+"),
+        ({"ignore_classes": ["watre"]}, r"eval\.ignore_classes: 'watre' is no class.*Did you mean 'water'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            plan(tiny_recipe(rgb_dataset, eval=values))
+    with pytest.raises(RecipeError, match="eval: overlap: 9 pixels do not fit tiles of 8"):
+        tiny_recipe(rgb_dataset, eval={"tile": 8, "overlap": 9})
+
+
+class OutOfMemory(Silent):
+    def on_step(self, report: StepReport) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+def test_gpu_out_of_memory_is_a_machine_error(rgb_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"out of memory. Tried to allocate 2.00 GiB. Choose a smaller batch"):
+        train(tiny_recipe(rgb_dataset), output=tmp_path, progress=OutOfMemory())
+    assert "Choose a smaller batch" in find_run(None, tmp_path).manifest().reason
+
+
+class Scatters(Silent):
+    """Runs a kernel that has no deterministic form."""
+
+    def on_step(self, report: StepReport) -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+
+def test_kernel_without_deterministic_form_is_named(
+    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(RecipeError, match=r"trainer\.deterministic: put_ has no deterministic form"):
+        train(tiny_recipe(rgb_dataset, trainer={"deterministic": True}), output=tmp_path, progress=Scatters())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_mixed_precision_trains_on_the_cpu(rgb_dataset: Path, tmp_path: Path) -> None:

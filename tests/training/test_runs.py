@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from rsseg.cli import run as run_cli
 from rsseg.errors import MachineError, UsageError, WeightsError
 from rsseg.files import append_row, keep_rows_until, read_rows
-from rsseg.runs import choose_model, create_run, find_run, list_runs, newest_finished
+from rsseg.runs import Manifest, RunFolder, choose_model, create_run, find_run, list_runs, newest_finished
 
 
 def test_folder_without_runs_says_how_to_make_one(tmp_path: Path) -> None:
@@ -36,6 +37,34 @@ def test_latest_is_a_text_file_where_links_are_not_possible(tmp_path: Path, monk
     assert find_run(Path("latest"), tmp_path).path == run.path
     with pytest.raises(UsageError, match="not a readable run folder"):
         run.manifest()
+
+
+def manifest(run: RunFolder, **changes: object) -> None:
+    values = {"name": "n", "method": "m", "recipe": "r", "created": "2026-01-01T00:00:00+00:00", "host": "h", "pid": 1}
+    values |= {"command": [], "versions": {}, "commit": None, "device": "CPU", "seed": 0, "monitor": "miou"}
+    run.write_manifest(Manifest.model_validate(values | {"plan": {}, "used": {}, "state": "finished"} | changes))
+    run.model.write_text("weights")
+
+
+def test_unreadable_manifest_is_listed_and_never_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = (create_run(tmp_path, method="m", name="n") for _ in range(2))
+    manifest(good)
+    (bad.path / "manifest.json").write_text('{"name": "half')
+    assert [run.path for run in list_runs(tmp_path)] == [bad.path, good.path]
+    assert choose_model(None, tmp_path) == good.model
+    assert find_run(None, tmp_path).path == good.path
+    assert run_cli(["runs", "ls", "--output", str(tmp_path)]) == 0
+    assert "unreadable" in capsys.readouterr().out
+
+
+def test_runs_are_sorted_by_time_whatever_the_utc_offset(tmp_path: Path) -> None:
+    early, late = (create_run(tmp_path, method="m", name=name) for name in ("a", "b"))
+    manifest(early, created="2026-03-01T09:00:00+09:00")
+    manifest(late, created="2026-03-01T01:00:00+00:00")
+    assert [run.path for run in list_runs(tmp_path)] == [early.path, late.path]
+    assert newest_finished(tmp_path).path == late.path
 
 
 def test_output_that_is_a_file_is_a_machine_error(tmp_path: Path) -> None:

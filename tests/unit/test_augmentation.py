@@ -156,3 +156,11 @@ def test_boxes_lie_inside_and_have_the_published_area() -> None:
     assert not box_mask(None, 100).any()
     assert box_size(0.25, 1.0, 100) == (50, 50)
     assert draw_box(rng(), 10, StrongConfig(cutmix_probability=1, cutmix_area=(1, 1), cutmix_aspect=(2, 2))) is None
+
+
+def test_preset_gives_values_and_keys_beside_it_win() -> None:
+    strong = AugmentConfig.model_validate({"preset": "strong", "crop_size": 64, "vflip": 0.0})
+    assert (strong.scale_range, strong.photometric, strong.rot90) == ((0.5, 2.0), "fast", 0.75)
+    assert (strong.crop_size, strong.vflip) == (64, 0.0)
+    assert AugmentConfig.model_validate({"preset": "light"}).photometric == "none"
+    assert AugmentConfig.model_validate(strong.model_dump(mode="json")) == strong

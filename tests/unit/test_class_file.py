@@ -61,7 +61,7 @@ def test_classes_without_values_are_told_by_colour(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=f"classes.yaml: .*{message}"):
+    with pytest.raises(DataError, match=f"classes.yaml(, line 1)?: .*{message}"):
         load_classes(written(tmp_path, text))
 
 
@@ -69,3 +69,40 @@ def test_one_value_for_two_classes_is_an_error(tmp_path: Path) -> None:
     text = "name: a\nclasses: [{name: x, value: 1, color: '#000000'}]\nignore: [1]"
     with pytest.raises(DataError, match="lists 1 twice"):
         load_classes(written(tmp_path, text)).label_map()
+
+
+def test_text_of_windows_and_numbers_as_names_are_read(tmp_path: Path) -> None:
+    text = 'name: 2024\nclasses: [{name: no, value: 1, color: "#000001"}, {name: 1.5, value: 2, color: [0, 0, 2]}]'
+    for number, content in enumerate((f"\ufeff{text}".encode(), text.encode("utf-16"))):
+        (tmp_path / f"{number}.yaml").write_bytes(content)
+        read = load_classes(tmp_path / f"{number}.yaml")
+        assert (read.name, [entry.name for entry in read.classes]) == ("2024", ["no", "1.5"])
+    (tmp_path / "c.yaml").write_bytes("name: Zürich".encode("cp1252"))
+    with pytest.raises(DataError, match=r"c\.yaml, line 1: is not UTF-8"):
+        load_classes(tmp_path / "c.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases written out"),
+        ("classes: " + "[" * 5000, "nested more than"),
+        ("name: a\nname: b", "already"),
+        ("name: !!python/object:os.system x", "tag"),
+        ("name: a\nclasses: [{name: x, color: '#000000', value: " + "9" * 5000 + "}]", r"classes\.0\.value"),
+        ("name: a\nclasses: [{name: x, color: '#000000', value: 1e30}]", r"classes\.0\.value"),
+        ("name: a\ngsd_m: .inf\nclasses: [{name: x, color: '#000000'}]", "gsd_m"),
+        ("name: " + "n" * 300 + "\nclasses: [{name: x, color: '#000000'}]", "name"),
+        ("name: a\nclasses: [{name: x, color: '#000000'}, {name: x, color: '#000001'}]", "two classes are named 'x'"),
+        ("name: a\nbands: [red, red]\nclasses: [{name: x, color: '#000000'}]", "bands must be different"),
+    ],
+)
+def test_hostile_and_contradictory_class_files_end_quickly(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "classes.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_classes(tmp_path / "classes.yaml")

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import training_batches
-from rsseg.methods.dasegnet.adversarial import Alignment, PatchDiscriminator, adversarial_terms
+from rsseg.methods.dasegnet.adversarial import Alignment, PatchDiscriminator, adversarial_terms, gan_loss
 from rsseg.methods.dasegnet.method import DASegNetMethod, split_norms
-from rsseg.methods.dasegnet.recipe import AdversarialConfig
+from rsseg.methods.dasegnet.recipe import AdversarialConfig, GanLoss
 from rsseg.methods.dasegnet.self_training import class_mix, hide_patches
 from rsseg.task import IGNORE_INDEX
 from tests.conftest import rgb_task
@@ -43,6 +43,45 @@ def test_weight_acts_on_discriminators_only_if_published() -> None:
     corrected = adversarial_terms(disc, alignment, AdversarialConfig(weight=0.005, weight_on_discriminators=False))
     torch.testing.assert_close(published.align, corrected.align)
     torch.testing.assert_close(published.real, 0.005 * corrected.real)
+
+
+LOGITS = [-2.0, -0.5, 0.25, 3.0]
+SOFTPLUS = (0.126928 + 0.474077 + 0.825939 + 3.048587) / 4
+SOFTPLUS_OF_MINUS = (2.126928 + 0.974077 + 0.575939 + 0.048587) / 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "for_discriminator", "real", "fake"),
+    [
+        ("vanilla", True, SOFTPLUS_OF_MINUS, SOFTPLUS),
+        ("lsgan", True, (9 + 2.25 + 0.5625 + 4) / 4, (4 + 0.25 + 0.0625 + 9) / 4),
+        ("l1", True, (3 + 1.5 + 0.75 + 2) / 4, (2 + 0.5 + 0.25 + 3) / 4),
+        ("wgan", True, -0.1875, 0.1875),
+        ("wgan", False, -0.1875, 0.1875),
+        ("wgan-logistic-ns", True, SOFTPLUS_OF_MINUS, SOFTPLUS),
+        ("hinge", True, (3 + 1.5 + 0.75 + 0) / 4, (0 + 0.5 + 1.25 + 4) / 4),
+        ("hinge", False, -0.1875, -0.1875),
+    ],
+)
+def test_gan_losses_of_known_values(loss: GanLoss, for_discriminator: bool, real: float, fake: float) -> None:
+    logits = torch.tensor(LOGITS)
+    for target, expected in ((True, real), (False, fake)):
+        actual = gan_loss(logits, real=target, loss=loss, for_discriminator=for_discriminator)
+        assert float(actual) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", get_args(GanLoss))
+def test_every_gan_loss_can_be_chosen(loss: GanLoss) -> None:
+    """The student's loss raises the output on its features, and so does the discriminator's on real ones."""
+    config = AdversarialConfig(loss=loss)
+    logits = torch.tensor([-0.5, 0.25], requires_grad=True)
+    for for_discriminator in (True, False):
+        value = gan_loss(logits, real=True, loss=config.loss, for_discriminator=for_discriminator)
+        assert (torch.autograd.grad(value, logits)[0] < 0).all()
+    own, other = (torch.randn(2, 8, 12, 12, requires_grad=True) for _ in range(2))
+    disc = PatchDiscriminator(8, base_channels=4, convs=1)
+    terms = adversarial_terms(disc, Alignment(own, other, (64, 64), (64, 64)), config)
+    assert all(term.isfinite() for term in (terms.align, terms.real, terms.fake))
 
 
 def test_source_and_target_as_one_batch_give_the_same_numbers_as_apart() -> None:
@@ -231,11 +270,6 @@ def test_target_masks_are_never_opened(rgb_dataset: Path) -> None:
         assert all(loss.isfinite() for loss in method(batch, 0).losses.values())
 
 
-def test_rare_classes_are_drawn_more_often_only_in_the_source() -> None:
-    assert [spec.rare_classes for spec in make_method(rare_class_sampling=0.01).streams] == [0.01, None]
-    assert [spec.rare_classes for spec in make_method().streams] == [None, None]
-
-
 def test_students_look_at_plain_target_images_only_if_a_loss_or_the_teacher_needs_it() -> None:
     seen: list[int] = []
     for kind, forwards in (("whole", 2), ("decoder_only_t", 2)):
@@ -274,3 +308,26 @@ def test_energies_softmax_and_losses_stay_in_single_precision_under_autocast() -
     assert types.seen["cross_entropy"] == types.seen["binary_cross_entropy_with_logits"] == {torch.float32}
     assert torch.float32 in types.seen["bmm"]
     assert mixed[-1].dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_students_side_by_side_give_the_same_gradients() -> None:
+    alone = make_method().cuda()
+    beside = copy.deepcopy(alone)
+    beside.segmenter.side_by_side = True
+    batch = {
+        name: replace(
+            samples,
+            images=samples.images.cuda(),
+            valid=samples.valid.cuda(),
+            masks=None if samples.masks is None else samples.masks.cuda(),
+        )
+        for name, samples in make_batch().items()
+    }
+    for method in (alone, beside):
+        torch.stack(list(method(batch, 0).losses.values())).sum().backward()
+    torch.cuda.synchronize()
+    for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)

@@ -82,6 +82,12 @@ def test_imported_model_holds_every_tensor_of_the_original_but_teacher_and_auxil
     torch.testing.assert_close(dict(segmenter.state_dict()), rename_tensors(state).segmenter, rtol=0, atol=0)
 
 
+def test_header_says_student_as_the_authors_keep_no_average(tmp_path: Path) -> None:
+    averaged = RECIPE.model_copy(update={"ship": "average"})
+    header = import_checkpoint(saved(tmp_path, authors_state()), averaged, TASK, output=tmp_path / "m.safetensors")
+    assert header.training["weights"] == header.recipe["ship"] == "student"
+
+
 def test_older_name_of_fam_is_known() -> None:
     renamed = rename_tensors({"student_adapter.convert.0.bias": torch.zeros(2)})
     assert list(renamed.segmenter) == ["fam.projections.0.bias"]
@@ -130,7 +136,7 @@ def test_missing_file_and_file_without_tensors_are_refused(tmp_path: Path) -> No
         read_state_dict(tmp_path / "absent.pth")
     path = tmp_path / "numbers.pth"
     torch.save({"state_dict": {"a": 1}}, path)
-    with pytest.raises(WeightsError, match="holds no state dict"):
+    with pytest.raises(WeightsError, match="has no state dict"):
         read_state_dict(path)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsseg.config import EvalConfig
+from rsseg.inference.image import predict_probabilities
 from rsseg.methods.ktda.distillation import distillation_loss, weight_at
 from rsseg.methods.ktda.method import KTDAMethod
 from rsseg.methods.ktda.network import build_segmenter
@@ -206,3 +208,13 @@ def test_weight_schedules(settings: dict[str, Any], expected: list[float]) -> No
 def test_logits_have_the_size_of_the_image(size: tuple[int, int]) -> None:
     segmenter = method_of(TAUGHT).deployable().eval()
     assert segmenter.predict_logits(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_fixed_grid_predicts_any_size_as_it_trains_without_padding() -> None:
+    segmenter = method_of(fam={"grid": 4}).segmenter.eval()
+    images = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(segmenter.predict_logits(images), segmenter(images))
+        assert segmenter.predict_logits(images[..., :20, :20]).shape == (1, segmenter.task.num_classes, 20, 20)
+        tile = predict_probabilities(segmenter, images[0, :, :, :48], None, EvalConfig(tile=48), device="cpu")
+        torch.testing.assert_close(tile, segmenter(images[..., :48])[0].softmax(0).permute(1, 2, 0))

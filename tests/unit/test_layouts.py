@@ -15,6 +15,10 @@ def tree(root: Path, *names: str) -> Path:
     return root
 
 
+def named(root: Path) -> dict[str, Path]:
+    return {name: root / name for name in list_files(root)}
+
+
 def rows(layout: Layout, root: Path) -> list[tuple[str, str | None, str, str | None]]:
     return [(item.image, item.mask, item.split, item.domain) for item in layout.items(root)]
 
@@ -106,11 +110,14 @@ def test_drawn_splits_depend_on_the_seed_only_and_keep_groups_together(tmp_path:
     assert sorted(split for _, split in groups) == ["test"] * 2 + ["train"] * 6 + ["val"] * 2
 
 
-def test_a_share_too_small_for_one_image_is_an_error(tmp_path: Path) -> None:
-    tree(tmp_path, "a.tif", "b.tif")
-    layout = Layout("*.tif", unlabeled=("train", "val"), split_ratio={"train": 0.9, "val": 0.1})
-    with pytest.raises(DataError, match="'val' gets none of 2"):
-        layout.items(tmp_path)
+def test_every_split_gets_an_image_where_there_are_enough(tmp_path: Path) -> None:
+    tree(tmp_path, "a.tif", "b.tif", "c.tif")
+    ratio = {"train": 0.9, "val": 0.05, "test": 0.05}
+    found = rows(Layout("*.tif", unlabeled=tuple(ratio), split_ratio=ratio), tmp_path)
+    assert sorted(row[2] for row in found) == ["test", "train", "val"]
+    (tmp_path / "c.tif").unlink()
+    with pytest.raises(DataError, match=r"2 images .* cannot fill the 3 splits train, val, test"):
+        Layout("*.tif", unlabeled=tuple(ratio), split_ratio=ratio).items(tmp_path)
 
 
 def test_patterns_that_say_nothing_about_splits_are_an_error(tmp_path: Path) -> None:
@@ -126,6 +133,6 @@ def test_an_unknown_placeholder_is_an_error() -> None:
 def test_the_root_is_found_below_the_folders_that_archives_add(tmp_path: Path) -> None:
     layout = Layout("img_dir/{split}/*.tif", "ann_dir/{split}/*.png")
     tree(tmp_path, "data/grass/img_dir/train/a.tif", "data/grass/ann_dir/train/a.png")
-    assert find_prefix(tuple(list_files(tmp_path)), [layout], "here") == (layout, "data/grass/")
+    assert find_prefix(named(tmp_path), [layout], "here") == (layout, "data/grass/")
     with pytest.raises(DataError, match=r"looks like 'img_dir.*such as a/b\.txt"):
-        find_prefix(tuple(list_files(tree(tmp_path / "other", "a/b.txt"))), [layout], "here")
+        find_prefix(named(tree(tmp_path / "other", "a/b.txt")), [layout], "here")

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from rsseg.layers.losses import cosine_distance, cross_entropy, pixel_accuracy, softened_kl
+from rsseg.config import LossConfig
+from rsseg.errors import RecipeError
+from rsseg.layers.losses import (
+    LabelLoss,
+    class_weights_of,
+    cosine_distance,
+    cross_entropy,
+    dice_loss,
+    pixel_accuracy,
+    softened_kl,
+)
+from rsseg.task import IGNORE_INDEX
+from tests.conftest import rgb_task
 
 LOGITS = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 1, 4).clone()
 """Four pixels whose class 0 has probability 1 / (1 + e^-2)."""
@@ -74,3 +86,49 @@ def test_cosine_distance_looks_at_directions_only() -> None:
     a = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(2))
     assert cosine_distance(a, 7 * a).item() == pytest.approx(0.0, abs=1e-6)
     assert cosine_distance(a, -a).item() == pytest.approx(2.0)
+
+
+def test_classes_with_few_pixels_weigh_more_and_the_mean_over_pixels_stays() -> None:
+    weights = class_weights_of([900, 100, 0])
+    assert weights[1] / weights[0] == pytest.approx(3.0)
+    assert (900 * weights[0] + 100 * weights[1]) / 1000 == pytest.approx(1.0)
+    assert weights[2] == 1.0
+
+
+def test_focal_factor_is_the_published_one_and_gamma_0_changes_nothing() -> None:
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    target[0, 0] = IGNORE_INDEX
+    labeled = target != IGNORE_INDEX
+    p = logits.softmax(1).gather(1, target.where(labeled, 0)[:, None])[:, 0]
+    expected = (-((1 - p) ** 2) * p.log())[labeled].mean()
+    torch.testing.assert_close(cross_entropy(logits, target, focal_gamma=2.0), expected)
+    assert torch.equal(cross_entropy(logits, target, focal_gamma=0.0), cross_entropy(logits, target))
+
+
+def test_focal_factor_goes_by_the_probability_not_by_the_weighted_loss() -> None:
+    logits, target = torch.randn(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long)
+    weighted = cross_entropy(logits, target, focal_gamma=2.0, class_weights=torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(weighted, 3.0 * cross_entropy(logits, target, focal_gamma=2.0))
+
+
+def test_dice_is_0_for_the_truth_and_1_for_its_opposite_and_counts_labeled_classes_only() -> None:
+    target = torch.tensor([[[0, 1], [1, IGNORE_INDEX]]])
+    right = 100.0 * torch.nn.functional.one_hot(target.where(target != IGNORE_INDEX, 2), 3).movedim(-1, 1).float()
+    assert dice_loss(right, target).item() == pytest.approx(0.0, abs=1e-6)
+    assert dice_loss(right[:, [1, 0, 2]], target).item() == pytest.approx(1.0, abs=1e-6)
+    assert dice_loss(right, torch.full_like(target, IGNORE_INDEX)).item() == 0.0
+
+
+def test_label_loss_is_plain_cross_entropy_unless_the_recipe_adds_something() -> None:
+    logits, target = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    plain = cross_entropy(logits, target, divisor="all")
+    assert torch.equal(LabelLoss()(logits, target, divisor="all"), plain)
+    added = LabelLoss(LossConfig(dice=0.5))(logits, target, divisor="all")
+    torch.testing.assert_close(added, plain + 0.5 * dice_loss(logits, target))
+    weights = LabelLoss(LossConfig(class_weights=(1.0, 2.0, 3.0)))(logits, target)
+    torch.testing.assert_close(weights, cross_entropy(logits, target, class_weights=torch.tensor([1.0, 2.0, 3.0])))
+
+
+def test_weights_of_another_length_name_both_sides() -> None:
+    with pytest.raises(RecipeError, match=r"2 entries, tiny has 3 classes: \['"):
+        LabelLoss(LossConfig(class_weights=(1.0, 2.0)), rgb_task())

@@ -62,6 +62,15 @@ def test_student_or_average_becomes_a_model_file(tmp_path: Path, ship: str, seed
         assert torch.equal(tensor, found.state_dict()[name])
 
 
+def test_header_names_the_weights_that_were_imported_and_the_recipe_agrees(tmp_path: Path) -> None:
+    source = save(tmp_path / "best.pth", model=checkpoint(0), model_ema=checkpoint(1))
+    for ship in ("student", "average"):
+        recipe = RECIPE.model_copy(update={"ship": ship})
+        import_checkpoint(source, recipe, TASK, output=tmp_path / "model.safetensors")
+        header = read_header(tmp_path / "model.safetensors")
+        assert header.training["weights"] == header.recipe["ship"] == ship
+
+
 def test_foreign_and_incomplete_files_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     state = checkpoint()

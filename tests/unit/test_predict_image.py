@@ -1,10 +1,14 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rsseg.config import EvalConfig
-from rsseg.inference.image import predict_image
+from rsseg.errors import MachineError
+from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.predict import Tiling, choose_tiling
 from rsseg.methods.base import TileHint
 from tests.toys import ConvSegmenter, IndexSegmenter, SizeSegmenter, StridedSegmenter, make_task
@@ -126,3 +130,41 @@ def test_network_with_a_stride_sees_in_tiles_what_it_sees_in_the_whole_image(siz
     whole = predict_image(network, image, None, EvalConfig(tile=160), device="cpu")
     tiled = predict_image(network, image, None, EvalConfig(tile=32, overlap=16), device="cpu")
     assert_array_equal(tiled, whole)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mode": "resized"}, {"resize_multiple": 14}, {"scales": (1.0, 0.5)}, {"flip": True}]
+)
+def test_probabilities_come_to_host_memory_from_a_gpu(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and devices only, so that no GPU is needed
+        with torch.device("cuda:0"):
+            network = ConvSegmenter(make_task(), tile=ATTENTION)
+        config = EvalConfig(tile=32, **changes)
+        image = random_image(40, 48)
+        assert predict_probabilities(network, image, None, config, device="cuda:0").device.type == "cpu"
+
+
+class SmallMemory(ConvSegmenter):
+    """Runs out of memory with more than `most` images at a time, as a GPU does."""
+
+    most = 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+def test_batch_that_does_not_fit_into_memory_is_halved() -> None:
+    image, config = random_image(75, 101), EvalConfig(tile=32, overlap=4, batch_size=5)
+    expected = predict_image(ConvSegmenter(make_task()), image, None, config, device="cpu")
+    assert_array_equal(predict_image(SmallMemory(make_task()), image, None, config, device="cpu"), expected)
+
+
+@pytest.mark.parametrize("values", [{}, {"mode": "resized"}, {"flip": True}, {"blend": "hann"}])
+def test_single_tile_that_does_not_fit_into_memory_is_a_machine_error(values: dict[str, object]) -> None:
+    network = SmallMemory(make_task())
+    network.most = 0
+    with pytest.raises(MachineError, match=r"memory of cpu .*--tile"):
+        predict_image(network, random_image(40, 40), None, EvalConfig.model_validate(values), device="cpu")

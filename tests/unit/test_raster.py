@@ -241,9 +241,6 @@ def test_truncated_file_is_one_sentence(tmp_path: Path, suffix: str) -> None:
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.tif: there is no such file"):
         Raster(tmp_path / "none.tif")
-    (tmp_path / "labels.geojson").write_text('{"type": "FeatureCollection", "features": []}')
-    with pytest.raises(DataError, match="burned into rasters first"):
-        Raster(tmp_path / "labels.geojson")
     (tmp_path / "text.tif").write_text("hello")
     with pytest.raises(DataError, match="not an image"):
         Raster(tmp_path / "text.tif")

@@ -73,8 +73,7 @@ def test_dubai_by_folders_and_by_lists(shared_data: Path) -> None:
     for item in items:
         if item.split == "test" and item.mask is not None:
             with Raster(source / item.image) as raster:
-                labels = LabelTable(classes.label_map(), 5)
-                total += count_classes(source / item.mask, labels, 5, raster.info, raster)
+                total += count_classes(source / item.mask, LabelTable(classes.label_map(), 5), 5, raster.info)
     np.testing.assert_allclose(100 * total / total.sum(), (12.29, 59.66, 12.70, 5.77, 7.26, 2.32), atol=0.01)
 
     lines = {

@@ -33,6 +33,7 @@ from rsseg.datasets.cards import CARDS
 from rsseg.datasets.demo.landscape import Place, generate_place
 from rsseg.datasets.demo.looks import NORTH, SOUTH
 from rsseg.datasets.measure import in_order
+from rsseg.datasets.prepare.tiles import writing
 
 TILE = 256
 SCENE_SHAPE = (1024, 1536)
@@ -126,9 +127,12 @@ def _write_scene(folder: Path, shape: tuple[int, int]) -> None:
         "transform": from_origin(500_000.0, 5_400_000.0, gsd, gsd), "compress": "deflate", "tiled": True,
         "blockxsize": 256, "blockysize": 256,
     }  # fmt: skip
-    with rasterio.open(folder / "scene.tif", "w", count=3, nodata=0, photometric="RGB", predictor=2, **grid) as file:
+    with (
+        writing(folder),
+        rasterio.open(folder / "scene.tif", "w", count=3, nodata=0, photometric="RGB", predictor=2, **grid) as file,
+    ):
         file.write(np.where(valid, place.image.transpose(2, 0, 1), 0))
         file.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
-    with rasterio.open(folder / "truth.tif", "w", count=1, nodata=255, **grid) as file:
+    with writing(folder), rasterio.open(folder / "truth.tif", "w", count=1, nodata=255, **grid) as file:
         file.write(np.where(valid, place.label, np.uint8(255)), 1)
         file.write_colormap(1, {info.value: (*info.color, 255) for info in CARD.classes})

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rsseg.datasets.layouts import Layout, PathPattern, list_files
+from rsseg.datasets.layouts import SIDECARS, WORLD_FILES, Layout, PathPattern, list_files
 from rsseg.datasets.prepare.stage import require_free_disk
 from rsseg.errors import DataError
 
-SIDECARS = (".aux.xml", ".msk")
-"""Suffixes that GDAL appends to an image's name for files that it reads with it."""
-WORLD_FILES = (".tfw", ".TFW", ".wld", ".hdr")
-"""Suffixes that replace the image's in such files."""
 _PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _NESTED = 3
 """Archives in archives."""
@@ -52,7 +48,7 @@ class Wanted:
             return True
         bare = [name.removesuffix(suffix) for suffix in SIDECARS if name.endswith(suffix)]
         stem, dot, suffix = name.rpartition(".")
-        if dot and f".{suffix}" in WORLD_FILES:
+        if f"{dot}{suffix}".lower() in WORLD_FILES:
             bare += [f"{stem}{suffix}" for suffix in self._suffixes]
         return any(self._fits(candidate) for candidate in bare)
 
@@ -87,7 +83,7 @@ def gather(
         progress: called with the stage, and the numbers of finished and of all files.
 
     Raises:
-        DataError: a dangerous or damaged archive.
+        DataError: a dangerous or damaged archive, or one that holds another version of a file beside it.
         MachineError: not enough disk space.
     """
     wanted = Wanted(layouts)
@@ -120,7 +116,7 @@ def _unpack_wanted(
     known: Mapping[str, Path],
     progress: Callable[[str, int, int], None],
 ) -> Iterable[str]:
-    """Unpack the files that are wanted and not unpacked yet; returns their names."""
+    """Unpack the files that are wanted and not among `known`; returns their names."""
     above, _, base = name.rpartition("/")
     stem = base
     while is_packed(stem) or stem.lower().endswith(".tar"):
@@ -132,13 +128,18 @@ def _unpack_wanted(
         parts = [part for part in (above, stem if entry.split("/")[0] != stem else "", entry) if part]
         placed = "/".join(parts)
         hidden = any(part.startswith((".", "__MACOSX")) for part in entry.split("/"))
-        if hidden or placed in known or not wanted(placed):
+        if hidden or not wanted(placed):
             return None
+        # unpacked beside the archive, with or without its outer folder; bare file names are too common to tell
+        inner = entry.partition("/")[2]
+        twins = [f"{above}/{path}".strip("/") for path in (entry, inner, inner and f"{stem}/{inner}") if "/" in path]
+        if twin := next((name for name in (placed, *twins) if name in known), None):
+            return twin
         taken.append(placed)
         return placed
 
     folder.mkdir(parents=True, exist_ok=True)
-    unpack(archive, folder, lambda done, total: progress(f"unpack {base}", done, total), place=place)
+    unpack(archive, folder, lambda done, total: progress(f"unpack {base}", done, total), place=place, known=known)
     return sorted(taken)
 
 
@@ -154,6 +155,7 @@ def unpack(
     progress: Callable[[int, int], None],
     limits: UnpackLimits | None = None,
     place: Callable[[str], str | None] | None = None,
+    known: Mapping[str, Path] | None = None,
 ) -> None:
     """Unpack regular files into `folder`, which must exist. Links, devices and paths that leave it are refused.
 
@@ -165,12 +167,14 @@ def unpack(
         progress: called with the numbers of finished and of all files (0 while unknown).
         limits: None takes the defaults.
         place: entry -> its path below `folder`, None to leave it out; by default all keep their names.
+        known: path below `folder` -> file that is there already: it is compared, not written.
 
     Raises:
-        DataError: a dangerous, encrypted, damaged or suspiciously large archive.
+        DataError: a dangerous, encrypted, damaged or suspiciously large archive, or an entry that differs from a known
+            file.
         MachineError: not enough disk space.
     """
-    room = _Room(archive, folder, limits or UnpackLimits(), place or str)
+    room = _Room(archive, folder, limits or UnpackLimits(), place or str, known or {})
     with _readable(archive):
         if zipfile.is_zipfile(archive):
             _unpack_zip(archive, room, progress)
@@ -183,10 +187,19 @@ def unpack(
 class _Room:
     """Targets of an archive's entries, and the limits on their number and size."""
 
-    def __init__(self, archive: Path, folder: Path, limits: UnpackLimits, place: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        archive: Path,
+        folder: Path,
+        limits: UnpackLimits,
+        place: Callable[[str], str | None],
+        known: Mapping[str, Path],
+    ) -> None:
         self.archive = archive
         self.folder = folder
         self._place = place
+        self._known = known
+        self.known = frozenset(known.values())
         self._taken: set[Path] = set()
         self._limits = limits
         self._most_bytes = max(limits.ratio * archive.stat().st_size, float(limits.ratio_free_bytes))
@@ -198,7 +211,7 @@ class _Room:
         placed = self._place(_inside(self.archive, name).as_posix())
         if placed is None:
             return None
-        target = self.folder / _inside(self.archive, placed)
+        target = self._known.get(placed) or self.folder / _inside(self.archive, placed)
         if target in self._taken:
             raise DataError(f"{self.archive}: two entries are named {target.name!r}, refused.")
         self._taken.add(target)
@@ -277,6 +290,14 @@ def _inside(archive: Path, name: str) -> PurePosixPath:
 
 
 def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
+    if target in room.known:
+        # GDAL may have changed side files since they were unpacked
+        if not target.name.endswith(SIDECARS) and not _holds(target, content, size):
+            raise DataError(
+                f"{target} differs from the file of this name in {room.archive}. Remove one of them, or pass the right "
+                "one as --src."
+            )
+        return
     if target.is_file() and target.stat().st_size == size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -286,3 +307,13 @@ def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
             room.take_bytes(len(block))
             file.write(block)
     partial.replace(target)
+
+
+def _holds(path: Path, content: IO[bytes], size: int) -> bool:
+    if path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        while block := content.read(_BLOCK):
+            if file.read(len(block)) != block:
+                return False
+    return True

@@ -1,5 +1,6 @@
 """Complete the index of a dataset: read every image and mask once, check and measure them."""
 
+import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import Moments, count_classes, in_order, measure_image, open_image
+from rsseg.datasets.measure import Moments, in_order, measure_item, open_image
 from rsseg.errors import DataError
 from rsseg.task import ClassInfo, Task
 
@@ -62,24 +63,22 @@ def finish_index(
         progress: called with the stage, and the numbers of finished and of all images.
 
     Raises:
-        DataError: no training image, an unreadable file, different sizes, band counts or pixel types, an undeclared
-            mask value.
+        DataError: no image, no labeled pixel in the training masks, an unreadable file, different sizes, band counts or
+            pixel types, an undeclared mask value.
     """
-    if not any(item.split == TRAIN for item in items):
-        raise DataError(
-            f"no image is in the split {TRAIN!r}; there are {dict(Counter(item.split for item in items))}. "
-            "Name the training split `train`; for a folder, with --split-as FOLDER=train."
-        )
+    basis = _basis(items)
     labels = LabelTable(subject.label_map, len(subject.classes))
     samples = max(_SAMPLES // len(items), 64)
 
     def read(item: IndexItem) -> _Facts:
-        return _read(folder, item, subject, labels, samples if item.split == TRAIN else 0)
+        return _read(folder, item, subject, labels, samples if item.split == basis else 0)
 
     facts = list(in_order(read, items, jobs, lambda done, total: progress("check images and masks", done, total)))
     _check_alike(items, facts)
-    train = [fact.moments for item, fact in zip(items, facts, strict=True) if item.split == TRAIN]
-    task = _task(subject, facts[0], reduce(Moments.joined, train), scale)
+    measured = [fact for item, fact in zip(items, facts, strict=True) if item.split == basis]
+    task = _task(subject, facts[0], reduce(Moments.joined, [fact.moments for fact in measured]), scale)
+    for note in _check_labels(subject, basis, [fact.counts for fact in measured if fact.counts is not None]):
+        progress(note, 1, 1)
     counted = [item.model_copy(update={"classes": fact.counts}) for item, fact in zip(items, facts, strict=True)]
     return SegmentationIndex(
         task=task,
@@ -91,18 +90,45 @@ def finish_index(
     )
 
 
+def _basis(items: Sequence[IndexItem]) -> str:
+    """The split whose statistics scale the pixels: `train`, or the first split of a dataset only for scoring."""
+    if not items:
+        raise DataError(
+            "no image is left: all are without data, or smaller than a tile. Check the nodata value and --tile."
+        )
+    splits = Counter(item.split for item in items)
+    nearest = difflib.get_close_matches(TRAIN, splits, n=1)
+    if nearest and TRAIN not in splits:
+        raise DataError(
+            f"no image is in the split {TRAIN!r}; there are {dict(splits)}. "
+            f"Name the training split `train`; for a folder, with --split-as {nearest[0]}=train."
+        )
+    return TRAIN if TRAIN in splits else next(iter(splits))
+
+
+def _check_labels(subject: Subject, split: str, counts: Sequence[tuple[int, ...]]) -> list[str]:
+    """Notes about classes without a labeled pixel; raises `DataError` if no pixel of the masks has a class."""
+    if not counts:
+        return []
+    total = np.sum(counts, axis=0)
+    if not total.any():
+        raise DataError(
+            f"no labeled pixel in {len(counts)} mask(s) of the split {split!r}: all are ignored or without image data. "
+            "Check the mask values, the ignored ones and the nodata value."
+        )
+    missing = [info.name for info, count in zip(subject.classes, total, strict=True) if not count]
+    return [f"no labeled pixel in the split {split!r}: {', '.join(missing)}"] if missing else []
+
+
 def _read(folder: Path, item: IndexItem, subject: Subject, labels: LabelTable, samples: int) -> _Facts:
     files = [folder / part for part in item.image.split("|")]
     nodata, collar = subject.nodata, subject.ignore_zero_collar
     with open_image(files, subject.bands, nodata=nodata, zero_collar=collar) as raster:
-        info = raster.info
-        bands = subject.bands or _distinct(info.band_names)
-        moments = measure_image(raster, samples=samples)
-        counts = None
-        if item.mask is not None:
-            found = count_classes(folder / item.mask, labels, len(subject.classes), info, raster)
-            counts = tuple(int(count) for count in found[:-1])
-    return _Facts(bands, info.dtype, counts, moments)
+        bands = subject.bands or _distinct(raster.info.band_names)
+        mask = None if item.mask is None else folder / item.mask
+        moments, found = measure_item(raster, mask, labels, len(subject.classes), samples=samples)
+    counts = None if found is None else tuple(int(count) for count in found[:-1])
+    return _Facts(bands, raster.info.dtype, counts, moments)
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,7 +147,7 @@ def _check_alike(items: Sequence[IndexItem], facts: Sequence[_Facts]) -> None:
 
 def _task(subject: Subject, first: _Facts, train: Moments, scale: Literal["auto"] | tuple[float, float]) -> Task:
     if not train.pixels:
-        raise DataError("no pixel of the training images has data. Check the nodata value.")
+        raise DataError("no pixel of the images has data. Check the nodata value.")
     low, high = _limits(first.dtype, train, scale)
     factor = 1 / (high - low)
     shift = -low * factor

@@ -1,19 +1,20 @@
 """Download archives from the Hugging Face hub or from their publisher, with the user's consent only."""
 
-import hashlib
-import http.client
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from rsseg.datasets.card import DatasetCard, WebSource
-from rsseg.errors import DataError
+from rsseg.datasets.prepare.archives import md5_of
+from rsseg.errors import DataError, MachineError
+
+Progress = Callable[[str, int, int], None]
+_DISK_FULL = (28, 122)
 
 
-def fetch(
-    card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Callable[[str, int, int], None]
-) -> Path:
+def fetch(card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Progress) -> Path:
     """The card's archive in the hub's cache, or the folder with its archives from the web; downloaded if missing.
 
     Args:
@@ -21,10 +22,11 @@ def fetch(
         folder: archives from the web go to `NAME-download` below it.
         download: the user agreed to the download.
         offline: take it from the cache or fail.
-        progress: called with name, size and licence before the download starts.
+        progress: called with name, size and licence before the download starts, then with megabytes.
 
     Raises:
         DataError: no consent, no network, or no such archive.
+        MachineError: the disk is full.
     """
     if card.web:
         return fetch_web(card, folder / f"{card.name}-download", download=download, offline=offline, progress=progress)
@@ -40,24 +42,23 @@ def fetch(
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     progress(f"fetch {what}", 0, 1)
+    bar = _bar(f"fetch {hub.file} (MB)", progress)
     try:
-        path = hf_hub_download(hub.repo, hub.file, repo_type="dataset", local_files_only=offline)
+        path = hf_hub_download(hub.repo, hub.file, repo_type="dataset", local_files_only=offline, tqdm_class=bar)
     except LocalEntryNotFoundError:
         reason = "rsseg is offline" if offline else "the hub cannot be reached"
         raise DataError(f"{card.name}: {reason}. Try again with a network, {by_hand}.") from None
     except (HfHubHTTPError, OSError) as error:
-        raise DataError(f"{card.name}: fetching {what} failed: {error}. Try again, {by_hand}.") from None
-    progress(f"fetch {what}", 1, 1)
+        raise _failure(card, what, error, by_hand) from None
     return Path(path)
 
 
-def fetch_web(
-    card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Callable[[str, int, int], None]
-) -> Path:
+def fetch_web(card: DatasetCard, folder: Path, *, download: bool, offline: bool, progress: Progress) -> Path:
     """The folder with the card's archives; missing ones are downloaded, partial ones resumed.
 
     Raises:
         DataError: no consent, no network, or a file that does not have its publisher's checksum.
+        MachineError: the disk is full.
     """
     missing = [web for web in card.web if not (folder / web.file).is_file()]
     if not missing:
@@ -69,35 +70,58 @@ def fetch_web(
         raise DataError(f"{card.name}: not here yet. Pass --download to fetch {what}, {by_hand}.")
     if offline:
         raise DataError(f"{card.name}: rsseg is offline. Try again with a network, {by_hand}.")
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # its first base is the HTTP client's own error, which is raised where no answer came
+    failures = (HfHubHTTPError.__mro__[1], OSError)
     progress(f"fetch {what}", 0, 1)
-    folder.mkdir(parents=True, exist_ok=True)
     for web in missing:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             _fetch_file(web, folder, progress)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            raise DataError(
-                f"{card.name}: fetching {web.file} failed: {error}. Repeat the command to resume, {by_hand}."
-            ) from None
+        except failures as error:
+            raise _failure(card, web.file, error, by_hand) from None
     return folder
 
 
-def _fetch_file(web: WebSource, folder: Path, progress: Callable[[str, int, int], None]) -> None:
+def _fetch_file(web: WebSource, folder: Path, progress: Progress) -> None:
+    """Download a file under a temporary name, check it, rename it; a partial file is resumed, never deleted."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+
     partial = folder / f"{web.file}.partial"
-    begun = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(web.url, headers={"Range": f"bytes={begun}-"} if begun else {})
-    with urllib.request.urlopen(request, timeout=60) as answer, partial.open("ab") as file:
-        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-            # the whole file comes, whatever was asked for
-            file.truncate(0)
-            begun = 0
-        total = begun + int(answer.headers.get("Content-Length") or 0)
-        while block := answer.read(1 << 20):
-            file.write(block)
-            begun += len(block)
-            progress(f"fetch {web.file} (MB)", begun >> 20, total >> 20)
-    with partial.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    bar = _bar(f"fetch {web.file} (MB)", progress)
+    with partial.open("ab") as file:
+        try:
+            http_get(web.url, file, resume_size=file.tell(), displayed_filename=web.file, tqdm_class=bar)
+        except HfHubHTTPError as error:
+            # nothing is left to fetch: an earlier call was stopped before the check
+            if error.response.status_code != 416:
+                raise
+    found = md5_of(partial)
     if found != web.md5:
         partial.unlink()
         raise DataError(f"{web.url}: the file has the MD5 {found}, its publisher says {web.md5}. Try again.")
     partial.replace(folder / web.file)
+
+
+def _failure(card: DatasetCard, what: str, error: Exception, by_hand: str) -> DataError | MachineError:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return MachineError(f"{card.name}: the disk is full. Free some space and repeat the command to resume.")
+    return DataError(f"{card.name}: fetching {what} failed: {error}. Repeat the command to resume, {by_hand}.")
+
+
+def _bar(title: str, progress: Progress) -> type[tqdm]:  # type: ignore[type-arg]
+    """A silent tqdm that reports megabytes to `progress`."""
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *_: Any, total: float | None = None, initial: float = 0, **__: Any) -> None:
+            super().__init__(disable=True)
+            self.total, self.n = total, initial
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            progress(title, int(self.n) >> 20, int(self.total or 0) >> 20)
+            return None
+
+    return Bar

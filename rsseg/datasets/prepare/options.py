@@ -12,6 +12,10 @@ from rsseg.errors import UsageError
 from rsseg.task import Color
 
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
+Label = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
+"""Mask value without a class."""
+Bound = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class FolderOptions(BaseModel):
@@ -31,8 +35,6 @@ class FolderOptions(BaseModel):
     """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`."""
     split_lists: Mapping[str, Path] = {}
     """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
-    split_ratio: Mapping[str, float] = {}
-    """Split -> share of the images."""
 
 
 class PrepareOptions(BaseModel):
@@ -50,9 +52,9 @@ class PrepareOptions(BaseModel):
     """Never use the network."""
     overwrite: bool = False
     """Replace `out`."""
-    tile: Count | None = None
+    tile: Side | None = None
     """Cut images into squares of this many pixels; None keeps them whole."""
-    stride: Count | None = None
+    stride: Side | None = None
     """Distance between squares; None takes `tile`: no overlap."""
     jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
     """Threads, by default one per processor; the result does not depend on their number."""
@@ -61,17 +63,21 @@ class PrepareOptions(BaseModel):
     the bands to take, in this order."""
     split: str | None = None
     """Name of one of the card's split rules; None takes the first."""
+    split_ratio: Mapping[str, float] = {}
+    """Split -> share of the labeled images (whole scenes), drawn with `seed` instead of a split rule."""
+    subset: bool = False
+    """Accept an incomplete source: leave out unpaired files and allow empty splits."""
     labels: str | None = None
     """Name of one of the card's label choices; None takes the first."""
     seed: int = 0
     """Seed of random splits."""
     ignore_classes: tuple[str, ...] = ()
     """Classes whose pixels are ignored."""
-    ignore: tuple[int | Color, ...] = ()
+    ignore: tuple[Label | Color, ...] = ()
     """Further mask values or colours without a class."""
     stretch: Literal["none", "minmax"] = "none"
     """`minmax`: each band of each image is stretched from its least and greatest value to 8 bits."""
-    scale: Literal["auto"] | tuple[float, float] = "auto"
+    scale: Literal["auto"] | tuple[Bound, Bound] = "auto"
     """Stored values that become 0 and 1: 0 and 255 for uint8, else percentiles 1 and 99 of the training images per
     band, or a fixed pair for all bands."""
     folder: FolderOptions | None = None
@@ -83,13 +89,20 @@ class PrepareOptions(BaseModel):
             raise ValueError("stride needs tile")
         if self.stride is not None and self.tile is not None and self.stride > self.tile:
             raise ValueError("stride must not be larger than tile: pixels would be lost")
+        if self.bands is not None and (not all(self.bands) or len(set(self.bands)) < len(self.bands)):
+            raise ValueError(f"bands must be different names, not {','.join(self.bands)!r}")
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self
 
 
-def parse_options(values: Mapping[str, Any]) -> PrepareOptions:
-    """Validate options; raises `UsageError` with one line per problem that names the option."""
+def parse_options(name: str, values: Mapping[str, Any]) -> PrepareOptions:
+    """Validate options for a card; raises `UsageError` with one line per problem that names the option."""
+    if name != "folder" and values.get("folder") is not None:
+        raise UsageError(
+            "--classes, --images, --masks, --unlabeled, --split-as and --split-list are for `folder`; "
+            f"{name} knows its own."
+        )
     try:
         return PrepareOptions.model_validate(values)
     except ValidationError as error:

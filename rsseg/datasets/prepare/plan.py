@@ -1,7 +1,7 @@
 """Resolve a request to prepare a dataset, before its files are opened."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,12 @@ from rsseg.datasets.prepare.finish import Subject
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import Transfer
-from rsseg.datasets.splits import SplitRule
+from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
+from rsseg.text import read_text
+
+_LIST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Plan:
     nodata: float | None
     zero_collar: bool
     stretch: bool
+    subset: bool
 
     def subject(self, variant: Variant | None) -> Subject:
         """What is known about the copied files of a layout; None: they are generated."""
@@ -77,7 +81,7 @@ class Plan:
             zero_collar=self.zero_collar,
         )
 
-    def find(self, files: Sequence[str], where: Path) -> tuple[Variant, str]:
+    def find(self, files: Mapping[str, Path], where: Path) -> tuple[Variant, str]:
         """The layout that fits, and the folder below which it does; raises `DataError` naming labels that would fit."""
         layouts = [variant.layout for variant in self.variants]
         try:
@@ -93,7 +97,7 @@ class Plan:
         return self.variants[layouts.index(layout)], prefix
 
 
-def _fits(files: Sequence[str], layout: Layout) -> bool:
+def _fits(files: Mapping[str, Path], layout: Layout) -> bool:
     try:
         find_prefix(files, [layout], "")
     except DataError:
@@ -107,10 +111,13 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
     if card.name == "folder":
         return _own(card, options)
     if options.folder is not None:
-        raise UsageError(f"--classes, --images, --masks and --split-... are for `folder`; {card.name} knows its own.")
-    if card.name == "demo" and (options.src or options.tile or options.bands or options.stretch != "none"):
-        raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands or --stretch.")
-    rule = card.choose_rule(options.split)
+        raise UsageError(f"patterns and a class file are for `folder`; {card.name} knows its own.")
+    converted = options.tile or options.bands or options.split_ratio or options.stretch != "none"
+    if card.name == "demo" and (options.src or converted):
+        raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands, --stretch or --split-ratio.")
+    if options.split and options.split_ratio:
+        raise UsageError("--split and --split-ratio exclude each other.")
+    rule = ratio_rule(options.split_ratio) if options.split_ratio else card.choose_rule(options.split)
     labels = card.choose_labels(options.labels)
     variants = [variant for variant in card.variants if variant.labels in (None, labels.name)]
     if options.bands is not None:
@@ -119,7 +126,7 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
         card=card,
         name=card.name,
         labels=_ignoring(labels, options),
-        variants=tuple(variants),
+        variants=tuple(_as_subset(variant) for variant in variants) if options.subset else tuple(variants),
         rule=rule,
         grid=_grid(rule.grid, options),
         bands=options.bands,
@@ -127,6 +134,7 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
         nodata=None,
         zero_collar=card.ignore_zero_collar,
         stretch=options.stretch == "minmax",
+        subset=options.subset,
     )
 
 
@@ -142,7 +150,7 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
         card=card,
         name=classes.name,
         labels=_ignoring(labels, options),
-        variants=(Variant(_layout(options.folder, options.seed), bands),),
+        variants=(Variant(_layout(options.folder, options), bands),),
         rule=None,
         grid=_grid(None, options),
         bands=None,
@@ -150,6 +158,7 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
         nodata=classes.nodata,
         zero_collar=classes.ignore_zero_collar,
         stretch=options.stretch == "minmax",
+        subset=options.subset,
     )
 
 
@@ -195,23 +204,26 @@ def _grid(published: Grid | None, options: PrepareOptions) -> Grid | None:
     return None if options.tile is None else Grid(options.tile, options.stride or options.tile)
 
 
-def _layout(options: FolderOptions, seed: int) -> Layout:
+def _as_subset(variant: Variant) -> Variant:
+    return dataclasses.replace(variant, layout=dataclasses.replace(variant.layout, subset=True))
+
+
+def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
     return Layout(
-        images=options.images,
-        masks=options.masks,
-        unlabeled=options.unlabeled,
-        split_as=options.split_as,
-        split_lists={target: _lines(path) for target, path in options.split_lists.items()},
+        images=folder.images,
+        masks=folder.masks,
+        unlabeled=folder.unlabeled,
+        split_as=folder.split_as,
+        split_lists={target: _lines(path) for target, path in folder.split_lists.items()},
         split_ratio=options.split_ratio,
-        seed=seed,
+        seed=options.seed,
+        subset=options.subset,
     )
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"split list {path}: cannot be read ({error}).") from None
-    if not any(lines):
-        raise DataError(f"split list {path}: the list is empty.")
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = [line.strip() for line in read_text(path, DataError, limit=_LIST_BYTES).splitlines()]
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise DataError(f"{path}: the list is empty.")
+    return names

@@ -5,7 +5,6 @@ when it is complete; an interrupted call can be repeated and resumes.
 """
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rsseg
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
-from rsseg.datasets.layouts import Layout
+from rsseg.datasets.layouts import Layout, list_files
 from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import Subject, finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
-from rsseg.datasets.prepare.stage import JOURNAL, holds_request, partial_folder, require_free_disk, staged_folder
+from rsseg.datasets.prepare.stage import (
+    JOURNAL,
+    holds_request,
+    output_errors,
+    partial_folder,
+    require_free_disk,
+    staged_folder,
+)
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import transfer
 from rsseg.datasets.splits import labeled_lists
@@ -51,8 +58,13 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
     """
     plan = make_plan(name, options)
     out = _output_folder(plan, options)
+    with output_errors(out):
+        return _prepare(plan, options, out, progress)
+
+
+def _prepare(plan: Plan, options: PrepareOptions, out: Path, progress: Progress) -> Path:
     source = None if plan.card.name == "demo" else _find_source(plan, options, out, progress)
-    _check_apart(source, out)
+    _check_apart(options, source, out)
     request = _request(plan, options, source)
     if not options.overwrite and (out / INDEX_NAME).is_file() and holds_request(out, request):
         progress(f"{out} is prepared already", 1, 1)
@@ -68,9 +80,9 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
             update = {"split_rule": plan.rule.name, "mixes_scenes": plan.rule.tiles}
             index = index.model_copy(update=update)
             _write_lists(stage, index, plan.rule.label_shares, options.seed)
+        shutil.rmtree(stage / UNPACKED, ignore_errors=True)
         index.save(stage)
-        for scratch in (UNPACKED, JOURNAL):
-            shutil.rmtree(stage / scratch, ignore_errors=True)
+        shutil.rmtree(stage / JOURNAL, ignore_errors=True)
     return out
 
 
@@ -100,33 +112,37 @@ def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progr
         from rsseg.datasets.prepare.hub import fetch
 
         return fetch(plan.card, out.parent, download=options.download, offline=options.offline, progress=progress)
-    if not options.src.exists():
-        raise DataError(f"--src {options.src}: there is no such file or folder.")
+    try:
+        options.src.stat()
+    except OSError as error:
+        raise DataError(f"--src {options.src}: {error.strerror}.") from None
     if not options.src.is_dir() and not is_archive(options.src):
         raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
     return options.src
 
 
-def _check_apart(source: Path | None, out: Path) -> None:
-    """Raise `UsageError` if replacing `out` would delete the source, or `out` would become part of its own source."""
-    if source is None:
-        return
-    inside, outside = source.resolve(), out.resolve()
-    if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise UsageError(f"--out {out} and --src {source} contain each other. Pass another --out.")
+def _check_apart(options: PrepareOptions, source: Path | None, out: Path) -> None:
+    """Raise `UsageError` if replacing `out` could delete an input, or `out` would become part of its own source."""
+    own = options.folder
+    inputs = [*([source] if source else []), *([own.classes, *own.split_lists.values()] if own else [])]
+    for place in (out.resolve(), partial_folder(out).resolve()):
+        for path in inputs:
+            if path.resolve() == place or place in path.resolve().parents:
+                raise UsageError(f"{path} lies in --out {out}, which would be replaced. Pass another --out.")
+        if source is not None and source.resolve() in place.parents:
+            raise UsageError(f"--out {out} lies in --src {source}. Pass another --out.")
 
 
 def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
     """Everything that determines the result: options, and the source's files by name, size and time."""
     asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
-    files = [] if source is None else [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [] if source is None else [source] if source.is_file() else [source / name for name in list_files(source)]
     if options.folder is not None:
         files += [options.folder.classes, *options.folder.split_lists.values()]
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(repr(states).encode()).hexdigest()
-    made_with = importlib.metadata.version("rsseg")
     request = {"dataset": plan.card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
-    return request | {"made_with": made_with}
+    return request | {"made_with": rsseg.__version__}
 
 
 def _generate(
@@ -147,9 +163,9 @@ def _collect(
     """Copy the files into `stage`."""
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
-    variant, prefix = plan.find(tuple(found), source)
+    variant, prefix = plan.find(found, source)
     files = {name.removeprefix(prefix): path for name, path in found.items() if name.startswith(prefix)}
-    items: Sequence[IndexItem] = variant.layout.items_of(sorted(files))
+    items: Sequence[IndexItem] = variant.layout.items_of(files)
     if plan.card.keep is not None:
         items = plan.card.keep(items, files)
     rule = plan.rule
@@ -170,10 +186,11 @@ def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
     if plan.rule is None:
         return
     missing = [split for split in plan.rule.splits if not any(item.split == split for item in items)]
-    if missing:
+    if missing and (not plan.subset or not items):
         raise DataError(
             f"{plan.card.name}: the split {missing[0]!r} has no images by the rule {plan.rule.name!r} "
-            f"({plan.rule.title}). The source is incomplete: get it again, or choose another --split."
+            f"({plan.rule.title}). Get the rest of the source, pass --subset to prepare what is there, or choose "
+            "another --split or --split-ratio."
         )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rsseg.data.index import INDEX_NAME
-from rsseg.errors import DataError, MachineError
+from rsseg.errors import DataError, MachineError, UsageError
 
 REQUEST_NAME = "prepared.json"
 """Beside the index: the request, so that repeating it costs nothing."""
 JOURNAL = ".done"
 """Below the stage: results of finished steps."""
+_LONG_NAME = 240
+"""Bytes that leave room for the suffix of a temporary name."""
 
 
 @contextmanager
@@ -28,27 +31,59 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
         DataError: `out` is not empty and `overwrite` is False, or it is not a prepared dataset.
         MachineError: `out` cannot be written, or the disk is full.
     """
-    _check_free(out, overwrite=overwrite)
     stage = partial_folder(out)
-    try:
+    with output_errors(out):
+        _check_free(out, overwrite=overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not holds_request(stage, request):
-            shutil.rmtree(stage, ignore_errors=True)
+        if not (_is_unfinished(stage) and holds_request(stage, request)):
+            _clear(stage)
             stage.mkdir()
             (stage / REQUEST_NAME).write_text(json.dumps(request, indent=1), encoding="utf-8")
-        yield stage
+        try:
+            yield stage
+        except DataError:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
         _replace(out, stage)
-    except DataError:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Raise errors of the file system while `out` is written as errors of rsseg.
+
+    Raises:
+        MachineError: it cannot be written, or the disk is full.
+        UsageError: its name is too long.
+        DataError: the name of a file in it is too long.
+    """
+    try:
+        yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MachineError(f"{error.filename or out}: no permission. Pass an --out that is writable.") from None
+        name = error.filename or out
+        if error.errno == errno.ENAMETOOLONG:
+            kind = UsageError if len(os.fsencode(out.name)) > _LONG_NAME else DataError
+            raise kind(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
                 f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
             ) from None
-        raise
+        if error.errno is None:
+            raise
+        raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
+
+
+def _clear(stage: Path) -> None:
+    """Remove what another request left; raises `DataError` for a folder that `prepare` did not make."""
+    if not stage.exists() and not stage.is_symlink():
+        return
+    if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not _is_unfinished(stage)):
+        raise DataError(f"{stage}: needed for unfinished work, but it exists already. Move it, or pass another --out.")
+    shutil.rmtree(stage)
+
+
+def _is_unfinished(stage: Path) -> bool:
+    """Whether a call of `prepare` was interrupted here; a finished dataset may have the name of a stage."""
+    return (stage / REQUEST_NAME).is_file() and ((stage / JOURNAL).is_dir() or not (stage / INDEX_NAME).exists())
 
 
 def partial_folder(out: Path) -> Path:
@@ -87,6 +122,8 @@ class Journal:
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
+    if out.is_symlink():
+        raise DataError(f"{out} is a link. Pass the folder that it points to, or another --out.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
@@ -113,6 +150,6 @@ def require_free_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{folder}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed. "
+            f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed. "
             "Free some space, or pass --out on another disk."
         )

@@ -1,22 +1,30 @@
 """Tile grids, and tiles written as GeoTIFF."""
 
 import dataclasses
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 import rasterio.windows
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
+from rsseg.errors import DataError, MachineError
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
+_FULL_BYTES = 100 << 20
+"""A disk with less free space is full, whatever GDAL says."""
 _LEVEL = 1
 """Zstandard level: a third of deflate's time at the same size on aerial images."""
 
@@ -138,7 +146,7 @@ def write_tile(
         profile |= {"crs": look.crs, "transform": rasterio.windows.transform(corner, look.transform)}
     # an interrupted call may have left half a file, which GDAL would try to open
     path.unlink(missing_ok=True)
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile) as file:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), writing(path), rasterio.open(path, "w", **profile) as file:
         # tags before pixels: otherwise the file's directory is written twice
         if look.colormap:
             file.write_colormap(1, dict(look.colormap))
@@ -152,6 +160,26 @@ def write_tile(
         file.write(pixels)
         if valid is not None and look.masked:
             file.write_mask(valid)
+
+
+def copy_as_tiff(source: Path, target: Path) -> None:
+    """Write an image of any format, such as a VRT, as a GeoTIFF with all its metadata, block by block."""
+    target.unlink(missing_ok=True)
+    options = {"compress": "zstd", "zstd_level": _LEVEL, "tiled": True, "bigtiff": "if_safer"}
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), writing(target):
+        rasterio.shutil.copy(source, target, driver="GTiff", **options)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raise errors of GDAL as `MachineError` if the disk is full, else as `DataError`."""
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError) as error:
+        reason = f"{target}: cannot be written: {error.__cause__ or error}"
+        if shutil.disk_usage(target.parent).free < _FULL_BYTES:
+            raise MachineError(f"{reason}. The disk is full: free some space and repeat the command.") from None
+        raise DataError(f"{reason}.") from None
 
 
 def _colors(names: Sequence[str]) -> list[ColorInterp]:

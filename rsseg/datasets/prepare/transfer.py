@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, LabelMap
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import in_order, open_image
-from rsseg.datasets.prepare.archives import SIDECARS, WORLD_FILES
+from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
-from rsseg.datasets.prepare.tiles import Grid, Look, write_tile
+from rsseg.datasets.prepare.tiles import Grid, Look, copy_as_tiff, write_tile
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
@@ -122,7 +121,7 @@ def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_P
     if not windows:
         # smaller than a tile of a grid that drops remainders
         return []
-    if how.stretch or not all(name.lower().endswith((".tif", ".tiff")) for name in _names(item)):
+    if how.stretch or not all(name.lower().endswith((".tif", ".tiff", ".vrt")) for name in _names(item)):
         return [_Part(item, tuple(windows))]
     rows = sorted({window.row for window in windows})
     return [_Part(item, tuple(window for window in windows if window.row == row)) for row in rows]
@@ -136,8 +135,7 @@ def _copy(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) ->
         with _open(item, files, how) as raster:
             whole = Window(0, 0, raster.info.height, raster.info.width)
         return _cut(item, (whole,), files, stage, how)
-    for name in _names(item):
-        _link(files[name], stage / name)
+    names = [_place(name, files[name], Raster, stage) for name in _names(item)]
     mask = item.mask
     if mask is not None and how.converts_masks:
         require_free_disk(stage, files[mask].stat().st_size)
@@ -145,17 +143,32 @@ def _copy(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) ->
         mask = f"masks/{PurePosixPath(_names(item)[0]).with_suffix('.tif')}"
         _convert_mask(item, files, stage / mask, how)
     elif mask is not None:
-        _link(files[mask], stage / mask)
-    return [item.model_copy(update={"mask": mask})]
+        mask = _place(mask, files[mask], open_mask, stage)
+    return [item.model_copy(update={"image": "|".join(names), "mask": mask})]
 
 
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file and its side files, or copy them where that is impossible."""
-    others = [(Path(f"{source}{suffix}"), Path(f"{target}{suffix}")) for suffix in SIDECARS]
-    others += [(source.with_suffix(suffix), target.with_suffix(suffix)) for suffix in WORLD_FILES]
+def _place(name: str, source: Path, opened: Callable[[Path], Raster], stage: Path) -> str:
+    """Hard-link (or copy) a file and its side files, or write a file that refers to other files as GeoTIFF.
+
+    Args:
+        name: path below `stage`.
+        source: file.
+        opened: opens it, which tells the files that belong to it.
+        stage: folder to fill.
+
+    Returns:
+        The path below `stage`.
+    """
+    target = stage / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old, new in [(source, target), *others]:
-        if (old != source and not old.is_file()) or new.exists():
+    with opened(source) as raster:
+        used = [Path(file) for file in raster.files]
+    if any(file.parent != source.parent for file in used) or source.suffix.lower() == ".vrt":
+        copy_as_tiff(source, stage / f"{name}.tif")
+        return f"{name}.tif"
+    for old in used:
+        new = target.parent / old.name
+        if new.exists():
             continue
         try:
             os.link(old.resolve(), new)
@@ -164,6 +177,7 @@ def _link(source: Path, target: Path) -> None:
             partial = new.with_name(f"{new.name}.partial")
             shutil.copyfile(old, partial)
             partial.replace(new)
+    return name
 
 
 def _cut(
@@ -223,8 +237,7 @@ def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Wind
             stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
         return stored[:1] if how.first_mask_band else stored
 
-    with Raster(files[name]) as raster:
-        raster.align_to(info, what=f"{files[name]}: the mask", of="its image")
+    with open_mask(files[name], info, jpeg=how.threshold is not None) as raster, mask_errors():
         return how.labels.read(raster, window, edit=edit)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rsseg.backbones.keys import mit_to_timm
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
-from rsseg.foreign import read_state_dict, rename
+from rsseg.foreign import odd_tensors_refused, read_state_dict, rename
 from rsseg.methods.dasegnet.network import build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.importing import check_classes, write_imported
@@ -85,7 +85,9 @@ def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, outpu
         task: classes in the checkpoint's order, bands red, green, blue.
         output: file to write, see `write_imported`.
     """
-    tensors = rename_tensors(read_state_dict(source)).segmenter
+    state = read_state_dict(source)
+    with odd_tensors_refused(source, _NETWORK):
+        tensors = rename_tensors(state).segmenter
     check_classes(tensors, "decoder_source.classifier.conv.weight", task, source)
     segmenter = build_segmenter(recipe, task)
     unread = unread_neck_levels(tensors, segmenter.state_dict())
@@ -115,7 +117,9 @@ def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         if part not in _PARTS:
-            raise WeightsError(f"{name!r} is not a tensor of ST-DASegNet. Give a checkpoint of the authors' code.")
+            raise WeightsError(
+                f"{name[:200]!r} is not a tensor of ST-DASegNet. Give a checkpoint of the authors' code."
+            )
         parts.setdefault(part, {})[rest] = tensor
     renamed = AuthorsTensors()
     for part, tensors in parts.items():
@@ -145,9 +149,11 @@ def rename_neck(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`dsk_neck1` and so on -> `DisentangledNeck`."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"dsk_neck(\d+)\.(.+)", name)
+        found = re.fullmatch(r"dsk_neck([1-9])\.(.+)", name)
         if not found:
-            raise WeightsError(f"dsk_neck.{name}: not a level of the neck. Give a checkpoint of the authors' code.")
+            raise WeightsError(
+                f"dsk_neck.{name[:200]}: not a level of the neck. Give a checkpoint of the authors' code."
+            )
         renamed |= {
             f"levels.{int(found[1]) - 1}.{ours}": value for ours, value in rename_neck_level({found[2]: tensor}).items()
         }

@@ -116,11 +116,11 @@ class DASegNetMethod(Method):
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
             raise ValueError("the source stream has no masks; its StreamSpec must ask for them")
-        seg = self._cross_entropies(passes.logits, source.masks)
+        seg = self._label_losses(passes.logits, source.masks)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
         for lesson in passes.lessons:
-            taught = self._cross_entropies(lesson.logits, lesson.pseudo.labels, lesson.pseudo.weights)
+            taught = self._cross_entropies(lesson.logits, lesson.pseudo)
             losses[lesson.name] = lesson.weight * (taught[0] + taught[1])
             logs |= {f"{lesson.name}_source": taught[0].detach(), f"{lesson.name}_target": taught[1].detach()}
             logs["pseudo_ratio"] = lesson.pseudo.ratio
@@ -195,9 +195,24 @@ class DASegNetMethod(Method):
             self.segmenter.decoder_source(view.refined_source), self.segmenter.decoder_target(view.refined_target)
         )
 
-    def _cross_entropies(self, logits: Logits, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _label_losses(self, logits: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both decoders, source style first."""
+        divisor = self.recipe.loss_divisor
+        return (
+            self.label_loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor),
+            self.label_loss(logits.target, labels, class_weights=self.class_weights_target, divisor=divisor),
+        )
+
+    def _cross_entropies(self, logits: Logits, pseudo: PseudoLabels) -> tuple[Tensor, Tensor]:
+        """Of both decoders and pseudo-labels, source style first."""
         source, target = (
-            cross_entropy(maps, labels, class_weights=by_class, pixel_weights=weights, divisor=self.recipe.loss_divisor)
+            cross_entropy(
+                maps,
+                pseudo.labels,
+                class_weights=by_class,
+                pixel_weights=pseudo.weights,
+                divisor=self.recipe.loss_divisor,
+            )
             for maps, by_class in (
                 (logits.source, self.class_weights_source),
                 (logits.target, self.class_weights_target),
@@ -286,9 +301,7 @@ def assemble_method(recipe: DASegNetRecipe, segmenter: DASegNet, fresh: FreshPar
     if recipe.self_training is not None:
         teacher = Teacher(recipe.self_training.teacher, segmenter, fresh)
         strong_views = 1 if recipe.self_training.student_view == "strong" else 0
-    streams = [
-        StreamSpec("source", split="train", masks=True, fill=segmenter.fill, rare_classes=recipe.rare_class_sampling)
-    ]
+    streams = [StreamSpec("source", split="train", masks=True, fill=segmenter.fill)]
     if recipe.uses_target:
         streams.append(StreamSpec("target", split="train", masks=False, fill=segmenter.fill, strong_views=strong_views))
     source_weights, target_weights = (

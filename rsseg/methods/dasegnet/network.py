@@ -39,6 +39,7 @@ class DASegNet(Segmenter):
         *,
         neck: DisentangledNeck | None,
         tile: TileHint,
+        side_by_side: bool = False,
     ) -> None:
         """Take the parts, source style first.
 
@@ -48,6 +49,7 @@ class DASegNet(Segmenter):
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
+            side_by_side: run the students on two CUDA streams.
         """
         info = backbones[0].info
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
@@ -57,6 +59,7 @@ class DASegNet(Segmenter):
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = not has_batch_norm(backbones[0])
+        self.side_by_side = side_by_side
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
@@ -76,12 +79,26 @@ class DASegNet(Segmenter):
         if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
             (joint,) = self.styles(torch.cat(batches))
             return _split(joint, [len(batch) for batch in batches])
-        pairs = [(self.backbone_source(batch), self.backbone_target(batch)) for batch in batches]
+        pairs = [self._students(batch) for batch in batches]
         return [Styles(source, target, *self.refine(source, target)) for source, target in pairs]
 
     def refine(self, source: Maps, target: Maps) -> tuple[Maps, Maps]:
         """Both styles of the same images -> the decoders' inputs."""
         return (source, target) if self.neck is None else self.neck(source, target)
+
+    def _students(self, images: Tensor) -> tuple[Maps, Maps]:
+        if not (self.side_by_side and images.is_cuda):
+            return self.backbone_source(images), self.backbone_target(images)
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            target = self.backbone_target(images)
+        source = self.backbone_source(images)
+        main.wait_stream(side)
+        images.record_stream(side)
+        for level in target:
+            level.record_stream(main)
+        return source, target
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
@@ -133,6 +150,7 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         (decoders[0], decoders[1]),
         neck=neck,
         tile=TileHint(size=side, overlap=side // 4, flexible=False),
+        side_by_side=recipe.side_by_side,
     )
 
 

@@ -4,10 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import BaseRecipe, TrainedBackbone
+from rsseg.fields import Positive, Probability, Side, Strict, Width
 
 DISCRIMINATORS = ("disc_source", "disc_target")
 """Names of the discriminators' optimizers."""
+
+GanLoss = Literal["vanilla", "lsgan", "l1", "hinge", "wgan", "wgan-logistic-ns"]
+"""Losses of the published code; only `vanilla` was used for published numbers."""
 
 Weights = tuple[Annotated[float, Field(ge=0)], ...]
 
@@ -16,11 +20,11 @@ class DecoderConfig(Strict):
     """Both decoders, and their averages in the teacher."""
 
     type: Literal["segformer", "deeplabv3plus"] = "segformer"
-    channels: Count = 256
+    channels: Width = 256
     """Published: 256 for `segformer` (also with MiT-B5), 512 for `deeplabv3plus`."""
-    dilations: tuple[Count, ...] = (1, 12, 24, 36)
+    dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
     """`deeplabv3plus` only: one branch per rate, 1 being a 1x1 convolution. Published for backbones of stride 8."""
-    low_channels: Count = 48
+    low_channels: Width = 48
     """`deeplabv3plus` only: channels of the projected first level."""
     dropout: Probability = 0.1
 
@@ -30,9 +34,9 @@ class NeckConfig(Strict):
 
     type: Literal["ds2", "dsk"] = "ds2"
     """`ds2`: DSM at all levels and DUM at the last; `dsk`: DSM only."""
-    reduction: Count = 8
+    reduction: Width = 8
     """Ratio of channels to reduced channels."""
-    min_width: Count = 8
+    min_width: Width = 8
     """Least number of reduced channels."""
     energies: Literal["sum", "mean"] = "sum"
     """How the DUM compares channels. Published: sums over positions, which make the attention depend on the size of
@@ -43,10 +47,12 @@ class AdversarialConfig(Strict):
     """Feature alignment: one discriminator per style, on the spatial softmax of the last backbone level."""
 
     weight: Positive = 0.005
-    loss: Literal["vanilla", "lsgan", "l1"] = "vanilla"
+    loss: GanLoss = "vanilla"
+    """`vanilla` (published): cross-entropy. `lsgan`, `l1`: squared and absolute error. `hinge`; `wgan` and
+    `wgan-logistic-ns`: Wasserstein, plain and through a softplus, without the penalties that usually go with them."""
     convs: Annotated[int, Field(ge=1, le=5)] = 2
     """Strided convolutions: 2 for stride-32 features (crops of 384 or more), 3 for ResNet's stride 8."""
-    base_channels: Count = 64
+    base_channels: Width = 64
     weight_on_discriminators: bool = True
     """Published: `weight` also multiplies the discriminators' own losses, contrary to the published code's
     documentation; with Adam it hardly matters."""
@@ -83,7 +89,7 @@ class MaskedConfig(Strict):
 
     weight: Positive = 1.0
     """Relative to the other self-training losses."""
-    patch: Count = 64
+    patch: Side = 64
     """Side of a hidden square in pixels."""
     ratio: Probability = 0.7
     """Fraction of hidden squares."""
@@ -127,7 +133,7 @@ class DASegNetRecipe(BaseRecipe):
     """
 
     method: Literal["dasegnet"]
-    backbone: BackboneConfig
+    backbone: TrainedBackbone
     """Of both students, from the same weights."""
     neck: NeckConfig | None = NeckConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -139,15 +145,15 @@ class DASegNetRecipe(BaseRecipe):
     """The same for the target-style decoder."""
     loss_divisor: Literal["all", "valid"] = "all"
     """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
-    rare_class_sampling: Annotated[float, Field(gt=0)] | None = None
-    """Temperature of sampling source images by the rarity of their classes (DAFormer: 0.01); None samples uniformly, as
-    published."""
     head_lr_scale: Positive = 1.0
     """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
     SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
+
+    side_by_side: bool = False
+    """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
 
     def stream_names(self) -> tuple[str, ...]:
         """Labeled source images and unlabeled target images."""
@@ -170,10 +176,12 @@ class DASegNetRecipe(BaseRecipe):
     @classmethod
     def _no_idle_optimizers(cls, values: Any) -> Any:
         """Drop the discriminators' optimizers without adversarial training, so that an ablation changes one key."""
-        if isinstance(values, dict) and values.get("adversarial", ...) is None and "optimizers" in values:
-            kept = {name: value for name, value in values["optimizers"].items() if name not in DISCRIMINATORS}
-            return values | {"optimizers": kept}
-        return values
+        if not isinstance(values, dict) or values.get("adversarial", ...) is not None:
+            return values
+        optimizers = values.get("optimizers")
+        if not isinstance(optimizers, dict):
+            return values
+        return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
     @model_validator(mode="after")
     def _optimizers(self) -> Self:

@@ -1,5 +1,6 @@
 """Self-training on target images: the teacher, its pseudo-labels, and harder views for the students."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -54,12 +55,18 @@ def pseudo_labels(
     if config.rare_confidence is not None and config.class_weights is not None:
         in_place = config.class_weight_rule == "in_place"
         by_class = class_weight_table(config.class_weights, logits.shape[1], in_place=in_place)
-        weighted = ratio * torch.tensor(by_class, device=logits.device)[labels]
+        weighted = ratio * _constant(tuple(by_class), logits.device)[labels]
         sure = probability >= config.rare_confidence
         if in_place:
             sure &= weighted != 0  # published: a weight of 0 is treated as that of an unsure pixel
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
     return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on a device; copied there only once, as each copy synchronizes with the host."""
+    return torch.tensor(values, device=device)
 
 
 def class_weight_table(weights: Sequence[float], num_classes: int, *, in_place: bool) -> list[float]:
@@ -158,12 +165,14 @@ def class_mix(masks: Tensor) -> Tensor:
         bool (B, H, W); never True at ignored pixels.
     Source: Olsson et al. 2020 (arXiv 2007.07936).
     """
-    chosen = torch.zeros_like(masks, dtype=torch.bool)
-    for mask, paste in zip(masks, chosen, strict=True):
-        classes = mask[mask != IGNORE_INDEX].unique()
-        picked = classes[torch.randperm(len(classes), device=classes.device)[: (len(classes) + 1) // 2]]
-        paste.copy_(torch.isin(mask, picked))
-    return chosen
+    # no host synchronization: a fixed number of classes instead of those that occur
+    values = masks.flatten(1)
+    present = torch.zeros(len(masks), IGNORE_INDEX + 1, dtype=torch.bool, device=masks.device).scatter(1, values, True)
+    present[:, IGNORE_INDEX].fill_(False)
+    scores = torch.rand(present.shape, device=masks.device).masked_fill(~present, 2.0)
+    rank = scores.argsort(dim=1).argsort(dim=1)
+    picked = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)
+    return picked.gather(1, values).reshape(masks.shape)
 
 
 def hide_patches(images: Tensor, fill: Sequence[float], *, patch: int, ratio: float) -> Tensor:
@@ -171,5 +180,5 @@ def hide_patches(images: Tensor, fill: Sequence[float], *, patch: int, ratio: fl
     height, width = images.shape[-2:]
     grid = torch.rand(len(images), 1, -(-height // patch), -(-width // patch), device=images.device) < ratio
     hidden = F.interpolate(grid.float(), scale_factor=patch, mode="nearest")[..., :height, :width] > 0
-    blank = torch.tensor(fill, device=images.device, dtype=images.dtype).reshape(1, -1, 1, 1)
+    blank = _constant(tuple(fill), images.device).to(images.dtype).reshape(1, -1, 1, 1)
     return torch.where(hidden, blank, images)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rsseg.backbones.backbone import Backbone
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import cosine_distance, softened_kl
+from rsseg.methods.base import Segmenter
 from rsseg.methods.ktda.parts import fused
-from rsseg.methods.ktda.recipe import DistillationConfig
+from rsseg.methods.ktda.recipe import DistillationConfig, TaskTeacherConfig
 
 _AXES = {"channel": 1, "height": 2, "width": 3}
 
@@ -60,6 +61,48 @@ class Distillation(nn.Module):
         teacher = cast(Backbone, self.teacher.module)
         with torch.no_grad():
             return teacher.forward_normalized(self._normalize(images))
+
+
+class TaskTeacher(nn.Module):
+    """A frozen network that has learnt the task, and the loss that pulls the student's probabilities to its own."""
+
+    def __init__(self, segmenter: Segmenter, settings: TaskTeacherConfig) -> None:
+        super().__init__()
+        self.frozen = Frozen(segmenter)
+        self.settings = settings
+
+    def logits(self, images: Tensor) -> Tensor:
+        """float (B, C, H, W), scaled units -> float logits (B, K, H, W), without a graph."""
+        with torch.no_grad():
+            return cast(Segmenter, self.frozen.module).predict_logits(images)
+
+    def loss(self, student: Tensor, images: Tensor, valid: Tensor) -> Tensor:
+        """Weighted divergence.
+
+        Args:
+            student: float logits (B, K, H, W); gradients flow.
+            images: float (B, C, H, W) that the teacher sees.
+            valid: bool (B, H, W), False on pixels that do not count.
+        """
+        return self.settings.weight * probability_loss(student, self.logits(images), valid, self.settings.temperature)
+
+
+def probability_loss(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the teacher's class probabilities to the student's, times the squared temperature.
+
+    Args:
+        student: float logits (B, K, H, W).
+        teacher: the same shape; constant.
+        valid: bool (B, H, W).
+        temperature: both logits are divided by it.
+
+    Returns:
+        Scalar >= 0, the mean over valid pixels; 0 without any.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        ours, theirs = ((x.float() / temperature).log_softmax(dim=1) for x in (student, teacher.detach()))
+        per_pixel = (theirs.exp() * (theirs - ours)).sum(dim=1)
+        return temperature**2 * torch.where(valid, per_pixel, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], settings: DistillationConfig) -> Tensor:

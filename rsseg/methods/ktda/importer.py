@@ -10,7 +10,7 @@ from torch import Tensor
 from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
-from rsseg.foreign import read_state_dict, rename
+from rsseg.foreign import odd_tensors_refused, read_state_dict, rename
 from rsseg.methods.importing import check_classes, write_imported
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
@@ -22,7 +22,7 @@ _SEGMENTER_RULES = (
     (r"(?:fam|student_adapter)\.convert\.(.+)", r"fam.projections.\1"),
     (r"neck\.lateral_convs\.(\d+)\.conv\.(.+)", r"neck.laterals.\1.\2"),
     (r"neck\.convs\.(\d+)\.conv\.(.+)", r"neck.convs.\1.\2"),
-    (r"fmm\.adapters\.(\d+)\.(\d+)\.(?:attn\.|mlp\.)?(.+)", r"fmm.stacks.\1.\2.\3"),
+    (r"fmm\.adapters\.(\d)\.(\d{1,2})\.(?:attn\.|mlp\.)?(.+)", r"fmm.stacks.\1.\2.\3"),
     (r"decode_head\.psp_modules\.(\d+)\.1\.(.+)", r"decoder.pools.\1.\2"),
     (r"decode_head\.bottleneck\.(.+)", r"decoder.pyramid.\1"),
     (r"decode_head\.lateral_convs\.(.+)", r"decoder.laterals.\1"),
@@ -57,7 +57,9 @@ def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: P
         task: classes in the checkpoint's order, bands red, green, blue.
         output: file to write, see `write_imported`.
     """
-    tensors = rename_tensors(read_state_dict(source)).segmenter
+    state = read_state_dict(source)
+    with odd_tensors_refused(source, _NETWORK):
+        tensors = rename_tensors(state).segmenter
     check_classes(tensors, "decoder.classifier.conv.weight", task, source)
     _check_modulation(tensors, recipe, source)
     student = recipe.model_copy(update={"ship": "student"})  # the authors keep no average

@@ -1,19 +1,22 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
-from rsseg.data.streams import Batch, StreamSpec
+from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
+from rsseg.layers.blocks import unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
-from rsseg.layers.losses import cross_entropy, pixel_accuracy
+from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
-from rsseg.methods.ktda.distillation import Distillation
-from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter
+from rsseg.methods.ktda.distillation import Distillation, TaskTeacher
+from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, make_fam
+from rsseg.methods.ktda.parts import FeatureAlignment
 from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
 from rsseg.task import Task
 
@@ -31,7 +34,9 @@ class AuxHead(nn.Module):
 
 
 class KTDAMethod(Method):
-    """Losses: `seg`, `aux` (`aux_0`, `aux_1`, ... if there are several) and `distill`."""
+    """Losses: `seg`, `aux` (`aux_0`, `aux_1`, ... if there are several), `distill`; of a task teacher `taught` and
+    `taught_unlabeled`.
+    """
 
     def __init__(
         self,
@@ -40,12 +45,19 @@ class KTDAMethod(Method):
         *,
         aux_heads: Sequence[AuxHead],
         distillation: Distillation | None,
+        side: FeatureAlignment | None = None,
+        task_teacher: TaskTeacher | None = None,
     ) -> None:
+        """Join the parts; `side` aligns the student's levels for the distillation where the network has no FAM."""
         super().__init__()
         self.recipe, self.segmenter = recipe, segmenter
         self.aux_heads = nn.ModuleList(aux_heads)
         self.distillation = distillation
-        self.streams = (StreamSpec("labeled", split="train", masks=True, fill=segmenter.fill),)
+        self.side = side
+        self.task_teacher = task_teacher
+        self.streams: tuple[StreamSpec, ...] = (StreamSpec("labeled", "train", masks=True, fill=segmenter.fill),)
+        if task_teacher is not None and task_teacher.settings.unlabeled:
+            self.streams += (StreamSpec("unlabeled", "train", masks=False, fill=segmenter.fill, strong_views=1),)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
@@ -54,19 +66,36 @@ class KTDAMethod(Method):
             raise ValueError("the stream 'labeled' came without masks")
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
-        losses = {"seg": cross_entropy(logits, masks, divisor=self.recipe.loss_divisor)}
+        losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}
         logs = {"acc": pixel_accuracy(logits, masks)}
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
             logits = self._at_size(head(student.features), masks)
             share = head.weight / len(self.aux_heads)
-            losses[f"aux{suffix}"] = share * cross_entropy(logits, masks, divisor=self.recipe.loss_divisor)
+            losses[f"aux{suffix}"] = share * self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
         if self.distillation:
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
+            if self.side is not None:
+                aligned = self.side(aligned, images.shape[-2:])
             losses["distill"] = self.distillation(images, aligned, step)
+        if self.task_teacher is not None:
+            logits = self._at_size(student.logits, masks)
+            losses["taught"] = self.task_teacher.loss(logits, images, batch["labeled"].valid)
+            if "unlabeled" in batch:
+                losses["taught_unlabeled"] = self._taught_unlabeled(batch["unlabeled"])
         return StepOutput(losses, logs)
+
+    def _taught_unlabeled(self, samples: Samples) -> Tensor:
+        """The student's strong view against what the teacher makes of the crop. Batch norms keep the statistics of the
+        labeled crops: strong views look like nothing that the network will have to predict.
+        """
+        assert self.task_teacher is not None  # for the type checker
+        assert samples.strong is not None  # the stream asks for it
+        with unrecorded_statistics(self.segmenter):
+            logits = self.segmenter(samples.strong[:, 0])
+        return self.task_teacher.loss(logits, samples.images, samples.valid)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""
@@ -96,23 +125,36 @@ class KTDAMethod(Method):
         return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
-def build_method(recipe: KTDARecipe, task: Task) -> KTDAMethod:
-    """Build student and teacher with the weights that the recipe names, everything else untrained.
+def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Segmenter] | None = None) -> KTDAMethod:
+    """Build student and teachers with the weights that the recipe names, everything else untrained.
+
+    Args:
+        recipe: describes them.
+        task: classes and bands.
+        load_model: model file or run folder -> network; needed for a task teacher.
 
     Raises:
-        RecipeError: parts of the recipe do not fit together.
+        RecipeError: parts of the recipe do not fit together, or the task teacher has another task.
         WeightsError: weights are missing or do not fit.
     """
+    taught_by = None
+    if recipe.task_teacher is not None and load_model is not None:
+        taught_by = load_model(recipe.task_teacher.model)
+        _check_task(recipe.task_teacher.model, taught_by.task, task)
     student = create_backbone(recipe.student, task)
     teacher = create_backbone(recipe.teacher, task) if recipe.teacher else None
     segmenter = assemble_segmenter(recipe, task, student, teacher.info if teacher else None)
-    return assemble_method(recipe, segmenter, teacher)
+    return assemble_method(recipe, segmenter, teacher, taught_by)
 
 
-def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None) -> KTDAMethod:
+def assemble_method(
+    recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None, task_teacher: Segmenter | None = None
+) -> KTDAMethod:
     """Build losses and auxiliary heads of a recipe for given networks; see `build_method`."""
-    distillation = None
-    if teacher:
+    distillation = side = None
+    if teacher is None and task_teacher is not None and recipe.side:
+        teacher = next(part for part in task_teacher.modules() if isinstance(part, Backbone))
+    if teacher and recipe.fam:
         _check_grid(recipe, teacher)
         distillation = Distillation(
             teacher,
@@ -121,12 +163,33 @@ def assemble_method(recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backb
             fuse=recipe.fuse,
             normalize=segmenter.student.normalize if recipe.teacher_input == "student_normalized" else None,
         )
+        side = make_fam(recipe.fam, segmenter.student.info, teacher.info) if recipe.side else None
     return KTDAMethod(
         recipe,
         segmenter,
         aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
+        side=side,
+        task_teacher=TaskTeacher(task_teacher, recipe.task_teacher) if task_teacher and recipe.task_teacher else None,
     )
+
+
+def _check_task(model: Path, theirs: Task, ours: Task) -> None:
+    """Raise `RecipeError` unless a teacher has the classes, bands and scaling of the student's task."""
+    for what, a, b in (
+        ("classes", theirs.class_names, ours.class_names),
+        ("bands", theirs.bands, ours.bands),
+        ("scaling", (theirs.scale, theirs.offset), (ours.scale, ours.offset)),
+    ):
+        if a != b:
+            raise RecipeError(
+                f"task_teacher.model: {model} has the {what} {_shown(a)}, {ours.name} has {_shown(b)}. "
+                "Give a model that was trained on this dataset, in this order of classes and bands."
+            )
+
+
+def _shown(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:

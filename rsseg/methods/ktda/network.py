@@ -70,6 +70,11 @@ class KTDASegmenter(Segmenter):
         """See `Segmenter.low_resolution_logits`."""
         return self(images) if self.decoder.align_corners else self.run(images).logits
 
+    def padded(self, images: Tensor) -> Tensor:
+        """See `Segmenter.padded`. With a fixed grid, which spans the whole input, only tiny images are padded."""
+        fixed = self.fam is not None and self.fam.grid is not None
+        return images if fixed and min(images.shape[-2:]) >= self.input_multiple else super().padded(images)
+
     def run(self, images: Tensor) -> StudentPass:
         """Forward pass with all tensors that losses need; images as in `forward`."""
         aligned = self.align(images)
@@ -113,12 +118,9 @@ def assemble_segmenter(
     """Build everything after a given student as the recipe says; see `build_segmenter`."""
     widths: Sequence[int] = student.info.channels
     fam = neck = fmm = None
-    if recipe.fam:
-        targets = _target_widths(recipe.fam, len(widths), teacher)
-        grid = None if recipe.fam.grid == "auto" else recipe.fam.grid
-        patch = teacher.patch_size if teacher and teacher.patch_size else 1  # no teacher, no `auto`
-        fam = FeatureAlignment(widths, targets, grid=grid, patch=patch)
-        widths = targets
+    if recipe.fam and not recipe.side:
+        fam = make_fam(recipe.fam, student.info, teacher)
+        widths = [projection.out_channels for projection in fam.projections]  # type: ignore[misc]
     if recipe.fuse:
         if len(set(widths)) > 1:
             raise RecipeError(f"fuse: maps of different widths {list(widths)} cannot be summed. Give one fam.width.")
@@ -141,6 +143,18 @@ def assemble_segmenter(
         fmm=fmm,
         tile=_tile_hint(recipe),
     )
+
+
+def make_fam(config: FamConfig, student: BackboneInfo, teacher: BackboneInfo | None) -> FeatureAlignment:
+    """FAM from a student's levels to a teacher's maps; without a teacher `config` gives width and grid.
+
+    Raises:
+        RecipeError: the teacher's maps are not what the student can be aligned to.
+    """
+    targets = _target_widths(config, len(student.channels), teacher)
+    grid = None if config.grid == "auto" else config.grid
+    patch = teacher.patch_size if teacher and teacher.patch_size else 1  # no teacher, no `auto`
+    return FeatureAlignment(student.channels, targets, grid=grid, patch=patch)
 
 
 def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:
@@ -191,7 +205,7 @@ def make_decoder(config: DecoderConfig, widths: Sequence[int], num_classes: int)
 def _tile_hint(recipe: KTDARecipe) -> TileHint:
     """Large tiles for convolutional networks; the training size with a fixed grid or attention."""
     attends = recipe.fmm is not None and recipe.fmm.type == "vit_block"
-    if attends or (recipe.fam and recipe.fam.grid != "auto"):
+    if attends or (recipe.fam and not recipe.side and recipe.fam.grid != "auto"):
         crop = recipe.data.augment_of("labeled").crop_size
         return TileHint(size=crop, overlap=crop // 8, flexible=False)
     return _FLEXIBLE_TILE

@@ -3,29 +3,39 @@
 Defaults follow the code that produced the published numbers; docstrings name the alternative.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
+from rsseg.fields import Depth, Index, Positive, Probability, Side, Strict, Width
 
 
 class FamConfig(Strict):
     """Feature alignment: projects student levels to the teacher's width and grid."""
 
-    grid: Count | Literal["auto"] = "auto"
+    grid: Side | Literal["auto"] = "auto"
     """Side of the square grid in cells for images of any shape (published: 19 for 256 pixels, 37 for 512), or `auto`:
     one cell per started patch of the image."""
-    width: Count | None = None
+    width: Width | None = None
     """Channels of every level; None uses the teacher's."""
+    path: Literal["main", "side"] = "main"
+    """`main` (published): the decoder sees FAM's outputs, so everything passes the teacher's coarse grid. `side`: the
+    decoder sees the student's own levels, fine ones included; FAM only serves the distillation and does not ship."""
 
 
 class NeckConfig(Strict):
     """Multi-level neck: builds a pyramid from maps of one size."""
 
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4, 2, 1, 0.5)
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1, max_length=64)] = (
+        4,
+        2,
+        1,
+        0.5,
+    )
     """Size factor per level."""
-    width: Count | None = None
+    width: Width | None = None
     """Channels of every level; None keeps the width of the first input."""
     sampling: Literal["factor", "ratio"] = "factor"
     """If a size was rounded down, `factor` (published) samples at multiples of 1/scale, which omits the end of the map;
@@ -37,11 +47,11 @@ class FmmConfig(Strict):
 
     type: Literal["mlp", "vit_block"] = "mlp"
     """`mlp`: bottleneck without residual; `vit_block`: transformer block (the published models use four)."""
-    depth: Count = 1
+    depth: Depth = 1
     """Blocks per level."""
-    rank_dim: Count = 4
+    rank_dim: Width = 4
     """`mlp` only: the bottleneck has channels // rank_dim."""
-    heads: Count = 8
+    heads: Depth = 8
     """`vit_block` only."""
     norm_eps: Positive = 1e-5
     """`vit_block` only: eps of the layer norms. Published weights need 1e-5; newer timm blocks use 1e-6."""
@@ -51,9 +61,9 @@ class DecoderConfig(Strict):
     """The segmentation head."""
 
     type: Literal["upernet", "segformer"] = "upernet"
-    channels: Count = 512
+    channels: Width = 512
     """Published: 512 for `upernet`, 256 for `segformer`."""
-    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
+    pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids in cells."""
     dropout: Probability = 0.1
     align_corners: bool = False
@@ -63,10 +73,10 @@ class DecoderConfig(Strict):
 class AuxConfig(Strict):
     """One auxiliary FCN head, used in training only. Fields are those of the common FCN head configurations."""
 
-    level: Annotated[int, Field(ge=0)] = 2
+    level: Index = 2
     """Index of the decoder input that it reads."""
-    channels: Count = 256
-    num_convs: Count = 1
+    channels: Width = 256
+    num_convs: Depth = 1
     concat_input: bool = False
     """Concatenate the input to the output of the convolutions and apply one more."""
     dropout: Probability = 0.1
@@ -104,6 +114,25 @@ class DistillationConfig(Strict):
     """How the weight falls to 0 from the end of the warm-up to the last step."""
 
 
+class TaskTeacherConfig(Strict):
+    """A second teacher, which has learnt the task first: a trained model, as a rule a large network, tuned plainly.
+
+    A foundation model's features say nothing of the classes. A tuned one tells the student for every pixel how likely
+    each class is, on images without labels too, so that the student can come near it at a fraction of its cost.
+    """
+
+    model: Path
+    """Model file or run folder of any method, for the same classes, bands and scaling."""
+    weight: Positive = 1.0
+    """Of the divergence from the teacher's class probabilities, mean over pixels with data, beside the labels' loss."""
+    temperature: Positive = 2.0
+    """Of both softmaxes; the divergence counts its square times. Above 1, what the teacher thinks of the unlikely
+    classes weighs more."""
+    unlabeled: bool = False
+    """Learn from it on the stream `unlabeled` too. The teacher sees the crop, the student a strong view of it
+    (`data.strong`, colours only), which keeps the student from merely copying the teacher's edges and errors."""
+
+
 class KTDARecipe(BaseRecipe):
     """A pyramid student taught by a frozen vision transformer.
 
@@ -112,9 +141,11 @@ class KTDARecipe(BaseRecipe):
     """
 
     method: Literal["ktda"]
-    student: BackboneConfig
+    student: TrainedBackbone
     teacher: BackboneConfig | None = None
-    """None trains without distillation."""
+    """None trains without distillation of features, unless `task_teacher` and `fam` ask for it."""
+    task_teacher: TaskTeacherConfig | None = None
+    """Without `teacher`, `fam.path: side` pulls FAM's outputs to the maps of this one's backbone."""
     teacher_input: Literal["own", "student_normalized"] = "own"
     """Normalize the teacher's images with its own statistics or with the student's (published; identical for networks
     with ImageNet statistics)."""
@@ -125,7 +156,7 @@ class KTDARecipe(BaseRecipe):
     neck: NeckConfig | None = None
     fmm: FmmConfig | None = None
     decoder: DecoderConfig = DecoderConfig()
-    aux: tuple[AuxConfig, ...] = ()
+    aux: Annotated[tuple[AuxConfig, ...], Field(max_length=64)] = ()
     distillation: DistillationConfig = DistillationConfig()
     """Unused without a teacher."""
     loss_divisor: Literal["all", "valid"] = "all"
@@ -133,13 +164,19 @@ class KTDARecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
     """Parameters without weight decay. `names_with_norm` (published): those with "norm" in their name, so that batch
     norms, some layer norms, layer scales and biases decay; `norms_and_biases`: all vectors."""
-    student_passes: Literal[1, 2] = 1
+    student_passes: Annotated[int, Field(ge=1, le=2)] = 1
     """2 repeats the student's forward pass for the distillation, as the published code does: with stochastic depth the
     passes draw different sub-networks; otherwise only running statistics of batch norm change."""
 
     def stream_names(self) -> tuple[str, ...]:
-        """KTDA trains on labeled images only."""
-        return ("labeled",)
+        """Labeled images, and unlabeled ones if a task teacher labels them."""
+        learns = self.task_teacher is not None and self.task_teacher.unlabeled
+        return ("labeled", "unlabeled") if learns else ("labeled",)
+
+    @property
+    def side(self) -> bool:
+        """Whether FAM stands beside the decoder's path."""
+        return self.fam is not None and self.fam.path == "side"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -147,7 +184,14 @@ class KTDARecipe(BaseRecipe):
             raise ValueError(f"optimizers: ktda has exactly one, 'main'; found {sorted(self.optimizers)}")
         if self.fam is None and (self.teacher or self.fuse):
             raise ValueError("fam: 'teacher' and 'fuse' need feature alignment, 'fam: {}' takes its defaults")
-        if self.fam and self.teacher is None and (self.fam.width is None or self.fam.grid == "auto"):
+        if self.side and (self.neck or self.fmm or self.fuse):
+            raise ValueError(
+                "fam.path: side hands the student's own levels to the decoder; neck, fmm and fuse belong to FAM's "
+                "outputs: leave them out, or set fam.path: main"
+            )
+        if self.side and self.teacher is None and self.task_teacher is None:
+            raise ValueError("fam.path: side only serves the distillation; name a teacher or task_teacher")
+        if self.fam and not self.side and self.teacher is None and (self.fam.width is None or self.fam.grid == "auto"):
             raise ValueError("fam: without a teacher give 'width' and 'grid' as numbers")
         batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)
         if self.decoder.type == "upernet" and 1 in self.decoder.pool_scales and batch == 1:

@@ -78,7 +78,7 @@ def complementary_masks(
     Args:
         pairs: samples per view.
         channels: of the maps.
-        device: of the result.
+        device: of the result and of the generator.
         generator: random source; None uses torch's global one, which the trainer seeds for every step.
 
     Returns:
@@ -86,6 +86,6 @@ def complementary_masks(
 
     Source: UniMatch V2 (arXiv 2410.10777).
     """
-    first = 2.0 * torch.randint(0, 2, (pairs, channels), generator=generator).float()
-    first[torch.randperm(pairs, generator=generator)[: pairs // 2]] = 1.0
-    return torch.cat([first, 2.0 - first]).to(device)
+    first = 2.0 * torch.randint(0, 2, (pairs, channels), device=device, generator=generator).float()
+    first.index_fill_(0, torch.randperm(pairs, device=device, generator=generator)[: pairs // 2], 1.0)
+    return torch.cat([first, 2.0 - first])

@@ -15,7 +15,6 @@ from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
 from rsseg.layers.ema import Ema, Frozen
-from rsseg.layers.losses import cross_entropy
 from rsseg.methods.base import Method, ParamGroup, StepOutput
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
@@ -130,7 +129,7 @@ class MTDFMethod(Method):
         output = self._student_output(images, len(x.images), self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
-        losses = {"seg": s.labeled_weight * cross_entropy(logits_x, _labels(x))}
+        losses = {"seg": s.labeled_weight * self.label_loss(logits_x, _labels(x))}
         logs: dict[str, Tensor] = {}
         if weak is not None:
             per_view = [

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
+from rsseg.fields import Positive, Probability, Side, Strict, Width
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -17,7 +18,7 @@ class TeacherConfig(Strict):
     """Names the translator in the model file and the loss in the log."""
     backbone: BackboneConfig
     """Its last returned map is the target. `dtype: bfloat16` halves its memory."""
-    input_size: Count | None = None
+    input_size: Side | None = None
     """Side in pixels of the square that the image is resized to for this teacher; None keeps the crop."""
     bands: tuple[str, ...] | None = None
     """Bands of the task that the teacher receives, such as red, green and blue of a multispectral task; None: all."""
@@ -42,20 +43,20 @@ class MTDFRecipe(BaseRecipe):
     """FixMatch with a student that also predicts the features of frozen teachers and uses these predictions."""
 
     method: Literal["mtdf"]
-    student: BackboneConfig
+    student: TrainedBackbone
     """Four maps: of ViT blocks, or of pyramid levels whose strides double."""
-    decoder_widths: tuple[Count, Count, Count, Count] = (48, 96, 192, 384)
+    decoder_widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """Channels of the four maps in the DPT head (ViT-S; B: 96, 192, 384, 768; L: 256, 512, 1024, 1024)."""
-    decoder_features: Count = 64
+    decoder_features: Width = 64
     """Channels of the DPT head's fusion path (ViT-S; B: 128, L: 256)."""
-    teachers: tuple[TeacherConfig, ...] = ()
+    teachers: Annotated[tuple[TeacherConfig, ...], Field(max_length=64)] = ()
     """Any number; without any this is FixMatch."""
     only_teachers: tuple[str, ...] | None = None
     """Names of the teachers to keep, for ablations with `--set`; None keeps all, [] none."""
     start_from: Path | None = None
     """Model file or run folder of the same network, such as an imported one, that the student is initialized from;
     `student_pass` may differ."""
-    translator_width: Count = 1024
+    translator_width: Width = 1024
     """Hidden width of each feature translator."""
     fusion: bool = True
     """Mix the translated features into the student's last map; False only distils (ablation)."""

@@ -1,0 +1,211 @@
+"""What the accuracy table compares: settings (a dataset and its labels), arms (a method and its network), profiles.
+
+An arm is a recipe of `recipes/`, a setting says which images it gets, a profile how long it trains on which crops. All
+arms of a setting train equally long on equal crops.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table.
+
+    name     of its recipe in `recipes/`
+    plain    arm that it is compared with: plain supervised training of the same network
+    teacher  arm whose model of the same setting and seed is its `task_teacher.model`
+    switch   True: one setting of a recipe that is tried on top of plain training; run after all others
+    """
+
+    name: str
+    plain: str | None = None
+    teacher: str | None = None
+    switch: bool = False
+
+    @property
+    def recipe(self) -> Path:
+        return RECIPES / f"{self.name}.yaml"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table.
+
+    dataset  see `data.py`
+    streams  per stream name a selection; an arm takes those that its method asks for. `items` names a list that
+             `data.py` writes into the dataset's folder
+    rates    setting whose learning-rate sweep is used; None: its own
+    bands    of the dataset; None: all
+    """
+
+    name: str
+    title: str
+    dataset: str
+    arms: tuple[Arm, ...]
+    streams: Mapping[str, Mapping[str, Any]]
+    val: Mapping[str, Any] = field(default_factory=lambda: {"split": "val"})
+    test: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
+    rates: str | None = None
+    bands: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How cells are run.
+
+    half         images of Dubai at half resolution
+    crop         side of the training crops in pixels
+    steps        of a cell; `sweep_steps` of a run that chooses a rate
+    rates        factors on the recipe's learning rate that the sweep tries
+    device       `auto` takes a GPU
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    steps: int
+    sweep_steps: int
+    crop: int = 126
+    batch_size: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    evaluations: int = 4
+    half: bool = True
+    device: str = "cpu"
+    workers: int = 0
+
+
+LITE0 = (Arm("lite0-plain"), Arm("lite0-ktda", "lite0-plain"))
+DINO = (Arm("dinov2s-full"), Arm("dinov2s-frozen", "dinov2s-full"), Arm("dinov2s-lora", "dinov2s-full"))
+SEMI = (Arm("dinov2s-fixmatch", "dinov2s-full"), Arm("dinov2s-mtdf", "dinov2s-full"))
+TAUGHT = (
+    Arm("lite0-ktda-side", "lite0-plain"),
+    Arm("lite0-taught", "lite0-plain", teacher="dinov2s-full"),
+    Arm("lite0-taught-unlabeled", "lite0-plain", teacher="dinov2s-full"),
+)
+SWITCHES = tuple(
+    Arm(f"lite0-{switch}", "lite0-plain", switch=True)
+    for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
+)
+TARGET = (Arm("lite0-source"), Arm("lite0-target-statistics", "lite0-source"))
+MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
+
+
+def _dubai(labeled: int, arms: tuple[Arm, ...], *, rates: str | None = "dubai-10") -> Setting:
+    items = {"split": "train", "items": f"labeled-{labeled}.txt"}
+    return Setting(
+        name=f"dubai-{labeled}",
+        title=f"Dubai land cover, {labeled} labeled images",
+        dataset="dubai",
+        arms=arms,
+        streams={"labeled": items, "unlabeled": items | {"complement": True}},
+        rates=rates,
+    )
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        _dubai(10, (*LITE0, *DINO, *SEMI, *TAUGHT, *SWITCHES), rates=None),
+        _dubai(45, (*LITE0, *DINO, *TAUGHT[:2])),
+        Setting(
+            name="l8biome-rgb",
+            title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
+            dataset="l8biome",
+            arms=(*LITE0, *DINO),
+            streams={"labeled": {"split": "train"}},
+            bands=("red", "green", "blue"),
+        ),
+        _dubai(20, (*LITE0, *DINO, *SEMI)),
+        _dubai(5, (*LITE0, *DINO, *SEMI)),
+        Setting(
+            name="dubai-desert-town",
+            title="Dubai, labels of desert and coast, test in the town",
+            dataset="dubai-uda",
+            arms=TARGET,
+            streams={
+                "labeled": {"split": "train", "domain": "desert"},
+                "unlabeled": {"split": "unlabeled", "domain": "town"},
+                "source": {"split": "train", "domain": "desert"},
+                "target": {"split": "unlabeled", "domain": "town"},
+            },
+            val={"split": "val", "domain": "desert"},
+            test={"split": "test", "domain": "town"},
+        ),
+        Setting(
+            name="l8biome-natural-infrared",
+            title="Landsat 8 clouds, labels in natural colors, test in infrared bands",
+            dataset="l8biome-uda",
+            arms=TARGET,
+            streams={
+                "labeled": {"split": "train", "domain": "natural"},
+                "unlabeled": {"split": "unlabeled", "domain": "infrared"},
+                "source": {"split": "train", "domain": "natural"},
+                "target": {"split": "unlabeled", "domain": "infrared"},
+            },
+            val={"split": "val", "domain": "natural"},
+            test={"split": "test", "domain": "infrared"},
+        ),
+        Setting(
+            name="demo-4",
+            title="The built-in dataset, 4 labeled images, networks from scratch",
+            dataset="demo",
+            arms=MINI,
+            streams={
+                "labeled": {"split": "train", "domain": "north", "count": 4},
+                "unlabeled": {"split": "unlabeled", "domain": "north"},
+            },
+            val={"split": "val", "domain": "north"},
+            test={"split": "test", "domain": "north"},
+        ),
+    )
+}
+
+TEACHERS = {arm.teacher for setting in SETTINGS.values() for arm in setting.arms}
+"""Arms whose models are kept, for others to learn from."""
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="quick",
+            settings=("demo-4",),
+            steps=8,
+            sweep_steps=4,
+            crop=64,
+            batch_size=4,
+            seeds=(0,),
+            rates=(1.0, 3.0),
+            evaluations=2,
+        ),
+        Profile(
+            name="cpu",
+            settings=(
+                "dubai-10",
+                "l8biome-rgb",
+                "dubai-45",
+                "dubai-desert-town",
+                "l8biome-natural-infrared",
+                "demo-4",
+                "dubai-20",
+            ),
+            steps=400,
+            sweep_steps=120,
+        ),
+        Profile(
+            name="gpu",
+            settings=tuple(SETTINGS),
+            steps=1500,
+            sweep_steps=300,
+            crop=252,
+            seeds=(0, 1, 2, 3, 4),
+            half=False,
+            device="auto",
+            workers=1,
+        ),
+    )
+}

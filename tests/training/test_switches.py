@@ -1,0 +1,78 @@
+"""Settings that every method shares and that need a whole run: class weights by counts, batch-norm statistics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rsseg.checkpoint import read_header
+from rsseg.data.index import SegmentationIndex
+from rsseg.errors import DataError, RecipeError
+from rsseg.layers.losses import LabelLoss, class_weights_of
+from rsseg.recipe import Recipe, recipe_from_dict
+from rsseg.runs import RunFolder
+from rsseg.training.progress import Silent
+from rsseg.training.run import plan, train
+
+QUIET = Silent()
+
+
+def recipe_of(data: Path, **changes: Any) -> Recipe:
+    values = {
+        "method": "supervised",
+        "name": "tiny",
+        "data": {"path": str(data), "augment": {"crop_size": 32}, "cache": False},
+        "backbone": {"name": "mobilenetv3_small_100", "weights": "random"},
+        "decoder": {"channels": 8},
+        "trainer": {"steps": 2, "batch_size": 2, "workers": 0, "eval_every": 2},
+    }
+    return recipe_from_dict(values | changes, "tiny")
+
+
+def test_automatic_class_weights_follow_the_labeled_images(rgb_dataset: Path, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+    forward = LabelLoss.forward
+
+    def spy(self: LabelLoss, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(self.class_weights)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LabelLoss, "forward", spy)
+        train(recipe_of(rgb_dataset, loss={"class_weights": "auto"}), output=tmp_path, progress=QUIET)
+    items = [item for item in SegmentationIndex.load(rgb_dataset).items if item.split == "train"]
+    expected = class_weights_of([sum(column) for column in zip(*(item.classes for item in items), strict=True)])
+    assert len(set(expected.tolist())) > 1
+    assert all(torch.equal(weights, expected) for weights in seen)
+
+
+def test_class_weights_need_counts(rgb_dataset: Path) -> None:
+    index = SegmentationIndex.load(rgb_dataset)
+    items = tuple(item.model_copy(update={"classes": None}) for item in index.items)
+    index.model_copy(update={"items": items}).save(rgb_dataset)
+    with pytest.raises(DataError, match="does not count them"):
+        plan(recipe_of(rgb_dataset, loss={"class_weights": "auto"}))
+
+
+def test_only_the_shipped_statistics_are_measured_anew(rgb_dataset: Path, tmp_path: Path) -> None:
+    images = {"split": "train", "domain": "south"}
+    recipe = recipe_of(rgb_dataset, norm_statistics={"images": images, "batches": 3})
+    run = RunFolder(train(recipe, output=tmp_path, progress=QUIET).run)
+    shipped, best = load_file(run.model), load_file(run.best)
+    changed = {name.rpartition(".")[2] for name in best if not torch.equal(shipped[name], best[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {int(v) for name, v in shipped.items() if name.endswith("num_batches_tracked")} == {3}
+    assert read_header(run.model).training["norm_statistics"]["images"]["domain"] == "south"
+
+
+def test_statistics_of_a_network_without_batch_norm_or_without_images_are_refused(rgb_dataset: Path) -> None:
+    vit = {
+        "backbone": {"name": "vit_mini_patch8", "weights": "random"},
+        "decoder": {"type": "dpt", "channels": 8, "widths": [8, 8, 8, 8]},
+    }
+    with pytest.raises(RecipeError, match="has no batch norm"):
+        plan(recipe_of(rgb_dataset, norm_statistics={"images": {"split": "train"}}, **vit))
+    with pytest.raises(DataError, match="'unlabeled' is empty"):
+        plan(recipe_of(rgb_dataset, norm_statistics={}))
