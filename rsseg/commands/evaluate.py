@@ -53,7 +53,7 @@ def evaluate(
         print_scores(scores)
     if result.seen is not None:
         print_note(
-            f"These {result.images} images served the {result.seen} of this model: the scores are no test of it."
+            f"These {result.images} images were used for the {result.seen} of this model: the scores are no test."
         )
     if result.unpredicted:
         print_note(f"{result.unpredicted} labeled pixels have no prediction; the scores leave them out.")
@@ -69,8 +69,8 @@ def _parse_bound(text: str | None) -> tuple[str, float] | None:
         return None
     name, _, value = text.partition("=")
     try:
-        if name not in ("miou", "mf1", "oa"):
-            raise ValueError
-        return name, float(value)
+        if name in ("miou", "mf1", "oa") and 0 <= (bound := float(value)) <= 1:
+            return name, bound
     except ValueError:
-        raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7.") from None
+        pass
+    raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7, with a value from 0 to 1.")
