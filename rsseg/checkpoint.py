@@ -1,23 +1,31 @@
-"""Model files: safetensors with one JSON metadata entry, written under a temporary name. Free of methods."""
+"""Model files: safetensors with one JSON metadata entry, written under a temporary name.
+
+Knows no method, and imports torch only where tensors are read or written, so that `rsseg info` and `rsseg runs` start
+in a fraction of a second.
+"""
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from rsseg.errors import MachineError, WeightsError
 from rsseg.task import Task
+from rsseg.text import load_json, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FORMAT = 1
 METADATA_KEY = "rsseg"
 MODEL_NAME = "model.safetensors"
+_FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,10 @@ class ModelHeader:
     made_with: dict[str, str]
 
 
-def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) -> None:
+_HEADER = TypeAdapter(ModelHeader)
+
+
+def write_model(path: Path, tensors: "Mapping[str, Tensor]", header: ModelHeader) -> None:
     """Write a model; `path` is always the old file or the complete new one.
 
     Raises:
@@ -48,12 +59,14 @@ def write_model(path: Path, tensors: Mapping[str, Tensor], header: ModelHeader) 
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(values)})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, flush it to the disk, and rename it.
 
     Raises:
         MachineError: the folder cannot be written or the disk is full.
     """
+    from safetensors.torch import save_file
+
     owned: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -81,28 +94,31 @@ def read_header(path: Path) -> ModelHeader:
     Raises:
         WeightsError: the file is missing, damaged, foreign, or of a newer format.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not a readable model file: {error}. Give a model.safetensors of a run.") from None
+    with _opened(path, "numpy") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         raise WeightsError(
             f"{path}: safetensors without rsseg's header: these are foreign weights. "
             "Give a model.safetensors of a run, or convert them with `rsseg weights import`."
         )
+    values = load_json(text, f"{path}: damaged header", WeightsError)
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: damaged header: {shortened(values)}. Train or import the model again.")
+    if (found := values.pop("format", None)) != FORMAT:
+        made_with = values.get("made_with")
+        version = made_with.get("rsseg") if isinstance(made_with, dict) else None
+        raise WeightsError(
+            f"{path}: format {shortened(found)}, this rsseg reads format {FORMAT}. "
+            f"Use rsseg {version or 'of a newer version'}, which wrote it."
+        )
     try:
-        values = json.loads(text)
-        found = values.pop("format")
-        if found != FORMAT:
-            made_with = values.get("made_with", {}).get("rsseg", "a newer version")
-            raise WeightsError(
-                f"{path}: format {found}, this rsseg reads format {FORMAT}. Use rsseg {made_with}, which wrote it."
-            )
-        task = Task.model_validate(values.pop("task"))
-        return ModelHeader(task=task, **{f.name: values[f.name] for f in fields(ModelHeader) if f.name != "task"})
-    except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
-        raise WeightsError(f"{path}: damaged header: {error!r}. Train or import the model again.") from None
+        return _HEADER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WeightsError(
+            f"{path}: damaged header: {where[:200]}: {first['msg']}. Train or import the model again."
+        ) from None
 
 
 def find_model(path: Path) -> Path:
@@ -111,34 +127,54 @@ def find_model(path: Path) -> Path:
     Raises:
         WeightsError: there is none.
     """
-    if path.is_file():
-        return path
-    file = path / MODEL_NAME
-    if not file.is_file():
+    remedy = "Give a model.safetensors or the folder of a run; see `rsseg runs ls`."
+    try:
+        if path.is_file():
+            return path
+        file = path / MODEL_NAME
+        if file.is_file():
+            return file
         what = "this run has no model yet" if path.is_dir() else "no such file or folder"
-        raise WeightsError(f"{path}: {what}. Give a model.safetensors or the folder of a run; see `rsseg runs ls`.")
-    return file
+        raise WeightsError(f"{path}: {'not a regular file' if path.exists() and not path.is_dir() else what}. {remedy}")
+    except OSError as error:
+        raise WeightsError(f"{shortened(str(path))}: {error.strerror}. {remedy}") from None
 
 
-def load_tensors(module: nn.Module, path: Path) -> None:
-    """Copy a model's tensors into `module`, strictly.
+def load_tensors(module: "nn.Module", path: Path) -> None:
+    """Copy a model's tensors into `module`, strictly; names and shapes are compared before any tensor is read.
 
     Raises:
         WeightsError: the file is unreadable, keys differ (the first missing and the first unexpected one are named),
-            or a shape differs.
+            a shape or a kind of number differs, or a value is not finite.
     """
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not a readable model file: {error}. Give a model.safetensors of a run.") from None
+    with _opened(path, "pt") as file:
+        names = file.keys()
+        _check_shapes(module.state_dict(), {name: tuple(file.get_slice(name).get_shape()) for name in names}, str(path))
+        stored = {name: file.get_tensor(name) for name in names}
     load_into(module, stored, str(path))
 
 
-def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> None:
+def load_into(module: "nn.Module", stored: "Mapping[str, Tensor]", label: str) -> None:
     """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`."""
     own = module.state_dict()
+    _check_shapes(own, {name: tuple(tensor.shape) for name, tensor in stored.items()}, label)
+    for name, tensor in stored.items():
+        floating = own[name].is_floating_point()
+        if (
+            tensor.is_floating_point() != floating
+            or tensor.is_complex()
+            or (floating and str(tensor.dtype) not in _FLOATS)
+        ):
+            kind = "a floating-point" if floating else "an integer"
+            raise WeightsError(f"{label}: {name!r} is of type {tensor.dtype}, the network needs {kind} type.")
+        if floating and not tensor.isfinite().all():
+            raise WeightsError(f"{label}: {name!r} holds NaN or infinity. Train or import the model again.")
+    module.load_state_dict(dict(stored))
+
+
+def _check_shapes(own: "Mapping[str, Tensor]", stored: Mapping[str, tuple[int, ...]], label: str) -> None:
     problems = [
-        f"{what} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        f"{what} {shortened(names[0])}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         for what, names in (
             ("missing tensor", [name for name in own if name not in stored]),
             ("unexpected tensor", [name for name in stored if name not in own]),
@@ -146,12 +182,26 @@ def load_into(module: nn.Module, stored: Mapping[str, Tensor], label: str) -> No
         if names
     ]
     problems += [
-        f"{name!r} has shape {tuple(stored[name].shape)}, the network {tuple(own[name].shape)}"
+        f"{name!r} has shape {stored[name]}, the network {tuple(own[name].shape)}"
         for name in own
-        if name in stored and stored[name].shape != own[name].shape
+        if name in stored and stored[name] != own[name].shape
     ][:1]
     if problems:
         raise WeightsError(
             f"{label}: does not fit the network: {'; '.join(problems)}. Use the recipe it was made with."
         )
-    module.load_state_dict(dict(stored))
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """An open safetensors file; opening it for `pt` imports torch."""
+    problem: object
+    try:
+        if path.is_file():
+            with safe_open(path, framework=framework) as file:
+                yield file
+            return
+        problem = "no such regular file"
+    except (OSError, SafetensorError, ValueError) as error:
+        problem = error
+    raise WeightsError(f"{path}: not a readable model file: {problem}. Give a model.safetensors of a run.")

@@ -13,7 +13,8 @@ import typer
 from rsseg import __version__
 from rsseg.commands import assess, backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
 from rsseg.commands.console import print_error, print_note
-from rsseg.errors import RssegError, RssegWarning, machine_error
+from rsseg.errors import RssegError, RssegWarning, UsageError, machine_error
+from rsseg.text import shortened
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bug in rsseg, 2 wrong usage, 3 recipe invalid, 4 data invalid or missing, "
@@ -98,10 +99,14 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # every bug ends here
-        if (machine := machine_error(error)) is None:
-            return _report_bug(error)
-        print_error(str(machine))
-        return machine.exit_code
+        if (machine := machine_error(error)) is not None:
+            print_error(str(machine))
+            return machine.exit_code
+        if isinstance(error, OSError) and error.filename is not None:
+            # The system refuses a file; where it is known what for, there is a better message.
+            print_error(f"{shortened(str(error.filename))}: {error.strerror}. Give another file or folder.")
+            return UsageError.exit_code
+        return _report_bug(error)
     return 0
 
 

@@ -1,32 +1,17 @@
-"""The parts that all recipes share. Free of torch, so that `rsseg recipe validate` answers at once.
+"""The parts that all recipes share. Free of torch, so that `rsseg recipe validate` is fast.
 
-A field's docstring gives meaning, unit and default's origin; `rsseg recipe schema` exports them.
+A field's docstring gives its meaning, unit and the origin of its default; `rsseg recipe schema` exports them.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=1, le=8192)]
-"""Channels of a layer."""
-Depth = Annotated[int, Field(ge=1, le=64)]
-"""Layers of one kind, heads of an attention, or levels."""
-Side = Annotated[int, Field(ge=1, le=16384)]
-"""Side of an image, a crop or a grid."""
-Index = Annotated[int, Field(ge=0, lt=64)]
-"""Level of a pyramid or block of a ViT, from 0."""
-
-
-class Strict(BaseModel):
-    """Base of all recipe parts: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from rsseg.errors import RecipeError
+from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
 class BackboneConfig(Strict):
@@ -79,7 +64,7 @@ TrainedBackbone = Annotated[BackboneConfig, AfterValidator(_trains_in_float32)]
 class ScheduleConfig(Strict):
     """Learning rate as a product of a warm-up and a decay factor, by optimizer step."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Whole = 0
     warmup_start: Probability = 1e-3
     """Factor at step 0; grows linearly to 1 at step `warmup_steps - 1` (`mmengine`) or `warmup_steps` (`mmcv`)."""
     warmup_style: Literal["mmengine", "mmcv"] = "mmengine"
@@ -87,7 +72,7 @@ class ScheduleConfig(Strict):
     the step after it."""
     decay: Literal["poly", "cosine", "constant"] = "poly"
     power: Positive = 0.9
-    decay_begin: Annotated[int, Field(ge=0)] = 0
+    decay_begin: Whole = 0
     """First step that decays; may lie inside the warm-up, then both factors act."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     lag: Annotated[int, Field(ge=0, le=1)] = 0
@@ -100,7 +85,7 @@ class OptimizerConfig(Strict):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 6e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
     momentum: Probability = 0.9
     """SGD only."""
@@ -108,15 +93,15 @@ class OptimizerConfig(Strict):
 
 
 class TrainerConfig(Strict):
-    """How long, how much at once, how exact."""
+    """Training length, batch size, precision, evaluation and checkpoints."""
 
     steps: Count = 20000
     """Optimizer steps."""
-    batch_size: Count = 8
+    batch_size: Batch = 8
     """Samples per stream, per process and micro-step."""
-    stream_batch_sizes: Mapping[str, Count] = {}
+    stream_batch_sizes: Mapping[str, Batch] = {}
     """Exceptions to `batch_size` by stream name."""
-    grad_accum_steps: Count = 1
+    grad_accum_steps: Batch = 1
     """Batches whose gradients are summed per optimizer step, for batches that do not fit in memory."""
     amp_dtype: Literal["auto", "bf16", "fp16", "none"] = "none"
     """Autocast type; `auto` takes bf16 where the device computes with it and none elsewhere."""
@@ -131,17 +116,17 @@ class TrainerConfig(Strict):
     """Evaluations without a better score before the run ends."""
     monitor: Literal["miou", "mf1", "oa", "entropy", "last"] = "miou"
     """Score on the validation split that chooses `best`; `last` ships the final weights. `entropy` needs no labels and
-    opens none: the mean entropy of the predicted probabilities, 0 (sure) to 1, of which the lowest is best. It says how
-    sure a network is, not how right."""
+    opens none: the mean entropy of the predicted probabilities, 0 (certain) to 1, of which the lowest is best. It
+    measures confidence, not accuracy."""
     max_hours: Positive | None = None
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
     """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
     compile: bool = False
     """Compile the method with torch.compile: faster steps after a first one of minutes."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels also on a GPU (the CPU is deterministic as it is)."""
+    """Use torch's deterministic kernels on a GPU too (those of the CPU always are)."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -176,15 +161,15 @@ class AugmentConfig(Strict):
     """Start from values for images from above, where no direction is special; keys that are given beside it win.
     `light`: all eight orientations, scales 0.8 to 1.25. `strong`: scales 0.5 to 2 and changed colours as well, for few
     images, or images of other places and seasons."""
-    crop_size: Count = 512
+    crop_size: Side = 512
     """Side of the square crop in pixels."""
-    scale_range: tuple[Positive, Positive] | None = None
+    scale_range: Range | None = None
     """Image scale drawn uniformly before the crop; None keeps the scale."""
     scale_style: Literal["uniform", "long_side"] = "uniform"
     """`long_side` draws the integer length of the long side (UniMatch), `uniform` the factor itself."""
     resampling: Literal["opencv", "pillow"] = "opencv"
-    """How a scaled crop is made. `opencv`: from whole source pixels, without antialiasing. `pillow`: antialiased where
-    it shrinks, cut from the scaled whole image (UniMatch); meant for tiles, slow on whole scenes."""
+    """Resampling of a scaled crop. `opencv`: from whole source pixels, without antialiasing. `pillow`: antialiased
+    where it shrinks, cut from the scaled whole image (UniMatch); meant for tiles, slow on whole scenes."""
     pad_first: bool = False
     """Pad images that are smaller than the crop before mirroring and turning (UniMatch), so that the padding can lie at
     any side; False pads last, at right and bottom."""
@@ -211,17 +196,17 @@ class StrongConfig(Strict):
     """Strong views of a weak crop (same geometry): colour jitter, grey, blur, and CutMix boxes."""
 
     jitter_probability: Probability = 0.8
-    brightness: Annotated[float, Field(ge=0)] = 0.5
-    contrast: Annotated[float, Field(ge=0)] = 0.5
-    saturation: Annotated[float, Field(ge=0)] = 0.5
+    brightness: Annotated[float, Field(ge=0, le=100)] = 0.5
+    contrast: Annotated[float, Field(ge=0, le=100)] = 0.5
+    saturation: Annotated[float, Field(ge=0, le=100)] = 0.5
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
     gray_probability: Probability = 0.2
     blur_probability: Probability = 0.5
-    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_sigma: Range = (0.1, 2.0)
     """Pixels."""
     cutmix_probability: Probability = 0.5
-    cutmix_area: tuple[Probability, Probability] = (0.02, 0.4)
-    cutmix_aspect: tuple[Positive, Positive] = (0.3, 1 / 0.3)
+    cutmix_area: Annotated[tuple[Probability, Probability], AfterValidator(ascending)] = (0.02, 0.4)
+    cutmix_aspect: Range = (0.3, 1 / 0.3)
 
 
 class MergeConfig(Strict):
@@ -266,7 +251,7 @@ class SelectConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where the images come from and what is done to them."""
+    """Sources and augmentation of the images."""
 
     path: Path
     """Folder made by `rsseg dataset prepare`, relative to the working folder."""
@@ -277,7 +262,7 @@ class DataConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     strong: StrongConfig = StrongConfig()
     streams: Mapping[str, SelectConfig] = {}
-    """Per training stream of the method; the method's defaults apply to what is not said."""
+    """Per training stream of the method; the method's defaults hold for keys that are not given."""
     val: SelectConfig = SelectConfig(split="val")
     test: SelectConfig = SelectConfig(split="test")
     rare_class_sampling: Positive | None = None
@@ -311,20 +296,20 @@ class NormStatisticsConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """How a split is scored, and how scenes are tiled by default."""
+    """Scoring of a split, and the default tiling of scenes."""
 
     mode: Literal["tiled", "resized"] = "tiled"
     """`resized` scales each image to `tile` (shape not kept) and its logits back: KTDA's published test pipeline."""
-    tile: Count | None = None
-    """Side in pixels; None lets the network choose."""
+    tile: Side | None = None
+    """Side in pixels; None takes the network's."""
     overlap: Annotated[int, Field(ge=0)] | None = None
-    """Pixels shared by neighbouring tiles; None lets the network choose."""
+    """Pixels shared by neighbouring tiles, fewer than `tile`; None takes the network's."""
     blend: Literal["crop", "hann", "mean"] = "crop"
     """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average logits."""
-    batch_size: Count = 4
-    resize_multiple: Count | None = None
+    batch_size: Batch = 4
+    resize_multiple: Side | None = None
     """Scale each image so that its sides become the nearest multiple (UniMatch: 14); None pads instead."""
-    scales: tuple[Positive, ...] = (1.0,)
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=16)], ...], Field(min_length=1, max_length=16)] = (1.0,)
     """Test-time scales whose probabilities are averaged."""
     flip: bool = False
     """Also average a horizontal mirror image."""
@@ -334,14 +319,14 @@ class EvalConfig(Strict):
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
         if self.tile is not None and self.overlap is not None and self.overlap >= self.tile:
-            raise ValueError(f"overlap: {self.overlap} pixels do not fit tiles of {self.tile}")
+            raise ValueError(f"overlap: {self.overlap} pixels do not fit tiles of {self.tile}; give less than the tile")
         return self
 
 
 class BaseRecipe(Strict):
     """What every recipe has, whatever its method."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=100)]
     """Names the run folder."""
     title: str = ""
     """One line for `rsseg recipe ls`."""
@@ -385,3 +370,24 @@ class BaseRecipe(Strict):
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
         """Names of the training streams that this recipe's method asks for."""
+
+
+def check_eval(config: EvalConfig, classes: Sequence[str], tile: int) -> None:
+    """Check what depends on the dataset and the network: ignored classes, and the overlap of the network's own tiles.
+
+    Args:
+        config: of a recipe.
+        classes: names of the task's classes.
+        tile: side that the network chooses.
+
+    Raises:
+        RecipeError: an ignored class does not exist or all are ignored, or the overlap does not fit the tile.
+    """
+    unknown = [name for name in config.ignore_classes if name not in classes]
+    if unknown:
+        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is none of the classes {list(classes)}.")
+    if set(classes) <= set(config.ignore_classes):
+        raise RecipeError("eval.ignore_classes: names every class, so that nothing is scored. Leave one out.")
+    side = config.tile or tile
+    if config.mode == "tiled" and config.overlap is not None and config.overlap >= side:
+        raise RecipeError(f"eval.overlap: {config.overlap} pixels do not fit tiles of {side}. Give 0 to {side - 1}.")

@@ -55,7 +55,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a CSV file, values as text; empty without a file. A truncated last line is dropped."""
-    if not path.is_file():
+    if not is_file(path):
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
@@ -130,13 +130,23 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path | s
         if other := next((written[key] for key in keys if key in written), None):
             raise UsageError(f"{path}: {option} and {other} name the same file. Choose another {option}.")
         written |= dict.fromkeys(keys, option)
-        if path.is_dir():
+        if is_folder(path):
             raise UsageError(f"{path}: {option} is a folder. Give a file name.")
         if exists and not overwrite:
             raise UsageError(f"{path}: exists already. Choose another {option}, or replace it with --overwrite.")
         folder = next(folder for folder in path.absolute().parents if _exists(folder))
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"{path}: cannot be written, {folder} is no writable folder. Choose another {option}.")
+
+
+def is_file(path: Path | str) -> bool:
+    """False also for a name that no file can have, such as one that is too long."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises
+
+
+def is_folder(path: Path | str) -> bool:
+    """False also for a name that no folder can have, such as one that is too long."""
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises
 
 
 def _file_keys(path: Path) -> tuple[object, ...]:

@@ -16,12 +16,18 @@ from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.methods.supervised.recipe import SupervisedRecipe
+from rsseg.text import YamlDocument, load_yaml, read_text, shortened
 
 Recipe = Annotated[SupervisedRecipe | KTDARecipe | MTDFRecipe | DASegNetRecipe, Field(discriminator="method")]
 MEMBERS: tuple[type[BaseRecipe], ...] = (SupervisedRecipe, KTDARecipe, MTDFRecipe, DASegNetRecipe)
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
+Override = str | tuple[str, object]
+"""`key.path=value`, where the value is YAML, or key path and value."""
+
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+_SHOWN = 20
+"""Problems listed at most."""
 
 
 RENAMED: Mapping[str, str] = MappingProxyType(
@@ -62,53 +68,50 @@ def find_recipe(name: str) -> Path:
         RecipeError: there is none; the message names the nearest packaged recipe.
     """
     packaged = packaged_recipes()
-    for candidate in (Path(name), Path(f"{name}.yaml")):
-        if candidate.is_file():
-            return candidate
-        if candidate.name == str(candidate) and candidate.name in packaged:
-            return packaged[candidate.name]
+    try:
+        for candidate in (Path(name), Path(f"{name}.yaml")):
+            if candidate.is_file():
+                return candidate
+            if candidate.name == str(candidate) and candidate.name in packaged:
+                return packaged[candidate.name]
+        if Path(name).exists():
+            raise RecipeError(f"{name}: is not a regular file. Give a recipe file.")
+    except OSError as error:
+        raise RecipeError(f"{shortened(name)}: {error.strerror}. Give a recipe file.") from None
     near = difflib.get_close_matches(Path(name).stem, [Path(file).stem for file in packaged], n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise RecipeError(f"{name}: no such recipe file. {hint}`rsseg recipe ls` lists the packaged recipes.")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
+def read_recipe(name: str) -> RecipeSource:
+    """The text of a recipe; raises `RecipeError` where there is none or it is no text, see `find_recipe`."""
+    path = find_recipe(name)
+    return RecipeSource(str(path), read_text(path, RecipeError))
+
+
+def load_recipe(name: str, overrides: Sequence[Override] = (), *, method: str | None = None) -> Recipe:
     """Read and validate a recipe.
 
     Args:
         name: path or packaged name.
-        overrides: `key.path=value` strings; the value is YAML. Validated together with the file.
+        overrides: validated together with the file.
         method: must agree with the recipe's own, if given.
 
     Raises:
         RecipeError: one line per problem: file, line, key path, problem, nearest valid key.
     """
-    path = find_recipe(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}. Give a text file.") from None
-    return parse_recipe(RecipeSource(str(path), text), overrides, method=method)
+    return parse_recipe(read_recipe(name), overrides, method=method)
 
 
-def parse_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
+def parse_recipe(source: RecipeSource, overrides: Sequence[Override] = (), *, method: str | None = None) -> Recipe:
     """Validate a recipe's text; see `load_recipe`."""
-    try:
-        tree = yaml.compose(source.text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(source.text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{source.label}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    document = load_yaml(source.text, source.label, RecipeError)
+    values = document.values
     if not isinstance(values, dict):
         raise RecipeError(f"{source.label}: a recipe is a mapping of keys to values; this file holds none.")
     for override in overrides:
         _apply_override(values, override)
-    try:
-        recipe = _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        lines = [_explain(problem, source.label, tree, values) for problem in error.errors()]
-        raise RecipeError("\n".join(lines)) from None
+    recipe = _validated(values, source.label, document)
     if method is not None and method != recipe.method:
         raise RecipeError(
             f"{source.label}: the recipe is for method {recipe.method!r}, but --method says {method!r}. "
@@ -119,11 +122,7 @@ def parse_recipe(source: RecipeSource, overrides: Sequence[str] = (), *, method:
 
 def recipe_from_dict(values: dict[str, Any], label: str) -> Recipe:
     """Validate a recipe stored as JSON, in a model file or a run folder."""
-    try:
-        return _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        lines = [_explain(problem, label, None, values) for problem in error.errors()]
-        raise RecipeError("\n".join(lines)) from None
+    return _validated(values, label, YamlDocument(values))
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -136,14 +135,24 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"--set {override}: write it as key.path=value, such as trainer.steps=100.")
+def _validated(values: dict[str, Any], label: str, document: YamlDocument) -> Recipe:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        problems = error.errors()
+        lines = [_explain(problem, label, document, values) for problem in problems[:_SHOWN]]
+        lines += [f"{label}: {len(problems) - _SHOWN} more problems."] if len(problems) > _SHOWN else []
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _apply_override(values: dict[str, Any], override: Override) -> None:
+    if isinstance(override, str):
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {shortened(override)}: write it as key.path=value, such as trainer.steps=100.")
+        value = load_yaml(text, f"--set {key}", RecipeError).values
+    else:
+        key, value = override
     *parents, leaf = key.split(".")
     node = values
     for part in parents:
@@ -151,17 +160,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"--set {override}: {part} is {child!r} in the recipe, it has no key {leaf!r}.")
+            raise RecipeError(f"--set {key}: {part} is {shortened(child)} in the recipe, it has no key {leaf!r}.")
         node = child
     node[leaf] = value
 
 
-def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str, Any]) -> str:
+def _explain(problem: Any, label: str, document: YamlDocument, values: dict[str, Any]) -> str:
     """One line for one Pydantic error."""
     path = [part for part in problem["loc"] if not (part in METHODS and part == problem["loc"][0])]
-    line = _line_of(tree, path)
+    line = document.line_of(path)
     where = f"{label}, line {line}" if line else label
-    key = ".".join(str(part) for part in path)
+    key = ".".join(str(part) for part in path)[:200]
     match problem["type"]:
         case "extra_forbidden" if path[-1] in RENAMED:
             return f"{where}: unknown key {key!r}. It was renamed: write {RENAMED[path[-1]]}."
@@ -174,27 +183,10 @@ def _explain(problem: Any, label: str, tree: yaml.Node | None, values: dict[str,
         case "union_tag_not_found":
             return f"{where}: 'method' is missing; it is one of {', '.join(METHODS)}."
         case "union_tag_invalid":
-            return f"{where}: method {values.get('method')!r} is unknown; it is one of {', '.join(METHODS)}."
+            return f"{where}: method {shortened(values.get('method'))} is unknown; it is one of {', '.join(METHODS)}."
     message = str(problem["msg"]).removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    shown = "" if isinstance(problem["input"], dict) else f" (found {shortened(problem['input'])})"
     return f"{where}: {key + ': ' if key else ''}{message}{shown}."
-
-
-def _line_of(tree: yaml.Node | None, path: Sequence[Any]) -> int | None:
-    """1-based line of the deepest part of `path` that is in the file."""
-    line, node = None, tree
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
 
 
 def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:

@@ -25,6 +25,7 @@ data | backbones | layers | runs
 checkpoint | metrics | vector
 foreign | raster
 task | config | files | distributed | gdal | text
+fields
 errors
 """
 
@@ -122,8 +123,8 @@ def test_module_is_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-def test_help_and_validate_do_not_import_torch() -> None:
+def test_help_validate_info_and_runs_do_not_import_torch() -> None:
     heavy = "{'torch', 'timm', 'rasterio'} & set(sys.modules)"
-    code = f"import sys, rsseg, rsseg.cli, rsseg.recipe; sys.exit(', '.join({heavy}) or 0)"
+    code = f"import sys, rsseg, rsseg.cli, rsseg.recipe, rsseg.runs; sys.exit(', '.join({heavy}) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"imported at start: {result.stderr}"

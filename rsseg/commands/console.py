@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rsseg.metrics import Scores
@@ -66,8 +67,9 @@ def print_table(
         numeric = all(isinstance(row[i], int | float) or row[i] == "-" for row in cells)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        table.add_row(*(f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell) for cell in row))
-    stdout().print(table, markup=False)
+        # Text, because brackets in a plain cell would be taken for markup.
+        table.add_row(*(Text(f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell)) for cell in row))
+    stdout().print(table)
 
 
 def print_scores(scores: "Scores") -> None:

@@ -14,7 +14,7 @@ def info(
 ) -> None:
     """Show the classes and the training of a model, or the bands and the grid of a scene. Reads the header only."""
     path = Path(name)
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.is_dir():
         _show_model(path, as_json=as_json)
     else:
         _show_scene(name, as_json=as_json)
@@ -31,11 +31,11 @@ def _show_model(model: Path, *, as_json: bool) -> None:
         return
     task = header.task
     facts = [
-        ("method", header.recipe["method"]),
-        ("recipe", header.recipe["name"]),
+        ("method", header.recipe.get("method")),
+        ("recipe", header.recipe.get("name")),
         ("bands", ", ".join(task.bands)),
         ("pixel type", task.dtype),
-        *((f"backbone {role}", f"{b['name']} ({b['license']})") for role, b in header.backbones.items()),
+        *((f"backbone {role}", f"{b.get('name')} ({b.get('license')})") for role, b in header.backbones.items()),
         *((f"training {key}", str(value)) for key, value in header.training.items()),
         *((f"made with {key}", value) for key, value in header.made_with.items()),
     ]

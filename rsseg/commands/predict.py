@@ -204,7 +204,8 @@ def _options(**values: Any) -> "SceneOptions":
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
-        raise UsageError(f"{name} {first['input']}: {first['msg'].lower()}.") from None
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise UsageError(f"{name} {first['input']}: {message}.") from None
 
 
 def _bytes(text: str | None) -> int | None:

@@ -31,9 +31,9 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 @app.command()
 def cat(recipe: Name) -> None:
     """Print the text of a recipe."""
-    from rsseg.recipe import find_recipe
+    from rsseg.recipe import read_recipe
 
-    print_result(find_recipe(recipe).read_text(encoding="utf-8").rstrip())
+    print_result(read_recipe(recipe).text.rstrip())
 
 
 @app.command()
@@ -43,18 +43,19 @@ def cp(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    from rsseg.recipe import find_recipe
+    from rsseg.files import write_text
+    from rsseg.recipe import read_recipe
 
-    source = find_recipe(recipe)
-    file = target / source.name if target.is_dir() else target
+    source = read_recipe(recipe)
+    file = target / Path(source.label).name if target.is_dir() else target
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists. Choose another name, or add --overwrite.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}. Choose another place.") from None
-    print_note(f"Copied {source.name} to {file}.")
+    write_text(file, source.text)
+    print_note(f"Copied {source.label} to {file}.")
 
 
 @app.command()

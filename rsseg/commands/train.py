@@ -1,8 +1,6 @@
 """`rsseg train`."""
 
-import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +58,7 @@ def train(
         "trainer.max_hours": max_hours,
         "seed": seed,
     }
-    # Overrides are YAML: text is quoted, so that a folder may be called 2024 or yes.
-    quote = partial(json.dumps, default=str, ensure_ascii=False)
-    given = (f"{key}={quote(value)}" for key, value in flags.items() if value is not None)
-    settings = [*(overrides or ()), *given]
+    settings = [*(overrides or ()), *((key, value) for key, value in flags.items() if value is not None)]
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
@@ -83,7 +78,7 @@ def train(
 def _train(
     loaded: "Recipe", recipe: str, options: dict[str, Any], *, check: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from rsseg.recipe import find_recipe
+    from rsseg.recipe import read_recipe
     from rsseg.training import run
     from rsseg.training.progress import LineProgress, LiveProgress
 
@@ -94,7 +89,7 @@ def _train(
     if check:
         print_note(run.check(loaded))
         return
-    source = find_recipe(recipe).read_text(encoding="utf-8")
+    source = read_recipe(recipe).text
     progress = LiveProgress(stderr()) if is_live() else LineProgress()
     try:
         result = run.train(loaded, progress=progress, source=source, **options)

@@ -70,7 +70,7 @@ def import_checkpoint(
         raise UsageError(f"{output} is the checkpoint to import. Choose another name for the model.")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
-    loaded = load_recipe(recipe, [f"data.path={data}"] if data else (), method=method)
+    loaded = load_recipe(recipe, [("data.path", data)] if data else (), method=method)
     task = Datasets(loaded.data).task if data else find_card(loaded.data.path.name).task()
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")

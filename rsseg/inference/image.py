@@ -11,7 +11,16 @@ from torch import Tensor
 
 from rsseg.config import EvalConfig
 from rsseg.inference.blend import Tile, argmax_classes, blend_logits
-from rsseg.inference.predict import Compute, Forward, choose_tiling, extended, predict_strips, predict_tile_logits
+from rsseg.inference.device import memory_errors
+from rsseg.inference.predict import (
+    NO_MEMORY,
+    Compute,
+    Forward,
+    choose_tiling,
+    extended,
+    predict_strips,
+    predict_tile_logits,
+)
 from rsseg.inference.tiling import TilePlan, plan_tiles
 from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
@@ -43,16 +52,20 @@ def predict_image(
 
     Returns:
         uint8 (H, W) class indices. Where the image has no data they mean nothing.
+
+    Raises:
+        MachineError: the device has too little memory for a single tile.
     """
     pixels = _filled(segmenter, image, valid)
     views = _views_of(config)
-    if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
-        plan, tiles, compute = _tiles_of(segmenter, pixels, config, device)
-        strips = predict_strips(segmenter, tiles, plan, config.blend, compute)
-        return np.concatenate([strip.classes for strip in strips])
-    if len(views) == 1:
-        return argmax_classes(_view_logits(segmenter, pixels, views[0], config, device))
-    return argmax_classes(_mean_probabilities(segmenter, pixels, config, device))
+    with memory_errors(NO_MEMORY.format(device=device)):
+        if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
+            plan, tiles, compute = _tiles_of(segmenter, pixels, config, device)
+            strips = predict_strips(segmenter, tiles, plan, config.blend, compute)
+            return np.concatenate([strip.classes for strip in strips])
+        if len(views) == 1:
+            return argmax_classes(_view_logits(segmenter, pixels, views[0], config, device))
+        return argmax_classes(_mean_probabilities(segmenter, pixels, config, device))
 
 
 def predict_probabilities(
@@ -64,7 +77,8 @@ def predict_probabilities(
     device: torch.device | str,
 ) -> Tensor:
     """Like `predict_image`, but float32 (H, W, K) probabilities in host memory, the mean over test-time views."""
-    return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device).cpu()
+    with memory_errors(NO_MEMORY.format(device=device)):
+        return _mean_probabilities(segmenter, _filled(segmenter, image, valid), config, device).cpu()
 
 
 def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:

@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
 
-from rsseg.inference.device import resolve_device
+from rsseg.inference.device import memory_errors, resolve_device
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model
 
+_INITIALIZERS = {f"{name}_" for name in ("uniform", "normal", "erfinv", "mul", "add", "clamp", "fill", "zero")} | {
+    f"{name}_" for name in ("constant", "ones", "zeros", "kaiming_uniform", "kaiming_normal", "xavier_uniform")
+}
 _TOLERANCE = 1e-3
 """Of the logits, relative to the largest: far above rounding in float32, far below a mistake."""
 
@@ -30,10 +34,30 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
 
     Raises:
         WeightsError: there is no model, or it is damaged, foreign, or of another version.
-        MachineError: there is no such device.
+        MachineError: there is no such device, or too little memory.
     """
     target = resolve_device(device)
-    return load_model(Path(path)).to(target)
+    file = Path(path)
+    with memory_errors(f"{file}: the network that this header describes does not fit into the memory."):
+        with _Uninitialized():
+            segmenter = load_model(file)
+        return segmenter.to(target)
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Skips the initialization of parameters, which are loaded afterwards.
+
+    It takes most of the time of building a network. Memory that is not written to is not allocated either, so that a
+    file that does not fit the network is refused in time.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in _INITIALIZERS:
+            return target
+        return func(*args, **(kwargs or {}))
 
 
 def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dtype) -> tuple[Segmenter, torch.dtype]:

@@ -22,10 +22,15 @@ from rsseg.inference.blend import (
     crop_classes,
     decide_kept,
 )
+from rsseg.inference.device import memory_errors
 from rsseg.inference.tiling import TilePlan, mirror
 from rsseg.methods.base import Segmenter
 
 Item = TypeVar("Item")
+NO_MEMORY = (
+    "the memory of {device} does not suffice for the network and its tiles. Give a smaller --tile or --batch-size "
+    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
+)
 TestTimeViews = Literal["none", "flip", "d4"]
 """`flip` adds the mirror image, `d4` all eight turns and mirrorings of a square."""
 
@@ -158,19 +163,23 @@ def predict_tiles(
         pairs = zip(batch, logits, strict=True)
         return [(tile, None if values is None else reduce(tile, values)) for tile, values in pairs]
 
+    def work(batch: list[Tile]) -> list[tuple[Tile, Item | None]]:
+        return reduced(batch, forward.tiles(batch))
+
     batches = _batches(tiles, compute.batch_size)
-    if compute.parallel_batches > 1:
-        yield from _in_parallel(lambda batch: reduced(batch, forward.tiles(batch)), batches, compute.parallel_batches)
-        return
-    # A GPU computes asynchronously: it gets the next batch before the host waits for the logits of the last one.
-    late = 1 if compute.device.type == "cuda" else 0
-    waiting: deque[tuple[list[Tile], list[TileLogits | None]]] = deque()
-    for batch in batches:
-        waiting.append((batch, forward.tiles(batch)))
-        if len(waiting) > late:
-            yield from reduced(*waiting.popleft())
-    for pending in waiting:
-        yield from reduced(*pending)
+    with memory_errors(NO_MEMORY.format(device=compute.device)):
+        if compute.parallel_batches > 1:
+            yield from _in_parallel(work, batches, compute.parallel_batches)
+            return
+        # A GPU computes asynchronously: it gets the next batch before the host waits for the logits of the last one.
+        late = 1 if compute.device.type == "cuda" else 0
+        waiting: deque[tuple[list[Tile], list[TileLogits | None]]] = deque()
+        for batch in batches:
+            waiting.append((batch, forward.tiles(batch)))
+            if len(waiting) > late:
+                yield from reduced(*waiting.popleft())
+        for pending in waiting:
+            yield from reduced(*pending)
 
 
 def _batches(tiles: Iterable[Tile], size: int) -> Iterator[list[Tile]]:
@@ -203,9 +212,18 @@ class Forward:
         logits = iter(self(full[0][None] if len(full) == 1 else torch.stack(full))) if full else iter(())
         return [None if tile.is_empty else next(logits) for tile in batch]
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[TileLogits]:
-        """The logits of each image."""
+        """The logits of each image; a batch that does not fit into memory is halved."""
+        try:
+            return self._forward(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        # Here, where the exception no longer holds the tensors of the failed forward.
+        return [logits for half in images.chunk(2) for logits in self(half)]
+
+    @torch.inference_mode()
+    def _forward(self, images: Tensor) -> list[TileLogits]:
         device, poses = self.compute.device, self.compute.poses
         if device.type == "cuda":
             # From pinned memory the copy overlaps with the last batch's forward.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from rsseg.errors import DataError, RssegError, UsageError
-from rsseg.files import PRODUCT_ENDING, append_line, check_outputs
+from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder
 from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, is_ending, list_outputs, prepare_scene
@@ -58,15 +58,17 @@ def find_scenes(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         path = Path(name)
-        if not is_local(name) or len(path.name.encode()) > 255:
+        if not is_local(name):
             inside, what = [name], ""
-        elif path.is_dir():
-            inside = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+        elif is_folder(path):
+            files = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+            # A link to nowhere is reported; a pipe or a folder is no scene.
+            inside = sorted(str(p) for p in files if p.is_file() or (p.is_symlink() and not p.exists()))
             what = f"no raster in this folder (looked for {', '.join(SUFFIXES)})"
-        elif path.suffix.lower() == ".txt" and path.is_file():
+        elif path.suffix.lower() == ".txt" and is_file(path):
             inside = [line if not is_local(line) else str(path.parent / line) for line in read_list(path)]
             what = "no scene in this list"
-        elif any(c in name for c in "*?[") and not path.exists():
+        elif any(c in name for c in "*?[") and not is_file(path):
             inside = sorted(glob.glob(_pattern(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
             what = "no file has such a name"
         else:
@@ -108,12 +110,12 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     """
     number, parts = part
     if not 1 <= number <= parts:
-        raise UsageError(f"--part {number}/{parts}: write 1/{parts} to {parts}/{parts}.")
+        raise UsageError(f"--part {number}/{parts}: there is no such part. Write 1/4 for the first of four.")
     names = [f"{Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two scenes would be written to {twice[0]}; predict them into different folders.")
-    is_folder = output is not None and (len(scenes) > 1 or output.is_dir() or output.suffix == "")
-    if output is not None and not is_folder:
+    into_folder = output is not None and (len(scenes) > 1 or is_folder(output) or output.suffix == "")
+    if output is not None and not into_folder:
         return [Target(scenes[0], output)][number - 1 :]
     targets = [Target(scene, (output or Path()) / name) for scene, name in zip(scenes, names, strict=True)]
     return targets[number - 1 :: parts]
@@ -223,14 +225,14 @@ def _is_done(scene: PreparedScene, options: SceneOptions) -> bool:
 
 
 def _is_output(name: str) -> bool:
-    return is_local(name) and Path(name).is_file() and made_from(name) is not None
+    return is_local(name) and is_file(name) and made_from(name) is not None
 
 
 def _pattern(path: Path) -> str:
     """The pattern with its literal part escaped: folders may have brackets in their names."""
     literal = Path()
     for number, part in enumerate(path.parts):
-        if not (literal / part).exists():
+        if not (is_folder(literal / part) or is_file(literal / part)):
             return str(Path(glob.escape(str(literal)), *path.parts[number:]))
         literal /= part
     return str(path)

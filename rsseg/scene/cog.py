@@ -11,6 +11,7 @@ import tifffile
 from pydantic import BaseModel, ConfigDict
 
 from rsseg.errors import DataError
+from rsseg.files import is_file
 
 _BLOCK = 512
 """Images up to this size need neither tiles nor overviews."""
@@ -46,7 +47,7 @@ def check_cog(path: Path) -> CogReport:
     Raises:
         DataError: no such file, or no TIFF that can be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: there is no such file.")
     try:
         with tifffile.TiffFile(path) as file:

@@ -1,8 +1,7 @@
 """What fits into memory: the network on its device, tiles, batches and panels."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +12,7 @@ from rsseg.inference.device import (
     Cost,
     keep_heap,
     measure_tile,
+    memory_errors,
     resident_bytes,
     resolve_device,
     resolve_precision,
@@ -37,6 +37,9 @@ _BASE_BYTES = 96 << 20
 """Memory that depends on nothing: caches of GDAL, kernels, threads."""
 _USUAL_BYTES = 500 << 20
 """Without `max_memory`, no more batches run in parallel than this holds."""
+OUT_OF_MEMORY = (
+    "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
+)
 _LEAST_TILE = 128
 _MOST_REDUNDANCY = 64
 """Most forwards that a pixel may take part in: more are a mistake, and would run for days."""
@@ -74,7 +77,7 @@ def prepare_network(segmenter: Segmenter, options: SceneOptions) -> PreparedNetw
     keep_heap()
     held = resident_bytes()
     device = resolve_device(options.device)
-    with memory_errors():
+    with memory_errors(OUT_OF_MEMORY):
         network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
     return PreparedNetwork(network, device, dtype, identify_model(segmenter), held)
 
@@ -88,20 +91,6 @@ def identify_model(segmenter: Segmenter) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise `MachineError` where memory of the device or of the machine does not suffice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not short:
-            raise
-        raise MachineError(
-            "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
-        ) from None
 
 
 @dataclass(frozen=True)

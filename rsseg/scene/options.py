@@ -1,13 +1,20 @@
 """Options, plan and result of a scene prediction."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", name):
+        raise ValueError("choose auto, cpu, cuda or cuda:N")
+    return name
 
 
 class SceneOptions(BaseModel):
@@ -29,7 +36,7 @@ class SceneOptions(BaseModel):
     """Value without data, instead of what the file declares."""
     zero_collar: bool = False
     """Pixels that are 0 in every band have no data."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the device computes with it, and float32 elsewhere."""

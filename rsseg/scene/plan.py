@@ -9,11 +9,12 @@ from pathlib import Path
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
 from rsseg.inference.blend import PixelOutputs
+from rsseg.inference.device import memory_errors
 from rsseg.inference.predict import Compute, Tiling, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
-from rsseg.scene.memory import PreparedNetwork, fit_memory, memory_errors
+from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
 from rsseg.scene.source import identify_files, local_file, open_scene, source_files
 from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
@@ -68,7 +69,7 @@ class PreparedScene:
         return self.products[0][0]
 
     @property
-    def wanted(self) -> PixelOutputs:
+    def pixel_outputs(self) -> PixelOutputs:
         """Values to compute for each pixel."""
         return PixelOutputs(self.options.confidence, self.options.probabilities)
 
@@ -142,6 +143,11 @@ def prepare_scene(
     """
     network = prepared.network
     with open_scene(scene, options, None) as raster:
+        if raster.info.colormap is not None and len(network.task.bands) > 1:
+            raise DataError(
+                f"{scene}: a palette image with one band; the model needs {len(network.task.bands)}. Convert it with "
+                "gdal_translate -expand rgb."
+            )
         try:
             bands = match_bands(raster.info, network.task.bands, options.bands)
         except DataError as error:
@@ -158,7 +164,7 @@ def prepare_scene(
     read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
     check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
     check_outputs([("--output", output.with_name(f"{output.name}.aux.xml"))], read, overwrite=True)
-    with memory_errors():
+    with memory_errors(OUT_OF_MEMORY):
         fit = fit_memory(prepared, info, [product for _, product in products], options)
     poses = poses_of(options.tta)
     return PreparedScene(

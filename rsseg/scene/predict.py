@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from rsseg.errors import MachineError
 from rsseg.inference.blend import Strip, Tile
-from rsseg.inference.device import HeapGuard
+from rsseg.inference.device import HeapGuard, memory_errors
 from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
-from rsseg.scene.memory import memory_errors, prepare_network
+from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.preview import draw_preview
@@ -89,7 +89,7 @@ def predict_prepared(
         The result; None from all processes but the main one.
     """
     start = time.perf_counter()
-    with memory_errors():
+    with memory_errors(OUT_OF_MEMORY):
         sink = _write_rasters(prepared, progress, share)
     if sink is None:
         return None
@@ -281,7 +281,7 @@ def _compute(
             panel.plan,
             prepared.options.blend,
             prepared.compute,
-            outputs=prepared.wanted,
+            outputs=prepared.pixel_outputs,
             report=report,
         )
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)

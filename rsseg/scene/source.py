@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError
+from rsseg.files import is_file
 from rsseg.inference.blend import Tile
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
 from rsseg.methods.base import Segmenter
@@ -79,9 +80,7 @@ def local_file(name: Path | str) -> Path | None:
     path = Path(re.sub(r"/vsi(zip|tar|gzip|7z|rar|cached|sparse|subfile)/|[{}]", "", str(name)))
     if is_local(name):
         path = Path(name)
-    with suppress(OSError):  # a name that is no path may be too long for one
-        return next((part for part in (path, *path.parents) if part.is_file()), None)
-    return None
+    return next((part for part in (path, *path.parents) if is_file(part)), None)
 
 
 def source_files(files: Iterable[str]) -> tuple[str, ...]:
@@ -92,7 +91,7 @@ def source_files(files: Iterable[str]) -> tuple[str, ...]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            if name.lower().endswith(".vrt") and Path(name).is_file():
+            if name.lower().endswith(".vrt") and is_file(name):
                 with suppress(RasterioError), rasterio.open(name) as file:
                     waiting += file.files
     return tuple(sorted(found))

@@ -15,6 +15,7 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine
 
 from rsseg.errors import DataError
+from rsseg.files import is_file, is_folder
 from rsseg.raster import RasterInfo, Window
 from rsseg.vector.grid import Grid, Points, reproject, transformed
 from rsseg.vector.write import VECTOR_ERRORS
@@ -81,10 +82,8 @@ def region_files(path: Path) -> tuple[Path, ...]:
 
 
 def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
-    if not path.exists():
+    if not (is_file(path) or is_folder(path)):
         raise DataError(f"{path}: there is no such file.")
-    if not (path.is_file() or path.is_dir()):
-        raise DataError(f"{path}: a pipe or device, not a file.")
     try:
         names = [name for name, geometry in pyogrio.list_layers(path) if geometry is not None]
         return [_read_layer(path, name) for name in names]

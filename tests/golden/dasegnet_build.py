@@ -1,122 +1,160 @@
-"""Networks of ST-DASegNet's golden cases, built from the authors' settings out of product classes."""
+"""ST-DASegNet's networks, built from the authors' settings out of product classes."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.timm_adapter import Architecture, build_pyramid
+from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid
+from rsseg.methods.dasegnet.importer import rename_tensors, unread_neck_levels
+from rsseg.methods.dasegnet.method import DASegNetMethod, assemble_method
+from rsseg.methods.dasegnet.network import assemble, build_decoder
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, DecoderConfig
-from rsseg.task import ClassInfo, Task
+from tests.golden.builders import check_loss, check_norm, make_task, unnormalized
+from tests.golden.case import Case
+from tests.golden.settings import Settings, plain
 
-RESNETS = {18: (BasicBlock, 1), 34: (BasicBlock, 1), 50: (Bottleneck, 4), 101: (Bottleneck, 4)}
-RESNET_LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {18: BasicBlock, 34: BasicBlock, 50: Bottleneck, 101: Bottleneck, 152: Bottleneck}
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+OUTPUT_STRIDES = {((1, 2, 1, 1), (1, 1, 2, 4)): 8, ((1, 2, 2, 1), (1, 1, 1, 2)): 16, ((1, 2, 2, 2), (1, 1, 1, 1)): 32}
+"""ResNet's strides and dilations per stage -> timm's output stride."""
 DECODERS = {"SegformerHead": "segformer", "DepthwiseSeparableASPPHead": "deeplabv3plus"}
+INPUT_MULTIPLE = 32
 
 
-def image_of(stored: Tensor) -> Tensor:
-    """The recorded exact transform; it stands for the students' own normalization."""
-    return (stored.float() - 127.5) / 64
-
-
-def make_task(num_classes: int) -> Task:
-    classes = tuple(ClassInfo(name=f"c{i}", value=i, color=(i, 0, 0)) for i in range(num_classes))
-    return Task(name="golden", classes=classes, bands=("red", "green", "blue"), scale=(1.0,) * 3, offset=(0.0,) * 3)
-
-
-def make_backbone(config: Mapping[str, Any]) -> Backbone:
+def make_backbone(config: Settings) -> Backbone:
     """MixVisionTransformer or ResNetV1c; takes images that are normalized already."""
-    match config["type"]:
-        case "MixVisionTransformer":
-            built = build_pyramid(mit(config))
-            for stage, (patch, stride) in enumerate(zip(config["patch_sizes"], config["strides"], strict=True)):
-                network = built.body.network
-                embed = network.patch_embed if stage == 0 else network.stages[stage].downsample
-                assert embed.proj.kernel_size == (patch, patch)
-                embed.proj.stride = (stride, stride)
-        case "ResNetV1c":
-            built = build_pyramid(resnet(config))
-            if config["depth"] < 50:
-                for stage in (built.body.network.layer3, built.body.network.layer4):
-                    for block in stage:  # their basic block dilates its first convolution only
-                        block.conv2.dilation = block.conv2.padding = (1, 1)
-        case other:
-            raise AssertionError(f"no such backbone: {other}")
-    info = BackboneInfo(
-        name="golden",
-        timm_name="",
-        kind="pyramid",
-        channels=built.channels,
-        strides=built.strides,
-        input_multiple=32,
-        patch_size=None,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        license="",
-    )
-    return Backbone(info, built.body)
+    config.expect("num_stages", 4)
+    config.expect("out_indices", [0, 1, 2, 3])
+    config.expect("pretrained", None)
+    make = {"MixVisionTransformer": mit, "ResNetV1c": resnet}
+    assert config["type"] in make, f"there is no backbone {config['type']!r}"
+    bands = config.get("in_channels", 3)
+    return unnormalized(make[config["type"]](config), multiple=INPUT_MULTIPLE, bands=bands)
 
 
-def mit(config: Mapping[str, Any]) -> Architecture:
-    assert config["qkv_bias"]
-    assert not (config["drop_rate"])
-    assert not (config["attn_drop_rate"])
-    return Architecture(
+def mit(config: Settings) -> Built:
+    for key, value in (("qkv_bias", True), ("drop_rate", 0.0), ("attn_drop_rate", 0.0), ("with_cp", False)):
+        config.expect(key, value)
+    architecture = Architecture(
         "pvt_v2_b0",
-        bands=config["in_channels"],
+        bands=config.get("in_channels", 3),
         drop_path=config["drop_path_rate"],
         arguments={
-            "depths": config["num_layers"],
+            "depths": plain(config["num_layers"]),
             "embed_dims": [config["embed_dims"] * heads for heads in config["num_heads"]],
-            "num_heads": config["num_heads"],
-            "sr_ratios": config["sr_ratios"],
-            "mlp_ratios": (config["mlp_ratio"],) * config["num_stages"],
+            "num_heads": plain(config["num_heads"]),
+            "sr_ratios": plain(config["sr_ratios"]),
+            "mlp_ratios": (config["mlp_ratio"],) * len(config["num_heads"]),
         },
         norm_eps=1e-6,
     )
+    built = build_pyramid(architecture)
+    network = built.body.network
+    for stage, (patch, stride) in enumerate(zip(config["patch_sizes"], config["strides"], strict=True)):
+        embed = network.patch_embed if stage == 0 else network.stages[stage].downsample
+        assert embed.proj.kernel_size == (patch, patch), f"patch_sizes: stage {stage} has {embed.proj.kernel_size}"
+        embed.proj.stride = (stride, stride)
+    return built
 
 
-def resnet(config: Mapping[str, Any]) -> Architecture:
-    assert config["dilations"] == [1, 1, 2, 4]
-    assert config["strides"] == [1, 2, 1, 1]
-    assert config["contract_dilation"]
-    assert config["style"] == "pytorch"
-    block, _ = RESNETS[config["depth"]]
-    base = config.get("base_channels", 64)
-    return Architecture(
+def resnet(config: Settings) -> Built:
+    check_norm(config)
+    for key, value in (
+        ("style", "pytorch"),
+        ("contract_dilation", True),
+        ("deep_stem", True),
+        ("avg_down", False),
+        ("norm_eval", False),
+        ("frozen_stages", -1),
+    ):
+        config.expect(key, value)
+    depth, base = config["depth"], config.get("base_channels", 64)
+    geometry = tuple(plain(config["strides"])), tuple(plain(config["dilations"]))
+    architecture = Architecture(
         "resnet18",
+        bands=config.get("in_channels", 3),
         arguments={
-            "block": block,
-            "layers": RESNET_LAYERS[config["depth"]],
+            "block": BLOCKS[depth],
+            "layers": LAYERS[depth],
             "channels": tuple(base * 2**i for i in range(4)),
             "stem_width": config.get("stem_channels", 64) // 2,
             "stem_type": "deep",
-            "output_stride": 8,
+            "output_stride": OUTPUT_STRIDES[geometry],
         },
     )
+    built = build_pyramid(architecture)
+    if BLOCKS[depth] is BasicBlock:
+        for stage in (built.body.network.layer3, built.body.network.layer4):
+            for block in stage:  # their basic block dilates its first convolution only
+                block.conv2.dilation = block.conv2.padding = (1, 1)
+    return built
 
 
-def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
-    assert not config["align_corners"]
+def decoder_config(config: Settings) -> DecoderConfig:
+    check_norm(config)
+    for key, value in (("align_corners", False), ("interpolate_mode", "bilinear"), ("ignore_index", 255)):
+        config.expect(key, value)
+    plain([config["in_channels"], config.get("c1_in_channels")])  # strict loading checks the widths
     values: dict[str, Any] = {
         "type": DECODERS[config["type"]],
         "channels": config["channels"],
         "dropout": config["dropout_ratio"],
     }
     if values["type"] == "deeplabv3plus":
-        values |= {"dilations": config["dilations"], "low_channels": config["c1_channels"]}
+        config.expect("in_index", 3, -1)
+        values |= {"dilations": plain(config["dilations"]), "low_channels": config["c1_channels"]}
+    else:
+        config.expect("in_index", [0, 1, 2, 3])
     return DecoderConfig(**values)
 
 
-def make_recipe(segmentor: Mapping[str, Any], optimizers: Mapping[str, Any]) -> DASegNetRecipe:
-    """The recipe that says what the authors' settings say."""
-    ema, gan = segmentor["cross_EMA"], segmentor["discriminator_s"]["gan_loss"]
-    assert segmentor["discriminator_s"] == segmentor["discriminator_t"]
-    assert (gan["real_label_val"], gan["fake_label_val"]) == (1.0, 0.0)
-    main = optimizers.get("backbone_s", {"type": "AdamW", "lr": 1e-4})
+def neck_values(config: Settings) -> dict[str, Any]:
+    """Keyword arguments of our neck of several levels."""
+    config.expect("type", "ML_DSKNeck")
+    config.expect("in_index", list(range(len(config["in_channels"]))))
+    plain(config.get("r"))  # the authors' neck of several levels hands on L but not r, whose default is 8
+    return {"type": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
+
+
+def gan_values(config: Settings) -> dict[str, Any]:
+    """Loss and weights of a discriminator's GAN loss."""
+    config.expect("type", "GANLoss")
+    return {
+        "loss": config["gan_type"].lower(),
+        "weight": config.get("loss_weight", 1.0),
+        "real_value": config.get("real_label_val", 1.0),
+        "fake_value": config.get("fake_label_val", 0.0),
+    }
+
+
+def discriminator_values(config: Settings) -> dict[str, Any]:
+    """Keyword arguments of our discriminator, `in_channels` left out."""
+    config.expect("type", "AdapSegDiscriminator")
+    config.expect("norm_cfg", {"type": "IN"})
+    plain(config["in_channels"])  # strict loading checks the width
+    return {"convs": config["num_conv"], "base_channels": config["base_channels"]}
+
+
+def make_recipe(segmentor: Settings, optimizers: Mapping[str, Settings]) -> DASegNetRecipe:
+    """Recipe equivalent to the authors' settings."""
+    segmentor.expect("type", "EncoderDecoder_forSTDASegNet")
+    segmentor.expect("pretrained", None)
+    segmentor.expect("train_cfg", {}, None)
+    unknown = set(plain(segmentor.get("test_cfg") or {})) - {"mode", "crop_size", "stride"}
+    assert not unknown, f"test_cfg: unknown {sorted(unknown)}"
+    ema, gan = segmentor["cross_EMA"], gan_values(segmentor["discriminator_s"]["gan_loss"])
+    assert plain(segmentor["discriminator_s"]) == plain(segmentor["discriminator_t"])
+    assert (gan["real_value"], gan["fake_value"]) == (1.0, 0.0)
+    heads = (segmentor["decode_head_s"], segmentor["decode_head_t"], ema["decode_head_EMA"])
+    weights = [check_loss(head) for head in heads]
+    assert {entry["loss_weight"] for entry in weights} == {1.0}
+    decoders = [decoder_config(head) for head in heads]
+    assert decoders[0] == decoders[1] == decoders[2]
+    assert len({head["num_classes"] for head in heads}) == 1
+    main = optimizers.get("backbone_s", Settings({"type": "AdamW", "lr": 1e-4}))
     head = optimizers.get("decode_head_s", main)
     values: dict[str, Any] = {
         "method": "dasegnet",
@@ -125,52 +163,72 @@ def make_recipe(segmentor: Mapping[str, Any], optimizers: Mapping[str, Any]) -> 
         "trainer": {"batch_size": 2},
         "backbone": {"name": "mit_b0", "weights": "random"},
         "neck": neck_values(segmentor["dsk_neck"]),
-        "decoder": decoder_config(segmentor["decode_head_s"]).model_dump(),
+        "decoder": decoders[0].model_dump(),
         "adversarial": {
-            "weight": gan["loss_weight"],
-            "loss": gan["gan_type"].lower(),
-            "convs": segmentor["discriminator_s"]["num_conv"],
-            "base_channels": segmentor["discriminator_s"]["base_channels"],
+            "weight": gan["weight"],
+            "loss": gan["loss"],
+            **discriminator_values(segmentor["discriminator_s"]),
         },
         "self_training": {
             "weight": ema["training_ratio"],
             "confidence": ema["pseudo_threshold"],
             "rare_confidence": ema["pseudo_rare_threshold"],
-            "class_weights": ema["pseudo_class_weight"],
+            "class_weights": plain(ema["pseudo_class_weight"]),
             "missing_class_weights": "class_index",
             "teacher": {"type": ema["type"], "decay": ema["decay"]},
         },
-        "source_decoder_weights": segmentor["decode_head_s"]["loss_decode"]["class_weight"],
-        "target_decoder_weights": segmentor["decode_head_t"]["loss_decode"]["class_weight"],
+        "source_decoder_weights": plain(weights[0]["class_weight"]),
+        "target_decoder_weights": plain(weights[1]["class_weight"]),
         "head_lr_scale": head["lr"] / main["lr"],
-        "optimizers": {
-            ours: optimizer_values(optimizers.get(theirs, {"type": "Adam", "lr": 1e-4}))
-            for ours, theirs in (
-                ("main", "backbone_s"),
-                ("disc_source", "discriminator_s"),
-                ("disc_target", "discriminator_t"),
-            )
-        },
+        "weight_decay_exempt": "names_with_norm" if exempts_norms(main) else "none",
+        "optimizers": {name: {"name": "adamw", "lr": 1e-4} for name in ("main", "disc_source", "disc_target")},
     }
+    plain(segmentor["dsk_neck"]["in_channels"])
     return DASegNetRecipe.model_validate(values)
 
 
-def neck_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    # the authors' neck of several levels hands on L but not r, whose default is 8
-    return {"type": config["dsk_type"], "reduction": 8, "min_width": config["L"]}
+def exempts_norms(optimizer: Settings) -> bool:
+    """Whether an optimizer's settings exempt norms from weight decay.
+
+    Two further keys of the authors' match no parameter of a sub-module: `head`, which asks for a higher rate, and
+    `pos_block`.
+    """
+    custom = plain(optimizer.get("paramwise_cfg", Settings({"custom_keys": {}})))["custom_keys"]
+    assert set(custom) <= {"norm", "head", "pos_block"}, f"paramwise_cfg: unknown {sorted(custom)}"
+    assert custom.get("norm", {"decay_mult": 0.0}) == {"decay_mult": 0.0}
+    return "norm" in custom
 
 
-def optimizer_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: config[key] for key in ("lr", "betas", "weight_decay", "momentum", "eps") if key in config}
-    return {"name": config["type"].lower(), "weight_decay": 0.0} | values
+def make_method(case: Case, optimizers: Mapping[str, Settings]) -> DASegNetMethod:
+    """The method of a case's settings, with its tensors."""
+    segmentor = case.meta["segmentor"]
+    recipe = make_recipe(segmentor, optimizers)
+    task = make_task(segmentor["decode_head_s"]["num_classes"])
+    students = (make_backbone(segmentor["backbone_s"]), make_backbone(segmentor["backbone_t"]))
+    segmenter = assemble(recipe, task, students)
+
+    def fresh(part: str) -> nn.Module:
+        if part == "backbone_target":
+            return make_backbone(segmentor["cross_EMA"]["backbone_EMA"])
+        return build_decoder(recipe.decoder, segmenter.decoder_channels, task.num_classes)
+
+    if "backbone_EMA" in segmentor["cross_EMA"]:
+        plain(segmentor["cross_EMA"]["backbone_EMA"])  # not every kind of teacher has one
+    method = assemble_method(recipe, segmenter, fresh)
+    renamed = our_names(method, case.group("init") or case.group("state"))
+    own = method.state_dict()
+    assert set(renamed) == set(own), set(renamed) ^ set(own)
+    method.load_state_dict({name: tensor.clone() for name, tensor in renamed.items()})
+    return method
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    module.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True)
-
-
-def grads(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in module.named_parameters()
-    }
+def our_names(method: DASegNetMethod, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' tensors under the names of the method's state dict, without neck levels that no decoder reads."""
+    tensors = rename_tensors(state)
+    unread = unread_neck_levels(tensors.segmenter, method.segmenter.state_dict())
+    renamed = {f"segmenter.{name}": tensor for name, tensor in tensors.segmenter.items() if name not in unread}
+    renamed |= tensors.discriminators
+    for name, tensor in tensors.teacher.items():
+        part, _, rest = name.partition(".")
+        renamed[f"teacher.averages.{part}.module.{rest}"] = tensor
+    return renamed

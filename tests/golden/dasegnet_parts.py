@@ -1,11 +1,13 @@
-"""Golden cases of ST-DASegNet's modules and rules."""
+"""ST-DASegNet's golden cases of single modules and rules."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rsseg.layers.blocks import has_batch_norm
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
 from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, gan_loss, spatial_softmax, upsampled
 from rsseg.methods.dasegnet.importer import (
@@ -19,36 +21,46 @@ from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
 from rsseg.methods.dasegnet.network import build_decoder
 from rsseg.methods.dasegnet.recipe import SelfTrainingConfig, TeacherConfig
 from rsseg.methods.dasegnet.self_training import AVERAGED, Teacher, pseudo_labels
-from tests.golden.dasegnet_build import decoder_config, grads, load_exactly, make_backbone, neck_values
-from tests.golden.harness import Case, Handler
+from tests.golden.builders import check_loss, grad_of, gradients, load_exactly, norm
+from tests.golden.case import Case
+from tests.golden.dasegnet_build import (
+    decoder_config,
+    discriminator_values,
+    gan_values,
+    make_backbone,
+    neck_values,
+)
+from tests.golden.harness import Drivers
+from tests.golden.settings import plain
 
 Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def check_gradients(case: Case, module: nn.Module, rename: Rename, inputs: Mapping[str, Tensor]) -> None:
-    for key, tensor in inputs.items():
-        assert tensor.grad is not None
-        case.check(tensor.grad, f"grad.{key}", "grad")
-    actual = grads(module)
+    """Compare recorded gradients of inputs, and of all parameters or none."""
+    recorded = {key for key in inputs if case.has(f"grad.{key}")}
+    for key in sorted(recorded):
+        case.check(grad_of(inputs[key]), f"grad.{key}", "grad")
     expected = rename(case.group("grad.param"))
-    assert set(actual) == set(expected)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, **case.tolerance("grad"), msg=lambda t, n=name: f"{n}: {t}")
+    found = gradients(module)
+    assert not expected or set(found) == set(expected), set(found) ^ set(expected)
+    case.check_named(found, expected)
 
 
 def check_neck(case: Case, module: nn.Module, rename: Rename) -> None:
+    """Both outputs of every level, and gradients of sum(out * cotangent)."""
     load_exactly(module, rename(case.group("state")))
     source, target = ([x.requires_grad_() for x in case.sequence(key)] for key in ("x_s", "x_t"))
     if isinstance(module, DisentangledNeck):
         refined = module(source, target)
     else:
         refined = tuple((maps,) for maps in module(source[0], target[0]))
-    objective = torch.zeros(())
-    for style, maps in zip("st", refined, strict=True):
-        for level, actual in enumerate(maps):
-            case.check(actual, f"out_{style}.{level}")
-            objective = objective + (actual * case.tensors[f"cot_{style}.{level}"]).sum()
-    objective.backward()
+    compared = [case.check_maps(maps, f"out_{style}") for style, maps in zip("st", refined, strict=True)]
+    assert all(compared), f"{case.name}: {compared} maps are recorded"
+    cotangents = [case.sequence(f"cot_{style}") for style in "st"]
+    if not all(cotangents):
+        return
+    torch.autograd.backward([*refined[0], *refined[1]], [*cotangents[0], *cotangents[1]])
     inputs = {f"x_s.{i}": x for i, x in enumerate(source)} | {f"x_t.{i}": x for i, x in enumerate(target)}
     check_gradients(case, module, rename, inputs)
 
@@ -58,61 +70,81 @@ def check_level(case: Case) -> None:
     module = DisentangledLevel(
         config["in_channels"],
         universal=config["type"] == "DS2Neck",
-        reduction=config["r"],
-        min_width=config["L"],
+        reduction=config.get("r", 8),
+        min_width=config.get("L", 8),
     )
     check_neck(case, module, rename_neck_level)
 
 
 def check_levels(case: Case) -> None:
     config = case.meta["module"]
-    check_neck(case, DisentangledNeck(config["in_channels"], **neck_values(config)), rename_neck)
+    check_neck(case, DisentangledNeck(plain(config["in_channels"]), **neck_values(config)), rename_neck)
 
 
 def check_discriminator(case: Case) -> None:
+    """Softmax, logits, logits at image size, losses in both roles, and gradients of a weighted sum of losses."""
     config = case.meta["module"]
-    gan = config["gan_loss"]
-    module = PatchDiscriminator(config["in_channels"], base_channels=config["base_channels"], convs=config["num_conv"])
+    gan = gan_values(config["gan_loss"])
+    weight = gan.pop("weight")
+    module = PatchDiscriminator(config["in_channels"], **discriminator_values(config))
     load_exactly(module, rename_discriminator(case.group("state")))
     feature = case.tensors["feature"].requires_grad_()
     softened = spatial_softmax(feature)
-    case.check(softened, "sw_softmax")
     logits = module(softened)
-    case.check(logits, "disc_out")
-    judged = upsampled(logits, case.meta["image_size"])
-    case.check(judged.expand_as(case.tensors["disc_out_resized"]), "disc_out_resized")
+    resized = upsampled(logits, plain(case.meta["image_size"]))
+    for key, actual in {"sw_softmax": softened, "disc_out": logits}.items():
+        if case.has(key):
+            case.check(actual, key)
+    if case.has("disc_out_resized"):
+        case.check(resized.expand_as(case.tensors["disc_out_resized"]), "disc_out_resized")
 
-    def loss(real: bool) -> Tensor:
-        values = {"real_value": gan["real_label_val"], "fake_value": gan["fake_label_val"]}
-        return gan_loss(judged, real=real, kind=gan["gan_type"].lower(), **values)
+    def loss(real: bool, *, for_discriminator: bool) -> Tensor:
+        value = gan_loss(resized, real=real, for_discriminator=for_discriminator, **gan)
+        return value if for_discriminator else weight * value
 
-    case.check(gan["loss_weight"] * loss(True), "loss_real")
-    case.check(gan["loss_weight"] * loss(False), "loss_fake")
-    case.check(loss(True), "loss_real_is_disc")
-    (gan["loss_weight"] * (1000 * loss(True) + 300 * loss(False))).backward()
-    check_gradients(case, module, rename_discriminator, {"feature": feature})
+    losses = {
+        f"loss_{name}{suffix}": loss(real, for_discriminator=bool(suffix))
+        for name, real in (("real", True), ("fake", False))
+        for suffix in ("", "_is_disc")
+    }
+    for key, actual in losses.items():
+        if case.has(key):
+            case.check(actual, key)
+    if "grad_objective" in case.meta:
+        weighted_sum(case.meta["grad_objective"], losses).backward()
+        check_gradients(case, module, rename_discriminator, {"feature": feature})
+
+
+def weighted_sum(text: str, terms: Mapping[str, Tensor]) -> Tensor:
+    """Value of `1000*loss_real + 300*loss_fake (comment)`."""
+    parts = re.findall(r"(?:([\d.]+)\s*\*\s*)?([a-z]\w*)", text.partition("(")[0])
+    assert parts, f"unknown objective {text!r}"
+    assert all(name in terms for _, name in parts), f"unknown objective {text!r}"
+    return torch.stack([float(factor or 1) * terms[name] for factor, name in parts]).sum()
 
 
 def check_gan_loss(case: Case) -> None:
-    for row in case.meta["values"]:
+    """Compare the value of every row; the weight applies to generator losses only."""
+    for i, row in enumerate(case.meta["values"]):
+        values = gan_values(row)
+        weight = values.pop("weight")
+        for_discriminator = bool(row["is_disc"])
         actual = gan_loss(
-            case.tensors["input"],
+            case.tensors[row.get("input", "input")],
             real=bool(row["target_is_real"]),
-            kind=row["gan_type"].lower(),
-            real_value=row["real_label_val"],
-            fake_value=row["fake_label_val"],
+            for_discriminator=for_discriminator,
+            **values,
         )
-        weight = 1.0 if row["is_disc"] else row["loss_weight"]
-        torch.testing.assert_close(float(weight * actual), row["value"], **case.tolerance("loss"))
+        case.close(f"row {i}, {values['loss']}", actual if for_discriminator else weight * actual, row["value"], "loss")
 
 
 def check_spatial_softmax(case: Case) -> None:
     x = case.tensors["x"].requires_grad_()
     out = spatial_softmax(x)
     case.check(out, "out")
-    (out * case.tensors["cot"]).sum().backward()
-    assert x.grad is not None
-    case.check(x.grad, "grad.x", "grad")
+    if case.has("grad.x"):
+        (out * case.tensors["cot"]).sum().backward()
+        case.check(grad_of(x), "grad.x", "grad")
 
 
 def check_pseudo_labels(case: Case) -> None:
@@ -121,17 +153,19 @@ def check_pseudo_labels(case: Case) -> None:
         config = SelfTrainingConfig(
             confidence=entry["pseudo_threshold"],
             rare_confidence=entry["pseudo_rare_threshold"],
-            class_weights=entry["pseudo_class_weight"],
+            class_weights=plain(entry["pseudo_class_weight"]),
+            missing_class_weights="class_index",
         )
         logits = case.tensors[f"{tag}.pred"]
         actual = pseudo_labels(logits, logits.shape[-2:], None, config)
-        assert torch.equal(actual.labels, case.tensors[f"{tag}.label"].squeeze(1).long()), tag
+        labels = case.tensors[f"{tag}.label"]
+        case.close(f"{tag}.label", actual.labels.reshape(labels.shape), labels, rtol=0.0, atol=0.0)
         case.check(actual.weights, f"{tag}.weight", "weight")
-        torch.testing.assert_close(float(actual.ratio), entry["ratio"], **case.tolerance("weight"))
+        case.close(f"{tag} ratio", actual.ratio, entry["ratio"], "weight")
 
 
 class Bag(nn.Module):
-    """Any module's tensors under their names: parameters those that `trained` lists, the others buffers."""
+    """Module that holds given tensors by name: those in `trained` as parameters, the others as buffers."""
 
     def __init__(self, state: Mapping[str, Tensor], trained: set[str]) -> None:
         super().__init__()
@@ -149,6 +183,7 @@ class Bag(nn.Module):
 
 
 def check_ema(case: Case) -> None:
+    """Averaged parameters after every update; buffers keep their first values."""
     kind = case.meta["type"]
     parts = dict(zip(AVERAGED[kind], ema_pairs(kind, case.meta["pairs"]), strict=True))
     student, fresh = nn.Module(), {}
@@ -172,7 +207,8 @@ def check_ema(case: Case) -> None:
     for part, (_, average) in parts.items():
         buffers = dict(teacher.averaged(part).named_buffers())
         for name, expected in case.group(f"final_buffers.{average}").items():
-            assert torch.equal(buffers[name.replace(".", "/")], expected), name
+            label = f"final_buffers.{average}.{name}"
+            case.close(label, buffers[name.replace(".", "/")], expected, rtol=0.0, atol=0.0)
 
 
 def start_of_average(case: Case, theirs: str, average: str) -> dict[str, Tensor]:
@@ -197,56 +233,65 @@ def ema_pairs(kind: str, pairs: Any) -> list[tuple[str, str]]:
 
 
 def check_head(case: Case) -> None:
+    """Eval and train logits, cross-entropy with and without pixel weights, accuracy, gradients, averages after."""
     config = case.meta["module"]
     maps = [x.requires_grad_() for x in case.sequence("x")]
-    channels = [level.shape[1] for level in maps]
-    head = build_decoder(decoder_config(config), channels, config["num_classes"])
+    head = build_decoder(decoder_config(config), [level.shape[1] for level in maps], config["num_classes"])
     load_exactly(head, rename_decoder(case.group("state")))
     head.eval()
     case.check(head(maps), "logits_eval")
+    if not case.has("logits_train"):
+        return
     head.train()
     logits = head(maps)
     case.check(logits, "logits_train")
-    labels = case.tensors["label"].squeeze(1).long()
-    weights = config["loss_decode"]["class_weight"]
-    by_class = None if weights is None else torch.tensor(weights)
-    plain = cross_entropy(logits, labels, class_weights=by_class, divisor="all")
-    weighted = cross_entropy(
-        logits, labels, class_weights=by_class, pixel_weights=case.tensors["pixel_weight"], divisor="all"
-    )
-    case.check(plain, "loss_ce", "loss")
-    case.check(weighted, "loss_ce_weighted", "loss")
-    torch.testing.assert_close(pixel_accuracy(logits, labels).reshape(1), case.tensors["acc_seg"], rtol=1e-5, atol=1e-5)
-    (plain + 0.25 * weighted).backward()
-    used = {f"x.{i}": x for i, x in enumerate(maps) if x.grad is not None}
-    assert {f"grad.{key}" for key in used} == {key for key in case.tensors if key.startswith("grad.x.")}
-    check_gradients(case, head, rename_decoder, used)
-    state = head.state_dict()
-    for name, expected in rename_decoder(case.group("state_after")).items():
-        torch.testing.assert_close(state[name], expected, **case.tolerance("forward"))
+    labels = case.tensors["label"].reshape(-1, *case.tensors["label"].shape[-2:]).long()
+    loss = check_loss(config)
+    by_class = None if loss["class_weight"] is None else torch.tensor(plain(loss["class_weight"]))
+    pixel_weights = {"loss_ce": None, "loss_ce_weighted": case.tensors.get("pixel_weight")}
+    losses = {
+        key: loss["loss_weight"]
+        * cross_entropy(logits, labels, class_weights=by_class, pixel_weights=weights, divisor="all")
+        for key, weights in pixel_weights.items()
+        if case.has(key)
+    }
+    for key, value in losses.items():
+        case.check(value, key, "loss")
+    if case.has("acc_seg"):
+        accuracy = pixel_accuracy(logits, labels).reshape(case.tensors["acc_seg"].shape)
+        case.close("acc_seg", accuracy, case.tensors["acc_seg"], rtol=1e-5, atol=1e-5)
+    if "objective" in case.meta:
+        weighted_sum(case.meta["objective"], losses).backward()
+        used = {f"x.{i}": x for i, x in enumerate(maps) if x.grad is not None}
+        recorded = {key for key in case.tensors if key.startswith("grad.x.")}
+        assert not recorded or {f"grad.{key}" for key in used} == recorded
+        check_gradients(case, head, rename_decoder, used)
+    case.check_named(head.state_dict(), rename_decoder(case.group("state_after")), "forward")
 
 
-def check_mit(case: Case) -> None:
+def check_backbone(case: Case) -> None:
+    """Maps, gradients of sum(map * cotangent), and norms of the gradients of parameters."""
     backbone = make_backbone(case.meta["module"])
     load_exactly(backbone, rename_backbone(case.group("state")))
+    if has_batch_norm(backbone) and not case.group("state_after"):
+        backbone.eval()
     x = case.tensors["x"].requires_grad_()
     maps = backbone(x)
-    objective = torch.zeros(())
-    for level, actual in enumerate(maps):
-        case.check(actual, f"out.{level}")
-        objective = objective + (actual * case.tensors[f"cot.{level}"]).sum()
-    objective.backward()
-    assert x.grad is not None
-    case.check(x.grad, "grad.x", "grad")
-    actual_grads = grads(backbone)
-    for name, norm in case.meta["param_grad_norms"].items():
+    assert case.check_maps(maps, "out")
+    case.check_named(backbone.state_dict(), rename_backbone(case.group("state_after")), "forward")
+    cotangents = case.sequence("cot")
+    if not cotangents:
+        return
+    torch.autograd.backward(list(maps), cotangents)
+    check_gradients(case, backbone, rename_backbone, {"x": x})
+    found = gradients(backbone)
+    for name, expected in case.meta.get("param_grad_norms", {}).items():
         # renaming splits a packed projection in two tensors, whose gradients add up to the recorded norm
         names = rename_backbone({name: case.tensors[f"state.{name}"]})
-        total = sum(float(actual_grads[ours].double().square().sum()) for ours in names) ** 0.5
-        torch.testing.assert_close(total, norm, **case.tolerance("param_grad_norms"), msg=lambda t, n=name: f"{n}: {t}")
+        case.close(f"gradient norm of {name}", norm(found[ours] for ours in names), expected, "param_grad_norms")
 
 
-HANDLERS: dict[str, Handler] = {
+DRIVERS: Drivers = {
     "DSKNeck": check_level,
     "DS2Neck": check_level,
     "ML_DSKNeck": check_levels,
@@ -257,5 +302,6 @@ HANDLERS: dict[str, Handler] = {
     "ema": check_ema,
     "SegformerHead": check_head,
     "DepthwiseSeparableASPPHead": check_head,
-    "MixVisionTransformer": check_mit,
+    "MixVisionTransformer": check_backbone,
+    "ResNetV1c": check_backbone,
 }

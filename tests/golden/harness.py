@@ -1,62 +1,40 @@
 """Golden cases: inputs, weights and outputs recorded from the original implementations, read from RSSEG_GOLDENS.
 
-A case's kind is its JSON's `module` (or that entry's `type`), or where there is none the leading words of its name.
-Handlers build the module from the case's own JSON, so that other cases of a kind run unchanged; a kind without a
-handler fails.
+A case's kind is its JSON's `module` (of an object its `type`, of a phrase the part before the first comma), or where
+there is none the leading words of its name. The driver of a kind builds the code under test from the case's own JSON.
+It fails on a kind, a setting or a rule that it does not know.
 """
 
 import json
 import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden.case import Case, Tensors
+from tests.golden.comparison import explain
+from tests.golden.settings import Settings
+
 GOLDENS = Path(os.environ.get("RSSEG_GOLDENS", Path(__file__).parents[2] / ".." / "shared" / "goldens")).resolve()
+REAL_SIZE = " at real size"
+"""Ending of modules that name parts of a published network; the kind of such a case."""
+LARGE_INPUT = 512 * 512
+"""Pixels of generated input from which a case is marked slow; so are whole models whose parameters are generated."""
+
+Driver = Callable[[Case], None]
+Drivers = Mapping[str, Driver]
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    kind: str
-    meta: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose key starts with `prefix.`, the prefix taken off."""
-        return {
-            key.removeprefix(f"{prefix}."): value for key, value in self.tensors.items() if key.startswith(f"{prefix}.")
-        }
-
-    def sequence(self, prefix: str) -> list[Tensor]:
-        """Tensors `prefix.0`, `prefix.1`, ... in order."""
-        group = self.group(prefix)
-        return [group[str(i)] for i in range(len(group)) if str(i) in group]
-
-    def tolerance(self, what: str) -> dict[str, float]:
-        """rtol and atol of `what`; the one that is missing is 0."""
-        stated = self.meta["tolerance"]
-        chosen = stated.get(what, stated)
-        return {"rtol": float(chosen.get("rtol", 0.0)), "atol": float(chosen.get("atol", 0.0))}
-
-    def check(self, actual: Tensor, key: str, what: str = "forward") -> None:
-        """Compare with the recorded tensor within the case's own tolerance."""
-        expected = self.tensors[key]
-        torch.testing.assert_close(
-            actual.detach().to(expected.dtype),
-            expected,
-            **self.tolerance(what),
-            msg=lambda text: f"{self.name} {key}: {text}",
-        )
-
-
-Handler = Callable[[Case], None]
+class GoldenWarning(UserWarning):
+    """Noteworthy property of a recorded case that passes."""
 
 
 def case_paths(method: str) -> list[Path]:
@@ -65,22 +43,92 @@ def case_paths(method: str) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if path.stem.lower() != "index") if folder.is_dir() else []
 
 
-def load_case(path: Path) -> Case:
+def load_case(path: Path, drivers: Drivers, dtype: torch.dtype = torch.float32) -> Case:
+    """Read a case; floating-point tensors become `dtype` (narrower ones were stored without loss)."""
     meta = json.loads(path.read_text(encoding="utf-8"))
-    tensors_file = path.with_suffix(".safetensors")
+    stored = path.with_suffix(".safetensors")
+    tensors = load_file(stored) if stored.exists() else {}
+    kind, detail = kind_of(meta, path.stem, drivers)
+    return Case(path.stem, kind, detail, Settings(meta), Tensors({key: _cast(t, dtype) for key, t in tensors.items()}))
+
+
+def kind_of(meta: Mapping[str, Any], name: str, drivers: Drivers) -> tuple[str, str]:
+    """Kind, and the rest of a module that is a phrase."""
     module = meta.get("module")
-    kind = module["type"] if isinstance(module, dict) else module or re.sub(r"(_[a-z0-9])?$", "", path.stem)
-    return Case(path.stem, kind, meta, load_file(tensors_file) if tensors_file.exists() else {})
+    if module is None:
+        words = [kind for kind in drivers if name == kind or name.startswith(f"{kind}_")]
+        return max(words, key=len, default=name), ""
+    if isinstance(module, Mapping):
+        return str(module["type"]), ""
+    if module in drivers:
+        return module, ""
+    phrase, _, rest = module.partition(",")
+    if phrase.endswith(REAL_SIZE):
+        return REAL_SIZE.strip(), rest.strip()
+    return phrase.strip(), rest.strip()
 
 
-def run_case(path: Path, handlers: Mapping[str, Handler]) -> None:
-    """Find the handler of a case by its kind, or by the longest handler name that its name starts with."""
-    case = load_case(path)
-    by_name = max((name for name in handlers if case.name.startswith(name)), key=len, default=None)
-    handler = handlers.get(case.kind) or (handlers[by_name] if by_name else None)
-    if handler is None:
-        pytest.fail(f"{path.name}: no handler for kind {case.kind!r}")
-    handler(case)
+def run_case(path: Path, drivers: Drivers) -> None:
+    """Run a case with the driver of its kind, and fail on every difference, on unread settings and on doing nothing.
+
+    Where float32 results differ, the case is run once more in float64, and a difference that is only rounding becomes a
+    warning; see `explain`.
+    """
+    case = load_case(path, drivers)
+    if case.kind not in drivers:
+        pytest.fail(f"{path.name}: no driver for the kind {case.kind!r}")
+    drivers[case.kind](case)
+    for note in [*case.comparison.notes, *_explain_differences(case, path, drivers)]:
+        warnings.warn(f"{case.name}: {note}", GoldenWarning, stacklevel=2)
+    if unread := case.unread_settings():
+        pytest.fail(f"{path.name}: the driver of {case.kind!r} does not know the settings {', '.join(unread)}")
+    if unread := case.unread_results() + case.unread_sections():
+        warnings.warn(f"{case.name}: not compared: {', '.join(unread)}", GoldenWarning, stacklevel=2)
+    assert case.comparison.count, f"{path.name}: the driver of {case.kind!r} compared nothing"
+
+
+def _explain_differences(case: Case, path: Path, drivers: Drivers) -> list[str]:
+    """Fail on differences that are not rounding; describe the others."""
+    differences = case.comparison.differences
+    if not differences:
+        return []
+    possible = all(difference.may_be_rounding for difference in differences)
+    exact, problem = run_in_float64(path, drivers) if possible else (None, "")
+    values = exact.comparison.values if exact else {}
+    noise = {difference.label: case.comparison.noise(values, difference) for difference in differences}
+    reasons = [explain(d, values[d.label], noise[d.label]) if d.label in values else None for d in differences]
+    wrong = [str(difference) for difference, reason in zip(differences, reasons, strict=True) if reason is None]
+    if wrong:
+        pytest.fail("\n".join([f"{path.name}:", *wrong, *([problem] if problem else [])]))
+    return [reason for reason in reasons if reason is not None]
+
+
+def run_in_float64(path: Path, drivers: Drivers) -> tuple[Case | None, str]:
+    """The case after a run in float64, or None and the reason why there is none."""
+    case = load_case(path, drivers, torch.float64)
+    try:
+        with float64():
+            drivers[case.kind](case)
+    except Exception as error:  # whatever does not run in float64; the float32 differences stand
+        return None, f"(no float64 results: {type(error).__name__}: {error})"
+    return case, ""
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Make new tensors float64, and make `Tensor.float()` in the code under test keep it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.object(Tensor, "float", Tensor.double):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return tensor.to(dtype) if narrow else tensor
 
 
 def parametrize_cases(method: str) -> pytest.MarkDecorator:
@@ -89,4 +137,14 @@ def parametrize_cases(method: str) -> pytest.MarkDecorator:
     if not paths:
         reason = f"no golden cases in {GOLDENS / method}; set RSSEG_GOLDENS"
         return pytest.mark.parametrize("path", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])
-    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+    parameters = [pytest.param(path, marks=[pytest.mark.slow] if is_slow(path) else [], id=path.stem) for path in paths]
+    return pytest.mark.parametrize("path", parameters)
+
+
+def is_slow(path: Path) -> bool:
+    """Whether a case has generated parameters and a large image or a whole network."""
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    shape = meta.get("input_shape", ())
+    pixels = shape[0] * shape[-1] * shape[-2] if len(shape) == 4 else 0
+    whole = any(word in str(meta.get("module", "")).lower() for word in ("whole", "model", "encoderdecoder"))
+    return "generator" in meta and (whole or pixels >= LARGE_INPUT)

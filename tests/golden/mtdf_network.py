@@ -1,9 +1,9 @@
-"""Golden cases of the network: DPT head, translators, fusion, backbones and the whole student."""
+"""RS-MTDF's golden cases of the network: DPT head, translators, fusion, backbones and the whole student."""
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsseg.backbones.bodies import resample_positions
 from rsseg.backbones.table import ZooEntry
@@ -16,91 +16,101 @@ from rsseg.layers.losses import cross_entropy
 from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.network import MTDFSegmenter
-from tests.golden.harness import Case, Handler
+from tests.golden.builders import as_precise, grad_of, gradients, make_task, norm
+from tests.golden.case import Case
+from tests.golden.harness import Drivers
 from tests.golden.mtdf_parts import (
+    CLIP_GRID,
     CLIP_INPUT,
-    compare,
+    PATCH,
+    check_sizes,
+    compare_scalars,
     dinov2,
-    gradients,
+    grid_of,
+    make_head,
     make_student,
-    make_task,
     make_translators,
     map_to_tokens,
     recorded_backbone,
     recorded_teacher,
+    recorded_teachers,
     tokens_to_map,
 )
+from tests.golden.settings import Settings, plain
 
 
 def dpt_head(case: Case) -> None:
+    """Logits, the maps on the way, and gradients of sum(logits * cotangent)."""
     hyper = case.meta["hyper_parameters"]
-    grid = (hyper["patch_h"], hyper["patch_w"])
-    head = _head(hyper, hyper["in_channels"], case.group("param"))
+    grid = grid_of(hyper)
+    head = _loaded_head(case, hyper, hyper["in_channels"])
     seen: dict[str, Tensor] = {}
     for level in range(4):
         _remember(head.lateral[level], seen, f"layer{level + 1}_rn")
         _remember(head.fuse[level], seen, f"path{level + 1}")
     taps = [case.tensors[f"in.tap{i}"].requires_grad_() for i in range(4)]
+    check_sizes(hyper, batch=len(taps[0]))
     logits = head([tokens_to_map(tap, grid) for tap in taps])
     case.check(logits, "out.logits")
-    for key in case.group("out"):
-        if key in seen:
+    for key in seen:
+        if case.has(f"out.{key}"):
             case.check(seen[key], f"out.{key}")
-    if "out.logits_upsampled" in case.tensors:
-        upsampled = resize(logits, (14 * grid[0], 14 * grid[1]), align_corners=True)
+    if case.has("out.logits_upsampled"):
+        upsampled = resize(logits, (PATCH * grid[0], PATCH * grid[1]), align_corners=True)
         case.check(upsampled, "out.logits_upsampled")
+    if "in.cotangent" not in case.tensors:
+        return
     (logits * case.tensors["in.cotangent"]).sum().backward()
     for i, tap in enumerate(taps):
-        case.check(_grad(tap), f"grad.in.tap{i}", "grad")
-    compare(gradients(head), _head_names(case.group("grad.param")), **case.tolerance("grad"), summed=True)
+        if case.has(f"grad.in.tap{i}"):
+            case.check(grad_of(tap), f"grad.in.tap{i}", "grad")
+    case.check_named(gradients(head), _head_names(case.group("grad.param")))
 
 
 def translator_distill(case: Case) -> None:
+    """Predicted maps, both errors and their mean, and its gradients."""
     hyper = case.meta["hyper_parameters"]
-    translators = torch.nn.ModuleDict(
-        {
-            name: type(translator)(
-                student_channels=hyper["student_dim"],
-                teacher_channels=hyper[f"{name}_dim"],
-                hidden=hyper["hidden"],
-                project=False,
-            )
-            for name, translator in make_translators(hyper, hyper["student_dim"], hyper["hidden"]).items()
-        }
-    )
+    made = make_translators(hyper, hyper["student_dim"], hyper["hidden"], project=False)
+    translators = nn.ModuleDict(made)
     weights = rename_tensors(case.group("param"))
     load_into(translators, {name.removeprefix("translators."): tensor for name, tensor in weights.items()}, case.name)
-    losses = []
     inputs = {"dino": case.tensors["in.student_feature"], "clip": case.tensors["in.student_feature_224"]}
+    check_sizes(hyper, batch=len(inputs["dino"]), tokens=inputs["dino"].shape[1], tokens_224=inputs["clip"].shape[1])
+    losses: dict[str, Tensor] = {}
     for name, tokens in inputs.items():
         row = (1, tokens.shape[1])
-        translated = translators[name](tokens_to_map(tokens.requires_grad_(), row))
+        translated = made[name](tokens_to_map(tokens.requires_grad_(), row))
         case.check(map_to_tokens(translated), f"out.translated_{name}")
         teacher = recorded_teacher(case.tensors[f"in.teacher_{name}"], row)
-        target = teacher(torch.zeros(tokens.shape[0], 3, 14, 14), teacher.frozen.module)
-        losses.append(teacher.loss(translated, target))
-        case.check(losses[-1], f"out.loss_{name}")
-    loss = torch.stack(losses).mean()
-    case.check(loss, "out.loss")
-    loss.backward()
-    case.check(_grad(inputs["dino"]), "grad.in.student_feature", "grad")
-    case.check(_grad(inputs["clip"]), "grad.in.student_feature_224", "grad")
-    expected = rename_tensors(case.group("grad.param"))
-    compare({f"translators.{k}": v for k, v in gradients(translators).items()}, expected, **case.tolerance("grad"))
+        target = teacher(torch.zeros(tokens.shape[0], 3, PATCH, PATCH), teacher.frozen.module)
+        losses[f"loss_{name}"] = teacher.loss(translated, target)
+    losses["loss"] = torch.stack(list(losses.values())).mean()
+    for key, loss in losses.items():
+        case.check(loss, f"out.{key}")
+    compare_scalars(case, losses)
+    if not any(key.startswith("grad.") for key in case.tensors):
+        return
+    losses["loss"].backward()
+    for name, key in (("dino", "student_feature"), ("clip", "student_feature_224")):
+        case.check(grad_of(inputs[name]), f"grad.in.{key}", "grad")
+    found = {f"translators.{name}": grad for name, grad in gradients(translators).items()}
+    case.check_named(found, rename_tensors(case.group("grad.param")))
 
 
 def fusion(case: Case) -> None:
+    """The fused last map, the distillation loss, and gradients of either."""
     hyper = case.meta["hyper_parameters"]
-    grid = (hyper["patch_h"], hyper["patch_w"])
-    own, dino, clip = hyper["weights"]
-    full, small = case.tensors["in.tap3"].requires_grad_(), case.tensors["in.student_224"].float().requires_grad_()
+    grid, width = grid_of(hyper), hyper["student_dim"]
+    hyper.expect("align_corners", True)
+    hyper.expect("clip_grid", list(CLIP_GRID))
+    own, dino, clip = plain(hyper["weights"])
+    full, small = (case.tensors[key].requires_grad_() for key in ("in.tap3", "in.student_224"))
+    check_sizes(hyper, batch=len(full))
 
     def maps(images: Tensor) -> tuple[Tensor, ...]:
-        if images.shape[-1] == CLIP_INPUT:
-            return (tokens_to_map(small, hyper["clip_grid"]),)
-        return (tokens_to_map(full, grid),)
+        at_clip_size = tuple(images.shape[-2:]) == (CLIP_INPUT, CLIP_INPUT)
+        return (tokens_to_map(small, CLIP_GRID) if at_clip_size else tokens_to_map(full, grid),)
 
-    width = hyper["student_dim"]
     student = MTDFSegmenter(
         recorded_backbone(maps, [width]),
         _LastMap(),  # type: ignore[arg-type]  # shows what would reach the head
@@ -110,59 +120,71 @@ def fusion(case: Case) -> None:
         student_weight=own,
     )
     load_into(student, rename_tensors(case.group("param")), case.name)
-    images = torch.zeros(hyper["batch"], 3, *grid)  # a pixel per token, so that the fused map is not resized
+    images = torch.zeros(len(full), 3, *grid)  # a pixel per token, so that the fused map is not resized
     output = student.forward_translated(images)
     case.check(map_to_tokens(output.logits), "out.fused")
     case.check(map_to_tokens(student(images)), "out.fused")  # translator and projection multiplied out
-
-    teachers = {
-        "dino": recorded_teacher(case.tensors["in.teacher_dino"], grid),
-        "clip": recorded_teacher(case.tensors["in.teacher_clip"], hyper["clip_grid"], input_size=CLIP_INPUT),
-    }
-    distill = torch.stack(
-        [t.loss(output.translated[name], t(images, student.backbone)) for name, t in teachers.items()]
-    ).mean()
+    teachers = recorded_teachers(case, grid)
+    errors = [t.loss(output.translated[name], t(images, student.backbone)) for name, t in teachers.items()]
+    distill = torch.stack(errors).mean()
     case.check(distill, "out.distill_loss")
+    compare_scalars(case, {"distill_loss": distill})
 
-    loss = (map_to_tokens(output.logits) * case.tensors["in.cotangent"]).sum()
-    loss.backward(retain_graph=True)
-    tolerance = case.tolerance("grad")
-    case.check(_grad(full), "gradfused.in.tap3", "grad")
-    case.check(_grad(small), "gradfused.in.student_224", "grad")
-    compare(gradients(student), rename_tensors(case.group("gradfused.param")), **tolerance)
-    student.zero_grad()
-    distill.backward()
-    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    compare(found, rename_tensors(case.group("graddistill.param")), **tolerance)
+    if recorded := case.group("gradfused.param"):
+        (map_to_tokens(output.logits) * case.tensors["in.cotangent"]).sum().backward(retain_graph=True)
+        case.check(grad_of(full), "gradfused.in.tap3", "grad")
+        case.check(grad_of(small), "gradfused.in.student_224", "grad")
+        case.check_named(gradients(student), rename_tensors(recorded))
+        student.zero_grad()
+    if recorded := case.group("graddistill.param"):
+        distill.backward()
+        case.check_named(gradients(student, missing="leave out"), rename_tensors(recorded))
 
 
-def dinov2_taps(case: Case) -> None:
+def dinov2_maps(case: Case) -> None:
+    """Compare position tables, maps and gradients at several image sizes; any subset of the maps may be recorded."""
     hyper = case.meta["hyper_parameters"]
     backbone = dinov2(hyper, image_size=hyper["img_size"])
-    weights = {f"backbone.{name}": tensor for name, tensor in case.group("param").items()}
-    load_into(backbone, _below(rename_tensors(weights), "backbone."), case.name)
-    table = case.tensors["param.pos_embed"]
-    last = len(hyper["taps"]) - 1
+    hyper.expect("native_grid", hyper["img_size"] // PATCH)
+    load_into(backbone, _backbone_names(case.group("param")), case.name)
+    classes: list[Tensor] = []  # the class token does not leave a backbone; it is taken from the last block
+    network = backbone.body.network
+    network.blocks[-1].register_forward_hook(lambda _module, _inputs, tokens: classes.append(tokens[:, 0]))
+    last = hyper["depth"] - 1
+    compared = 0
+    check_sizes(hyper, batch=len(next(tensor for key, tensor in case.tensors.items() if key.startswith("in."))))
     for height, width in hyper["sizes"]:
-        size, grid = f"{height}x{width}", (height // 14, width // 14)
-        resampled = resample_positions(table, grid, prefix=1, mode="dinov2")
-        case.check(resampled, f"out.{size}.pos_embed")
-        images = case.tensors[f"in.{size}"].float().requires_grad_()
-        taps = [map_to_tokens(tap) for tap in backbone(images)]
-        for i, tap in enumerate(taps):
-            case.check(tap, f"out.{size}.tap{i}")
-        assert not torch.allclose(taps[last], case.tensors[f"negative.{size}.last_without_norm"], atol=1e-2)
-        if f"grad.{size}.input" in case.tensors:
+        size, grid = f"{height}x{width}", (height // PATCH, width // PATCH)
+        if case.has(f"out.{size}.pos_embed"):
+            resampled = resample_positions(case.tensors["param.pos_embed"], grid, prefix=1, mode="dinov2")
+            case.check(resampled, f"out.{size}.pos_embed")
+        images = case.tensors[f"in.{size}"].requires_grad_()
+        maps = [map_to_tokens(level) for level in backbone(images)]
+        for i, tokens in enumerate(maps):
+            if case.has(f"out.{size}.tap{i}"):
+                case.check(tokens, f"out.{size}.tap{i}")
+                compared += 1
+        if case.has(f"out.{size}.cls_last") and last in plain(hyper["taps"]):
+            case.check(network.norm(classes[-1]), f"out.{size}.cls_last")
+        if case.has(f"negative.{size}.last_without_norm"):
+            case.check_differs(maps[-1], f"negative.{size}.last_without_norm")
+        if case.has(f"grad.{size}.input"):
             backbone.zero_grad()
-            cotangents = [case.tensors[f"in.{size}.cotangent{i}"] for i in range(len(taps))]
-            sum((tap * c).sum() for tap, c in zip(taps, cotangents, strict=True)).backward()  # type: ignore[union-attr]
-            case.check(_grad(images), f"grad.{size}.input", "grad")
-            expected = {f"backbone.{name}": grad for name, grad in case.group(f"grad.{size}.param").items()}
-            compare(gradients(backbone), _below(rename_tensors(expected), "backbone."), **case.tolerance("grad"))
+            parts = [(maps[i] * c).sum() for i, c in _numbered(case, f"in.{size}.cotangent").items()]
+            torch.stack(parts).sum().backward()
+            case.check(grad_of(images), f"grad.{size}.input", "grad")
+            case.check_named(gradients(backbone), _backbone_names(case.group(f"grad.{size}.param")))
+    assert compared, f"{case.name}: no map is recorded"
 
 
 def clip_patch(case: Case) -> None:
+    """Patch tokens of the last block, before the last norm and the projection."""
     hyper = case.meta["hyper_parameters"]
+    hyper.expect("activation", "QuickGELU")
+    hyper.expect("ln_eps", 1e-5)
+    tensors = case.group("param")
+    if "output_dim" in hyper and "proj" in tensors:
+        assert tensors["proj"].shape[-1] == hyper["output_dim"]
     entry = ZooEntry(
         name="clip",
         timm_name="vit_large_patch14_clip_quickgelu_224",
@@ -179,83 +201,88 @@ def clip_patch(case: Case) -> None:
         },
     )
     config = BackboneConfig(name="clip", out_norm="none", statistics="data")
-    backbone = assemble(entry, config, make_task(2), load_weights=False)
-    load_into(backbone.body.network, _clip_tower(case.group("param")), case.name)
-    tokens = map_to_tokens(backbone(case.tensors["in.image"].float())[-1])
+    backbone = as_precise(assemble(entry, config, make_task(2), load_weights=False))
+    load_into(backbone.body.network, _clip_tower(tensors), case.name)
+    check_sizes(hyper, batch=len(case.tensors["in.image"]))
+    tokens = map_to_tokens(backbone(case.tensors["in.image"])[-1])
     case.check(tokens, "out.patch_tokens")
-    assert not torch.allclose(tokens, case.tensors["negative.patch_after_ln_post"], atol=1e-2)
+    for key in case.group("negative"):
+        recorded = case.tensors[f"negative.{key}"]
+        if recorded.shape == tokens.shape:
+            case.check_differs(tokens, f"negative.{key}")
 
 
 def comp_dropout(case: Case) -> None:
+    """Compare logits under recorded channel masks, and check the rules of our own masks."""
     hyper = case.meta["hyper_parameters"]
-    grid = (hyper["patch_h"], hyper["patch_w"])
+    grid, pairs, width = grid_of(hyper), hyper["batch_pairs"], hyper["dim"]
+    hyper.expect("dropout_prob", 0.5)
     maps = tuple(tokens_to_map(case.tensors[f"in.tap{i}"], grid) for i in range(4))
     given = case.tensors["in.dropout_mask"]
+    check_sizes(hyper, batch=len(given))
     student = MTDFSegmenter(
-        recorded_backbone(lambda _: maps, [hyper["dim"]] * 4),
-        _head(hyper, hyper["dim"], case.group("param"), prefix=""),
+        recorded_backbone(lambda _: maps, [width] * 4),
+        _loaded_head(case, hyper, width, prefix=""),
         make_task(hyper["nclass"]),
         translators={},
         fusion_weights={},
     )
-    images = torch.zeros(len(given), 3, 14 * grid[0], 14 * grid[1])
+    images = torch.zeros(len(given), 3, PATCH * grid[0], PATCH * grid[1])
     case.check(student.forward_translated(images, given).logits, "out.logits")
-    pairs = hyper["batch_pairs"]
-    for masks in (given, complementary_masks(pairs, hyper["dim"])):
+    for masks in (given, complementary_masks(pairs, width)):
         assert (masks[:pairs] + masks[pairs:] == 2).all()
         assert int((masks[:pairs] == 1).all(dim=1).sum()) == case.meta["scalars"]["pairs_kept"]
         assert set(masks.unique().tolist()) <= {0.0, 1.0, 2.0}
 
 
 def model(case: Case) -> None:
+    """The whole student: what reaches the head, logits, losses; gradients and their norms, whichever are recorded."""
     hyper, scalars = case.meta["hyper_parameters"], case.meta["scalars"]
     student = make_student(hyper, case.group("param"))
-    images = case.tensors["in.x"].float()
-    seen: dict[str, Tensor] = {}
-    student.head.register_forward_pre_hook(lambda _, inputs: seen.update(enumerate(inputs[0])))  # type: ignore[arg-type]
+    images = case.tensors["in.x"]
+    check_sizes(hyper, batch=len(images), height=images.shape[-2], width=images.shape[-1])
+    seen: dict[int, Tensor] = {}
+    student.head.register_forward_pre_hook(lambda _, inputs: seen.update(enumerate(inputs[0])))
     output = student.forward_translated(images)
     for i in range(4):
-        case.check(map_to_tokens(seen[i]), f"out.head_in{i}")  # type: ignore[index]
+        if case.has(f"out.head_in{i}"):
+            case.check(map_to_tokens(seen[i]), f"out.head_in{i}")
     case.check(output.logits, "out.logits")
     case.check(student(images), "out.logits")
-    clip_input = resize(images[:1], (CLIP_INPUT, CLIP_INPUT), align_corners=True)[..., ::8, ::8]
-    case.check(clip_input, "out.x_clip_input")
-
-    grid = (hyper["height"] // 14, hyper["width"] // 14)
-    teachers = {
-        "dino": recorded_teacher(case.tensors["in.teacher_dino"], grid),
-        "clip": recorded_teacher(case.tensors["in.teacher_clip"], (16, 16), input_size=CLIP_INPUT),
-    }
+    if case.has("out.x_clip_input"):
+        small = resize(images[:1], (CLIP_INPUT, CLIP_INPUT), align_corners=True)
+        step = CLIP_INPUT // case.tensors["out.x_clip_input"].shape[-1]
+        case.check(small[..., ::step, ::step], "out.x_clip_input")
+    teachers = recorded_teachers(case, grid_of(hyper))
     errors = [t.loss(output.translated[name], t(images, student.backbone)) for name, t in teachers.items()]
-    distill, ce = torch.stack(errors).mean(), cross_entropy(output.logits, case.tensors["in.labels"].long())
-    case.check(distill, "out.distill_loss")
-    case.check(ce, "out.ce")
-    (ce + distill).backward()
-    found, tolerance = gradients(student), case.meta["tolerance"]
-    expected = rename_tensors(case.group("grad"))
-    compare(found, expected, rtol=tolerance["grad_rtol"], atol=tolerance["grad_atol"])
-    norms = rename_tensors({name: torch.tensor(value) for name, value in scalars["grad_norms"].items()})
-    assert set(norms) == set(found)
-    actual = {name: grad.norm() for name, grad in found.items()}
-    compare(actual, norms, rtol=tolerance["grad_rtol"], atol=tolerance["grad_atol"])
+    losses = {
+        "distill_loss": torch.stack(errors).mean(),
+        "ce": cross_entropy(output.logits, case.tensors["in.labels"].long()),
+    }
+    for key, loss in losses.items():
+        if case.has(f"out.{key}"):
+            case.check(loss, f"out.{key}")
+    compare_scalars(case, {"ce": losses["ce"], "distill": losses["distill_loss"]})
+    torch.stack(list(losses.values())).sum().backward()
+    found = gradients(student)
+    case.check_named(found, rename_tensors(case.group("grad")))
+    if "grad_norms" in scalars:
+        norms = rename_tensors({name: torch.tensor(value) for name, value in scalars["grad_norms"].items()})
+        assert set(norms) == set(found)
+        actual = {name: torch.tensor(norm([grad])) for name, grad in found.items()}
+        case.check_named(actual, norms, "grad")
 
 
-class _LastMap(torch.nn.Module):
-    """Stands for a head: returns the last map."""
+class _LastMap(nn.Module):
+    """Head that returns the last map."""
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
         return maps[-1]
 
 
-def _head(hyper: Mapping[str, object], width: int, state: Mapping[str, Tensor], prefix: str = "head.") -> DPTHead:
-    head = DPTHead(
-        [width] * 4,
-        [14] * 4,
-        hyper["nclass"],  # type: ignore[arg-type]
-        widths=hyper["out_channels"],  # type: ignore[arg-type]
-        features=hyper["features"],  # type: ignore[arg-type]
-    )
-    load_into(head, _head_names(state, prefix), "golden")
+def _loaded_head(case: Case, hyper: Settings, width: int, prefix: str = "head.") -> DPTHead:
+    head = make_head(hyper, width)
+    load_into(head, _head_names(case.group("param"), prefix), case.name)
     return head
 
 
@@ -263,17 +290,22 @@ def _head_names(state: Mapping[str, Tensor], prefix: str = "head.") -> dict[str,
     return _below(rename_tensors({prefix + name: tensor for name, tensor in state.items()}), "head.")
 
 
+def _backbone_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _below(rename_tensors({f"backbone.{name}": tensor for name, tensor in state.items()}), "backbone.")
+
+
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def _remember(module: torch.nn.Module, seen: dict[str, Tensor], name: str) -> None:
+def _numbered(case: Case, prefix: str) -> dict[int, Tensor]:
+    """Tensors `prefix0`, `prefix1`, ..., of which some may be absent."""
+    keys = [key for key in case.tensors if key.startswith(prefix) and key.removeprefix(prefix).isdigit()]
+    return {int(key.removeprefix(prefix)): case.tensors[key] for key in keys}
+
+
+def _remember(module: nn.Module, seen: dict[str, Tensor], name: str) -> None:
     module.register_forward_hook(lambda _module, _inputs, output: seen.update({name: output}))
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 def _clip_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,6 +323,7 @@ def _clip_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
     renamed = {}
     for name, tensor in state.items():
+        name = name.removeprefix("visual.")
         if name == "proj" or name.startswith("ln_post"):
             continue
         for theirs, ours in parts:
@@ -301,11 +334,11 @@ def _clip_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-HANDLERS: dict[str, Handler] = {
+DRIVERS: Drivers = {
     "dpt_head": dpt_head,
     "translator_distill": translator_distill,
     "fusion": fusion,
-    "dinov2": dinov2_taps,
+    "dinov2": dinov2_maps,
     "clip_patch": clip_patch,
     "comp_dropout": comp_dropout,
     "model": model,

@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
-from tests.golden import dasegnet_data, dasegnet_parts, dasegnet_whole
+from tests.golden import dasegnet_data, dasegnet_inference, dasegnet_parts, dasegnet_training
 from tests.golden.harness import parametrize_cases, run_case
 
-HANDLERS = dasegnet_data.HANDLERS | dasegnet_parts.HANDLERS | dasegnet_whole.HANDLERS
+DRIVERS = {
+    **dasegnet_data.DRIVERS,
+    **dasegnet_inference.DRIVERS,
+    **dasegnet_parts.DRIVERS,
+    **dasegnet_training.DRIVERS,
+}
 
 
 @parametrize_cases("dasegnet")
 def test_dasegnet(path: Path) -> None:
-    run_case(path, HANDLERS)
+    run_case(path, DRIVERS)

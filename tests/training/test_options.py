@@ -90,7 +90,7 @@ def test_sizes_of_neck_and_deeplab_decoder_follow_the_recipe() -> None:
 
 @pytest.mark.parametrize(("loss", "expected"), [("lsgan", 4.0), ("l1", 2.0), ("vanilla", 3.0486)])
 def test_each_adversarial_loss_measures_the_distance_to_its_target(loss: str, expected: float) -> None:
-    value = gan_loss(torch.full((1, 1, 2, 2), 3.0), real=loss != "vanilla", kind=loss)  # type: ignore[arg-type]
+    value = gan_loss(torch.full((1, 1, 2, 2), 3.0), real=loss != "vanilla", loss=loss)  # type: ignore[arg-type]
     assert value.item() == pytest.approx(expected, abs=1e-4)
 
 

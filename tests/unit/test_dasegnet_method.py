@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import training_batches
-from rsseg.methods.dasegnet.adversarial import Alignment, PatchDiscriminator, adversarial_terms
+from rsseg.methods.dasegnet.adversarial import Alignment, PatchDiscriminator, adversarial_terms, gan_loss
 from rsseg.methods.dasegnet.method import DASegNetMethod, split_norms
-from rsseg.methods.dasegnet.recipe import AdversarialConfig
+from rsseg.methods.dasegnet.recipe import AdversarialConfig, GanLoss
 from rsseg.methods.dasegnet.self_training import class_mix, hide_patches
 from rsseg.task import IGNORE_INDEX
 from tests.conftest import rgb_task
@@ -43,6 +43,45 @@ def test_weight_acts_on_discriminators_only_if_published() -> None:
     corrected = adversarial_terms(disc, alignment, AdversarialConfig(weight=0.005, weight_on_discriminators=False))
     torch.testing.assert_close(published.align, corrected.align)
     torch.testing.assert_close(published.real, 0.005 * corrected.real)
+
+
+LOGITS = [-2.0, -0.5, 0.25, 3.0]
+SOFTPLUS = (0.126928 + 0.474077 + 0.825939 + 3.048587) / 4
+SOFTPLUS_OF_MINUS = (2.126928 + 0.974077 + 0.575939 + 0.048587) / 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "for_discriminator", "real", "fake"),
+    [
+        ("vanilla", True, SOFTPLUS_OF_MINUS, SOFTPLUS),
+        ("lsgan", True, (9 + 2.25 + 0.5625 + 4) / 4, (4 + 0.25 + 0.0625 + 9) / 4),
+        ("l1", True, (3 + 1.5 + 0.75 + 2) / 4, (2 + 0.5 + 0.25 + 3) / 4),
+        ("wgan", True, -0.1875, 0.1875),
+        ("wgan", False, -0.1875, 0.1875),
+        ("wgan-logistic-ns", True, SOFTPLUS_OF_MINUS, SOFTPLUS),
+        ("hinge", True, (3 + 1.5 + 0.75 + 0) / 4, (0 + 0.5 + 1.25 + 4) / 4),
+        ("hinge", False, -0.1875, -0.1875),
+    ],
+)
+def test_gan_losses_of_known_values(loss: GanLoss, for_discriminator: bool, real: float, fake: float) -> None:
+    logits = torch.tensor(LOGITS)
+    for target, expected in ((True, real), (False, fake)):
+        actual = gan_loss(logits, real=target, loss=loss, for_discriminator=for_discriminator)
+        assert float(actual) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", get_args(GanLoss))
+def test_every_gan_loss_can_be_chosen(loss: GanLoss) -> None:
+    """The student's loss raises the output on its features, and so does the discriminator's on real ones."""
+    config = AdversarialConfig(loss=loss)
+    logits = torch.tensor([-0.5, 0.25], requires_grad=True)
+    for for_discriminator in (True, False):
+        value = gan_loss(logits, real=True, loss=config.loss, for_discriminator=for_discriminator)
+        assert (torch.autograd.grad(value, logits)[0] < 0).all()
+    own, other = (torch.randn(2, 8, 12, 12, requires_grad=True) for _ in range(2))
+    disc = PatchDiscriminator(8, base_channels=4, convs=1)
+    terms = adversarial_terms(disc, Alignment(own, other, (64, 64), (64, 64)), config)
+    assert all(term.isfinite() for term in (terms.align, terms.real, terms.fake))
 
 
 def test_source_and_target_as_one_batch_give_the_same_numbers_as_apart() -> None:

@@ -46,6 +46,8 @@ def changed(recipe: str, *overrides: str) -> Recipe:
         ("dasegnet-recommended", "neck.min_width", 10**9),
         ("dasegnet-recommended", "adversarial.base_channels", 10**9),
         ("dasegnet-recommended", "self_training.masked.patch", 10**9),
+        ("demo-supervised", "decoder.channels", 10**9),
+        ("demo-supervised", "decoder.dilations", [10**9]),
     ],
 )
 def test_absurd_sizes_are_refused_with_their_key(recipe: str, key: str, value: object) -> None:
@@ -74,7 +76,13 @@ def test_failed_allocation_is_a_limit_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "key"), [("grass", "student"), ("potsdam-1pct", "student"), ("dasegnet-recommended", "backbone")]
+    ("recipe", "key"),
+    [
+        ("grass", "student"),
+        ("potsdam-1pct", "student"),
+        ("dasegnet-recommended", "backbone"),
+        ("demo-supervised", "backbone"),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_network_that_trains_is_stored_in_float32(recipe: str, key: str, dtype: str) -> None:

@@ -7,6 +7,7 @@ from numpy.testing import assert_array_equal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rsseg.config import EvalConfig
+from rsseg.errors import MachineError
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.predict import Tiling, choose_tiling
 from rsseg.methods.base import TileHint
@@ -142,3 +143,28 @@ def test_probabilities_come_to_host_memory_from_a_gpu(changes: dict[str, Any], m
         config = EvalConfig(tile=32, **changes)
         image = random_image(40, 48)
         assert predict_probabilities(network, image, None, config, device="cuda:0").device.type == "cpu"
+
+
+class SmallMemory(ConvSegmenter):
+    """Runs out of memory with more than `most` images at a time, as a GPU does."""
+
+    most = 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+def test_batch_that_does_not_fit_into_memory_is_halved() -> None:
+    image, config = random_image(75, 101), EvalConfig(tile=32, overlap=4, batch_size=5)
+    expected = predict_image(ConvSegmenter(make_task()), image, None, config, device="cpu")
+    assert_array_equal(predict_image(SmallMemory(make_task()), image, None, config, device="cpu"), expected)
+
+
+@pytest.mark.parametrize("values", [{}, {"mode": "resized"}, {"flip": True}, {"blend": "hann"}])
+def test_single_tile_that_does_not_fit_into_memory_is_a_machine_error(values: dict[str, object]) -> None:
+    network = SmallMemory(make_task())
+    network.most = 0
+    with pytest.raises(MachineError, match=r"memory of cpu .*--tile"):
+        predict_image(network, random_image(40, 40), None, EvalConfig.model_validate(values), device="cpu")

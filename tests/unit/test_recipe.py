@@ -1,10 +1,12 @@
 """Recipes: validation, overrides, lookup and messages."""
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rsseg.config import EvalConfig, check_eval
 from rsseg.errors import RecipeError
 from rsseg.recipe import RecipeSource as Source
 from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
@@ -152,3 +154,82 @@ def test_schema_forbids_unknown_keys() -> None:
     assert '"additionalProperties": false' in yaml.dump(recipe_schema(), default_style='"').replace(
         "!!bool ", ""
     ).replace('"false"', "false")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 10", "steps: 10\n  steps: 20", "line 11: .*key 'steps' is in line 10 already"),
+        ("steps: 10", "max_hours: .inf", r"trainer\.max_hours"),
+        ("steps: 10", "max_hours: 1e400", r"trainer\.max_hours"),
+        ("steps: 10", "clip_grad: .nan", r"trainer\.clip_grad"),
+        ("steps: 10", "clip_grad: nan", r"trainer\.clip_grad"),
+        ("steps: 10", "clip_grad: true", r"trainer\.clip_grad.*found 'true'"),
+        ("steps: 10", "steps: true", r"trainer\.steps"),
+        ("steps: 10", f"steps: {'9' * 5000}", r"trainer\.steps"),
+        ("steps: 10", "batch_size: 1000000000", r"trainer\.batch_size"),
+        ("steps: 10", "workers: 100000", r"trainer\.workers"),
+        ("crop_size: 64", "crop_size: 10000000", r"data\.augment\.crop_size"),
+        ("crop_size: 64", "scale_range: [2.0, 0.5]", "first value of a range"),
+        ("name: tiny", "name: ../../tiny", "name"),
+        ("name: tiny", "name: .", "name"),
+        ("name: tiny", f"name: {'n' * 300}", "name"),
+        ("name: tiny", "name: tiny\neval: {tile: 64, overlap: 64}", "eval: overlap: 64 pixels do not fit tiles of 64"),
+        ("name: tiny", "name: tiny\neval: {scales: []}", r"eval\.scales"),
+        ("name: tiny", "name: tiny\noptimizers: {main: {betas: [1, 0.9]}}", r"betas"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(tmp_path, MINIMAL.replace(old, new)))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["2024", "1.5", "yes", "~x", "2024-02-31", "1:30", "0x10"])
+def test_words_that_look_like_numbers_stay_names(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, MINIMAL.replace("data/tiny", name).replace("name: tiny", f"name: {name}"))
+    recipe = load_recipe(file, [f"data.val.split={name}"])
+    assert (recipe.name, recipe.data.path, recipe.data.val.split) == (name, Path(name), name)
+
+
+@pytest.mark.parametrize("folder", ["2024", "yes", "~", "a: b", "-", "[x]", "a\nb"])
+def test_override_of_a_flag_is_no_yaml(tmp_path: Path, folder: str) -> None:
+    assert load_recipe(write(tmp_path, MINIMAL), [("data.path", Path(folder))]).data.path == Path(folder)
+
+
+def test_overrides_are_read_under_the_same_limits(tmp_path: Path) -> None:
+    for text in ("[" * 5000, "{a: 1, a: 2}", "&a [*a]"):
+        with pytest.raises(RecipeError, match=r"--set name: not valid YAML|--set name, line 1"):
+            load_recipe(write(tmp_path, MINIMAL), [f"name={text}"])
+
+
+def test_recipe_with_a_thousand_problems_names_the_first_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, MINIMAL + "".join(f"key{i}: 1\n" for i in range(1000))))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1].endswith("980 more problems.")
+
+
+def test_folder_pipe_and_name_without_end_are_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path), str(tmp_path / "pipe")):
+        with pytest.raises(RecipeError, match="not a regular file"):
+            load_recipe(name)
+    with pytest.raises(RecipeError, match="File name too long"):
+        load_recipe("n" * 300)
+    # A folder of that name does not hide the packaged recipe.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grass").mkdir()
+    assert load_recipe("grass").name == "grass"
+
+
+def test_evaluation_is_checked_against_classes_and_tile() -> None:
+    check_eval(EvalConfig(ignore_classes=("a",), overlap=63), ("a", "b"), 64)
+    check_eval(EvalConfig(mode="resized", overlap=64), ("a", "b"), 64)
+    with pytest.raises(RecipeError, match=r"'c' is none of the classes \['a', 'b'\]"):
+        check_eval(EvalConfig(ignore_classes=("c",)), ("a", "b"), 64)
+    with pytest.raises(RecipeError, match="names every class"):
+        check_eval(EvalConfig(ignore_classes=("b", "a")), ("a", "b"), 64)
+    with pytest.raises(RecipeError, match=r"64 pixels do not fit tiles of 64\. Give 0 to 63"):
+        check_eval(EvalConfig(overlap=64), ("a", "b"), 64)

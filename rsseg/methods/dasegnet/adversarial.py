@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize_logits
-from rsseg.methods.dasegnet.recipe import AdversarialConfig
+from rsseg.methods.dasegnet.recipe import AdversarialConfig, GanLoss
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ def adversarial_terms(discriminator: nn.Module, alignment: Alignment, config: Ad
     else:
         judged = (discriminator(own), discriminator(other.detach()))
     weight = config.weight if config.weight_on_discriminators else 1.0
+    loss = partial(gan_loss, loss=config.loss)
     return AdversarialTerms(
-        align=config.weight * gan_loss(fooled, real=True, kind=config.loss),
-        real=weight * gan_loss(upsampled(judged[0], alignment.own_size), real=True, kind=config.loss),
-        fake=weight * gan_loss(upsampled(judged[1], alignment.other_size), real=False, kind=config.loss),
+        align=config.weight * loss(fooled, real=True),
+        real=weight * loss(upsampled(judged[0], alignment.own_size), real=True, for_discriminator=True),
+        fake=weight * loss(upsampled(judged[1], alignment.other_size), real=False, for_discriminator=True),
     )
 
 
@@ -63,21 +64,42 @@ def gan_loss(
     logits: Tensor,
     *,
     real: bool,
-    kind: Literal["vanilla", "lsgan", "l1"] = "vanilla",
+    loss: GanLoss = "vanilla",
+    for_discriminator: bool = False,
     real_value: float = 1.0,
     fake_value: float = 0.0,
 ) -> Tensor:
-    """How far the discriminator's output is from `real_value` or `fake_value`; mean, float32, not weighted."""
+    """Mean loss of a discriminator's output, not weighted.
+
+    Args:
+        logits: float, any shape.
+        real: whether the output should say "real".
+        loss: see `AdversarialConfig`.
+        for_discriminator: `hinge` differs between the discriminator and the network that has to fool it; the latter
+            only raises the output, whatever `real` says.
+        real_value: target of real outputs for `vanilla`, `lsgan` and `l1`.
+        fake_value: target of the others.
+
+    Returns:
+        Scalar, float32.
+    """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        wanted = torch.full_like(logits, real_value if real else fake_value)
-        match kind:
+        toward_real = logits if real else -logits
+        target = torch.full_like(logits, real_value if real else fake_value)
+        match loss:
             case "vanilla":
-                return F.binary_cross_entropy_with_logits(logits, wanted)
+                return F.binary_cross_entropy_with_logits(logits, target)
             case "lsgan":
-                return F.mse_loss(logits, wanted)
+                return F.mse_loss(logits, target)
             case "l1":
-                return F.l1_loss(logits, wanted)
+                return F.l1_loss(logits, target)
+            case "wgan":
+                return -toward_real.mean()
+            case "wgan-logistic-ns":
+                return F.softplus(-toward_real).mean()
+            case "hinge":
+                return F.relu(1 - toward_real).mean() if for_discriminator else -logits.mean()
 
 
 def upsampled(logits: Tensor, image_size: Sequence[int]) -> Tensor:

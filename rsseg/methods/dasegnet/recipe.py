@@ -4,10 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BaseRecipe, Positive, Probability, Side, Strict, TrainedBackbone, Width
+from rsseg.config import BaseRecipe, TrainedBackbone
+from rsseg.fields import Positive, Probability, Side, Strict, Width
 
 DISCRIMINATORS = ("disc_source", "disc_target")
 """Names of the discriminators' optimizers."""
+
+GanLoss = Literal["vanilla", "lsgan", "l1", "hinge", "wgan", "wgan-logistic-ns"]
+"""Losses of the published code; only `vanilla` was used for published numbers."""
 
 Weights = tuple[Annotated[float, Field(ge=0)], ...]
 
@@ -43,7 +47,9 @@ class AdversarialConfig(Strict):
     """Feature alignment: one discriminator per style, on the spatial softmax of the last backbone level."""
 
     weight: Positive = 0.005
-    loss: Literal["vanilla", "lsgan", "l1"] = "vanilla"
+    loss: GanLoss = "vanilla"
+    """`vanilla` (published): cross-entropy. `lsgan`, `l1`: squared and absolute error. `hinge`; `wgan` and
+    `wgan-logistic-ns`: Wasserstein, plain and through a softplus, without the penalties that usually go with them."""
     convs: Annotated[int, Field(ge=1, le=5)] = 2
     """Strided convolutions: 2 for stride-32 features (crops of 384 or more), 3 for ResNet's stride 8."""
     base_channels: Width = 64
@@ -170,10 +176,12 @@ class DASegNetRecipe(BaseRecipe):
     @classmethod
     def _no_idle_optimizers(cls, values: Any) -> Any:
         """Drop the discriminators' optimizers without adversarial training, so that an ablation changes one key."""
-        if isinstance(values, dict) and values.get("adversarial", ...) is None and "optimizers" in values:
-            kept = {name: value for name, value in values["optimizers"].items() if name not in DISCRIMINATORS}
-            return values | {"optimizers": kept}
-        return values
+        if not isinstance(values, dict) or values.get("adversarial", ...) is not None:
+            return values
+        optimizers = values.get("optimizers")
+        if not isinstance(optimizers, dict):
+            return values
+        return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
     @model_validator(mode="after")
     def _optimizers(self) -> Self:

@@ -8,18 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import (
-    BackboneConfig,
-    BaseRecipe,
-    Depth,
-    Index,
-    Positive,
-    Probability,
-    Side,
-    Strict,
-    TrainedBackbone,
-    Width,
-)
+from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
+from rsseg.fields import Depth, Index, Positive, Probability, Side, Strict, Width
 
 
 class FamConfig(Strict):
@@ -174,7 +164,7 @@ class KTDARecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms_and_biases", "none"] = "names_with_norm"
     """Parameters without weight decay. `names_with_norm` (published): those with "norm" in their name, so that batch
     norms, some layer norms, layer scales and biases decay; `norms_and_biases`: all vectors."""
-    student_passes: Literal[1, 2] = 1
+    student_passes: Annotated[int, Field(ge=1, le=2)] = 1
     """2 repeats the student's forward pass for the distillation, as the published code does: with stochastic depth the
     passes draw different sub-networks; otherwise only running statistics of batch norm change."""
 
