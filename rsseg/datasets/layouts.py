@@ -209,8 +209,9 @@ class Layout:
         names: dict[str, list[Located]] = {}
         for one in located:
             path = Path(one.images[0])
-            for name in {one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"]}:
-                names.setdefault(normalize("NFC", name), []).append(one)
+            forms = (one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"])
+            for name in {normalize("NFC", form) for form in forms}:
+                names.setdefault(name, []).append(one)
         taken: dict[str, str] = {}
         for target, lines in self.split_lists.items():
             for line in lines:
