@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import BaseRecipe, TrainedBackbone
+from rsseg.fields import Depth, Positive, Probability, Side, Strict, Width
 
 LinearName = Annotated[str, Field(pattern=r"^\w+$")]
 
@@ -21,19 +22,19 @@ class DecoderConfig(Strict):
 
     type: Literal["segformer", "upernet", "dpt", "deeplabv3plus", "linear"] = "segformer"
     """`linear` is a batch norm and one 1x1 convolution per map: a probe of what the backbone already knows."""
-    channels: Count | None = None
+    channels: Width | None = None
     """Width; None takes 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
     dropout: Probability = 0.1
     """Of whole channels before the last convolution; `dpt` and `linear` have none."""
     align_corners: bool = False
     """`segformer` and `upernet` only: of every bilinear resize. `dpt` aligns corners, the others do not."""
-    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
+    pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids."""
-    dilations: tuple[Count, ...] = (1, 12, 24, 36)
+    dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
     """`deeplabv3plus` only; 1 is a 1x1 convolution."""
-    low_channels: Count = 48
+    low_channels: Width = 48
     """`deeplabv3plus` only: width of the first level."""
-    widths: tuple[Count, Count, Count, Count] = (48, 96, 192, 384)
+    widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """`dpt` only: channels of the four maps (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
 
     @property
@@ -48,7 +49,7 @@ class LoraConfig(Strict):
     optimizer's memory.
     """
 
-    rank: Count = 8
+    rank: Width = 8
     """Columns and rows that the two matrices share."""
     alpha: Positive = 16.0
     """The product counts alpha / rank times."""
@@ -61,7 +62,7 @@ class SupervisedRecipe(BaseRecipe):
     """Cross-entropy on labeled images, nothing else. `ship: average` ships an average of the weights."""
 
     method: Literal["supervised"]
-    backbone: BackboneConfig
+    backbone: TrainedBackbone
     decoder: DecoderConfig = DecoderConfig()
     tune: Literal["full", "frozen", "lora"] = "full"
     """What of the backbone trains: all of it, nothing, or low-rank additions to its linear layers, which are merged
