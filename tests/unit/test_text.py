@@ -21,6 +21,9 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
     file.write_bytes("a\nZürich\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"t\.txt, line 2: is not UTF-8 text\. Save"):
         read_text(file, DataError)
+    file.write_bytes(b"a\0b")
+    with pytest.raises(DataError, match="is not a text file"):
+        read_text(file, DataError)
     file.write_bytes(b"\xff\xfea")
     with pytest.raises(DataError, match="UTF-16"):
         read_text(file, DataError)
