@@ -83,7 +83,7 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 x 3 pixels .* 3 x 2"):
         evaluate_rasters(pred, truth)
     write_png(pred / "a.png", np.full((2, 3), 9, np.uint8))
-    with pytest.raises(DataError, match="value 9 is no class"):
+    with pytest.raises(DataError, match="value 9 is not a class"):
         evaluate_rasters(pred, truth, task=rgb_task())
     write_png(pred / "a.png", np.zeros((2, 3, 3), np.uint8))
     with pytest.raises(DataError, match=r"3 bands\. A class raster has one band"):
@@ -114,10 +114,10 @@ def test_own_predictions_pair_with_truths_of_any_integer_type(tmp_path: Path) ->
     result = evaluate_rasters(tmp_path / "p", tmp_path / "t")
     assert (result.scores.oa, result.scores.pixels) == (0.8, 5)
     write_tif(tmp_path / "t/a.tif", true[None])
-    with pytest.raises(DataError, match="the value -1 is no class"):
+    with pytest.raises(DataError, match="the value -1 is not a class"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
     write_tif(tmp_path / "t/a.tif", true[None] / np.float32(2), nodata=-0.5)
-    with pytest.raises(DataError, match=r"the value 0\.5 is no class"):
+    with pytest.raises(DataError, match=r"the value 0\.5 is not a class"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
     write_png(tmp_path / "p/a_rsseg.png", np.zeros((2, 3), np.uint8))
     with pytest.raises(DataError, match=r"a_rsseg\.png and a_rsseg\.tif have one name"):
