@@ -4,13 +4,11 @@ A field's docstring gives its meaning, unit and the origin of its default; `rsse
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-from rsseg.errors import RecipeError
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -399,24 +397,3 @@ class BaseRecipe(Strict):
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
         """Names of the training streams that this recipe's method asks for."""
-
-
-def check_eval(config: EvalConfig, classes: Sequence[str], tile: int) -> None:
-    """Check what depends on the dataset and the network: ignored classes, and the overlap of the network's own tiles.
-
-    Args:
-        config: of a recipe.
-        classes: names of the task's classes.
-        tile: side that the network chooses.
-
-    Raises:
-        RecipeError: an ignored class does not exist or all are ignored, or the overlap does not fit the tile.
-    """
-    unknown = [name for name in config.ignore_classes if name not in classes]
-    if unknown:
-        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is none of the classes {list(classes)}.")
-    if set(classes) <= set(config.ignore_classes):
-        raise RecipeError("eval.ignore_classes: names every class, so that nothing is scored. Leave one out.")
-    side = config.tile or tile
-    if config.mode == "tiled" and config.overlap is not None and config.overlap >= side:
-        raise RecipeError(f"eval.overlap: {config.overlap} pixels do not fit tiles of {side}. Give 0 to {side - 1}.")

@@ -12,7 +12,6 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.config import check_eval
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
@@ -218,7 +217,6 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    check_eval(recipe.eval, task.class_names, method.deployable().tile.size)
     streams = open_streams(recipe, method, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)

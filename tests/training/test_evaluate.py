@@ -145,6 +145,8 @@ def test_eval_settings_are_checked_before_training(rgb_dataset: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             plan(tiny_recipe(rgb_dataset, eval=settings))
+    plan(tiny_recipe(rgb_dataset, eval={"ignore_classes": ["water"], "overlap": 1}))
+    plan(tiny_recipe(rgb_dataset, eval={"mode": "resized", "overlap": 9999}))
 
 
 def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
