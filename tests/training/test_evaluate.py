@@ -120,7 +120,7 @@ def test_own_predictions_pair_with_truths_of_any_integer_type(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"the value 0\.5 is not a class"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
     write_png(tmp_path / "p/a_rsseg.png", np.zeros((2, 3), np.uint8))
-    with pytest.raises(DataError, match=r"a_rsseg\.png and a_rsseg\.tif have one name"):
+    with pytest.raises(DataError, match=r"a_rsseg\.png and a_rsseg\.tif have the same stem"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
 
 
