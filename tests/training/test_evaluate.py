@@ -74,7 +74,7 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         evaluate_rasters(pred, truth)
     truth.mkdir()
     pred.mkdir()
-    with pytest.raises(DataError, match="no raster here"):
+    with pytest.raises(DataError, match="no raster in this folder"):
         evaluate_rasters(pred, truth)
     write_png(truth / "a.png", np.zeros((2, 3), np.uint8))
     with pytest.raises(DataError, match="have no prediction, the first is a"):

@@ -358,7 +358,7 @@ def test_nothing_is_fetched_without_consent_or_offline(tmp_path: Path) -> None:
         ("grss", {}, "did you mean 'grass'"),
         ("folder", {}, "needs --src"),
         ("demo", {"src": Path()}, "neither --src"),
-        ("grass", {"folder": FolderOptions(classes=Path("c"), images="*")}, "knows its own"),
+        ("grass", {"folder": FolderOptions(classes=Path("c"), images="*")}, "defines its own"),
     ],
 )
 def test_calls_that_make_no_sense_are_usage_errors(name: str, options: dict[str, Any], message: str) -> None:

@@ -72,7 +72,7 @@ def fetch_web(card: DatasetCard, folder: Path, *, download: bool, offline: bool,
         raise DataError(f"{card.name}: rsseg is offline. Try again with a network, {by_hand}.")
     from huggingface_hub.errors import HfHubHTTPError
 
-    # its first base is the HTTP client's own error, which is raised where no answer came
+    # Its first base is the HTTP client's own error, which is raised if there is no response.
     failures = (HfHubHTTPError.__mro__[1], OSError)
     progress(f"fetch {what}", 0, 1)
     for web in missing:
@@ -95,7 +95,7 @@ def _fetch_file(web: WebSource, folder: Path, progress: Progress) -> None:
         try:
             http_get(web.url, file, resume_size=file.tell(), displayed_filename=web.file, tqdm_class=bar)
         except HfHubHTTPError as error:
-            # nothing is left to fetch: an earlier call was stopped before the check
+            # The file is complete: an earlier call was stopped before the check.
             if error.response.status_code != 416:
                 raise
     found = md5_of(partial)
@@ -112,7 +112,7 @@ def _failure(card: DatasetCard, what: str, error: Exception, by_hand: str) -> Da
 
 
 def _bar(title: str, progress: Progress) -> type[tqdm]:  # type: ignore[type-arg]
-    """A silent tqdm that reports megabytes to `progress`."""
+    """A tqdm class that prints nothing and reports megabytes to `progress`."""
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *_: Any, total: float | None = None, initial: float = 0, **__: Any) -> None:
