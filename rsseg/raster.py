@@ -160,11 +160,6 @@ class Raster:
         """Close the files."""
         self._stack.close()
 
-    def can_lack_data(self) -> bool:
-        """Whether the file or the caller declares anything that marks pixels without data."""
-        declared = self._nan_is_nodata or any(value is not None for value in self._nodata)
-        return self.info.has_alpha or self.info.has_mask or self._zero_collar or declared
-
     @property
     def files(self) -> tuple[str, ...]:
         """All files that the image consists of, side files and the sources of a VRT included."""

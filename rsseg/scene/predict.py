@@ -22,7 +22,7 @@ from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.preview import draw_preview
-from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, in_order
+from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
 from rsseg.scene.source import TAG, read_tiles
 from rsseg.scene.writer import SceneWriter
 from rsseg.task import NODATA, Task
@@ -235,7 +235,7 @@ class _Sink:
 
     def write_shared(self, own: StripLog, others: Sequence[StripLog]) -> None:
         """Write the strips of all processes."""
-        for strip in in_order([own, *others], len(self._prepared.panels)):
+        for strip in merge_logs([own, *others], len(self._prepared.panels)):
             self.write(strip)
         if self.counts.sum() != self._prepared.info.height * self._prepared.info.width:
             raise MachineError(f"{self._prepared.output}: rows of another process are missing. Start again.")

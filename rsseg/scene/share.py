@@ -267,7 +267,7 @@ class Share:
 ALONE = Share()
 
 
-def in_order(logs: Sequence[StripLog], panels: int) -> Iterator[LoggedStrip]:
+def merge_logs(logs: Sequence[StripLog], panels: int) -> Iterator[LoggedStrip]:
     """Merge logs that each hold the rows below those of the one before: panel by panel, from top to bottom."""
     strips = [log.strips() for log in logs]
     heads = [next(iterator, None) for iterator in strips]
