@@ -50,7 +50,7 @@ def predict(*arguments: str) -> int:
         (["--polygons", ""], 2, ".gpkg"),
         (["--preview", "out.jpg"], 2, ".png"),
         (["--aoi", "n" * 300 + ".gpkg"], 4, "no such file"),
-        (["--aoi", "scene.tif"], 4, "not a vector file"),
+        (["--aoi", "scene.tif"], 4, "not a readable vector file"),
         (["--part", "1/0"], 2, "--part 1/0"),
     ],
 )

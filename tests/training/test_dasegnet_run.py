@@ -90,7 +90,7 @@ def test_lowest_entropy_chooses_the_weights_and_opens_no_mask(rgb_dataset: Path,
     [
         ("south", "miou", "best miou on labels of 1 images"),
         ("north", "oa", "best oa on labels of 1 images of the domain of stream 'target', which trains without labels"),
-        ("north", "last", "the last weights ship; no score chooses them"),
+        ("north", "last", "the last weights ship, without selection"),
     ],
 )
 def test_manifest_says_whose_labels_chose_the_weights(

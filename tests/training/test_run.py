@@ -221,7 +221,7 @@ def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path
     assert "resumed anyway: " in (run / "log.txt").read_text()
     sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
     assert train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 4
-    assert "optimizer 'main' is another one than before" in (run / "log.txt").read_text()
+    assert "optimizer 'main' has another type than before" in (run / "log.txt").read_text()
 
 
 def test_diverged_run_names_the_loss_and_keeps_the_last_good_checkpoint(rgb_dataset: Path, tmp_path: Path) -> None:
