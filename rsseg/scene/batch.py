@@ -182,8 +182,8 @@ def predict_scenes(
                 else:
                     if on_plan is not None:
                         on_plan(scene.describe())
-                    told = None if progress is None else progress(target)
-                    result = predict_prepared(scene, progress=told, share=share)
+                    report = None if progress is None else progress(target)
+                    result = predict_prepared(scene, progress=report, share=share)
         except Exception as error:  # a night's work must not end with one odd file
             failure = error
         message = None

@@ -31,9 +31,9 @@ DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".shp":
 SHAPEFILE_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
 VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
 _BATCH = 2000
-"""Polygons that are placed and written at once."""
+"""Polygons per write."""
 _CHECKED = 100_000
-"""Polygons that are read back at once."""
+"""Polygons per read of the check."""
 _FIELDS = ("value", "class", "pixels", "area_m2")
 _LAYER = "classes"
 
