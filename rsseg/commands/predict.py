@@ -96,7 +96,7 @@ def predict(
     from rsseg.inference.device import own_device
     from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
     from rsseg.scene.memory import prepare_network
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
@@ -140,7 +140,8 @@ def predict(
         print_note(f"Model: {file}")
         network = prepare_network(load_segmenter(file), options)
         if dry_run:
-            plans = [prepare_scene(network, t.scene, t.output, options, inputs).describe() for t in targets]
+            check_targets(network, targets, options, inputs)
+            plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
         with stage_bar() as advance:

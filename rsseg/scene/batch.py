@@ -170,7 +170,7 @@ def predict_scenes(
             with share.of_scene(target.output, resume=options.resume):
                 # An existing output is compared before it is refused.
                 tolerant = options.model_copy(update={"overwrite": options.overwrite or skip_existing})
-                scene = prepare_scene(prepared, target.scene, target.output, tolerant, inputs)
+                scene = prepare_scene(prepared, target.scene, target.output, tolerant)
                 skipped = skip_existing and _is_done(scene, options)
                 if skipped:
                     if share.is_main:
