@@ -107,7 +107,7 @@ class ScheduleConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """One optimizer; a method says by name which it needs (`rsseg recipe cat` shows them)."""
+    """One optimizer; each method defines the names (`rsseg recipe cat` shows them)."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 6e-4
@@ -395,4 +395,4 @@ class BaseRecipe(Strict):
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
-        """Names of the training streams that this recipe's method asks for."""
+        """Names of the training streams of this recipe's method."""

@@ -330,7 +330,7 @@ class Raster:
         )
 
     def _declared_nodata(self) -> tuple[float | None, ...]:
-        """Per band to read."""
+        """Declared nodata value of each band to read."""
         return tuple(dataset.nodatavals[band - 1] for dataset, band in self._bands())
 
     def _nodata_values(self, nodata: float | None) -> list[float | None]:
