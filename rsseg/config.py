@@ -8,37 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-
-def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError("the first value of a range must not be larger than the second")
-    return pair
-
-
-# Upper limits keep a typing error from exhausting the memory.
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Whole = Annotated[int, Field(ge=0, le=10**9)]
-Batch = Annotated[int, Field(ge=1, le=65_536)]
-Width = Annotated[int, Field(ge=1, le=8192)]
-"""Channels of a layer."""
-Depth = Annotated[int, Field(ge=1, le=64)]
-"""Layers of one kind, heads of an attention, or levels."""
-Side = Annotated[int, Field(ge=1, le=16_384)]
-"""Side of an image, a crop or a grid, in pixels."""
-Index = Annotated[int, Field(ge=0, lt=64)]
-"""Level of a pyramid or block of a ViT, from 0."""
-Scale = Annotated[float, Field(gt=0, le=100)]
-Range = Annotated[tuple[Scale, Scale], AfterValidator(_ascending)]
-
-
-class Strict(BaseModel):
-    """Base of all recipe parts: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
 class BackboneConfig(Strict):
@@ -231,7 +203,7 @@ class StrongConfig(Strict):
     blur_sigma: Range = (0.1, 2.0)
     """Pixels."""
     cutmix_probability: Probability = 0.5
-    cutmix_area: Annotated[tuple[Probability, Probability], AfterValidator(_ascending)] = (0.02, 0.4)
+    cutmix_area: Annotated[tuple[Probability, Probability], AfterValidator(ascending)] = (0.02, 0.4)
     cutmix_aspect: Range = (0.3, 1 / 0.3)
 
 

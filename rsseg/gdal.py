@@ -61,11 +61,16 @@ def is_alpha(dataset: Any, band: int) -> bool:
 
 
 def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
-    """Red, green, blue, alpha of the values of a palette band; None if it has no table."""
+    """Red, green, blue, alpha of the values of a palette band, or of one of 1 to 4 bits; None if there is no table."""
     try:
         return dict(dataset.colormap(band))
     except ValueError:
+        levels = 2 ** int(dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    if levels > 16 or dataset.colorinterp[band - 1] == ColorInterp.palette:
         return None
+    # GDAL reads 0 and 1 where a viewer shows 0 and 255.
+    grays = [value * 255 // (levels - 1) for value in range(levels)]
+    return {value: (gray, gray, gray, 255) for value, gray in enumerate(grays)}
 
 
 def is_nan(value: float | None) -> bool:

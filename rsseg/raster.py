@@ -50,7 +50,7 @@ class RasterInfo:
     count: int
     """Bands to read."""
     available: int
-    """All bands of the files, alpha included."""
+    """All bands, alpha included."""
     dtype: str
     """NumPy name of the type that `Raster.read` returns: float32 if scale or offset tags apply."""
     stored_dtype: str
@@ -77,7 +77,7 @@ class RasterInfo:
     block_shape: tuple[int, int]
     """Rows and columns of a stored block."""
     colormap: dict[int, tuple[int, int, int, int]] | None
-    """Red, green, blue, alpha of each value of a palette image, if it has a table."""
+    """Red, green, blue, alpha of each value of a palette image, or of a single band of up to 4 bits."""
 
 
 class _Part(NamedTuple):
@@ -142,8 +142,8 @@ class Raster:
         except BaseException:
             self._stack.close()
             raise
-        self._nodata = self._nodata_values(nodata)
-        self._nan_is_nodata = gdal.is_nan(nodata) or any(map(gdal.is_nan, self._declared_nodata()))
+        self._nodata = self._nodata_values(given=nodata is not None and not math.isnan(nodata))
+        self._nan_is_nodata = any(map(gdal.is_nan, (nodata, *self.info.band_nodata)))
         rows, cols = self.info.block_shape
         blocks = min(math.ceil((columns or self.info.width) / cols) + 1, math.ceil(self.info.width / cols))
         row_of_blocks = rows * blocks * cols * self.info.count
@@ -217,10 +217,7 @@ class Raster:
         return opaque
 
     def align_to(self, reference: RasterInfo, *, what: str, of: str) -> bool:
-        """Read in the pixel order of an image on the same grid, and return whether that mirrors this one.
-
-        Arguments and errors are those of `gdal.alignment`.
-        """
+        """Read in the pixel order of an image on the same grid; returns whether that mirrors. See `gdal.alignment`."""
         mirrors = [gdal.alignment(part.dataset, reference, what=what, of=of) for part in self._parts]
         self._parts = [part._replace(mirror=mirror) for part, mirror in zip(self._parts, mirrors, strict=True)]
         return any(map(any, mirrors))
@@ -299,7 +296,7 @@ class Raster:
         colors = tuple(dataset.colorinterp[band - 1] for dataset, band in bands)
         descriptions = [dataset.descriptions[band - 1] for dataset, band in bands]
         dataset, band = bands[0]
-        declared = self._declared_nodata()
+        declared = tuple(dataset.nodatavals[band - 1] for dataset, band in bands)
         return RasterInfo(
             height=first.height,
             width=first.width,
@@ -326,20 +323,14 @@ class Raster:
             scales=scales,
             offsets=offsets,
             block_shape=first.block_shapes[0],
-            colormap=gdal.colormap(dataset, band) if colors[0] == ColorInterp.palette else None,
+            colormap=gdal.colormap(dataset, band) if len(bands) == 1 else None,
         )
 
-    def _declared_nodata(self) -> tuple[float | None, ...]:
-        """Declared nodata value of each band to read."""
-        return tuple(dataset.nodatavals[band - 1] for dataset, band in self._bands())
-
-    def _nodata_values(self, nodata: float | None) -> list[float | None]:
-        """The nodata value of each band to read, NaN excluded."""
-        if nodata is not None and not math.isnan(nodata):
-            return [nodata] * self.info.count
-        opacity = [part.dataset for part in self._parts if part.mask or part.alpha is not None]
-        values = zip(self._bands(), self._declared_nodata(), strict=True)
-        return [None if dataset in opacity or gdal.is_nan(value) else value for (dataset, _), value in values]
+    def _nodata_values(self, *, given: bool) -> list[float | None]:
+        """The nodata value of each band to read, NaN excluded; beside alpha or a mask only if given."""
+        masked = [] if given else [part.dataset for part in self._parts if part.mask or part.alpha is not None]
+        values = zip(self._bands(), self.info.band_nodata, strict=True)
+        return [None if dataset in masked or gdal.is_nan(value) else value for (dataset, _), value in values]
 
     def _bands(self) -> list[tuple[Any, int]]:
         """File and 1-based number of each band to read, in order."""
@@ -382,10 +373,13 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
             return tuple(info.numbers[known.index(name.casefold())] for name in wanted)
     if info.count == len(wanted):
         return info.numbers
-    raise DataError(
-        f"the image has {info.count} band(s) ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
-        f"Name them with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
-    )
+    remedy = f"Name them with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
+    if info.colors[0] == "palette":
+        remedy = "It is a palette image: expand it to red, green and blue first (`gdal_translate -expand rgb`)."
+    elif info.available < len(wanted):
+        remedy = "Add the missing bands (a VRT can join files), or use a model of these bands."
+    have = ", ".join(info.band_names)
+    raise DataError(f"the image has {info.count} band(s) ({have}), needed are {', '.join(wanted)}. {remedy}")
 
 
 def _band_number(name: str, names: Sequence[str], info: RasterInfo) -> int:

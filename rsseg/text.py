@@ -13,6 +13,9 @@ import yaml
 from rsseg.errors import RssegError
 
 MAX_BYTES = 1 << 18
+"""Of a recipe or class file."""
+LIST_BYTES = 64 << 20
+"""Of a list of images or scenes."""
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
 """Maximum number of values of a YAML document, aliases expanded."""
@@ -45,10 +48,13 @@ def read_text(path: Path, error: type[RssegError], *, limit: int = MAX_BYTES) ->
         raise error(f"{path}: has more than {limit} bytes, too many for such a text file.")
     bom, encoding = next(((b, e) for b, e in _BOMS.items() if content.startswith(b)), (b"", "utf-8"))
     try:
-        return content[len(bom) :].decode(encoding)
+        text = content[len(bom) :].decode(encoding)
     except UnicodeDecodeError as cause:
         line = content[: cause.start].count(b"\n") + 1
         raise error(f"{path}, line {line}: is not {encoding.upper()} text. Save the file as UTF-8.") from None
+    if "\0" in text:
+        raise error(f"{path}: is not a text file. Save it as UTF-8.")
+    return text
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ data | backbones | layers | runs
 checkpoint | metrics | vector
 foreign | raster
 task | config | files | distributed | gdal | text
+fields
 errors
 """
 

@@ -69,8 +69,8 @@ def _parse_bound(text: str | None) -> tuple[str, float] | None:
         return None
     name, _, value = text.partition("=")
     try:
-        if name not in ("miou", "mf1", "oa"):
-            raise ValueError
-        return name, float(value)
+        if name in ("miou", "mf1", "oa") and 0 <= (bound := float(value)) <= 1:
+            return name, bound
     except ValueError:
-        raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7.") from None
+        pass
+    raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7, with a value from 0 to 1.")

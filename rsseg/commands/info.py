@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.errors import DataError
 
 
 def info(
@@ -47,6 +48,8 @@ def _show_model(model: Path, *, as_json: bool) -> None:
 def _show_scene(name: str, *, as_json: bool) -> None:
     from rsseg.raster import Raster
 
+    if Path(name).is_fifo():
+        raise DataError(f"{name}: a pipe, not a file. Save it to a file first.")
     with Raster(name) as raster:
         scene = raster.info
     placed = bool(not scene.transform.is_identity or scene.gcps or scene.rpcs)

@@ -11,6 +11,7 @@ from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex, match_classes, merge_classes
 from rsseg.errors import DataError
 from rsseg.task import Task, task_with_bands
+from rsseg.text import LIST_BYTES, read_text
 
 
 class Source(NamedTuple):
@@ -133,10 +134,7 @@ def select_items(index: SegmentationIndex, select: SelectConfig, *, split: str, 
 
 def _listed(file: Path, index: SegmentationIndex) -> set[str]:
     """Image names listed in a file; each must be in the index."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: the list of images cannot be read: {error}.") from None
+    lines = read_text(file, DataError, limit=LIST_BYTES).splitlines()
     names = {line.strip() for line in lines if line.strip()}
     unknown = sorted(names - {item.image for item in index.items})
     if unknown:

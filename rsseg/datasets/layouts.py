@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from rsseg.data.index import IndexItem
 from rsseg.datasets.splits import check_shares, draw
@@ -79,10 +80,10 @@ class PathPattern:
         found = self._regex.fullmatch(path)
         if found is None:
             return None
-        values = {name: value for name, value in found.groupdict().items() if name != "stem"}
+        values = {name: normalize("NFC", value) for name, value in found.groupdict().items() if name != "stem"}
         numbers = {index for name, index in self._regex.groupindex.items() if name != "stem"}
         matched = [text for index, text in enumerate(found.groups(), start=1) if index not in numbers]
-        return values | {"stem": "*".join(matched)}
+        return values | {"stem": normalize("NFC", "*".join(matched))}
 
 
 class Located(NamedTuple):
@@ -208,12 +209,14 @@ class Layout:
         names: dict[str, list[Located]] = {}
         for one in located:
             path = Path(one.images[0])
-            for name in {one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"]}:
+            forms = (one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"])
+            for name in {normalize("NFC", form) for form in forms}:
                 names.setdefault(name, []).append(one)
         taken: dict[str, str] = {}
         for target, lines in self.split_lists.items():
             for line in lines:
-                found = names.get(line.removeprefix("./"), []) or names.get(line.replace("\\", "/"), [])
+                name = normalize("NFC", line.removeprefix("./"))
+                found = names.get(name, []) or names.get(name.replace("\\", "/"), [])
                 if len(found) != 1:
                     kind = "is not the name of an image" if not found else f"is the name of {len(found)} images"
                     raise DataError(f"split list {target}: {line!r} {kind}. List paths relative to the source folder.")

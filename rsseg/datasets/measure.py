@@ -122,7 +122,7 @@ def open_mask(path: Path, grid: RasterInfo | None = None, *, jpeg: bool = False)
         raster = Raster(path)
     try:
         if not jpeg and _is_jpeg(path):
-            raise MaskError(f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF.")
+            raise MaskError(f"{path}: JPEG compression changes values: export the masks as PNG or GeoTIFF instead.")
         if grid is not None:
             with mask_errors():
                 raster.align_to(grid, what=f"{path}: the mask", of="its image")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsseg.errors import MachineError, UsageError
+from rsseg.errors import MachineError, UsageError, machine_error
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -23,6 +23,12 @@ KEEP_HEAP_VARIABLE = "RSSEG_KEEP_HEAP"
 """Environment variable; 0 keeps the allocator's settings."""
 _PROBE = 512
 """Largest tile side that is measured for a convolutional network; larger tiles are extrapolated."""
+_ATTENTION_PROBE = 1024
+"""The same for a network of fixed size."""
+NO_MEMORY = (
+    "{device} has too little memory for the network and its tiles. Give a smaller --tile or --batch-size "
+    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
+)
 _OVERHEAD = 1.6
 """Memory of a forward pass relative to its tensors: fragmentation and scratch space of kernels (measured)."""
 
@@ -79,10 +85,9 @@ def memory_errors(message: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU allocator raises.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MachineError(message) from None
-        raise
+        if machine_error(error) is None:
+            raise
+        raise MachineError(message) from None
 
 
 def keep_heap() -> None:
@@ -149,31 +154,43 @@ class Cost:
 def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: torch.dtype) -> Cost:
     """Measure memory and time of a small tile, and scale both by the number of pixels.
 
-    A network of fixed size is run at that size, because the cost of attention is not proportional to the pixels.
+    A network of fixed size is run at that size, because the cost of attention is not proportional to the pixels; a
+    size that would take minutes is scaled by their square.
+
+    Raises:
+        MachineError: the device has too little memory for the tile.
     """
-    side = min(tile, _PROBE) if segmenter.tile.flexible else max(tile, segmenter.tile.size)
+    full = tile if segmenter.tile.flexible else max(tile, segmenter.tile.size)
+    side = trial_side(segmenter, min(full, _PROBE) if segmenter.tile.flexible else full)
     image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
     image = image.contiguous(memory_format=torch.channels_last)
-    scale = max(tile, side) ** 2 / side**2
+    scale = (full / side) ** (2 if segmenter.tile.flexible else 4)
 
     def forward() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             segmenter.low_resolution_logits(segmenter.padded(image))
 
-    if device.type == "cuda":
-        peak = _peak_on_gpu(forward, device)
-    else:
-        with _LiveBytes() as live:
-            forward()
-        peak = live.peak
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        forward()
+    with memory_errors(NO_MEMORY.format(device=device)):
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+            peak = _peak_on_gpu(forward, device)
+        else:
+            with _LiveBytes() as live:
+                forward()
+            peak = live.peak
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            forward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return Cost(min(seconds) * scale, int(peak * scale * _OVERHEAD))
+
+
+def trial_side(segmenter: Segmenter, side: int) -> int:
+    """Side of an image to try a network with: `side`, or what a network of larger fixed size computes in seconds."""
+    multiple = segmenter.input_multiple
+    return side if side <= _ATTENTION_PROBE else max(_ATTENTION_PROBE // multiple, 1) * multiple
 
 
 def _peak_on_gpu(forward: Callable[[], None], device: torch.device) -> int:

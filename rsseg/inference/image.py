@@ -11,9 +11,8 @@ from torch import Tensor
 
 from rsseg.config import EvalConfig
 from rsseg.inference.blend import Tile, argmax_classes, blend_logits
-from rsseg.inference.device import memory_errors
+from rsseg.inference.device import NO_MEMORY, memory_errors
 from rsseg.inference.predict import (
-    NO_MEMORY,
     Compute,
     Forward,
     choose_tiling,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-from rsseg.inference.device import memory_errors, resolve_device
+from rsseg.inference.device import memory_errors, resolve_device, trial_side
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model
 
@@ -128,8 +128,8 @@ def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype)
 
 
 def _small_image(segmenter: Segmenter, device: torch.device) -> Tensor:
-    """Noise (1, C, side, side) about the mean, of the smallest side that suits the network."""
-    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
+    """Noise (1, C, side, side) about the mean, of a small side that suits the network."""
+    side = segmenter.input_multiple if segmenter.tile.flexible else trial_side(segmenter, segmenter.tile.size)
     mean = torch.tensor(segmenter.fill)[:, None, None]
     noise = torch.randn(len(mean), side, side, generator=torch.Generator().manual_seed(0))
     return (mean + noise * mean.abs())[None].to(device)

@@ -22,15 +22,11 @@ from rsseg.inference.blend import (
     crop_classes,
     decide_kept,
 )
-from rsseg.inference.device import memory_errors
+from rsseg.inference.device import NO_MEMORY, memory_errors
 from rsseg.inference.tiling import TilePlan, mirror
 from rsseg.methods.base import Segmenter
 
 Item = TypeVar("Item")
-NO_MEMORY = (
-    "{device} has too little memory for the network and its tiles. Give a smaller --tile or --batch-size "
-    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
-)
 TestTimeViews = Literal["none", "flip", "d4"]
 """`flip` adds the mirror image, `d4` all eight turns and mirrorings of a square."""
 

@@ -17,6 +17,7 @@ from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
+from rsseg.text import LIST_BYTES, read_text
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -88,12 +89,7 @@ def read_list(path: Path) -> list[str]:
     Raises:
         DataError: another encoding.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: the list is not in UTF-8. Save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    lines = read_text(path, DataError, limit=LIST_BYTES).splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 

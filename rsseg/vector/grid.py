@@ -125,19 +125,19 @@ class PixelAreas:
 
     def of_ring(self, ring: NDArray[np.int64]) -> float:
         """Signed area of a closed ring (n, 2) along the sides of pixels, positive for outer rings."""
-        x, y = ring[:, 0], ring[:, 1]
-        vertical = x[:-1] == x[1:]
-        side = x[:-1][vertical]
-        return float((self._above_left(side, y[1:][vertical]) - self._above_left(side, y[:-1][vertical])).sum())
+        vertical = ring[:-1, 0] == ring[1:, 0]
+        x, y = ring[:-1, 0][vertical], np.stack([ring[1:, 1], ring[:-1, 1]])[:, vertical]
+        below, above = self._above_left(x, y)
+        return float((below - above).sum())
 
     def sums(self, values: NDArray[np.uint8], top: int, left: int) -> NDArray[np.float64]:
         """float64 (256,): area of each value of some rows and columns (h, w) whose first pixel is given."""
         height, width = values.shape
-        cell_of_col = (np.searchsorted(self.cols, np.arange(left, left + width), "right") - 1) * 256
+        cell_of_col = self._cell_of_col[left : left + width] * 256
         total = np.zeros(256)
         row = 0
         while row < height:
-            cell = int(np.searchsorted(self.rows, top + row, "right")) - 1
+            cell = int(self._cell_of_row[top + row])
             stop = min(int(self.rows[cell + 1]) - top, height, row + max(_COUNTED // width, 1))
             counts = np.bincount((values[row:stop] + cell_of_col).ravel(), minlength=256 * self.square_meters.shape[1])
             total += self.square_meters[cell] @ counts.reshape(-1, 256)
@@ -146,10 +146,7 @@ class PixelAreas:
 
     def _above_left(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.float64]:
         """Area of all pixels above row y and left of column x."""
-        row, col = (
-            np.clip(np.searchsorted(edges, at, "right") - 1, 0, len(edges) - 2)
-            for edges, at in ((self.rows, y), (self.cols, x))
-        )
+        row, col = self._cell_of_row[y], self._cell_of_col[x]
         down, right = y - self.rows[row], x - self.cols[col]
         whole, in_rows, in_cols = self._cumulative
         return np.asarray(
@@ -158,6 +155,14 @@ class PixelAreas:
             + right * in_rows[row, col]
             + down * right * self.square_meters[row, col]
         )
+
+    @cached_property
+    def _cell_of_row(self) -> NDArray[np.int64]:
+        return _cells(self.rows)
+
+    @cached_property
+    def _cell_of_col(self) -> NDArray[np.int64]:
+        return _cells(self.cols)
 
     @cached_property
     def _cumulative(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -175,6 +180,11 @@ class PixelAreas:
 
 def _edges(length: int) -> NDArray[np.int64]:
     return np.linspace(0, length, min(length, _CELLS) + 1).astype(np.int64)
+
+
+def _cells(edges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cell of each position from 0 to the end, which belongs to the last one."""
+    return np.minimum(np.searchsorted(edges, np.arange(edges[-1] + 1), "right") - 1, len(edges) - 2)
 
 
 def _geocentric(points: Points, crs: CRS) -> NDArray[np.float64] | None:

@@ -32,6 +32,8 @@ SHAPEFILE_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
 VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
 _BATCH = 2000
 """Polygons per batch that is georeferenced and written."""
+_CHECKED = 100_000
+"""Polygons per batch that is read back."""
 _FIELDS = ("value", "class", "pixels", "area_m2")
 _LAYER = "classes"
 
@@ -87,6 +89,7 @@ def write_polygons(
                 reproject(grid.to_ground(np.zeros((1, 2))), grid.crs, LONGITUDE_LATITUDE, str(output))
             count = _write_traced(traced, raster, grid, task, min_area, simplify)
         _convert(traced, made, grid)
+        _check_written(made, count)
         for file in sorted(work.glob(f"{made.stem}.*"), key=lambda file: file == made):
             if file != traced:
                 file.replace(output.with_suffix(file.suffix) if file != made else output)
@@ -174,6 +177,27 @@ def _convert(traced: Path, made: Path, grid: Grid) -> None:
             crs=about["crs"],
             **options,
         )
+
+
+def _check_written(path: Path, count: int) -> None:
+    """Raise OSError if a file is incomplete: GDAL does not report every write that fails when a file is closed."""
+    read = 0
+    if path.suffix.lower() == ".parquet":
+        return  # pyarrow reports every failure
+    if path.suffix.lower() == ".geojson":
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 20, 0))
+            read = count if b"".join(file.read().split()).endswith(b"]}") else -1
+    else:
+        while read < count:
+            part = pyogrio.raw.read(path, columns=["pixels"], skip_features=read, max_features=_CHECKED)
+            if not len(part[2]):
+                break
+            read += len(part[2])
+        if path.suffix.lower() == ".gpkg" and not pyogrio.read_info(path)["capabilities"]["fast_spatial_filter"]:
+            read = -1  # the index is written last
+    if read != count:
+        raise OSError("the file on the disk is incomplete")
 
 
 def _write_geoparquet(stream: Any, path: Path, geometry: str, grid: Grid) -> None:

@@ -1,6 +1,8 @@
 """Class rasters as polygons."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -172,6 +174,45 @@ def test_other_endings_and_existing_files_are_refused(tmp_path: Path, class_rast
     with pytest.raises(UsageError, match="--overwrite"):
         write_polygons(class_raster, make_task(), tmp_path / "out.gpkg")
     assert (tmp_path / "out.gpkg").read_text() == "precious"
+
+
+DISK_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from rsseg.errors import MachineError
+from rsseg.vector.write import write_polygons
+from tests.toys import make_task
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+classes, output = Path(sys.argv[1]), Path(sys.argv[2])
+for limit in map(int, sys.argv[3:]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write_polygons(classes, make_task(), output)
+    except MachineError:
+        print("refused")
+    assert not output.exists(), limit
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file sizes cannot be limited")
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".fgb"])
+def test_full_disk_leaves_no_incomplete_polygons(tmp_path: Path, suffix: str) -> None:
+    raster = np.random.default_rng(0).choice([1, 11, 21], (1, 60, 60)).astype(np.uint8)
+    classes, output = write_tif(tmp_path / "classes.tif", raster), tmp_path / f"out{suffix}"
+    write_polygons(classes, make_task(), output)
+    size = output.stat().st_size
+    output.unlink()
+    result = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, str(classes), str(output), "1000", str(size // 2), str(size - 20)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("refused") == 3
+    assert files_in(tmp_path) == ["classes.tif"]
 
 
 @pytest.mark.parametrize(

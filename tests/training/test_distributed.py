@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 
 from tests.training.ddp_worker import main
 
+HANGING_S = 15.0
+"""Far above the second that it takes, far below the minutes that a process group waits for a lost process."""
+
 
 def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -45,7 +48,7 @@ def test_failure_of_one_process_ends_the_other_at_once_with_its_message(tmp_path
     assert "bug in rsseg" not in done.stderr
     assert (tmp_path / "told").read_text() == "mask 7 is broken."
     failed_at = float((tmp_path / "failed").read_text())
-    assert (tmp_path / "told").stat().st_mtime - failed_at < 2
+    assert (tmp_path / "told").stat().st_mtime - failed_at < HANGING_S
 
 
 def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
@@ -55,11 +58,11 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> Non
     ends = [(tmp_path / f"end-{rank}").read_text().split() for rank in (0, 1)]
     assert {(step, reason) for step, reason, _ in ends} == {(ends[0][0], "SIGTERM")}
     assert int(ends[0][0]) % 20, "not only where ranks report"
-    assert all(float(at) - sent < 1 for *_, at in ends)
+    assert all(float(at) - sent < HANGING_S for *_, at in ends)
 
 
 def test_signal_to_one_process_is_seen_by_one_that_evaluates(tmp_path: Path) -> None:
     done = in_two_processes("-m", "tests.training.group_worker", "evaluate", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     sent = float((tmp_path / "sent").read_text())
-    assert all(float((tmp_path / f"end-{rank}").read_text()) - sent < 1 for rank in (0, 1))
+    assert all(float((tmp_path / f"end-{rank}").read_text()) - sent < HANGING_S for rank in (0, 1))

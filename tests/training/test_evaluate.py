@@ -168,3 +168,9 @@ def test_unwritable_cache_is_one_plain_warning(
     assert said.count("warning:") == 1
     assert "Warning:" not in said
     assert "set data.cache: false" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("bound", ["miou=nan", "miou=70", "miou=-1", "miou", "iou=0.5", "miou=1e999"])
+def test_bound_that_could_not_fail_is_wrong_usage(bound: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "--fail-under", bound]) == 2
+    assert "write miou=0.7" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 import json
 import os
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +137,11 @@ def test_metadata_that_is_not_ours_is_refused_by_every_command(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    file, started = with_metadata(model, tmp_path / "m.safetensors", METADATA[name]), time.process_time()
+    file = with_metadata(model, tmp_path / "m.safetensors", METADATA[name])
     # `info` shows what is readable; building the network shows the rest.
     assert run(["info", str(file)]) in (0, 5)
     assert run(["predict", "scene.tif", "--model", str(file), "--dry-run"]) in (5, 6)
     assert run(["eval", "--model", str(file), "--data", "none"]) in (5, 6)
-    assert time.process_time() - started < 10
     said = capfd.readouterr().err
     assert str(file) in said
     assert len(said) < 4000
@@ -207,6 +205,8 @@ def test_what_is_no_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert run(["info", f"{name}.safetensors"]) == 5
         assert run(["predict", "scene.tif", "--model", f"{name}.safetensors", "--dry-run"]) == 5
         assert run(["eval", "--model", f"{name}.safetensors"]) == 5
+    os.mkfifo("scene.tif")
+    assert run(["info", "scene.tif"]) == 4
 
 
 def test_parameters_are_not_initialized_before_they_are_loaded(model: Path) -> None:

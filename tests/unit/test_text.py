@@ -1,7 +1,6 @@
 """Text from outside: encodings, limits and messages."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,9 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes("a\nZürich\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"t\.txt, line 2: is not UTF-8 text\. Save"):
+        read_text(file, DataError)
+    file.write_bytes(b"a\0b")
+    with pytest.raises(DataError, match="is not a text file"):
         read_text(file, DataError)
     file.write_bytes(b"\xff\xfea")
     with pytest.raises(DataError, match="UTF-16"):
@@ -72,10 +74,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
     ],
 )
 def test_yaml_that_is_no_plain_document_is_refused_at_once(text: str, message: str) -> None:
-    started = time.monotonic()
     with pytest.raises(RecipeError, match=message):
         load_yaml(text, "x", RecipeError)
-    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(

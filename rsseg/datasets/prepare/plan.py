@@ -18,9 +18,7 @@ from rsseg.datasets.prepare.transfer import Transfer
 from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
-from rsseg.text import read_text
-
-_LIST_BYTES = 64 << 20
+from rsseg.text import LIST_BYTES, read_text
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path, DataError, limit=_LIST_BYTES).splitlines()]
+    lines = [line.strip() for line in read_text(path, DataError, limit=LIST_BYTES).splitlines()]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise DataError(f"{path}: the list is empty.")

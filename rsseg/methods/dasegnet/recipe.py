@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BaseRecipe, Positive, Probability, Side, Strict, TrainedBackbone, Width
+from rsseg.config import BaseRecipe, TrainedBackbone
+from rsseg.fields import Positive, Probability, Side, Strict, Width
 
 DISCRIMINATORS = ("disc_source", "disc_target")
 """Names of the discriminators' optimizers."""

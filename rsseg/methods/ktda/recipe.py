@@ -8,18 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import (
-    BackboneConfig,
-    BaseRecipe,
-    Depth,
-    Index,
-    Positive,
-    Probability,
-    Side,
-    Strict,
-    TrainedBackbone,
-    Width,
-)
+from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
+from rsseg.fields import Depth, Index, Positive, Probability, Side, Strict, Width
 
 
 class FamConfig(Strict):

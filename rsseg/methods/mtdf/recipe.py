@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Positive, Probability, Side, Strict, TrainedBackbone, Width
+from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
+from rsseg.fields import Positive, Probability, Side, Strict, Width
 
 Weight = Annotated[float, Field(ge=0)]
 

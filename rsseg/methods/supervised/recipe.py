@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rsseg.config import BackboneConfig, BaseRecipe, Count, Positive, Probability, Strict
+from rsseg.config import BaseRecipe, TrainedBackbone
+from rsseg.fields import Depth, Positive, Probability, Side, Strict, Width
 
 LinearName = Annotated[str, Field(pattern=r"^\w+$")]
 
@@ -19,19 +20,19 @@ class DecoderConfig(Strict):
 
     type: Literal["segformer", "upernet", "dpt", "deeplabv3plus", "linear"] = "segformer"
     """`linear` is a batch norm and one 1x1 convolution per map: a linear probe of the backbone."""
-    channels: Count | None = None
-    """Width; None: 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
+    channels: Width | None = None
+    """Width; None takes 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
     dropout: Probability = 0.1
     """Channel dropout before the last convolution; `dpt` and `linear` have none."""
     align_corners: bool = False
     """`segformer` and `upernet` only, for every bilinear resize. `dpt` aligns corners, the others do not."""
-    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
+    pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids."""
-    dilations: tuple[Count, ...] = (1, 12, 24, 36)
+    dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
     """`deeplabv3plus` only; 1 is a 1x1 convolution."""
-    low_channels: Count = 48
+    low_channels: Width = 48
     """`deeplabv3plus` only: width of the first level."""
-    widths: tuple[Count, Count, Count, Count] = (48, 96, 192, 384)
+    widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """`dpt` only: channels of the four maps (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
 
     @property
@@ -45,7 +46,7 @@ class LoraConfig(Strict):
     low-rank matrices is added to each. Few trained parameters reduce overfitting on few labels and optimizer memory.
     """
 
-    rank: Count = 8
+    rank: Width = 8
     """Rank of the product."""
     alpha: Positive = 16.0
     """The product is multiplied by alpha / rank."""
@@ -58,7 +59,7 @@ class SupervisedRecipe(BaseRecipe):
     """Cross-entropy on labeled images only."""
 
     method: Literal["supervised"]
-    backbone: BackboneConfig
+    backbone: TrainedBackbone
     decoder: DecoderConfig = DecoderConfig()
     tune: Literal["full", "frozen", "lora"] = "full"
     """Trained part of the backbone: all of it, nothing, or low-rank adapters of its linear layers, which are merged
