@@ -79,7 +79,7 @@ class ScheduleConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """One optimizer; a method says by name which it needs (`rsseg recipe cat` shows them)."""
+    """One optimizer; each method defines the names (`rsseg recipe cat` shows them)."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 6e-4
@@ -266,7 +266,7 @@ class DataConfig(Strict):
     rare_class_sampling: Positive | None = None
     """Temperature of rare class sampling (arXiv 2111.14887: 0.01) for labeled training images: draw a class, rare ones
     more often, then an image that contains it, and up to ten times a crop until one percent of its pixels have that
-    class. None draws images uniformly, as all three methods were published."""
+    class. None draws images uniformly, as published for all three methods."""
     match_gsd: bool = False
     """Resample images of other datasets to the ground sampling distance of `data.path`, as declared by both, before all
     other steps, in training and evaluation."""
@@ -367,4 +367,4 @@ class BaseRecipe(Strict):
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
-        """Names of the training streams that this recipe's method asks for."""
+        """Names of the training streams of this recipe's method."""

@@ -112,7 +112,7 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path | s
     Links are followed, and names that differ only in spelling are one file.
 
     Args:
-        outputs: for each output the option that asks for it, such as "--output", and its path.
+        outputs: for each output the option that requests it, such as "--output", and its path.
         inputs: all files that are read, side files and the sources of a VRT included. Other names, such as URLs, are
             ignored.
         overwrite: existing files may be replaced, but never an input.

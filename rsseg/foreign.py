@@ -16,7 +16,7 @@ from rsseg.errors import WeightsError
 def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     """Read the tensors of a .pth file under their stored names.
 
-    Objects of other libraries beside the tensors, such as training logs, are replaced by inert stand-ins.
+    Objects of other libraries, such as training logs, are replaced by inert stand-ins.
 
     Args:
         path: the file.

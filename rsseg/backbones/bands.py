@@ -30,7 +30,7 @@ def data_statistics(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     if task.mean is None or task.std is None:
         raise DataError(
-            f"{task.name} has no mean and std, which `statistics: data` asks for. "
+            f"{task.name} has no mean and std, which `statistics: data` needs. "
             "Run `rsseg dataset stats` on it, or set statistics: pretrained."
         )
     if min(task.std) <= 0:

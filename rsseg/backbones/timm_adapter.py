@@ -199,4 +199,4 @@ def _normed(out_indices: Sequence[int], out_norm: OutNorm, *, last: int) -> tupl
 
 def _check_indices(indices: Sequence[int], count: int, what: str) -> None:
     if not indices or min(indices) < 0 or max(indices) >= count or len(set(indices)) != len(indices):
-        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices says {list(indices)}.")
+        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices is {list(indices)}.")

@@ -193,7 +193,7 @@ def _print(outcomes: "list[Outcome]") -> None:
 
 @contextmanager
 def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
-    """Treat SIGTERM, which schedulers send, like Ctrl-C, and say how to continue."""
+    """Treat SIGTERM, which schedulers send, like Ctrl-C, and print how to continue."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -27,7 +27,7 @@ class Samples:
     images  float32 (B, C, H, W), scaled by Task.scale/offset, NOT normalized: each backbone normalizes for itself
     masks   int64 (B, H, W), class index or IGNORE_INDEX; None for an unlabeled stream
     valid   bool (B, H, W), False where the crop was padded or the source has no data; images hold StreamSpec.fill there
-    strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream asks for none
+    strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream has none
     mix     bool (B, V, H, W), True where CutMix takes the pixel from the partner sample; None without strong views
     """
 

@@ -336,7 +336,7 @@ def _by_key(pattern: PathPattern, files: Mapping[str, Path], only: frozenset[str
         other = found.setdefault(key, name)
         if other != name and not same_content(files[other], path):
             raise DataError(
-                f"{other} and {name} differ and cannot be told apart by the pattern {pattern.text!r}. Keep one of them."
+                f"{other} and {name} differ, but look the same to the pattern {pattern.text!r}. Keep one of them."
             )
     return found
 

@@ -236,7 +236,7 @@ def _bands(index: SegmentationIndex, moments: Moments) -> tuple[BandStatistics, 
 
 
 def _areas(index: SegmentationIndex, counts: NDArray[np.int64]) -> list[ClassArea]:
-    """One per class, then one for ignored pixels."""
+    """Areas of all classes, then of ignored pixels."""
     total, gsd = int(counts.sum()), index.task.gsd_m
     areas = []
     for name, count in zip((*index.task.class_names, "ignored"), counts, strict=True):

@@ -123,7 +123,7 @@ def _is_raster(file: Path) -> bool:
 
 
 def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix) -> None:
-    """Add a pair of rasters."""
+    """Count a pair of rasters in the confusion matrix."""
     with Raster(predicted) as ours, Raster(true) as theirs:
         theirs.align_to(ours.info, what=str(true), of=str(predicted))
         height, width = ours.info.height, ours.info.width

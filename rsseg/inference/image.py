@@ -89,7 +89,7 @@ def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: ND
 
 
 def _views_of(config: EvalConfig) -> tuple[View, ...]:
-    """All scales, each unmirrored and also mirrored if the recipe asks for that."""
+    """All scales, each also mirrored with `flip`."""
     return tuple(View(scale, flip) for scale in config.scales for flip in ((False, True) if config.flip else (False,)))
 
 

@@ -21,7 +21,7 @@ from rsseg.text import LIST_BYTES, read_text
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
-"""One line per scene that was tried, beside the outputs."""
+"""Log beside the outputs with one line per scene that was tried."""
 
 
 class Target(NamedTuple):
@@ -123,7 +123,7 @@ def check_targets(
     """Raise if outputs of a batch would replace one another or an input of any scene.
 
     Raises:
-        UsageError: see above; or one file is asked for that several scenes would write.
+        UsageError: see above; or several scenes would write one file.
     """
     for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
         if len(targets) > 1 and name is not None and not is_extension(name):

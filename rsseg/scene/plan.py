@@ -191,7 +191,7 @@ def prepare_scene(
 
 
 def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[str, Path]]:
-    """All files that a prediction writes, each with the option that asks for it.
+    """All files that a prediction writes, each with the option that requests it.
 
     Raises:
         UsageError: the format of the polygons or of the preview is unknown.

@@ -37,7 +37,7 @@ _QUICK_BANDS = 128
 def open_scene(
     scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None, columns: int | None = None
 ) -> Raster:
-    """Open a scene as the options say; `columns` is the widest window that will be read.
+    """Open a scene according to the options; `columns` is the widest window that will be read.
 
     Raises:
         DataError: it is missing, unreadable, or a pipe or device.

@@ -26,7 +26,7 @@ class Checkpoints:
 
         Args:
             folder: of the run.
-            recipe: written into every model file; `trainer` says what is kept.
+            recipe: written into every model file; `trainer` sets what is kept.
             identity: written into the resume state.
             used: split hash -> `training` or `selection`, written into every model file.
             writes: False on all ranks but the main one.

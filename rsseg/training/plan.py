@@ -274,7 +274,7 @@ def _split_plan(recipe: Recipe, select: SelectConfig, split: str, source: Source
 def _selection(recipe: Recipe, method: Method, validation: Source | None) -> str:
     """How the weights to ship are chosen, in words: by which score, on whose labels.
 
-    Labels of a domain that trains without them may choose the weights only if the run says so.
+    Selection by labels of a domain that trains without them must be visible in the run.
     """
     monitor = recipe.trainer.monitor
     if validation is None or monitor == "last":

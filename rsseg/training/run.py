@@ -70,7 +70,7 @@ def train(
     source: str | None = None,
     resume_anyway: bool = False,
 ) -> TrainResult:
-    """Train as a recipe says.
+    """Train a recipe.
 
     Args:
         recipe: see `rsseg.load_recipe`.
@@ -226,7 +226,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
-    """What trains and is saved."""
+    """The objects that are trained and saved."""
     return Parts(
         method=built.method,
         ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,

@@ -97,7 +97,7 @@ def _fetch_file(web: WebSource, folder: Path, progress: Progress) -> None:
     found = md5_of(partial)
     if found != web.md5:
         partial.unlink()
-        raise DataError(f"{web.url}: the file has the MD5 {found}, its publisher says {web.md5}. Try again.")
+        raise DataError(f"{web.url}: the file has the MD5 {found}, its publisher states {web.md5}. Try again.")
     partial.replace(folder / web.file)
 
 

@@ -160,7 +160,6 @@ def _generate(
 def _collect(
     plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
 ) -> tuple[Subject, Sequence[IndexItem]]:
-    """Copy the files into `stage`."""
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
     variant, prefix = plan.find(found, source)

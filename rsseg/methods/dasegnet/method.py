@@ -115,7 +115,7 @@ class DASegNetMethod(Method):
         """
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must ask for them")
+            raise ValueError("the source stream has no masks; its StreamSpec must require them")
         seg = self._label_losses(passes.logits, source.masks)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}

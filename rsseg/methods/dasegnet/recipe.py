@@ -146,7 +146,7 @@ class DASegNetRecipe(BaseRecipe):
     loss_divisor: Literal["all", "valid"] = "all"
     """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
     head_lr_scale: Positive = 1.0
-    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
+    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations set 10 with
     SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that

@@ -92,7 +92,7 @@ class KTDAMethod(Method):
         of labeled crops only, as strong views do not resemble the images of prediction.
         """
         assert self.task_teacher is not None  # for the type checker
-        assert samples.strong is not None  # the stream asks for it
+        assert samples.strong is not None  # the stream's spec requires it
         with unrecorded_statistics(self.segmenter):
             logits = self.segmenter(samples.strong[:, 0])
         return self.task_teacher.loss(logits, samples.images, samples.valid)

@@ -144,7 +144,7 @@ class KTDARecipe(BaseRecipe):
     method: Literal["ktda"]
     student: TrainedBackbone
     teacher: BackboneConfig | None = None
-    """None trains without distillation of features, unless `task_teacher` and `fam` ask for it."""
+    """None trains without distillation of features, unless `task_teacher` and `fam` are given."""
     task_teacher: TaskTeacherConfig | None = None
     """Without `teacher`, `fam.path: side` distils the maps of this model's backbone."""
     teacher_input: Literal["own", "student_normalized"] = "own"
