@@ -86,6 +86,12 @@ def test_split_lists_choose_images_by_path_name_or_stem(tmp_path: Path) -> None:
     assert [(row[0], row[2], row[3]) for row in found] == [("x/a.tif", "train", "s"), ("x/b.tif", "val", None)]
 
 
+def test_accents_of_different_systems_are_the_same(tmp_path: Path) -> None:
+    tree(tmp_path, "x/Zu\u0308rich.tif", "y/Z\u00fcrich.png")
+    found = rows(Layout("x/*.tif", "y/*.png", split_lists={"train": ["Z\u00fcrich"]}), tmp_path)
+    assert found == [("x/Zu\u0308rich.tif", "y/Z\u00fcrich.png", "train", None)]
+
+
 @pytest.mark.parametrize(
     ("lists", "message"),
     [({"train": ["z"]}, "'z' is not the name of an image"), ({"train": ["a"], "val": ["x/a.tif"]}, "must not share")],
