@@ -21,7 +21,7 @@ from rsseg.text import LIST_BYTES, read_text
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
-"""Log beside the outputs with one line per scene that was tried."""
+"""One line per scene that was tried, beside the outputs."""
 
 
 class Target(NamedTuple):
@@ -123,7 +123,7 @@ def check_targets(
     """Raise if outputs of a batch would replace one another or an input of any scene.
 
     Raises:
-        UsageError: see above; or several scenes would write one file.
+        UsageError: see above; or one file is asked for that several scenes would write.
     """
     for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
         if len(targets) > 1 and name is not None and not is_extension(name):
@@ -170,7 +170,7 @@ def predict_scenes(
             with share.of_scene(target.output, resume=options.resume):
                 # An existing output is compared before it is refused.
                 tolerant = options.model_copy(update={"overwrite": options.overwrite or skip_existing})
-                scene = prepare_scene(prepared, target.scene, target.output, tolerant)
+                scene = prepare_scene(prepared, target.scene, target.output, tolerant, inputs)
                 skipped = skip_existing and _is_done(scene, options)
                 if skipped:
                     if share.is_main:

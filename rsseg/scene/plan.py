@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def prepare_scene(
         files += tuple(str(file) for file in region_files(options.aoi))
     products = _products(network.task, output, options)
     polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
-    read = {path for file in files if (path := local_file(file)) is not None}
+    read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
     check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
     check_outputs([("--output", output.with_name(f"{output.name}.aux.xml"))], read, overwrite=True)
     with memory_errors(OUT_OF_MEMORY):
@@ -191,7 +192,7 @@ def prepare_scene(
 
 
 def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[str, Path]]:
-    """All files that a prediction writes, each with the option that requests it.
+    """All files that a prediction writes, each with the option that asks for it.
 
     Raises:
         UsageError: the format of the polygons or of the preview is unknown.
