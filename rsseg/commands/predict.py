@@ -38,7 +38,7 @@ def predict(
         str | None, typer.Option("--bands", help="Names or numbers of the file's bands, in the model's order: 4,3,2.")
     ] = None,
     nodata: Annotated[
-        float | None, typer.Option("--nodata", help="Value without data, if not declared; nan too.")
+        float | None, typer.Option("--nodata", help="Value without data, not the declared one; nan adds to it.")
     ] = None,
     zero_collar: Annotated[bool, typer.Option("--zero-collar", help="No data where all bands are 0.")] = False,
     aoi: Annotated[
