@@ -28,7 +28,7 @@ from rsseg.errors import DataError
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _CACHE_BYTES = (16 << 20, 512 << 20)
-"""Least and most that GDAL may cache."""
+"""Minimum and maximum size of GDAL's cache."""
 _UNNAMED = (ColorInterp.undefined, ColorInterp.gray, ColorInterp.palette, ColorInterp.alpha)
 
 
@@ -120,10 +120,10 @@ class Raster:
 
         Args:
             paths: file or URL, or the files of one image in band order.
-            bands: 1-based bands in the order to return, counted through all files; None takes all but alpha. An alpha
+            bands: 1-based bands in the order to return, counted through all files; None reads all but alpha. An alpha
                 band listed here is data.
             nodata: value without data in every band, instead of what the files declare; NaN is added to it.
-            zero_collar: pixels that are 0 in every band have no data.
+                zero_collar: treat pixels that are 0 in every band as nodata.
             threads: decompression threads of GDAL.
             columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
 
@@ -253,7 +253,7 @@ class Raster:
             )
 
     def _choose(self, datasets: Sequence[Any], bands: Sequence[int] | None) -> list[_Part]:
-        """Assign the bands to their files; a file of which no band is read still has its say on validity."""
+        """Assign the bands to their files; a file of which no band is read still affects validity."""
         located = [(number, band) for number, dataset in enumerate(datasets) for band in dataset.indexes]
         alphas = {place for place in located if gdal.is_alpha(datasets[place[0]], place[1])}
         if wrong := [band for band in bands or () if not 1 <= band <= len(located)]:
@@ -261,7 +261,7 @@ class Raster:
         chosen = range(1, len(located) + 1) if bands is None else bands
         wanted = [located[band - 1] for band in chosen if bands or located[band - 1] not in alphas]
         if not wanted:
-            raise DataError(f"{self.name}: the image has no band but its alpha.")
+            raise DataError(f"{self.name}: the image has no band besides alpha.")
         self._numbers = tuple(located.index(place) + 1 for place in wanted)
         self._order = np.argsort(np.argsort([number for number, _ in wanted], kind="stable"), kind="stable")
         parts = []
@@ -327,7 +327,7 @@ class Raster:
         )
 
     def _nodata_values(self, *, given: bool) -> list[float | None]:
-        """The value that decides in each band to read; not NaN, and where there is alpha or a mask only if given."""
+        """The nodata value of each band to read, NaN excluded; beside alpha or a mask only if given."""
         masked = [] if given else [part.dataset for part in self._parts if part.mask or part.alpha is not None]
         values = zip(self._bands(), self.info.band_nodata, strict=True)
         return [None if dataset in masked or gdal.is_nan(value) else value for (dataset, _), value in values]
@@ -343,7 +343,9 @@ class Raster:
             try:
                 yield
             except RasterioError as error:
-                raise DataError(f"{self.name}: the file is damaged: {gdal.reason(error)}. Get it again.") from None
+                raise DataError(
+                    f"{self.name}: the file is damaged: {gdal.reason(error)}. Restore or download it again."
+                ) from None
 
 
 def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] | None = None) -> tuple[int, ...]:

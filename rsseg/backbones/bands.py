@@ -17,7 +17,7 @@ def color_of(band: str) -> int | None:
 
 
 def pretrained_statistics(rgb: Sequence[float], bands: Sequence[str]) -> tuple[float, ...]:
-    """One value per band: red, green and blue have their value in `rgb`, other bands the mean of the three."""
+    """One value per band: that of `rgb` for red, green and blue, the mean of the three for other bands."""
     mean = sum(rgb) / len(rgb)
     return tuple(mean if (color := color_of(band)) is None else rgb[color] for band in bands)
 

@@ -78,4 +78,4 @@ def _show_scene(name: str, *, as_json: bool) -> None:
         ("band", "name", "colour", "scale", "offset"), [(b[0], b[1], b[2], str(b[3]), str(b[4])) for b in bands]
     )
     if not placed:
-        print_note("This raster has no coordinates; a product made from it has none either.")
+        print_note("This raster has no coordinates, so outputs made from it have none.")

@@ -90,14 +90,14 @@ class LabelTable:
             name: file, for the message.
             origin: row and column of the first pixel, for the message.
             nodata: value to ignore unless it is declared.
-            hidden: bool `(h, w)`, True where the pixel has no label whatever it holds.
+            hidden: bool `(h, w)`, True where the pixel has no label regardless of its value.
 
         Returns:
             uint8 `(h, w)`.
 
         Raises:
             DataError: undeclared values (named with count and first position), a wrong number of bands, or a palette
-                whose positions and colours stand for different classes.
+                whose positions and colours mean different classes.
         """
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
@@ -145,7 +145,7 @@ class LabelTable:
         """Values of a palette mask: its positions, or the grey levels that a viewer shows for them.
 
         Writers of GIF and indexed PNG keep only the grey levels that occur, in files of grey levels: position 3 can
-        show 4. A palette with colours, or with grey levels that are no class values, only decorates the positions.
+        show 4. A palette of colours, or of grey levels that are not class values, is only for display.
         """
         last = max((position for position, color in palette.items() if any(color[:3])), default=0)
         grays = {position: color[0] for position, color in palette.items() if position <= last}

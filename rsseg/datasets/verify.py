@@ -171,7 +171,7 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
 def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
     """Images, copies of images and scenes that are in more than one split; one problem each.
 
-    Scenes are not compared where the split rule distributes their tiles on purpose, as some published ones do.
+    Scenes are not compared if the split rule intentionally distributes their tiles, as some published rules do.
     """
     return (*_images(index), *_copies(index), *(() if index.mixes_scenes else _scenes(index)))
 

@@ -46,11 +46,11 @@ def predict_image(
         segmenter: on `device`, in eval mode.
         image: float32 (C, H, W) in scaled units.
         valid: bool (H, W), False where the image has no data; the network sees `segmenter.fill` there. None: all valid.
-        config: tiling, blending and test-time augmentation; None in it takes what suits the network.
+        config: tiling, blending and test-time augmentation; None in it uses the network's own.
         device: where the network runs.
 
     Returns:
-        uint8 (H, W) class indices. Where the image has no data they mean nothing.
+        uint8 (H, W) class indices, undefined where the image has no data.
 
     Raises:
         MachineError: the device has too little memory for a single tile.
@@ -81,7 +81,7 @@ def predict_probabilities(
 
 
 def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:
-    """The pixels that the network sees."""
+    """The image with `segmenter.fill` where there is no data."""
     pixels = torch.as_tensor(image, dtype=torch.float32)
     if valid is None:
         return pixels

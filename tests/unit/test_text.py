@@ -59,8 +59,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "line 1: .*aliases written out"),
-        ("a: &a [*a]", "aliases written out"),
+        (BOMB, "line 1: .*aliases expanded"),
+        ("a: &a [*a]", "aliases expanded"),
         ("[" * 5000, f"line 1: .*more than {MAX_DEPTH} levels deep"),
         ("{a: " * 5000, "levels deep"),
         ("- " * 5000, "levels deep"),

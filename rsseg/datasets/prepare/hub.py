@@ -91,7 +91,7 @@ def _fetch_file(web: WebSource, folder: Path, progress: Progress) -> None:
         try:
             http_get(web.url, file, resume_size=file.tell(), displayed_filename=web.file, tqdm_class=bar)
         except HfHubHTTPError as error:
-            # nothing is left to fetch: an earlier call was stopped before the check
+            # The file is complete: an earlier call was stopped before the check.
             if error.response.status_code != 416:
                 raise
     found = md5_of(partial)
@@ -115,7 +115,7 @@ def _failure(card: DatasetCard, what: str, error: Exception, by_hand: str) -> Da
 
 
 def _bar(title: str, progress: Progress) -> type[tqdm]:  # type: ignore[type-arg]
-    """A silent tqdm that reports megabytes to `progress`."""
+    """A tqdm class that prints nothing and reports megabytes to `progress`."""
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *_: Any, total: float | None = None, initial: float = 0, **__: Any) -> None:

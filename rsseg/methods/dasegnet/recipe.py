@@ -1,4 +1,4 @@
-"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults follow the published code, including its quirks."""
+"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults follow the published code, not the paper."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -55,7 +55,7 @@ class AdversarialConfig(Strict):
     base_channels: Width = 64
     weight_on_discriminators: bool = True
     """Published: `weight` also multiplies the discriminators' own losses, contrary to the published code's
-    documentation; with Adam it hardly matters."""
+    documentation; with Adam the effect is small."""
 
 
 class TeacherConfig(Strict):
