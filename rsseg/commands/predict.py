@@ -42,7 +42,7 @@ def predict(
         str | None, typer.Option("--bands", help="Names or numbers of the file's bands, in the model's order: 4,3,2.")
     ] = None,
     nodata: Annotated[
-        float | None, typer.Option("--nodata", help="Nodata value, where the file declares none; can be nan.")
+        float | None, typer.Option("--nodata", help="Nodata value instead of the declared one; nan is added to it.")
     ] = None,
     zero_collar: Annotated[
         bool, typer.Option("--zero-collar", help="Treat pixels that are 0 in all bands as nodata.")

@@ -64,7 +64,7 @@ class ClassFile(_Part):
     gsd_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Ground sampling distance in metres."""
     nodata: float | None = None
-    """Nodata value of every band, where the files declare none."""
+    """Nodata value of every band, instead of the declared one; NaN is added to it."""
     ignore_zero_collar: bool = False
     """Treat pixels that are 0 in every band as nodata."""
 
