@@ -3,7 +3,7 @@
     python benchmarks/predict_speed.py [--side 5000] [--large 10000] [--tile N] [--threads 2] [--rounds 5]
 
 All run in one process in turn, with equal weights, tiles, dtype and threads; the network alone is measured before and
-after each round, twice: as it is usually run, all threads on one batch, and in lanes, a batch for each, as the
+after each round, twice: as it is usually run, all threads on one batch, and in parallel batches, as the
 prediction runs it where memory suffices. Rates count the pixels that the network computes, overlaps included: 1.0 would
 be a pipeline that costs nothing. "Steady" is the plain GeoTIFF, whose work is that of the pipeline; a COG adds its
 overviews at the end.
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 3.0
 
 
-def forward_rate(network: torch.nn.Module, batch: torch.Tensor, dtype: torch.dtype, lanes: int) -> float:
+def forward_rate(network: torch.nn.Module, batch: torch.Tensor, dtype: torch.dtype, parallel_batches: int) -> float:
     """Megapixels per second of forwards alone, during a few seconds."""
     end = time.perf_counter() + SECONDS
 
-    def lane(_: int) -> int:
+    def compute(_: int) -> int:
         pixels = 0
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             while time.perf_counter() < end:
@@ -35,10 +35,10 @@ def forward_rate(network: torch.nn.Module, batch: torch.Tensor, dtype: torch.dty
                 pixels += batch.shape[0] * batch.shape[2] * batch.shape[3]
         return pixels
 
-    threads = (torch.get_num_threads() // lanes,)
+    threads = (torch.get_num_threads() // parallel_batches,)
     start = time.perf_counter()
-    with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=threads) as pool:
-        pixels = sum(pool.map(lane, range(lanes)))
+    with ThreadPoolExecutor(parallel_batches, initializer=torch.set_num_threads, initargs=threads) as pool:
+        pixels = sum(pool.map(compute, range(parallel_batches)))
     return pixels / 1e6 / (time.perf_counter() - start)
 
 
@@ -75,32 +75,34 @@ def main() -> None:
             runs.append((write_scene(Path(folder) / "large.tif", arguments.large), "cog"))
         plan = plan_scene(segmenter, scene, output, SceneOptions(**choices))
         batch = torch.rand(plan.batch_size, 3, plan.tile, plan.tile).contiguous(memory_format=torch.channels_last)
-        forward_rate(network, batch, dtype, plan.lanes)
+        forward_rate(network, batch, dtype, plan.parallel_batches)
         print(plan.text())
-        print("round | network alone, usual / in lanes (Mpx/s) | steady (Mpx/s), over usual / lanes | with COG | s/Mpx")
+        print(
+            "round | network alone, usual / parallel (Mpx/s) | steady (Mpx/s), over usual / parallel | with COG | s/Mpx"
+        )
         ratios: dict[str, list[float]] = {
             "steady rate over the network alone, usual": [],
-            "steady rate over the network alone, in lanes": [],
+            "steady rate over the network alone, parallel": [],
             "with COG and overviews over the network alone, usual": [],
         }
         growth: list[float] = []
         for number in range(arguments.rounds):
-            before = [forward_rate(network, batch, dtype, lanes) for lanes in (1, plan.lanes)]
+            before = [forward_rate(network, batch, dtype, count) for count in (1, plan.parallel_batches)]
             rates, costs = [], []
             for file, file_format in runs:
                 options = SceneOptions(**choices, format=file_format, overwrite=True)
                 result = predict_scene(segmenter, file, output, options)
                 rates.append(result.megapixels_per_second * plan.redundancy)
                 costs.append(1 / result.megapixels_per_second)
-            after = [forward_rate(network, batch, dtype, lanes) for lanes in (1, plan.lanes)]
-            usual, in_lanes = ((a + b) / 2 for a, b in zip(before, after, strict=True))
-            row = (rates[0] / usual, rates[0] / in_lanes, rates[1] / usual)
+            after = [forward_rate(network, batch, dtype, count) for count in (1, plan.parallel_batches)]
+            usual, parallel = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+            row = (rates[0] / usual, rates[0] / parallel, rates[1] / usual)
             for column, value in zip(ratios.values(), row, strict=True):
                 column.append(value)
             if arguments.large:
                 growth.append(costs[2] / costs[1])
             print(
-                f"{number + 1} | {usual:.2f} / {in_lanes:.2f} | {rates[0]:.2f}, {row[0]:.3f} / {row[1]:.3f} "
+                f"{number + 1} | {usual:.2f} / {parallel:.2f} | {rates[0]:.2f}, {row[0]:.3f} / {row[1]:.3f} "
                 f"| {rates[1]:.2f}, {row[2]:.3f} | {', '.join(f'{cost:.3f}' for cost in costs[1:])}",
                 flush=True,
             )

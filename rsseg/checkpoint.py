@@ -1,7 +1,7 @@
 """Model files: safetensors with one JSON metadata entry, written under a temporary name.
 
-Knows no method, and imports torch only where tensors are read or written, so that `rsseg info` and `rsseg runs` start
-in a fraction of a second.
+Independent of the methods. Imports torch only where tensors are read or written, so that `rsseg info` and `rsseg runs`
+start fast.
 """
 
 import json
@@ -79,7 +79,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(owned, temporary, dict(metadata))
-        temporary.chmod(mode)  # safetensors hides its files from other users
+        temporary.chmod(mode)  # safetensors creates files that other users cannot read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -98,7 +98,7 @@ def read_header(path: Path) -> ModelHeader:
         text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         raise WeightsError(
-            f"{path}: safetensors without rsseg's header: these are foreign weights. "
+            f"{path}: safetensors without rsseg's header, so not a model of rsseg. "
             "Give a model.safetensors of a run, or convert them with `rsseg weights import`."
         )
     values = load_json(text, f"{path}: damaged header", WeightsError)

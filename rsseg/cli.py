@@ -76,7 +76,7 @@ def run(arguments: list[str] | None = None) -> int:
             show = warnings.showwarning
 
             def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                """Our own warnings are for the user, without the line of code that raised them."""
+                """Print our own warnings without the line of code that raised them."""
                 if issubclass(category, RssegWarning):
                     print_note(f"warning: {message}")
                 else:
@@ -103,7 +103,7 @@ def run(arguments: list[str] | None = None) -> int:
             print_error(str(machine))
             return machine.exit_code
         if isinstance(error, OSError) and error.filename is not None:
-            # The system refuses a file; where it is known what for, there is a better message.
+            # Last resort: where the purpose of the file is known, there is a better message.
             print_error(f"{shortened(str(error.filename))}: {error.strerror}. Give another file or folder.")
             return UsageError.exit_code
         return _report_bug(error)
@@ -130,7 +130,7 @@ def main() -> None:
     """Entry point of the console script."""
     code = run()
     if code and "LOCAL_RANK" in os.environ:
-        # Python's exit could wait for processes that wait for this one.
+        # Python's normal exit could deadlock with processes that wait for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -4,13 +4,12 @@ A field's docstring gives its meaning, unit and the origin of its default; `rsse
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rsseg.errors import RecipeError
 from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
@@ -80,7 +79,7 @@ class ScheduleConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """One optimizer; a method says by name which it needs (`rsseg recipe cat` shows them)."""
+    """One optimizer; each method defines the names (`rsseg recipe cat` shows them)."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 6e-4
@@ -132,19 +131,18 @@ class TrainerConfig(Strict):
 
 
 class LossConfig(Strict):
-    """What every method can add to its cross-entropy on labels. All off: the published losses."""
+    """Additions of every method to its cross-entropy on labels. The defaults give the published losses."""
 
     class_weights: Literal["none", "auto"] | tuple[Annotated[float, Field(ge=0)], ...] = "none"
-    """Weight of each class's pixels, in the order of the task. Where few pixels show a class, the mean over pixels
-    hardly asks for it, while mean IoU counts it like any other. `auto`: one over the square root of the class's share
-    in the labeled training images, scaled so that the mean over their pixels stays 1. Not for DASegNet's decoders that
-    have weights of their own."""
+    """Class weights of the cross-entropy, in the order of the task. Rare classes have little weight in a mean over
+    pixels, but full weight in mean IoU. `auto`: one over the square root of the class's share in the labeled training
+    images, scaled to a mean of 1 over their pixels. Not used by DASegNet's decoders with class weights of their own."""
     focal_gamma: Annotated[float, Field(ge=0)] = 0.0
-    """Each pixel's cross-entropy counts (1 - p)^gamma times, p being the probability of its class (arXiv 1708.02002):
-    what is learnt already no longer outvotes what is not. 0: all pixels alike."""
+    """Focal loss (arXiv 1708.02002): each pixel's cross-entropy is multiplied by (1 - p)^gamma, p being the probability
+    of its class, which reduces the weight of pixels that are already classified well. 0: all pixels alike."""
     dice: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the Dice loss (arXiv 1606.04797), which is added: one minus the overlap of probabilities and labels per
-    class, mean over the classes that the batch shows. It follows IoU rather than the number of right pixels."""
+    """Weight of an added Dice loss (arXiv 1606.04797): one minus the overlap of probabilities and labels per class,
+    mean over the classes in the batch. It is closer to IoU than to pixel accuracy."""
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
@@ -158,13 +156,13 @@ class AugmentConfig(Strict):
     """Weak augmentation of a training crop, applied in this order."""
 
     preset: Literal["light", "strong"] | None = None
-    """Start from values for images from above, where no direction is special; keys that are given beside it win.
-    `light`: all eight orientations, scales 0.8 to 1.25. `strong`: scales 0.5 to 2 and changed colours as well, for few
-    images, or images of other places and seasons."""
+    """Defaults for nadir images, which have no preferred direction; keys given in the recipe override them. `light`:
+    all eight orientations, scales 0.8 to 1.25. `strong`: also scales 0.5 to 2 and colour jitter, for few images, or
+    other places and seasons."""
     crop_size: Side = 512
     """Side of the square crop in pixels."""
     scale_range: Range | None = None
-    """Image scale drawn uniformly before the crop; None keeps the scale."""
+    """Range of the random image scale before the crop; None keeps the scale."""
     scale_style: Literal["uniform", "long_side"] = "uniform"
     """`long_side` draws the integer length of the long side (UniMatch), `uniform` the factor itself."""
     resampling: Literal["opencv", "pillow"] = "opencv"
@@ -183,7 +181,7 @@ class AugmentConfig(Strict):
     """`mmseg` is the published distortion on 8-bit red, green, blue (exact arithmetic of OpenCV's 8-bit HSV); `fast`
     jitters brightness, contrast, saturation and hue of any bands in one pass."""
     fit: Literal["crop", "squeeze"] = "crop"
-    """`squeeze` resizes the whole image to the crop size without keeping its shape (ST-DASegNet's target)."""
+    """`squeeze` resizes the whole image to the crop size without keeping its aspect ratio (ST-DASegNet's target)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -227,27 +225,27 @@ class MergeConfig(Strict):
 
 
 class SelectConfig(Strict):
-    """Which prepared images feed a stream or a split; conditions add up."""
+    """Selection of prepared images for a stream or a split; all conditions must hold."""
 
     path: Path | None = None
-    """Another prepared dataset than `data.path`."""
+    """Prepared dataset to use instead of `data.path`."""
     bands: tuple[str, ...] | None = None
     """Bands of these images in network order, where they have other names than the task's: near infrared, red and green
-    for a network of red, green and blue. None takes those of the same names."""
+    for a network of red, green and blue. None uses those of the same names."""
     classes: MergeConfig | None = None
-    """How that dataset's classes become the task's; None expects the same names, in any order."""
+    """Mapping of that dataset's classes to the task's; None expects the same names, in any order."""
     split: str | None = None
     domain: str | None = None
     items: Path | None = None
     """Text file with one image path per line, as in the index."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Seeded share of the images, chosen so that every class is present if it can be."""
+    """Seeded random share of the images, chosen so that every class is present if possible."""
     count: Count | None = None
-    """Like `fraction`, as a number."""
+    """Like `fraction`, as a number of images."""
     complement: bool = False
-    """The images that `fraction`, `count` or `items` leave out."""
+    """Select the images that `fraction`, `count` or `items` would leave out."""
     augment: AugmentConfig | None = None
-    """Another augmentation than `data.augment`."""
+    """Augmentation to use instead of `data.augment`."""
 
 
 class DataConfig(Strict):
@@ -256,9 +254,9 @@ class DataConfig(Strict):
     path: Path
     """Folder made by `rsseg dataset prepare`, relative to the working folder."""
     bands: tuple[str, ...] | None = None
-    """Bands by name, in network order; None takes all."""
+    """Bands by name, in network order; None uses all."""
     classes: MergeConfig | None = None
-    """Merges classes of the dataset `path`; None takes them as they are."""
+    """Merges classes of the dataset `path`; None keeps them."""
     augment: AugmentConfig = AugmentConfig()
     strong: StrongConfig = StrongConfig()
     streams: Mapping[str, SelectConfig] = {}
@@ -266,12 +264,12 @@ class DataConfig(Strict):
     val: SelectConfig = SelectConfig(split="val")
     test: SelectConfig = SelectConfig(split="test")
     rare_class_sampling: Positive | None = None
-    """Temperature of drawing the labeled images of training by how rare their classes are (arXiv 2111.14887: 0.01):
-    first a class, the rarer the likelier, then an image that shows it, and a crop with at least a hundredth of its
-    pixels of that class, if ten tries find one. None draws all images alike, as published by all three methods."""
+    """Temperature of rare class sampling (arXiv 2111.14887: 0.01) for labeled training images: draw a class, rare ones
+    more often, then an image that contains it, and up to ten times a crop until one percent of its pixels have that
+    class. None draws images uniformly, as published for all three methods."""
     match_gsd: bool = False
-    """Scale images of other datasets to the ground sampling distance of `data.path`, as both declare it, before
-    anything else: in training and where they are scored."""
+    """Resample images of other datasets to the ground sampling distance of `data.path`, as declared by both, before all
+    other steps, in training and evaluation."""
     cache: bool = True
     """Convert each image once to an uncompressed file beside the index that is memory-mapped afterwards."""
 
@@ -282,28 +280,28 @@ class DataConfig(Strict):
 
 
 class NormStatisticsConfig(Strict):
-    """Measure the batch-norm statistics of the shipped network anew, on images without labels.
+    """Re-estimate the batch-norm statistics of the shipped network on images without labels.
 
-    A network that learnt in one place or season normalizes with the statistics of that place. On images of the place
-    where it will predict, they are worth a part of a domain adaptation at the cost of some forward passes. The weights
-    stay; `checkpoints/best.safetensors` keeps the statistics of training.
+    Statistics of the place and season of prediction give a part of the gain of domain adaptation for the cost of some
+    forward passes. The weights are unchanged; `checkpoints/best.safetensors` keeps the statistics of training.
     """
 
     images: SelectConfig = SelectConfig(split="unlabeled")
-    """Of the place where the network will predict; their masks are never opened."""
+    """Images of the place of prediction; their masks are never opened."""
     batches: Count = 32
-    """Of `trainer.batch_size` crops each, without augmentation; the statistics are the mean over them."""
+    """Number of batches of `trainer.batch_size` crops, without augmentation; the statistics are the mean over them."""
 
 
 class EvalConfig(Strict):
-    """Scoring of a split, and the default tiling of scenes."""
+    """Evaluation of a split, and the default tiling of scenes."""
 
     mode: Literal["tiled", "resized"] = "tiled"
-    """`resized` scales each image to `tile` (shape not kept) and its logits back: KTDA's published test pipeline."""
+    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back: KTDA's published test
+    pipeline."""
     tile: Side | None = None
-    """Side in pixels; None takes the network's."""
+    """Side in pixels; None uses the network's."""
     overlap: Annotated[int, Field(ge=0)] | None = None
-    """Pixels shared by neighbouring tiles, fewer than `tile`; None takes the network's."""
+    """Pixels shared by neighbouring tiles, fewer than `tile`; None uses the network's."""
     blend: Literal["crop", "hann", "mean"] = "crop"
     """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average logits."""
     batch_size: Batch = 4
@@ -314,7 +312,7 @@ class EvalConfig(Strict):
     flip: bool = False
     """Also average a horizontal mirror image."""
     ignore_classes: tuple[str, ...] = ()
-    """Classes left out of the score: their labeled pixels are not counted."""
+    """Classes excluded from the scores: their labeled pixels are not counted."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
@@ -324,10 +322,10 @@ class EvalConfig(Strict):
 
 
 class BaseRecipe(Strict):
-    """What every recipe has, whatever its method."""
+    """Fields of the recipes of all methods."""
 
     name: Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$", max_length=100)]
-    """Names the run folder."""
+    """Part of the run folder's name."""
     title: str = ""
     """One line for `rsseg recipe ls`."""
     reference: str = ""
@@ -369,25 +367,4 @@ class BaseRecipe(Strict):
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:
-        """Names of the training streams that this recipe's method asks for."""
-
-
-def check_eval(config: EvalConfig, classes: Sequence[str], tile: int) -> None:
-    """Check what depends on the dataset and the network: ignored classes, and the overlap of the network's own tiles.
-
-    Args:
-        config: of a recipe.
-        classes: names of the task's classes.
-        tile: side that the network chooses.
-
-    Raises:
-        RecipeError: an ignored class does not exist or all are ignored, or the overlap does not fit the tile.
-    """
-    unknown = [name for name in config.ignore_classes if name not in classes]
-    if unknown:
-        raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is none of the classes {list(classes)}.")
-    if set(classes) <= set(config.ignore_classes):
-        raise RecipeError("eval.ignore_classes: names every class, so that nothing is scored. Leave one out.")
-    side = config.tile or tile
-    if config.mode == "tiled" and config.overlap is not None and config.overlap >= side:
-        raise RecipeError(f"eval.overlap: {config.overlap} pixels do not fit tiles of {side}. Give 0 to {side - 1}.")
+        """Names of the training streams of this recipe's method."""

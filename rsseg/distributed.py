@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from rsseg.errors import Interrupted, RssegError
 
 POLL_S = 0.2
-"""Seconds between two looks at what other processes published."""
+"""Polling interval for messages of other processes, seconds."""
 GRACE_S = 2.0
-"""Seconds that a process lets another print its error: torchrun ends all as soon as one has ended."""
+"""Seconds to wait for another process to print its error: torchrun ends all processes once one has ended."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Number of this process, `local` on this machine, and how many there are."""
+    """Rank of this process, `local` rank on this machine, and number of processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -50,8 +50,8 @@ def current_ranks() -> Ranks:
 def process_group(device_type: str, on_peer_failure: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun, do nothing.
 
-    An exception in one process ends all of them, with its exit code: the process that fails first raises, the others
-    may be waiting for it in a collective call and exit silently.
+    An exception in one process ends all, with its exit code: the process that fails first raises, the others, which may
+    be waiting for it in a collective call, exit silently.
 
     Args:
         device_type: `cuda` or `cpu`. Tensors on the CPU can be exchanged in either case.
@@ -71,7 +71,7 @@ def process_group(device_type: str, on_peer_failure: Callable[[str], None] = lam
         dist.destroy_process_group()
         raise
     except BaseException as error:
-        # The group stays open: to leave it could wait for processes that wait for this one.
+        # The group stays open: closing it could deadlock with processes that wait for this one.
         board.fail(error)
         raise
     else:
@@ -79,9 +79,9 @@ def process_group(device_type: str, on_peer_failure: Callable[[str], None] = lam
 
 
 class _Board:
-    """What processes tell each other outside of collective calls: a signal received, a failure.
+    """Messages between processes outside collective calls: a received signal, a failure.
 
-    A thread looks at a key-value store that is common to all processes, so that it works while the main thread waits.
+    A thread polls a key-value store shared by all processes, so that messages arrive while the main thread waits.
     """
 
     current: "_Board | None" = None
@@ -147,7 +147,7 @@ class _Board:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest value of all ranks; all ranks must call it. Does not wait for a GPU."""
+    """The maximum of a value over all ranks; all ranks must call it. Does not wait for a GPU."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value)
@@ -156,7 +156,7 @@ def max_over_ranks(value: int) -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor, in place; all ranks must call it."""
+    """Sum a tensor over all ranks, in place; all ranks must call it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -179,7 +179,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, in a process group wrapped so that gradients are averaged over the ranks."""
+    """Wrap the module for gradient averaging in a process group; unchanged without one."""
     if not dist.is_initialized():
         return module
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
@@ -195,7 +195,7 @@ def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager[None
 class StopSignals:
     """Context that records the first SIGINT or SIGTERM in `received`; a second Ctrl-C raises `KeyboardInterrupt`.
 
-    A run then ends after the current step, saved, when a user or a scheduler (Slurm, spot machines) stops it. In a
+    A run stopped by a user or a scheduler (Slurm, spot machines) then ends after the current step and is saved. In a
     process group, a signal to one process is recorded in all of them within `POLL_S` or two.
     """
 

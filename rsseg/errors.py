@@ -57,7 +57,7 @@ class CheckFailed(RssegError):  # noqa: N818 - the result of a check
 
 
 class RssegWarning(UserWarning):
-    """Something works, but not as well as it could."""
+    """A condition that does not stop the command but that the user should know."""
 
 
 class Interrupted(RssegError):  # noqa: N818 - not an error of the program
@@ -74,11 +74,11 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer")
 
 
 def machine_error(error: BaseException) -> MachineError | None:
-    """What an exception of torch or of the system says about the machine; None if it is about something else."""
+    """Describe an exception of torch or the system that is about the machine; None for any other."""
     if isinstance(error, RssegError):
         return None
     limits = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-    lines = str(error).strip().splitlines() or ["no memory left"]
+    lines = str(error).strip().splitlines() or ["out of memory"]
     reason = next((line for line in lines if _LIMITS.search(line)), lines[0]).rstrip(".")
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in limits):
         found = True
@@ -86,9 +86,9 @@ def machine_error(error: BaseException) -> MachineError | None:
         found = isinstance(error, RuntimeError | OSError) and _LIMITS.search(str(error)) is not None
     if found:
         return MachineError(
-            f"memory, disk or open files do not suffice: {reason}. Choose a smaller batch, crop, tile or network, "
+            f"not enough memory, disk space or open files: {reason}. Choose a smaller batch, crop, tile or network, "
             "fewer loader workers, or free some space."
         )
     if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-        return MachineError(f"lost the connection to another process: {reason}. See what that process printed.")
+        return MachineError(f"lost the connection to another process: {reason}. See the output of that process.")
     return None

@@ -12,7 +12,7 @@ def ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-# Upper limits only keep a slip from costing the memory of the machine.
+# Upper limits keep a typing error from exhausting the memory.
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]

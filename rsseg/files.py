@@ -112,7 +112,7 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path | s
     Links are followed, and names that differ only in spelling are one file.
 
     Args:
-        outputs: for each output the option that asks for it, such as "--output", and its path.
+        outputs: for each output the option that requests it, such as "--output", and its path.
         inputs: all files that are read, side files and the sources of a VRT included. Other names, such as URLs, are
             ignored.
         overwrite: existing files may be replaced, but never an input.
@@ -150,7 +150,7 @@ def is_folder(path: Path | str) -> bool:
 
 
 def _file_keys(path: Path) -> tuple[object, ...]:
-    """Equal for two names of one file: the resolved path and, of an existing file, its place on the disk."""
+    """Keys that two names of one file share: the resolved path and, if the file exists, its device and inode."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -159,7 +159,7 @@ def _file_keys(path: Path) -> tuple[object, ...]:
 
 
 def _exists(path: Path) -> bool:
-    """Also true for a link to nowhere."""
+    """Also true for a broken link."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -170,7 +170,7 @@ def _exists(path: Path) -> bool:
 
 
 def hidden_path(output: Path, ending: str) -> Path:
-    """A hidden file beside an output, `.NAME` and the ending; long names are shortened."""
+    """A hidden file beside an output, `.NAME` plus the suffix; long names are shortened."""
     name = output.name
     if len(name.encode()) > _LONGEST:
         name = f"{name[: _LONGEST // 5]}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
@@ -178,12 +178,12 @@ def hidden_path(output: Path, ending: str) -> Path:
 
 
 def temporary_path(output: Path, ending: str = "") -> Path:
-    """A hidden name beside an output that tells which process uses it: `.NAME.HOST-PID.tmp` and the ending."""
+    """A hidden name beside an output that identifies the process: `.NAME.HOST-PID.tmp` plus the suffix."""
     return hidden_path(output, f".{_host()}-{os.getpid()}.tmp{ending}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what ended processes of this machine left in a folder under names of `temporary_path`."""
+    """Remove files named by `temporary_path` whose processes on this machine have ended."""
     made = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.tmp.*")
     for path in folder.glob(".*.tmp*"):
         if (match := made.fullmatch(path.name)) and not _is_running(int(match[1])):
@@ -195,12 +195,12 @@ def _host() -> str:
 
 
 def _is_running(process: int) -> bool:
-    if os.name == "nt":  # there, asking would end it
+    if os.name == "nt":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it belongs to someone else
+    except OSError:  # a process of another user
         return True
     return True

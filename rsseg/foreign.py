@@ -16,7 +16,7 @@ from rsseg.errors import WeightsError
 def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     """Read the tensors of a .pth file under their stored names.
 
-    Objects of other libraries beside the tensors, such as training logs, are replaced by inert stand-ins.
+    Objects of other libraries, such as training logs, are replaced by inert stand-ins.
 
     Args:
         path: the file.
@@ -54,7 +54,7 @@ def odd_tensors_refused(path: Path, network: str) -> Iterator[None]:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: its tensors are not those of {network}: {reason}. Give a checkpoint of that network."
+            f"{path}: its tensors do not fit {network}: {reason}. Give a checkpoint of that network."
         ) from None
 
 

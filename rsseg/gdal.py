@@ -1,4 +1,4 @@
-"""What GDAL says about a file: errors, alpha bands, palettes, nodata values, place on the ground."""
+"""Properties of a file as reported by GDAL: errors, alpha bands, palettes, nodata values, location."""
 
 import math
 import os
@@ -19,14 +19,14 @@ from rsseg.errors import DataError
 STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 """Without these, GDAL returns truncated JPEG and PNG files without an error."""
 _MOST_SHIFT = 0.51
-"""Pixels that rounded coordinates of the same grid may differ by."""
+"""Tolerance in pixels for rounded coordinates of the same grid."""
 
 Mirror = tuple[bool, bool]
 """Whether rows and whether columns are in reverse order."""
 
 
 class _Located(Protocol):
-    """Size and place of a raster: a `RasterInfo`, or a dataset of rasterio."""
+    """Size and location of a raster: a `RasterInfo`, or a dataset of rasterio."""
 
     @property
     def height(self) -> int: ...
@@ -61,11 +61,16 @@ def is_alpha(dataset: Any, band: int) -> bool:
 
 
 def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
-    """Red, green, blue, alpha of the values of a palette band; None if it has no table."""
+    """Red, green, blue, alpha of the values of a palette band, or of one of 1 to 4 bits; None if there is no table."""
     try:
         return dict(dataset.colormap(band))
     except ValueError:
+        levels = 2 ** int(dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    if levels > 16 or dataset.colorinterp[band - 1] == ColorInterp.palette:
         return None
+    # GDAL reads 0 and 1 where a viewer shows 0 and 255.
+    grays = [value * 255 // (levels - 1) for value in range(levels)]
+    return {value: (gray, gray, gray, 255) for value, gray in enumerate(grays)}
 
 
 def is_nan(value: float | None) -> bool:
@@ -101,9 +106,10 @@ def is_nodata(band: NDArray[Any], value: float | None) -> NDArray[np.bool_]:
 
 
 def alignment(own: _Located, reference: _Located, *, what: str, of: str) -> Mirror:
-    """How a raster must be mirrored to lie on another pixel by pixel.
+    """How a raster must be mirrored to match another pixel by pixel.
 
-    Rasters without a location are taken to lie there. A raster stored south-up lies upside down on one stored north-up.
+    A raster without a location is assumed to match. A raster stored south-up is flipped relative to one stored
+    north-up.
 
     Args:
         own: the raster.
@@ -141,7 +147,7 @@ def alignment(own: _Located, reference: _Located, *, what: str, of: str) -> Mirr
 
 
 def _is_located(raster: _Located) -> bool:
-    """Whether the transform is one of ground coordinates, not of plain pixels."""
+    """Whether the raster has ground coordinates rather than only pixels."""
     t = raster.transform
     plain = raster.crs is None and (abs(t.a), abs(t.e), t.b, t.d) == (1, 1, 0, 0)
     return bool(t.determinant) and not t.is_identity and not plain

@@ -49,7 +49,7 @@ class ConfusionMatrix:
             )
         if valid is not None:
             target = target.masked_fill(~valid, IGNORE_INDEX)
-        # Unlabeled pixels go to the extra row: fixed shapes, no boolean index.
+        # Unlabeled pixels go to the extra row, which avoids boolean indexing.
         rows = target.clamp(max=self.num_classes).to(self._index_type)
         index = rows.mul_(self.num_classes).add_(prediction.to(self._index_type))
         self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)

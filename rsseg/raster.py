@@ -28,7 +28,7 @@ from rsseg.errors import DataError
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _CACHE_BYTES = (16 << 20, 512 << 20)
-"""Least and most that GDAL may cache."""
+"""Minimum and maximum size of GDAL's cache."""
 _UNNAMED = (ColorInterp.undefined, ColorInterp.gray, ColorInterp.palette, ColorInterp.alpha)
 
 
@@ -50,7 +50,7 @@ class RasterInfo:
     count: int
     """Bands to read."""
     available: int
-    """All bands of the files, alpha included."""
+    """All bands, alpha included."""
     dtype: str
     """NumPy name of the type that `Raster.read` returns: float32 if scale or offset tags apply."""
     stored_dtype: str
@@ -77,7 +77,7 @@ class RasterInfo:
     block_shape: tuple[int, int]
     """Rows and columns of a stored block."""
     colormap: dict[int, tuple[int, int, int, int]] | None
-    """Red, green, blue, alpha of each value of a palette image, if it has a table."""
+    """Red, green, blue, alpha of each value of a palette image, or of a single band of up to 4 bits."""
 
 
 class _Part(NamedTuple):
@@ -120,10 +120,10 @@ class Raster:
 
         Args:
             paths: file or URL, or the files of one image in band order.
-            bands: 1-based bands in the order to return, counted through all files; None takes all but alpha. An alpha
+            bands: 1-based bands in the order to return, counted through all files; None reads all but alpha. An alpha
                 band listed here is data.
             nodata: value without data in every band, instead of what the files declare; NaN is added to it.
-            zero_collar: pixels that are 0 in every band have no data.
+                zero_collar: treat pixels that are 0 in every band as nodata.
             threads: decompression threads of GDAL.
             columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
 
@@ -142,8 +142,8 @@ class Raster:
         except BaseException:
             self._stack.close()
             raise
-        self._nodata = self._nodata_values(nodata)
-        self._nan_is_nodata = gdal.is_nan(nodata) or any(map(gdal.is_nan, self._declared_nodata()))
+        self._nodata = self._nodata_values(given=nodata is not None and not math.isnan(nodata))
+        self._nan_is_nodata = any(map(gdal.is_nan, (nodata, *self.info.band_nodata)))
         rows, cols = self.info.block_shape
         blocks = min(math.ceil((columns or self.info.width) / cols) + 1, math.ceil(self.info.width / cols))
         row_of_blocks = rows * blocks * cols * self.info.count
@@ -159,11 +159,6 @@ class Raster:
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
-
-    def can_lack_data(self) -> bool:
-        """Whether the file or the caller declares anything that marks pixels without data."""
-        declared = self._nan_is_nodata or any(value is not None for value in self._nodata)
-        return self.info.has_alpha or self.info.has_mask or self._zero_collar or declared
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -222,10 +217,7 @@ class Raster:
         return opaque
 
     def align_to(self, reference: RasterInfo, *, what: str, of: str) -> bool:
-        """Read in the pixel order of an image on the same grid, and return whether that mirrors this one.
-
-        Arguments and errors are those of `gdal.alignment`.
-        """
+        """Read in the pixel order of an image on the same grid; returns whether that mirrors. See `gdal.alignment`."""
         mirrors = [gdal.alignment(part.dataset, reference, what=what, of=of) for part in self._parts]
         self._parts = [part._replace(mirror=mirror) for part, mirror in zip(self._parts, mirrors, strict=True)]
         return any(map(any, mirrors))
@@ -261,7 +253,7 @@ class Raster:
             )
 
     def _choose(self, datasets: Sequence[Any], bands: Sequence[int] | None) -> list[_Part]:
-        """Assign the bands to their files; a file of which no band is read still has its say on validity."""
+        """Assign the bands to their files; a file of which no band is read still affects validity."""
         located = [(number, band) for number, dataset in enumerate(datasets) for band in dataset.indexes]
         alphas = {place for place in located if gdal.is_alpha(datasets[place[0]], place[1])}
         if wrong := [band for band in bands or () if not 1 <= band <= len(located)]:
@@ -269,7 +261,7 @@ class Raster:
         chosen = range(1, len(located) + 1) if bands is None else bands
         wanted = [located[band - 1] for band in chosen if bands or located[band - 1] not in alphas]
         if not wanted:
-            raise DataError(f"{self.name}: the image has no band but its alpha.")
+            raise DataError(f"{self.name}: the image has no band besides alpha.")
         self._numbers = tuple(located.index(place) + 1 for place in wanted)
         self._order = np.argsort(np.argsort([number for number, _ in wanted], kind="stable"), kind="stable")
         parts = []
@@ -304,7 +296,7 @@ class Raster:
         colors = tuple(dataset.colorinterp[band - 1] for dataset, band in bands)
         descriptions = [dataset.descriptions[band - 1] for dataset, band in bands]
         dataset, band = bands[0]
-        declared = self._declared_nodata()
+        declared = tuple(dataset.nodatavals[band - 1] for dataset, band in bands)
         return RasterInfo(
             height=first.height,
             width=first.width,
@@ -331,20 +323,14 @@ class Raster:
             scales=scales,
             offsets=offsets,
             block_shape=first.block_shapes[0],
-            colormap=gdal.colormap(dataset, band) if colors[0] == ColorInterp.palette else None,
+            colormap=gdal.colormap(dataset, band) if len(bands) == 1 else None,
         )
 
-    def _declared_nodata(self) -> tuple[float | None, ...]:
-        """Per band to read."""
-        return tuple(dataset.nodatavals[band - 1] for dataset, band in self._bands())
-
-    def _nodata_values(self, nodata: float | None) -> list[float | None]:
-        """The finite or infinite value that decides in each band to read."""
-        if nodata is not None and not math.isnan(nodata):
-            return [nodata] * self.info.count
-        opacity = [part.dataset for part in self._parts if part.mask or part.alpha is not None]
-        values = zip(self._bands(), self._declared_nodata(), strict=True)
-        return [None if dataset in opacity or gdal.is_nan(value) else value for (dataset, _), value in values]
+    def _nodata_values(self, *, given: bool) -> list[float | None]:
+        """The nodata value of each band to read, NaN excluded; beside alpha or a mask only if given."""
+        masked = [] if given else [part.dataset for part in self._parts if part.mask or part.alpha is not None]
+        values = zip(self._bands(), self.info.band_nodata, strict=True)
+        return [None if dataset in masked or gdal.is_nan(value) else value for (dataset, _), value in values]
 
     def _bands(self) -> list[tuple[Any, int]]:
         """File and 1-based number of each band to read, in order."""
@@ -357,7 +343,9 @@ class Raster:
             try:
                 yield
             except RasterioError as error:
-                raise DataError(f"{self.name}: the file is damaged: {gdal.reason(error)}. Get it again.") from None
+                raise DataError(
+                    f"{self.name}: the file is damaged: {gdal.reason(error)}. Restore or download it again."
+                ) from None
 
 
 def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] | None = None) -> tuple[int, ...]:
@@ -385,10 +373,13 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
             return tuple(info.numbers[known.index(name.casefold())] for name in wanted)
     if info.count == len(wanted):
         return info.numbers
-    raise DataError(
-        f"the image has {info.count} band(s) ({', '.join(info.band_names)}), needed are {', '.join(wanted)}. "
-        f"Name them with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
-    )
+    remedy = f"Name them with --bands, such as --bands {','.join(str(i + 1) for i in range(len(wanted)))}."
+    if info.colors[0] == "palette":
+        remedy = "It is a palette image: expand it to red, green and blue first (`gdal_translate -expand rgb`)."
+    elif info.available < len(wanted):
+        remedy = "Add the missing bands (a VRT can join files), or use a model of these bands."
+    have = ", ".join(info.band_names)
+    raise DataError(f"the image has {info.count} band(s) ({have}), needed are {', '.join(wanted)}. {remedy}")
 
 
 def _band_number(name: str, names: Sequence[str], info: RasterInfo) -> int:

@@ -27,7 +27,7 @@ Override = str | tuple[str, object]
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _SHOWN = 20
-"""Problems listed at most."""
+"""Maximum number of problems listed."""
 
 
 RENAMED: Mapping[str, str] = MappingProxyType(
@@ -108,7 +108,7 @@ def parse_recipe(source: RecipeSource, overrides: Sequence[Override] = (), *, me
     document = load_yaml(source.text, source.label, RecipeError)
     values = document.values
     if not isinstance(values, dict):
-        raise RecipeError(f"{source.label}: a recipe is a mapping of keys to values; this file holds none.")
+        raise RecipeError(f"{source.label}: a recipe is a mapping of keys to values; this file has none.")
     for override in overrides:
         _apply_override(values, override)
     recipe = _validated(values, source.label, document)

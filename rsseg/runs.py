@@ -45,13 +45,13 @@ class Manifest(BaseModel):
     """Optimizer steps done at the last save."""
     monitor: str
     selection: str = ""
-    """How the weights to ship are chosen, in words: by which score, on whose labels."""
+    """Selection of the weights to ship, in words: the score, and the images it is computed on."""
     best_score: float | None = None
     best_step: int | None = None
     plan: dict[str, Any]
     """Resolved sizes, splits with their hashes, and weight hashes."""
     used: Mapping[str, str]
-    """Split hash -> `training` or `selection`: a score on these images is no test."""
+    """Split hash -> `training` or `selection`: scores on these images are not independent."""
     frozen: Mapping[str, str] = {}
     """Teacher module -> SHA-256 of its weights."""
     resumed: tuple[str, ...] = ()
@@ -258,7 +258,7 @@ def choose_model(model: Path | None, root: Path) -> Path:
 
 
 def _short(cell: str) -> str:
-    """Four digits after the point."""
+    """Format with four decimals."""
     if not cell:
         return "-"
     return f"{float(cell):.4f}" if "." in cell else cell

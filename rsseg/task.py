@@ -80,7 +80,7 @@ class Task(BaseModel):
     def scaled(self, pixels: NDArray[Any], valid: NDArray[np.bool_], fill: Sequence[float]) -> NDArray[np.float32]:
         """Pixels `(h, w, bands)` of any type as float32 in scaled units, with `fill` per band where not valid."""
         rows = pixels.astype(np.float32, order="C").reshape(len(pixels), -1)
-        # One factor per value of a row: NumPy is slow where the last axis is short.
+        # One factor per value of a row: NumPy is slow if the last axis is short.
         rows *= np.tile(np.array(self.scale, np.float32), valid.shape[1])
         rows += np.tile(np.array(self.offset, np.float32), valid.shape[1])
         image = rows.reshape(*valid.shape, -1)

@@ -1,4 +1,4 @@
-"""Text from outside, decoded and parsed under limits: no file and no argument may cost more than moments."""
+"""Decode and parse untrusted text under limits on size and nesting, so that no file or argument takes long."""
 
 import codecs
 import json
@@ -13,9 +13,12 @@ import yaml
 from rsseg.errors import RssegError
 
 MAX_BYTES = 1 << 18
+"""Of a recipe or class file."""
+LIST_BYTES = 64 << 20
+"""Of a list of images or scenes."""
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
-"""Of a YAML document, aliases written out."""
+"""Maximum number of values of a YAML document, aliases expanded."""
 
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")}
@@ -35,7 +38,7 @@ def read_text(path: Path, error: type[RssegError], *, limit: int = MAX_BYTES) ->
     """
     try:
         if not path.is_file():
-            # A pipe would be waited for without end.
+            # Reading a pipe could block forever.
             raise error(f"{path}: {'is not a regular file' if path.exists() else 'there is no such file'}.")
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -45,10 +48,13 @@ def read_text(path: Path, error: type[RssegError], *, limit: int = MAX_BYTES) ->
         raise error(f"{path}: has more than {limit} bytes, too many for such a text file.")
     bom, encoding = next(((b, e) for b, e in _BOMS.items() if content.startswith(b)), (b"", "utf-8"))
     try:
-        return content[len(bom) :].decode(encoding)
+        text = content[len(bom) :].decode(encoding)
     except UnicodeDecodeError as cause:
         line = content[: cause.start].count(b"\n") + 1
         raise error(f"{path}, line {line}: is not {encoding.upper()} text. Save the file as UTF-8.") from None
+    if "\0" in text:
+        raise error(f"{path}: is not a text file. Save it as UTF-8.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Values:
-    """Makes values of nodes, of which an alias may repeat many and even contain itself."""
+    """Converts nodes to values; aliases may repeat nodes or even contain themselves."""
 
     def __init__(self) -> None:
         self._left = MAX_VALUES
@@ -151,7 +157,7 @@ class _Values:
     def of(self, node: yaml.Node, depth: int = 1) -> Any:
         self._left -= 1
         if depth > MAX_DEPTH or self._left < 0:
-            raise _problem(node, f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, aliases written out")
+            raise _problem(node, f"more than {MAX_VALUES} values or {MAX_DEPTH} levels, aliases expanded")
         if node.tag not in _TAGS:
             raise _problem(node, f"{node.tag.rpartition(':')[2][:40]!r} is a tag; only plain values are read")
         if isinstance(node, yaml.MappingNode):

@@ -17,7 +17,7 @@ def color_of(band: str) -> int | None:
 
 
 def pretrained_statistics(rgb: Sequence[float], bands: Sequence[str]) -> tuple[float, ...]:
-    """One value per band: red, green and blue have their value in `rgb`, other bands the mean of the three."""
+    """One value per band: that of `rgb` for red, green and blue, the mean of the three for other bands."""
     mean = sum(rgb) / len(rgb)
     return tuple(mean if (color := color_of(band)) is None else rgb[color] for band in bands)
 
@@ -30,7 +30,7 @@ def data_statistics(task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     if task.mean is None or task.std is None:
         raise DataError(
-            f"{task.name} has no mean and std, which `statistics: data` asks for. "
+            f"{task.name} has no mean and std, which `statistics: data` needs. "
             "Run `rsseg dataset stats` on it, or set statistics: pretrained."
         )
     if min(task.std) <= 0:

@@ -72,7 +72,7 @@ def _swin(timm_name: str, millions: float) -> ZooEntry:
 
 
 def _mit(size: int, millions: float) -> ZooEntry:
-    # SegFormer's encoder is the network of PVTv2 with another eps; its own weights are not free, PVTv2's are
+    # SegFormer's encoder is PVTv2 with another eps; its own weights are not free, PVTv2's are
     return _pyramid(f"pvt_v2_b{size}.in1k", millions, f"mit_b{size}", norm_eps=1e-6)
 
 

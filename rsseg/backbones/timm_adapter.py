@@ -76,7 +76,7 @@ def build_pyramid(
     first = len(info) - LEVELS  # some networks also have a level of stride 2
     network.prune_intermediate_layers([first + level for level in sorted(levels)], prune_norm=True)
     if "head" in dict(network.named_children()):
-        network.head = nn.Identity()  # some versions of timm keep its norm, which would never get gradients
+        network.head = nn.Identity()  # some versions of timm keep the head's norm, which would never get gradients
     body = Pyramid(
         network,
         indices={level: first + level for level in levels},
@@ -199,4 +199,4 @@ def _normed(out_indices: Sequence[int], out_norm: OutNorm, *, last: int) -> tupl
 
 def _check_indices(indices: Sequence[int], count: int, what: str) -> None:
     if not indices or min(indices) < 0 or max(indices) >= count or len(set(indices)) != len(indices):
-        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices says {list(indices)}.")
+        raise RecipeError(f"{what} are 0 to {count - 1}, each at most once; out_indices is {list(indices)}.")

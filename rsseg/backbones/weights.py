@@ -40,7 +40,7 @@ class WeightsFile:
 
 
 def check_weights(config: BackboneConfig) -> WeightsFile | None:
-    """Locate the weights that a recipe's backbone needs, without reading them; None for random ones.
+    """Locate the weights of a recipe's backbone, without reading them; None for random weights.
 
     Raises:
         RecipeError: unknown backbone.

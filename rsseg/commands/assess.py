@@ -12,25 +12,26 @@ from rsseg.commands.console import print_json, print_note, print_result, print_t
 if TYPE_CHECKING:
     from rsseg.evaluation.assessment import Assessment, Estimate
 
-MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Class raster, such as `rsseg predict` makes.")]
+MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Class raster, such as `rsseg predict` writes.")]
 StrataFile = Annotated[
-    Path | None, typer.Option("--strata", help="Raster of strata on the same grid; the classes of the map.")
+    Path | None, typer.Option("--strata", help="Raster of strata on the same grid (default: the map's classes).")
 ]
 
 
 def sample(
     source: MapFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to make.")],
-    per_stratum: Annotated[int | None, typer.Option("--per-stratum", help="Points in every stratum.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to write.")],
+    per_stratum: Annotated[int | None, typer.Option("--per-stratum", help="Points per stratum.")] = None,
     target_se: Annotated[
-        float | None, typer.Option("--target-se", help="Or: standard error wanted of the overall accuracy, as 0.01.")
+        float | None,
+        typer.Option("--target-se", help="Or: target standard error of the overall accuracy, such as 0.01."),
     ] = None,
     expected_accuracy: Annotated[
-        float, typer.Option("--expected-accuracy", help="User's accuracy expected, for --target-se.")
+        float, typer.Option("--expected-accuracy", help="Expected user's accuracy, for --target-se.")
     ] = 0.8,
-    least: Annotated[int, typer.Option("--least", help="Points of even the rarest stratum, for --target-se.")] = 50,
+    least: Annotated[int, typer.Option("--least", help="Minimum points per stratum, for --target-se.")] = 50,
     strata: StrataFile = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same sample.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sample.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -49,11 +50,11 @@ def sample(
 
 def assess(
     source: MapFile,
-    points: Annotated[Path, typer.Argument(help="Labeled points: any vector file.")],
+    points: Annotated[Path, typer.Argument(help="Labeled points, in any vector format.")],
     field: Annotated[str, typer.Option("--field", help="Attribute with the true class, as name or value.")] = "truth",
     layer: Annotated[str | None, typer.Option("--layer", help="Layer of the file, if it has several.")] = None,
     strata: StrataFile = None,
-    table: Annotated[Path | None, typer.Option("--csv", help="Also write the figures per class as CSV.")] = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Also write the estimates per class as CSV.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing CSV file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -28,4 +28,6 @@ def validate(
         if not as_json:
             print_result(f"{report.file}: {'valid' if report.is_valid else 'not valid'}")
     if wrong := sum(not report.is_valid for report in reports):
-        raise CheckFailed(f"{wrong} of {len(reports)} files are no valid COG. `rsseg predict --format cog` writes one.")
+        raise CheckFailed(
+            f"{wrong} of {len(reports)} files are not valid COGs. `rsseg predict --format cog` writes one."
+        )

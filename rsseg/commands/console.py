@@ -80,7 +80,7 @@ def print_scores(scores: "Scores") -> None:
     means = (("mIoU", scores.miou), ("mF1", scores.mf1), ("OA", scores.oa), ("pixels", scores.pixels))
     print_table([name for name, _ in means], [[value for _, value in means]])
     if scores.absent:
-        print_note(f"{scores.absent} class(es) are neither labeled nor predicted; the means leave them out.")
+        print_note(f"{scores.absent} class(es) are neither labeled nor predicted; they are excluded from the means.")
 
 
 def _plain(data: Any) -> Any:

@@ -57,12 +57,14 @@ def list_datasets(
 def prepare(
     name: Annotated[str, typer.Argument(help="A name of `rsseg dataset list`; `folder` for your own images.")],
     src: Annotated[Path | None, typer.Option("--src", help="Folder, zip or tar of the publisher.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Output folder; data/NAME.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Permit the download.")] = False,
-    tile: Annotated[int | None, typer.Option("--tile", help="Cut images into squares of this side.")] = None,
-    stride: Annotated[int | None, typer.Option("--stride", help="Distance between squares; the side.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: data/NAME).")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Allow the download.")] = False,
+    tile: Annotated[int | None, typer.Option("--tile", help="Cut images into square tiles of this side.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Distance between tiles (default: the side).")] = None,
     bands: Annotated[str | None, typer.Option("--bands", help="Band names in file order: red,green,nir.")] = None,
-    scale: Annotated[str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values scaled to 0 and 1.")] = "auto",
+    scale: Annotated[
+        str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values that become 0 and 1.")
+    ] = "auto",
     split: Annotated[str | None, typer.Option("--split", help=f"{KNOWN}: split rule, see `dataset list NAME`.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help=f"{KNOWN}: labels, see `dataset list NAME`.")] = None,
     ignore_class: Annotated[
@@ -149,7 +151,7 @@ def prepare(
             made = prepare_dataset(name, options, progress)
     except (KeyboardInterrupt, MachineError):
         if place := unfinished(name, options):
-            print_note(f"Finished steps are kept in {place}; the same command resumes there.")
+            print_note(f"Finished steps are kept in {place}; the same command continues from them.")
         raise
     index = SegmentationIndex.load(made)
     splits = {name: [item for item in index.items if item.split == name] for name in index.splits()}
@@ -206,8 +208,10 @@ def stats(path: Folder, jobs: Jobs = 2, as_json: AsJson = False) -> None:
 @app.command()
 def inspect(
     path: Folder,
-    image: Annotated[str | None, typer.Argument(help="Name, part of a name, or number; the first labeled one.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="PNG to write instead of showing it here.")] = None,
+    image: Annotated[
+        str | None, typer.Argument(help="Name, part of a name, or number (default: the first labeled one).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="PNG to write instead of showing the image here.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the PNG.")] = False,
 ) -> None:
     """Show one image, its mask in class colours, and a legend."""
@@ -231,9 +235,11 @@ def split(
     by: Annotated[By, typer.Option("--by", help="Unit that stays in one split.")] = "scene",
     block: Annotated[int | None, typer.Option("--block", min=1, help="Side of the blocks in pixels.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the order.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Change the index; without it, only show.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write the splits to the index instead of only showing them.")
+    ] = False,
 ) -> None:
-    """Split a prepared dataset anew, by scene or by block of ground."""
+    """Split a prepared dataset again, by scene or by spatial block."""
     from rsseg.data.index import SegmentationIndex
     from rsseg.datasets.prepare.options import parse_pairs
     from rsseg.datasets.splits import resplit, scene_of
@@ -249,7 +255,7 @@ def split(
     if overwrite:
         print_result(str(index.save(path if path.is_dir() else path.parent)))
     else:
-        print_note("Nothing is changed yet: pass --overwrite to write these splits into the index.")
+        print_note("Nothing was changed. Pass --overwrite to write these splits to the index.")
 
 
 def _shown(value: object) -> str:

@@ -10,8 +10,10 @@ from rsseg.errors import CheckFailed, UsageError
 
 
 def evaluate(
-    model: Annotated[Path | None, typer.Option("--model", help="Run folder or model file; the newest run.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset; the one of the recipe.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset (default: the recipe's).")] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the dataset.")] = "test",
     pred: Annotated[
         Path | None,
@@ -19,7 +21,7 @@ def evaluate(
     ] = None,
     truth: Annotated[
         Path | None,
-        typer.Option("--truth", help="Folder of true class rasters; 255 and nodata: no label."),
+        typer.Option("--truth", help="Folder of reference class rasters; 255 and nodata are unlabeled."),
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -52,11 +54,9 @@ def evaluate(
     else:
         print_scores(scores)
     if result.seen is not None:
-        print_note(
-            f"These {result.images} images served the {result.seen} of this model: the scores are no test of it."
-        )
+        print_note(f"These {result.images} images were used for the {result.seen} of this model: no independent test.")
     if result.unpredicted:
-        print_note(f"{result.unpredicted} labeled pixels have no prediction; the scores leave them out.")
+        print_note(f"{result.unpredicted} labeled pixels have no prediction; they are excluded from the scores.")
     if bound is not None:
         name, value = bound
         found = getattr(scores, name)
@@ -69,8 +69,8 @@ def _parse_bound(text: str | None) -> tuple[str, float] | None:
         return None
     name, _, value = text.partition("=")
     try:
-        if name not in ("miou", "mf1", "oa"):
-            raise ValueError
-        return name, float(value)
+        if name in ("miou", "mf1", "oa") and 0 <= (bound := float(value)) <= 1:
+            return name, bound
     except ValueError:
-        raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7.") from None
+        pass
+    raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7, with a value from 0 to 1.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.errors import DataError
 
 
 def info(
@@ -47,6 +48,8 @@ def _show_model(model: Path, *, as_json: bool) -> None:
 def _show_scene(name: str, *, as_json: bool) -> None:
     from rsseg.raster import Raster
 
+    if Path(name).is_fifo():
+        raise DataError(f"{name}: a pipe, not a file. Save it to a file first.")
     with Raster(name) as raster:
         scene = raster.info
     placed = bool(not scene.transform.is_identity or scene.gcps or scene.rpcs)
@@ -75,4 +78,4 @@ def _show_scene(name: str, *, as_json: bool) -> None:
         ("band", "name", "colour", "scale", "offset"), [(b[0], b[1], b[2], str(b[3]), str(b[4])) for b in bands]
     )
     if not placed:
-        print_note("This raster has no coordinates; a product made from it has none either.")
+        print_note("This raster has no coordinates, so outputs made from it have none.")

@@ -34,7 +34,9 @@ def start_workers(gpus: int) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         if first.exitcode < 0:
-            print_error(f"process {first.local_rank} was killed by signal {-first.exitcode}; did it run out of memory?")
+            print_error(
+                f"process {first.local_rank} was killed by signal {-first.exitcode}, possibly for lack of memory."
+            )
             return 128 - first.exitcode
         return first.exitcode
     except SignalException:

@@ -25,27 +25,37 @@ def predict(
     scenes: Annotated[
         list[str], typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), URLs.")
     ],
-    model: Annotated[Path | None, typer.Option("--model", help="Run folder or model file; the newest run.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File for one scene, folder for several: STEM_rsseg.tif.")
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
-    tile: Annotated[int | None, typer.Option("--tile", help="Tile side in pixels; the model's own.")] = None,
-    overlap: Annotated[int | None, typer.Option("--overlap", help="Pixels shared by tiles; the model's own.")] = None,
+    tile: Annotated[int | None, typer.Option("--tile", help="Tile side in pixels (default: the model's).")] = None,
+    overlap: Annotated[
+        int | None, typer.Option("--overlap", help="Pixels shared by neighbouring tiles (default: the model's).")
+    ] = None,
     blend: Annotated[str, typer.Option("--blend", help="crop, hann or mean.")] = "crop",
     tta: Annotated[str, typer.Option("--tta", help="none, flip or d4: views of each tile to average.")] = "none",
     bands: Annotated[
         str | None, typer.Option("--bands", help="Names or numbers of the file's bands, in the model's order: 4,3,2.")
     ] = None,
     nodata: Annotated[
-        float | None, typer.Option("--nodata", help="Value without data, if not declared; nan too.")
+        float | None, typer.Option("--nodata", help="Nodata value instead of the declared one; nan is added to it.")
     ] = None,
-    zero_collar: Annotated[bool, typer.Option("--zero-collar", help="No data where all bands are 0.")] = False,
+    zero_collar: Annotated[
+        bool, typer.Option("--zero-collar", help="Treat pixels that are 0 in all bands as nodata.")
+    ] = False,
     aoi: Annotated[
-        Path | None, typer.Option("--aoi", help="Only within the polygons of this vector file, in any CRS.")
+        Path | None, typer.Option("--aoi", help="Predict only inside the polygons of this vector file (any CRS).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Tiles per forward; by memory.")] = None,
-    max_memory: Annotated[str | None, typer.Option("--max-memory", help="Beside the libraries: 800M or 2GiB.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Tiles per batch (default: by memory).")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Memory limit without the libraries, such as 2GiB.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     file_format: Annotated[str, typer.Option("--format", help="cog or gtiff.")] = "cog",
     confidence: Annotated[
@@ -56,21 +66,25 @@ def predict(
     ] = "none",
     polygons: Annotated[
         Path | None,
-        typer.Option("--polygons", help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the ending only."),
+        typer.Option(
+            "--polygons", help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the extension only."
+        ),
     ] = None,
     min_area: Annotated[
-        float, typer.Option("--min-area", min=0, help="Leave out smaller polygons: m2, or pixels without coordinates.")
+        float, typer.Option("--min-area", min=0, help="Leave out smaller polygons; m2, or pixels without a CRS.")
     ] = 0.0,
     simplify: Annotated[
-        float, typer.Option("--simplify", min=0, help="Pixels by which common borders of polygons may move.")
+        float, typer.Option("--simplify", min=0, help="Tolerance in pixels for simplifying polygon borders.")
     ] = 0.0,
     preview: Annotated[Path | None, typer.Option("--preview", help="Also a PNG with scene, classes, legend.")] = None,
-    part: Annotated[str, typer.Option("--part", metavar="I/N", help="Share scenes among N machines.")] = "1/1",
+    part: Annotated[
+        str, typer.Option("--part", metavar="I/N", help="Predict the I-th of N parts of the scenes.")
+    ] = "1/1",
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Skip outputs made from same scene, model, options.")
+        bool, typer.Option("--skip-existing", help="Skip scenes whose outputs are up to date.")
     ] = False,
     resume_scene: Annotated[
-        bool, typer.Option("--resume-scene", help="Keep finished rows; after an interruption, continue from them.")
+        bool, typer.Option("--resume-scene", help="Keep finished rows on disk and continue from them.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
@@ -82,7 +96,7 @@ def predict(
     from rsseg.inference.device import own_device
     from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
     from rsseg.scene.memory import prepare_network
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
@@ -126,7 +140,8 @@ def predict(
         print_note(f"Model: {file}")
         network = prepare_network(load_segmenter(file), options)
         if dry_run:
-            plans = [prepare_scene(network, t.scene, t.output, options, inputs).describe() for t in targets]
+            check_targets(network, targets, options, inputs)
+            plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
         with stage_bar() as advance:
@@ -147,7 +162,7 @@ def predict(
             ):
                 outcomes.append(outcome)
                 if outcome.exception is not None and len(targets) == 1 and not skip_existing:
-                    raise outcome.exception  # one scene fails with its own exit code
+                    raise outcome.exception  # a single scene fails with its own exit code
                 if outcome.error is not None:
                     print_error(outcome.error)
                 elif outcome.status == "skipped":
@@ -178,7 +193,7 @@ def _print(outcomes: "list[Outcome]") -> None:
 
 @contextmanager
 def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
-    """Treat SIGTERM, which schedulers send, like Ctrl-C, and say how to continue."""
+    """Treat SIGTERM, which schedulers send, like Ctrl-C, and print how to continue."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

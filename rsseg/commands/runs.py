@@ -28,7 +28,7 @@ def ls(output: Root = Path("runs"), as_json: AsJson = False) -> None:
 
 @app.command()
 def show(
-    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest if left out.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="Run folder (default: the newest).")] = None,
     output: Root = Path("runs"),
     as_json: AsJson = False,
 ) -> None:

@@ -27,12 +27,12 @@ def train(
     amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     max_hours: Annotated[float | None, typer.Option("--max-hours", help="trainer.max_hours")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to continue.")] = None,
     resume_anyway: Annotated[
-        bool, typer.Option("--resume-anyway", help="Also with a changed recipe or dataset.")
+        bool, typer.Option("--resume-anyway", help="Resume even if the recipe or dataset has changed.")
     ] = False,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes to start, one per GPU.")] = 1,
     check: Annotated[

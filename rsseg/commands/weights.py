@@ -56,7 +56,7 @@ def import_checkpoint(
     method: Annotated[str | None, typer.Option("--method", help="Must agree with the recipe.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Prepared dataset with the classes; else the card that the recipe names."),
+        typer.Option("--data", help="Prepared dataset with the classes (default: the recipe's known dataset)."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

@@ -40,7 +40,7 @@ from rsseg.task import IGNORE_INDEX
 
 _CROP_TRIES = 10
 _RARE_SHARE = 0.01
-"""Of a crop's pixels, for the class that it was drawn for."""
+"""Minimum share of a crop's pixels that have the class it was drawn for."""
 
 
 class Crop(NamedTuple):
@@ -197,8 +197,8 @@ class StreamReader:
     def _geometry(
         self, rng: np.random.Generator, item: IndexItem, wanted: int | None
     ) -> tuple[Geometry, NDArray[np.uint8] | None]:
-        """Draw a crop, again while one class covers too much of it or the wanted class is hardly in it; also returns
-        the labels of its window.
+        """Draw a crop, redrawn while one class dominates it or the wanted class is too rare in it; also return the
+        labels of its window.
         """
         plan, augment = self.plan, self.plan.augment
         size = self._reader.size(item)

@@ -1,6 +1,6 @@
 """A cache of decoded images: uncompressed TIFF files, memory-mapped.
 
-A random window of a compressed file costs the decoding of all its blocks; from here it costs a few page faults.
+A random window of a compressed file requires decoding all its blocks; from the cache it costs a few page faults.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from rsseg.errors import RssegWarning
 
 CACHE_NAME = ".rsseg-cache"
 _ABANDONED_S = 3600
-"""Age of a temporary file that no process can still be writing."""
+"""Age, in seconds, from which a temporary file counts as abandoned."""
 
 
 class Page(NamedTuple):
@@ -43,7 +43,7 @@ class ArrayCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`; it is created if missing, and cleared of what killed processes left."""
+        """Use `folder`; it is created if missing, and temporary files of killed processes are removed."""
         self._folder = folder
         self.enabled = True
         try:
@@ -111,7 +111,7 @@ class ArrayCache:
 def _mapped(path: Path) -> NDArray[np.uint8]:
     """The bytes of a file, mapped read-only, without a file descriptor.
 
-    `numpy.memmap` holds a descriptor as long as the array lives: a thousand images would exhaust the usual limit.
+    `numpy.memmap` holds a descriptor as long as the array exists: a thousand images would exceed the usual limit.
     """
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if library is None:

@@ -54,7 +54,7 @@ class SampleReader:
         self._masks: dict[str, NDArray[np.uint8]] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._aligned: set[str] = set()
-        """Images whose masks are known to lie on them as they are."""
+        """Images whose masks are known to be on the same grid and not mirrored."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Memory maps are not pickled."""

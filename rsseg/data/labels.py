@@ -90,14 +90,14 @@ class LabelTable:
             name: file, for the message.
             origin: row and column of the first pixel, for the message.
             nodata: value to ignore unless it is declared.
-            hidden: bool `(h, w)`, True where the pixel has no label whatever it holds.
+            hidden: bool `(h, w)`, True where the pixel has no label regardless of its value.
 
         Returns:
             uint8 `(h, w)`.
 
         Raises:
             DataError: undeclared values (named with count and first position), a wrong number of bands, or a palette
-                whose positions and colours stand for different classes.
+                whose positions and colours mean different classes.
         """
         keys = self._pixel_keys(stored, palette, name)
         if keys.dtype == np.uint8:
@@ -145,12 +145,16 @@ class LabelTable:
         """Values of a palette mask: its positions, or the grey levels that a viewer shows for them.
 
         Writers of GIF and indexed PNG keep only the grey levels that occur, in files of grey levels: position 3 can
-        show 4. A palette with colours, or with grey levels that are no class values, only decorates the positions.
+        show 4. A palette of colours, or of grey levels that are not class values, is only for display.
         """
         last = max((position for position, color in palette.items() if any(color[:3])), default=0)
         grays = {position: color[0] for position, color in palette.items() if position <= last}
+        if 0 not in grays.values() and last + 1 in palette:
+            grays[last + 1] = 0  # black comes last; what follows fills the table up
         known = set(self._keys.tolist())
         moved = {gray for position, gray in grays.items() if gray != position}
+        if grays in ({0: 0, 1: 255}, {0: 255, 1: 0}) and {0, 1} <= known:
+            return keys  # one bit
         if not moved & known or any(len(set(color[:3])) > 1 for color in palette.values()):
             return keys
         if set(grays.values()) <= known and not set(grays) <= known:
@@ -167,9 +171,7 @@ class LabelTable:
         row, col = (int(i) for i in np.unravel_index(int(unknown.argmax()), unknown.shape))
         shown = ", ".join(f"{self._text(v)} ({n} pixels)" for v, n in zip(values[:5], counts[:5], strict=True))
         declared = ", ".join(self._text(key) for key in self._keys[:20])
-        if name.lower().endswith((".jpg", ".jpeg")):
-            advice = "JPEG compression changes values: export the masks as PNG or GeoTIFF."
-        elif values.dtype.kind == "f" and (values != np.rint(values)).any():
+        if values.dtype.kind == "f" and (values != np.rint(values)).any():
             advice = (
                 "Class values are whole numbers: round or threshold the mask, and resample it by nearest neighbour. "
                 "NaN is ignored where the file declares it as nodata."

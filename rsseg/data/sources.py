@@ -1,4 +1,4 @@
-"""The prepared datasets of a recipe, and the images of them that feed a stream or a split."""
+"""The prepared datasets of a recipe, and the selection of images for a stream or a split."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex, match_classes, merge_classes
 from rsseg.errors import DataError
 from rsseg.task import Task, task_with_bands
+from rsseg.text import LIST_BYTES, read_text
 
 
 class Source(NamedTuple):
@@ -29,12 +30,12 @@ class Datasets:
     """The prepared datasets of a recipe. Each index is parsed once; make one instance per run and pass it on."""
 
     def __init__(self, data: DataConfig, seed: int = 0) -> None:
-        """Open nothing yet; `seed` decides random selections."""
+        """Files are opened later; `seed` is that of random selections."""
         self._data, self._seed = data, seed
         self._indices: dict[Path, SegmentationIndex] = {}
 
     def index(self, path: Path | None = None) -> SegmentationIndex:
-        """The index of a dataset as its file has it; None takes `data.path`. Raises `DataError`."""
+        """The index of a dataset as stored; None reads `data.path`. Raises `DataError`."""
         path = path or self._data.path
         if path not in self._indices:
             self._indices[path] = SegmentationIndex.load(path)
@@ -52,9 +53,9 @@ class Datasets:
 
         Args:
             select: which images of which dataset.
-            split: taken where `select` names none.
+            split: used where `select` names none.
             task: the model's; classes are matched by name, after the recipe's merges; bands must exist.
-            masks: every selected image must have one.
+            masks: every selected image must have a mask.
 
         Raises:
             DataError: no dataset, nothing selected, classes that do not match, missing bands or masks, no ground
@@ -102,7 +103,7 @@ def select_items(index: SegmentationIndex, select: SelectConfig, *, split: str, 
     Args:
         index: prepared dataset.
         select: conditions; `path` and `augment` are ignored.
-        split: taken where `select.split` is None.
+        split: used where `select.split` is None.
         seed: of `fraction` and `count`; a selection and its `complement` share no image.
 
     Raises:
@@ -133,10 +134,7 @@ def select_items(index: SegmentationIndex, select: SelectConfig, *, split: str, 
 
 def _listed(file: Path, index: SegmentationIndex) -> set[str]:
     """Image names listed in a file; each must be in the index."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: the list of images cannot be read: {error}.") from None
+    lines = read_text(file, DataError, limit=LIST_BYTES).splitlines()
     names = {line.strip() for line in lines if line.strip()}
     unknown = sorted(names - {item.image for item in index.items})
     if unknown:

@@ -27,7 +27,7 @@ class Samples:
     images  float32 (B, C, H, W), scaled by Task.scale/offset, NOT normalized: each backbone normalizes for itself
     masks   int64 (B, H, W), class index or IGNORE_INDEX; None for an unlabeled stream
     valid   bool (B, H, W), False where the crop was padded or the source has no data; images hold StreamSpec.fill there
-    strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream asks for none
+    strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream has none
     mix     bool (B, V, H, W), True where CutMix takes the pixel from the partner sample; None without strong views
     """
 
@@ -98,7 +98,7 @@ def training_batches(
         recipe: data, seed, batch sizes, accumulation and loader processes.
         specs: streams of the method.
         task: the model's task.
-        device: where the tensors go.
+        device: device of the tensors.
         start_step: first optimizer step; the first batch is micro-step `start_step * grad_accum_steps`.
         sources: images of each stream; None opens those of the recipe.
         rank: this process.
@@ -125,7 +125,7 @@ def training_batches(
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # The loader seeds its workers from it; the global generator must not advance.
+        generator=torch.Generator(),  # Seeds the workers, so that the global generator does not advance.
     )
     return _on_device(loader, scalings)
 
@@ -197,7 +197,7 @@ class _MicroBatches(Dataset[_HostBatch | Exception]):
             }
         except RssegError as error:
             return error
-        except Exception:  # A bug: its traceback would be lost between the processes.
+        except Exception:  # A bug: its traceback would be lost on the way to the main process.
             return RuntimeError(traceback.format_exc())
 
 

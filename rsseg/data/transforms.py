@@ -1,6 +1,6 @@
 """Geometry of the weak augmentation: draw the source window of a crop first, then read and scale only that.
 
-Drawing and applying are separate functions, so that draws can also be given.
+Drawing and applying are separate functions, so that drawn values can also be passed in.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from rsseg.task import IGNORE_INDEX
 Size = tuple[int, int]
 """Rows, columns."""
 _CV_BANDS = 4
-"""Most bands that one call of OpenCV scales."""
+"""Maximum number of bands per resize call of OpenCV."""
 
 
 class Cut(NamedTuple):
@@ -50,12 +50,12 @@ class Geometry:
 
 
 def zoomed(size: Size, factor: float) -> Size:
-    """A size times a factor; at least one pixel each way."""
+    """A size times a factor; at least one pixel per side."""
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def draw_scaled_size(rng: np.random.Generator, size: Size, config: AugmentConfig) -> Size:
-    """Size of the whole image after the random scaling; at least one pixel each way."""
+    """Size of the whole image after the random scaling; at least one pixel per side."""
     if config.fit == "squeeze":
         return config.crop_size, config.crop_size
     if config.scale_range is None:

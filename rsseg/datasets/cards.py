@@ -36,7 +36,7 @@ _DEMO = DatasetCard(
     variants=(Variant(Layout("{split}/images/*.png"), RGB),),
     rules=(SplitRule("made", "as generated; tiles do not overlap", as_found, ("train", "unlabeled", "val", "test")),),
     gsd_m=2.0,
-    notes="Domains north and south: select with `domain`. `field` is all open land; shaded ground keeps its class.",
+    notes="Domains north and south: select with `domain`. `field` is all open land; shadowed ground keeps its class.",
 )
 
 _FOLDER = DatasetCard(

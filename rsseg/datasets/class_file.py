@@ -24,7 +24,7 @@ def _color(value: Any) -> Any:
 
 
 _MOST_LINES = 20
-"""Problems that an error lists."""
+"""Maximum number of problems listed in an error."""
 MaskValue = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
 HexColor = Annotated[Color, BeforeValidator(_color)]
 
@@ -64,7 +64,7 @@ class ClassFile(_Part):
     gsd_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Ground sampling distance in metres."""
     nodata: float | None = None
-    """Nodata value of every band, where the files declare none."""
+    """Nodata value of every band, instead of the declared one; NaN is added to it."""
     ignore_zero_collar: bool = False
     """Treat pixels that are 0 in every band as nodata."""
 
@@ -86,7 +86,7 @@ class ClassFile(_Part):
         return self.labels == "colors" or (self.labels is None and all(entry.value is None for entry in self.classes))
 
     def class_infos(self) -> tuple[ClassInfo, ...]:
-        """Classes of the task; their values are those of the masks if these fit into 0..254, else the indices."""
+        """Classes of the task; their values are the mask values if these are in 0..254, else the indices."""
         values = [entry.value for entry in self.classes]
         keep = len(set(values)) == len(values) and all(v is not None and 0 <= v <= 254 for v in values)
         return tuple(

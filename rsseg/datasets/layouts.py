@@ -1,9 +1,9 @@
-"""From a publisher's folder to index items: which mask belongs to which image, in which split.
+"""Match images with masks and splits in a publisher's folder.
 
 A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` match one part of a file or folder name,
 and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An image
-and a mask belong together if the placeholders that both patterns have, and what their wildcards match, agree; `{stem}`
-may be written for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not compared;
+and a mask belong together if their common placeholders and the text matched by their wildcards agree; `{stem}` is
+another name for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not compared;
 `{id}` is compared only between the bands of an image. Patterns joined by `|` are these bands.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from rsseg.data.index import IndexItem
 from rsseg.datasets.splits import check_shares, draw
@@ -32,7 +33,7 @@ WORLD_FILES = (
 """Suffixes of such files that replace the image's, in lower case."""
 _IMAGES = ("tif", "tiff", "TIF", "TIFF", "png", "PNG", "jpg", "jpeg", "JPG", "JPEG", "jp2", "bmp", "img", "dat")
 _DEPTH = 4
-"""Folders that archives may wrap around a dataset."""
+"""Maximum number of enclosing folders that an archive adds to a dataset."""
 
 Key = tuple[tuple[str, str], ...]
 """Placeholder values of a path, sorted by placeholder; `stem` is all that the wildcards matched."""
@@ -79,10 +80,10 @@ class PathPattern:
         found = self._regex.fullmatch(path)
         if found is None:
             return None
-        values = {name: value for name, value in found.groupdict().items() if name != "stem"}
+        values = {name: normalize("NFC", value) for name, value in found.groupdict().items() if name != "stem"}
         numbers = {index for name, index in self._regex.groupindex.items() if name != "stem"}
         matched = [text for index, text in enumerate(found.groups(), start=1) if index not in numbers]
-        return values | {"stem": "*".join(matched)}
+        return values | {"stem": normalize("NFC", "*".join(matched))}
 
 
 class Located(NamedTuple):
@@ -94,7 +95,7 @@ class Located(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Name of what must stay in one split."""
+        """Name of the group, whose images must stay in one split."""
         return self.values.get("group") or self.images[0]
 
 
@@ -109,18 +110,18 @@ class Layout:
     unlabeled: tuple[str, ...] = ()
     """Splits whose masks are never opened, even if there are any."""
     split_as: Mapping[str, str] = field(default_factory=dict)
-    """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`; others keep their names."""
+    """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`; other matches are used as they are."""
     split_lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """`SPLIT` or `SPLIT:DOMAIN` -> image paths, names or stems; unlisted images are left out."""
     split_ratio: Mapping[str, float] = field(default_factory=dict)
     """Split -> share of the images (or groups), drawn with `seed`."""
     seed: int = 0
     domain_as: Mapping[str, str] = field(default_factory=dict)
-    """Match of `{domain}` -> name; others keep theirs."""
+    """Match of `{domain}` -> name; other matches are used as they are."""
     one_split: str | None = None
     """Split of all images, to be redistributed by a rule."""
     exclude: tuple[str, ...] = ()
-    """Patterns of files that are neither image nor mask."""
+    """Patterns of files to exclude from images and masks."""
     beside: tuple[str, ...] = ()
     """Patterns of further files to extract from archives."""
     subset: bool = False
@@ -208,12 +209,14 @@ class Layout:
         names: dict[str, list[Located]] = {}
         for one in located:
             path = Path(one.images[0])
-            for name in {one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"]}:
+            forms = (one.images[0], path.with_suffix("").as_posix(), path.name, path.stem, one.values["stem"])
+            for name in {normalize("NFC", form) for form in forms}:
                 names.setdefault(name, []).append(one)
         taken: dict[str, str] = {}
         for target, lines in self.split_lists.items():
             for line in lines:
-                found = names.get(line.removeprefix("./"), []) or names.get(line.replace("\\", "/"), [])
+                name = normalize("NFC", line.removeprefix("./"))
+                found = names.get(name, []) or names.get(name.replace("\\", "/"), [])
                 if len(found) != 1:
                     kind = "is not the name of an image" if not found else f"is the name of {len(found)} images"
                     raise DataError(f"split list {target}: {line!r} {kind}. List paths relative to the source folder.")
@@ -261,10 +264,10 @@ def find_prefix(files: Mapping[str, Path], layouts: Sequence[Layout], where: str
             if other.count("/") == first.count("/"):
                 _check_copy(files, patterns, first, other)
         return layout, first
-    # what the closest layout lacks
+    # patterns that the closest layout does not find
     nearest = max(layouts, key=lambda layout: sum(bool(pattern.prefixes(files)) for pattern in layout.patterns()))
     missing = [pattern.text for pattern in nearest.patterns() if not pattern.prefixes(files)] or [nearest.images]
-    raise DataError(f"{where}: nothing here looks like {' or '.join(map(repr, missing))}{_examples(list(files))}.")
+    raise DataError(f"{where}: no file matches {' or '.join(map(repr, missing))}{_examples(list(files))}.")
 
 
 def _check_copy(files: Mapping[str, Path], patterns: Sequence[PathPattern], first: str, other: str) -> None:
@@ -292,7 +295,7 @@ def list_files(root: Path) -> Iterator[str]:
             raise DataError(f"{root / prefix}: the folder cannot be read ({error.strerror}).") from None
         found += [f"{prefix}{entry.name}" for entry in entries if entry.is_file()]
         for entry in entries:
-            # a link to a folder that contains it would never end
+            # a link to a folder that contains it would recurse forever
             if entry.is_dir() and (real := os.path.realpath(entry.path)) not in above:
                 folders.append((f"{prefix}{entry.name}/", above | {real}))
     yield from sorted(found)
@@ -333,7 +336,7 @@ def _by_key(pattern: PathPattern, files: Mapping[str, Path], only: frozenset[str
         other = found.setdefault(key, name)
         if other != name and not same_content(files[other], path):
             raise DataError(
-                f"{other} and {name} differ and cannot be told apart by the pattern {pattern.text!r}. Keep one of them."
+                f"{other} and {name} differ, but look the same to the pattern {pattern.text!r}. Keep one of them."
             )
     return found
 

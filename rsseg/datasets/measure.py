@@ -41,7 +41,7 @@ class Moments:
     """Arrays `(bands, n)` of regularly spaced values."""
 
     def joined(self, other: Self) -> Self:
-        """Statistics of both sets of pixels (Chan, Golub and LeVeque 1979: no cancellation of large sums)."""
+        """Statistics of both sets of pixels together, without cancellation (Chan, Golub and LeVeque 1979)."""
         if not self.pixels or not other.pixels:
             return other if not self.pixels else self
         pixels = self.pixels + other.pixels
@@ -71,7 +71,7 @@ def open_image(
 
     Args:
         files: file, or one per band.
-        names: band names in file order; None takes all bands but alpha. GDAL calls the fourth band of many files alpha,
+        names: band names in file order; None reads all bands but alpha. GDAL calls the fourth band of many files alpha,
             so all bands of a file are read if there are as many as names.
         nodata: see `Raster`.
         zero_collar: see `Raster`.
@@ -122,7 +122,7 @@ def open_mask(path: Path, grid: RasterInfo | None = None, *, jpeg: bool = False)
         raster = Raster(path)
     try:
         if not jpeg and _is_jpeg(path):
-            raise MaskError(f"{path}: JPEG compression changes mask values. Save the original masks as PNG or TIFF.")
+            raise MaskError(f"{path}: JPEG compression changes values: export the masks as PNG or GeoTIFF instead.")
         if grid is not None:
             with mask_errors():
                 raster.align_to(grid, what=f"{path}: the mask", of="its image")
@@ -213,7 +213,7 @@ def in_order(
     work: Callable[[T], R], tasks: Sequence[T], jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterable[R]:
     """`map` over threads (decoding releases the GIL); results come in the order of `tasks`, the first error ends it."""
-    # not per file: warning filters are global, and threads would undo each other's
+    # Not per file: warning filters are global, and threads would reset each other's.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         futures = [pool.submit(work, task) for task in tasks]

@@ -80,7 +80,7 @@ def save_sample(index: SegmentationIndex, item: IndexItem, out: Path, *, overwri
     """Write `draw_sample` as PNG.
 
     Raises:
-        UsageError: no name of a PNG file, a file of the dataset, or it exists and `overwrite` is False.
+        UsageError: `out` is not a .png name, lies in the dataset, or exists and `overwrite` is False.
         MachineError: the file cannot be written.
     """
     if out.suffix.lower() != ".png":

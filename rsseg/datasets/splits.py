@@ -1,4 +1,4 @@
-"""Split rules of published datasets, and new splits of a prepared one by scene or by block of ground."""
+"""Split rules of published datasets, and new splits of a prepared one by scene or by spatial block."""
 
 import math
 import random
@@ -29,7 +29,7 @@ class SplitRule:
     title: str
     assign: Assign
     splits: tuple[str, ...] = ("train", "val", "test")
-    """None of them may be empty."""
+    """Splits that must not be empty."""
     tiles: bool = False
     """Assigns single tiles, after cutting; otherwise whole images, so that all tiles of an image share its split."""
     grid: Grid | None = None
@@ -102,7 +102,7 @@ def draw(
     Args:
         names: images, tiles or scenes.
         shares: split -> share; they add up to 1, and the last split takes the remainder.
-        seed: of the order.
+        seed: seed of the order.
         whole: rounds `share * len(names)`.
 
     Raises:
@@ -172,7 +172,7 @@ def resplit(
     block: int | None = None,
     seed: int = 0,
 ) -> SegmentationIndex:
-    """Split the labeled images of a prepared dataset anew; images without masks keep their split.
+    """Split the labeled images of a prepared dataset again; images without masks keep their split.
 
     Args:
         index: prepared dataset.
@@ -188,7 +188,7 @@ def resplit(
     """
     check_shares("--ratio", shares)
     if (by == "block") != (block is not None):
-        raise UsageError("--block goes with --by block, and gives the side of the blocks in pixels.")
+        raise UsageError("--block is the side of the blocks in pixels, for --by block only.")
     labeled = [item for item in index.items if item.mask is not None]
     if block is None:
         split_of = _per_domain(labeled, shares, seed)
@@ -198,7 +198,7 @@ def resplit(
             split_of |= _by_block(index, group, shares, block, seed)
     items = tuple(_in_split(item, split_of.get(item.image, item.split)) for item in index.items)
     rule = f"{by}, seed {seed}" if block is None else f"blocks of {block} pixels, seed {seed}"
-    # blocks of one scene are in several splits on purpose
+    # blocks of one scene are in several splits intentionally
     return index.model_copy(update={"items": items, "split_rule": rule, "mixes_scenes": by == "block"})
 
 

@@ -171,7 +171,7 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
 def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
     """Images, copies of images and scenes that are in more than one split; one problem each.
 
-    Scenes are not compared where the split rule distributes their tiles on purpose, as some published ones do.
+    Scenes are not compared if the split rule intentionally distributes their tiles, as some published rules do.
     """
     return (*_images(index), *_copies(index), *(() if index.mixes_scenes else _scenes(index)))
 
@@ -236,7 +236,7 @@ def _bands(index: SegmentationIndex, moments: Moments) -> tuple[BandStatistics, 
 
 
 def _areas(index: SegmentationIndex, counts: NDArray[np.int64]) -> list[ClassArea]:
-    """One per class, then one for ignored pixels."""
+    """Areas of all classes, then of ignored pixels."""
     total, gsd = int(counts.sum()), index.task.gsd_m
     areas = []
     for name, count in zip((*index.task.class_names, "ignored"), counts, strict=True):

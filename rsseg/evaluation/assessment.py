@@ -18,7 +18,7 @@ from rsseg.errors import DataError
 Z_95 = 1.959964
 """Half width of a 95 % interval of the normal distribution, in standard errors."""
 FEW_POINTS = 30
-"""Below this many points in a stratum the normal interval is doubtful."""
+"""With fewer points in a stratum the normal interval is unreliable."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
     stratum  int (n,), position of each point's stratum in `Strata`
     mapped   int (n,), class index of the map
     truth    int (n,), class index of the reference
-    area     float (n,), ground area of each point's pixel, any unit; ones if all pixels are of one size
+    area     float (n,), ground area of each point's pixel, any unit; ones if all pixels have the same area
     """
 
     stratum: NDArray[np.int64]
@@ -60,19 +60,19 @@ class Estimate(BaseModel):
 
 
 class ClassAssessment(BaseModel):
-    """What the sample says of one class."""
+    """Estimates for one class."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     points: int
-    """Reference points of this class."""
+    """Number of reference points of this class."""
     users_accuracy: Estimate
     producers_accuracy: Estimate
     area_share: Estimate
     """Share of the class in the mapped area, by the reference."""
     mapped_share: float | None
-    """Share of the class in the map: what counting pixels says."""
+    """Share of the class in the map, by pixel counting."""
     area_ha: Estimate | None
     """None if the map has no coordinates."""
 
@@ -97,7 +97,7 @@ class Assessment(BaseModel):
 
 @dataclass(frozen=True)
 class Strata:
-    """What was sampled from: names, and pixels of each stratum in the whole map."""
+    """The sampled strata: names, and pixels of each in the whole map."""
 
     names: tuple[str, ...]
     pixels: tuple[int, ...]
@@ -115,7 +115,7 @@ def assess(
 
     Args:
         sample: labeled points; drawn at random within each stratum.
-        strata: what they were drawn from; every stratum with pixels needs at least two points.
+        strata: strata of the sample; every stratum with pixels needs at least two points.
         classes: names, by class index.
         mapped_shares: share of each class in the map, for comparison.
         total_ha: area of the map.
@@ -129,7 +129,7 @@ def assess(
     if (bare := np.flatnonzero((counts < 2) & (sizes > 0))).size:
         which = ", ".join(f"{strata.names[i]} ({counts[i]})" for i in bare)
         raise DataError(
-            f"a variance needs at least two labeled points in every stratum; too few are in {which}. "
+            f"a variance needs at least two labeled points in every stratum; there are too few in {which}. "
             "Label more points of the sample, or draw one with more points per stratum."
         )
     totals = _Totals(sample.stratum, sizes, counts)
@@ -161,7 +161,7 @@ def assess(
         strata={n: (int(c), p) for n, c, p in zip(strata.names, counts, strata.pixels, strict=True)},
         total_ha=total_ha,
         warnings=tuple(
-            f"stratum {name!r} has {count} points; below {FEW_POINTS} its interval is doubtful."
+            f"stratum {name!r} has {count} points; below {FEW_POINTS} its interval is unreliable."
             for name, count, size in zip(strata.names, counts, sizes, strict=True)
             if size > 0 and count < FEW_POINTS
         ),
@@ -175,7 +175,7 @@ class _Totals:
         used = counts > 0
         self._stratum, self._number = stratum, len(sizes)
         self._weights = np.divide(sizes, counts, out=np.zeros_like(sizes), where=used)
-        # Variance of a total per sum of squared deviations, with the correction for a finite population.
+        # Variance of a total per sum of squared deviations, with finite population correction.
         left = np.clip(1 - np.divide(counts, sizes, out=np.zeros_like(sizes), where=sizes > 0), 0, 1)
         self._variance = np.where(used, sizes**2 * left / np.maximum(counts * (counts - 1), 1), 0.0)
         self._counts = np.maximum(counts, 1)
@@ -205,16 +205,16 @@ def sample_size(shares: Sequence[float], expected_accuracy: Sequence[float], tar
     Args:
         shares: of each stratum in the map, sum 1.
         expected_accuracy: expected user's accuracy of each stratum, 0..1.
-        target_se: standard error wanted, as a share.
+        target_se: target standard error, as a share.
     """
     spread = sum(w * math.sqrt(u * (1 - u)) for w, u in zip(shares, expected_accuracy, strict=True))
     return math.ceil((spread / target_se) ** 2)
 
 
 def allocate(total: int, shares: Sequence[float], least: int) -> tuple[int, ...]:
-    """Points per stratum: in proportion to its share, but at least `least` for each (Olofsson et al. 2014, 5.1.2).
+    """Points per stratum: proportional to its share, but at least `least` (Olofsson et al. 2014, 5.1.2).
 
-    The points that rare strata get beyond their share are taken from the others, never below `least`.
+    The extra points of rare strata are taken from the others, never below `least`.
     """
     rare = {i for i, share in enumerate(shares) if share * total < least}
     rest = max(total - least * len(rare), 0)

@@ -43,12 +43,12 @@ class Evaluation(BaseModel):
     images: int
     seconds: float
     seen: str | None = None
-    """`training` or `selection` if the model was trained or selected on these images: the scores are no test."""
+    """`training` or `selection` if the model was trained or selected on these images: not an independent test."""
     entropy: float | None = None
     """Mean normalized entropy of the probabilities, 0..1, if `evaluate` ran without labels; `counts` and `scores` are
     then empty."""
     unpredicted: int = 0
-    """Labeled pixels where a class raster has no data; they do not count."""
+    """Labeled pixels where a class raster has no data; excluded from the scores."""
 
     @classmethod
     def of(
@@ -62,7 +62,7 @@ class Evaluation(BaseModel):
         entropy: float | None = None,
         unpredicted: int = 0,
     ) -> Self:
-        """The scores of int64 (K + 1, K) counts; raises `DataError` for an ignored class that does not exist."""
+        """Score int64 (K + 1, K) counts; raises `DataError` for an ignored class that does not exist."""
         return cls(
             counts=tuple(tuple(row) for row in counts.tolist()),
             scores=scores(counts, names, ignore=ignore),
@@ -123,7 +123,7 @@ def check_settings(config: EvalConfig, segmenter: Segmenter) -> None:
         hint = f"Did you mean {near[0]!r}?" if near else f"The classes are {', '.join(names)}."
         raise RecipeError(f"eval.ignore_classes: {unknown[0]!r} is no class of this dataset. {hint}")
     if set(config.ignore_classes) >= set(names):
-        raise RecipeError("eval.ignore_classes: every class is ignored. Keep one at least.")
+        raise RecipeError("eval.ignore_classes: every class is ignored. Keep at least one.")
     tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
     if config.mode == "tiled" and tiling.overlap >= tiling.tile:
         raise RecipeError(

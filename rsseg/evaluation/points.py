@@ -27,14 +27,14 @@ LAYER = "points"
 TRUTH = "truth"
 STRATUM = "stratum"
 _ROWS = 1024
-"""Rows of a raster that are held at a time."""
+"""Rows of a raster in memory."""
 _MOST_CLASSES = 255
 _LISTED = 5
-"""Points that an error names."""
+"""Maximum number of points listed in an error."""
 
 
 class Drawn(BaseModel):
-    """A sample that was written: points and valid pixels per stratum."""
+    """A written sample: points and valid pixels per stratum."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,11 +46,11 @@ class Drawn(BaseModel):
 
 @dataclass(frozen=True)
 class SampleSize:
-    """How many points: `per_stratum` in each stratum, or as many as `target_se` needs.
+    """Sample size: `per_stratum` points in each stratum, or as many as `target_se` requires.
 
-    target_se          standard error of the overall accuracy, a share
-    expected_accuracy  user's accuracy expected of every stratum, for `target_se`
-    least              points that even a rare stratum gets, for `target_se`
+    target_se          target standard error of the overall accuracy, a share
+    expected_accuracy  expected user's accuracy of every stratum, for `target_se`
+    least              minimum number of points per stratum, for `target_se`
 
     Raises `UsageError` if both or none are given, or a number is out of range.
     """
@@ -71,7 +71,7 @@ class SampleSize:
             raise UsageError(f"--expected-accuracy {self.expected_accuracy}: give a share between 0 and 1.")
 
     def of(self, pixels: Sequence[int]) -> tuple[int, ...]:
-        """Points for strata with `pixels` pixels; never more than a stratum has."""
+        """Points per stratum, given its pixels; never more than it has pixels."""
         wanted: Sequence[int] = [self.per_stratum or 0] * len(pixels)
         if self.target_se is not None:
             shares = [count / sum(pixels) for count in pixels]
@@ -91,15 +91,15 @@ def draw_points(
 ) -> Drawn:
     """Draw a stratified random sample of the valid pixels of a class raster and write it as points to label.
 
-    Within a stratum every pixel has the same chance, and none is drawn twice. Points lie at pixel centres, in random
-    order, so that the order does not give the class away. The raster is read twice, a band of rows at a time.
+    Within a stratum pixels are drawn with equal probability and without replacement. Points lie at pixel centres, in
+    random order, so that the order does not reveal the class. The raster is read twice, a band of rows at a time.
 
     Args:
         source: class raster, one band of integers.
-        output: GeoPackage to make; its form in QGIS offers the class names for `truth` and hides the stratum.
-        size: how many points.
-        strata: raster of strata on the same grid; None takes the classes of the map.
-        seed: same seed, same sample.
+        output: GeoPackage to write; its form in QGIS offers the class names for `truth` and hides the stratum.
+        size: sample size.
+        strata: raster of strata on the same grid; None uses the classes of the map.
+        seed: seed of the random sample.
         overwrite: replace an existing file.
 
     Raises:
@@ -115,14 +115,14 @@ def draw_points(
         for block in rasters.blocks():
             _add(counts, block.strata[block.valid])
         if not counts:
-            raise DataError(f"{source}: no pixel has a class, so there is nothing to sample.")
+            raise DataError(f"{source}: no pixel has a class. Give a class raster with data.")
         values = sorted(counts)
         wanted = dict(zip(values, size.of([counts[value] for value in values]), strict=True))
         rng = np.random.default_rng(seed)
         ranks = {value: np.sort(rng.choice(counts[value], n, replace=False)) for value, n in wanted.items()}
         places = rng.permutation(np.concatenate([_places(block, ranks) for block in rasters.blocks()]))
         names, labels = rasters.class_names, rasters.stratum_names
-        # Without names, the values of a map that is its own strata are the classes.
+        # Without names, the values of the map are the classes, unless other strata are given.
         choices = list(names.values()) or ([str(value) for value in values] if strata is None else [])
         _write(output, Grid(rasters.classes.info), places, choices)
     return Drawn(
@@ -136,26 +136,26 @@ def draw_points(
 def assess_points(
     source: Path, points: Path, *, field: str = TRUTH, strata: Path | None = None, layer: str | None = None
 ) -> Assessment:
-    """Accuracy and areas of a class raster from labeled points of a stratified random sample.
+    """Estimate accuracy and areas of a class raster from labeled points of a stratified random sample.
 
-    The classes of map and strata are read from the rasters below each point.
+    Map class and stratum of each point are read from the rasters.
 
     Args:
         source: class raster.
         points: any vector file of points; a point without a label is left out, with a warning.
         field: attribute with the true class: a name or a value of the map.
-        strata: raster of strata that the sample was drawn from; None takes the classes of the map.
-        layer: of the file; None takes the only one, or `points`.
+        strata: raster of strata that the sample was drawn from; None uses the classes of the map.
+        layer: layer of the file; None reads the only one, or `points`.
 
     Raises:
-        DataError: no such layer or field, points off the map or on pixels without data, a truth that is no class, a
+        DataError: no such layer or field, points off the map or on pixels without data, a truth that is not a class, a
             stratum with fewer than two labeled points.
     """
     with _opened(source, strata) as rasters:
         grid, info = Grid(rasters.classes.info), rasters.classes.info
         places, texts, ids = _read(points, layer, field, grid)
         inside = ((places >= 0) & (places < [info.height, info.width])).all(axis=1)
-        _refuse(ids[~inside], f"{points}: {{}} lie outside of {source}. Draw the points from this map.")
+        _refuse(ids[~inside], f"{points}: {{}} lie outside {source}. Draw the points from this map.")
         labeled = np.array([bool(text) for text in texts], np.bool_)
         values = np.full((2, len(places)), -1, np.int64)
         has_data = np.zeros(len(places), np.bool_)
@@ -189,7 +189,7 @@ def assess_points(
     )
     if labeled.all():
         return result
-    missing = f"{int((~labeled).sum())} of {len(labeled)} points have no label and are left out; label them all."
+    missing = f"{int((~labeled).sum())} of {len(labeled)} points have no label and are left out. Label all points."
     return result.model_copy(update={"warnings": (missing, *result.warnings)})
 
 
@@ -232,7 +232,7 @@ class _Rasters:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All files that are read."""
+        """All files that the rasters consist of."""
         return (*self.classes.files, *self.strata.files)
 
     def blocks(self) -> Iterator[_Block]:
@@ -311,7 +311,9 @@ def _write(output: Path, grid: Grid, places: NDArray[np.int64], choices: Sequenc
         add_style(temporary, LAYER, form_style({TRUTH: choices} if choices else {}, hidden=("row", "col", STRATUM)))
         temporary.replace(output)
     except (OSError, sqlite3.Error, DataSourceError) as error:
-        raise MachineError(f"{output}: cannot be written: {error}. Make room on the disk or choose another.") from None
+        raise MachineError(
+            f"{output}: cannot be written: {error}. Free some disk space or choose another file."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -328,13 +330,13 @@ def _read(
     except DataLayerError:
         raise DataError(f"{points}: there is no layer {layer!r}; there are {', '.join(layers)}.") from None
     except (DataSourceError, FieldError, OSError) as error:
-        raise DataError(f"{points}: cannot be read: {error}. Give a vector file of points.") from None
+        raise DataError(f"{points}: cannot be read: {error}. Give a vector file with points.") from None
     if field not in meta["fields"].tolist():
         have = ", ".join(str(name) for name in pyogrio.read_info(points, layer=layer)["fields"])
         raise DataError(f"{points}: there is no field {field!r}; there are {have}. Choose one with --field.")
     shapes = shapely.from_wkb(geometry)
     usual = (shapely.get_type_id(shapes) == 0) & ~shapely.is_empty(shapes)
-    _refuse(fids[~usual], f"{points}: {{}} are no points. Give one point per feature.")
+    _refuse(fids[~usual], f"{points}: {{}} are not points. Give one point per feature.")
     where = shapely.get_coordinates(shapes)
     if meta["crs"] and grid.crs is not None:
         where = reproject(where, CRS.from_user_input(meta["crs"]), grid.crs, str(points))

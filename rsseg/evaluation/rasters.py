@@ -1,4 +1,4 @@
-"""Score a folder of class rasters against a folder of true ones."""
+"""Score a folder of class rasters against a folder of reference rasters."""
 
 import time
 from collections import defaultdict
@@ -16,11 +16,11 @@ from rsseg.raster import Raster, Window
 from rsseg.task import IGNORE_INDEX, Task
 
 ROWS = 1024
-"""Rows of a raster that are compared at a time."""
+"""Rows of a raster compared at a time."""
 PREDICTED_SUFFIX = "_rsseg"
-"""End of the names that `rsseg predict` gives to class rasters."""
+"""Suffix of the stems of `rsseg predict`'s class rasters."""
 _NONE = 256
-"""Stands for no label and no prediction, beside the values 0..255."""
+"""Marks pixels without label or prediction, besides the values 0..255."""
 
 
 def evaluate_rasters(
@@ -33,19 +33,19 @@ def evaluate_rasters(
 ) -> Evaluation:
     """Score class rasters, paired by file name without extension; `STEM_rsseg` is a prediction of `STEM`.
 
-    Pixels without data (nodata, alpha, mask band) have no label or no prediction. So has the value 255, unless `task`
-    is None and both folders hold only 0 and 255: these are binary masks, in which 255 is a class.
+    Pixels without data (nodata, alpha, mask band) have no label or no prediction. The same holds for the value 255,
+    unless `task` is None and both folders hold only 0 and 255: these are binary masks, in which 255 is a class.
 
     Args:
         predictions: folder of rasters with one band of whole numbers 0..255.
-        truths: folder of rasters on the same grids, with the same values. Every one must have a prediction.
-        task: gives names to the values; None names each value that occurs by its number.
-        ignore: names of classes left out of the score.
+        truths: folder of rasters on the same grids, with the same values. Each must have a prediction.
+        task: names of the values; None names each value by its number.
+        ignore: names of classes excluded from the scores.
         progress: called after every pair.
 
     Raises:
-        DataError: nothing to compare, a missing prediction, other grids, an undeclared value, or truths that label a
-            single class besides undeclared 255, which no score can be made of.
+        DataError: nothing to compare, a missing prediction, different grids, an undeclared value, or truths with a
+            single class besides undeclared 255.
     """
     started = time.monotonic()
     pairs = _pairs(predictions, truths)
@@ -61,7 +61,9 @@ def evaluate_rasters(
     values = seen if task is None else [c.value for c in task.classes]
     names = tuple(str(v) for v in seen) if task is None else task.class_names
     if unknown := [v for v in seen if v not in values]:
-        raise DataError(f"{truths}, {predictions}: value {unknown[0]} is no class of {names}. Declare it, or use 255.")
+        raise DataError(
+            f"{truths}, {predictions}: value {unknown[0]} is not a class of {names}. Declare it, or use 255."
+        )
     return Evaluation.of(
         table[[*values, _NONE]][:, values],
         names,
@@ -73,7 +75,7 @@ def evaluate_rasters(
 
 
 def _is_binary(table: NDArray[np.int64]) -> bool:
-    """Whether the rasters hold no values but 0 and 255."""
+    """Whether the rasters hold only 0 and 255."""
     others = np.delete(np.arange(_NONE), [0, IGNORE_INDEX])
     return bool(table[IGNORE_INDEX].any() and not table[others].any() and not table[:, others].any())
 
@@ -95,13 +97,13 @@ def _drop_ignored(table: NDArray[np.int64], truths: Path) -> None:
 def _pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
     for folder in (predictions, truths):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder. Give folders of class rasters.")
+            raise DataError(f"{folder}: there is no such folder. Give folders of class rasters.")
     found: defaultdict[str, list[Path]] = defaultdict(list)
     for file in sorted(file for file in predictions.iterdir() if _is_raster(file)):
         found[file.stem].append(file)
     wanted = sorted(file for file in truths.iterdir() if _is_raster(file))
     if not wanted:
-        raise DataError(f"{truths}: no raster here. Give a folder of class rasters.")
+        raise DataError(f"{truths}: no raster in this folder. Give a folder of class rasters.")
     matches = {file: found[file.stem] or found[file.stem + PREDICTED_SUFFIX] for file in wanted}
     missing = [file for file, predicted in matches.items() if not predicted]
     if missing:
@@ -111,7 +113,7 @@ def _pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
         )
     if several := [files for files in matches.values() if len(files) > 1]:
         raise DataError(
-            f"{predictions}: {several[0][0].name} and {several[0][1].name} have one name. Keep one of them."
+            f"{predictions}: {several[0][0].name} and {several[0][1].name} have the same stem. Keep one of them."
         )
     return [(predicted[0], file) for file, predicted in matches.items()]
 
@@ -121,7 +123,7 @@ def _is_raster(file: Path) -> bool:
 
 
 def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix) -> None:
-    """Add a pair of rasters."""
+    """Count a pair of rasters in the confusion matrix."""
     with Raster(predicted) as ours, Raster(true) as theirs:
         theirs.align_to(ours.info, what=str(true), of=str(predicted))
         height, width = ours.info.height, ours.info.width
@@ -142,7 +144,7 @@ def _values(raster: Raster, window: Window) -> NDArray[np.int16]:
         wrong |= found != np.rint(found)
     if wrong.any():
         raise DataError(
-            f"{raster.name}: the value {found[wrong][0]:g} is no class. Class rasters hold whole numbers, 0 to 255; "
+            f"{raster.name}: the value {found[wrong][0]:g} is not a class. Class rasters hold whole numbers, 0 to 255; "
             "declare values without a class as nodata in the file."
         )
     values: NDArray[np.int16] = pixels[0].astype(np.int16)

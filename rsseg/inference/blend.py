@@ -19,7 +19,7 @@ Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
 
 _CACHED_VALUES = 1 << 20
-"""Logits that a CPU resizes in one part, so that they stay in its cache and memory does not grow with the classes."""
+"""Logits that a CPU resizes at a time: they stay in its cache, and memory does not grow with the classes."""
 _MIN_ROWS = 16
 
 
@@ -28,9 +28,9 @@ class Tile:
     """One tile of an image.
 
     row, col: place in the `TilePlan`
-    load: makes the image, float (C, h, w) in scaled units, filled where there is no data; until it is called a tile
-        takes no more memory than the pixels of the file
-    valid: bool (h, w), False where the image has no data; None if all have
+    load: returns the image, float (C, h, w) in scaled units, filled where there is no data; until it is called, a tile
+    takes only the memory of the stored pixels
+    valid: bool (h, w), False where the image has no data; None: all valid
     """
 
     row: int
@@ -40,7 +40,7 @@ class Tile:
 
     @property
     def is_empty(self) -> bool:
-        """No pixel has data."""
+        """Whether no pixel has data."""
         return self.valid is not None and not self.valid.any()
 
 
@@ -50,8 +50,8 @@ class TileLogits:
 
     With many classes, logits of full size take more memory than the network.
 
-    low: float (1, K, h, w) of low resolution, which bilinear resizing brings to (1, K, H, W); without the first axis,
-        torch would not recognize channels_last, and be slow
+    low: float (1, K, h, w) of low resolution, resized bilinearly to (1, K, H, W); torch recognizes the faster
+    channels_last layout only with the first axis
     full: (H, W)
     size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
     """
@@ -78,7 +78,7 @@ class TileLogits:
     def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
         """A range of rows in parts: the rows of each, and their logits, float32 (K, n, width).
 
-        A GPU makes one part of them, since every part costs a launch of its kernels.
+        On a GPU there is one part, because each part costs kernel launches.
         """
         step = rows.length
         if self.low.device.type == "cpu" and self._factor:
@@ -89,7 +89,7 @@ class TileLogits:
 
     @property
     def _factor(self) -> int:
-        """Scale at which a range of rows can be resized alone; 0 if that would shift its pixels."""
+        """Scale factor if a range of rows can be resized separately; 0 if that would shift its pixels."""
         height = self.low.shape[2]
         factor = self.full[0] // height
         return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
@@ -98,7 +98,7 @@ class TileLogits:
         if not (factor := self._factor):
             first, low, height = 0, self.low, self.full[0]
         else:
-            # Bilinear: a row depends on the rows of low resolution above and below it.
+            # Bilinear: a row depends on the low-resolution rows above and below it.
             above = max(rows.start // factor - 1, 0)
             below = min(-(-rows.stop // factor) + 1, self.low.shape[2])
             first, low, height = above * factor, self.low[:, :, above:below], (below - above) * factor
@@ -108,7 +108,7 @@ class TileLogits:
 
 @dataclass(frozen=True)
 class PixelOutputs:
-    """Outputs per pixel beside its class."""
+    """Outputs per pixel besides its class."""
 
     confidence: bool = False
     probabilities: Literal["none", "uint8", "float16"] = "none"
@@ -124,8 +124,8 @@ class Decision:
     """Outputs of an area.
 
     classes: uint8 (h, w) class indices
-    confidence: uint8 (h, w), probability of the class times `FULL`; None if not asked for
-    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not asked for
+    confidence: uint8 (h, w), probability of the class times `FULL`; None if not requested
+    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not requested
     """
 
     classes: NDArray[np.uint8]
@@ -143,7 +143,7 @@ class Decision:
         )
 
     def put(self, area: tuple[slice, slice], part: "Decision") -> None:
-        """Fill an area."""
+        """Write the outputs of an area."""
         self.classes[area] = part.classes
         if self.confidence is not None and part.confidence is not None:
             self.confidence[area] = part.confidence
@@ -156,7 +156,7 @@ class Strip:
     """Finished rows of an image.
 
     top: first row
-    decision: of h rows
+    decision: outputs of h rows
     valid: bool (h, W), as in the tiles
     """
 
@@ -196,12 +196,12 @@ def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
     The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
     times slower.
     """
-    # Not argmax, which is slower; both take the first of equal maxima.
+    # Faster than argmax; both return the first of equal maxima.
     return logits.max(-1).indices.to(torch.uint8).cpu().numpy()
 
 
 def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
-    """Outputs from logits (h, w, K)."""
+    """Compute the outputs from logits (h, w, K)."""
     if outputs == CLASSES_ONLY:
         return Decision(argmax_classes(logits))
     shares = logits.float().softmax(-1)
@@ -218,7 +218,7 @@ def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
 
 
 def decide_kept(plan: TilePlan, outputs: PixelOutputs = CLASSES_ONLY) -> Callable[[Tile, TileLogits], Decision]:
-    """A function that decides the part of a tile that `crop` keeps."""
+    """Return a function that computes the outputs of the part of a tile that `crop` keeps."""
 
     def decide_tile(tile: Tile, logits: TileLogits) -> Decision:
         rows, cols = _kept(plan, tile)
@@ -233,9 +233,9 @@ def decide_kept(plan: TilePlan, outputs: PixelOutputs = CLASSES_ONLY) -> Callabl
 def crop_classes(
     tiles: Iterable[DecidedTile], plan: TilePlan, num_classes: int, outputs: PixelOutputs
 ) -> Iterator[Strip]:
-    """Join the kept parts of tiles; tiles come row by row, the first may be that of any row.
+    """Join the kept parts of tiles; tiles come row by row, starting with any row.
 
-    Memory does not depend on the number of classes where only the class is asked for.
+    Memory does not depend on the number of classes if only the class is requested.
     """
     last, width = len(plan.cols.origins) - 1, plan.cols.length
     for tile, decided in tiles:
@@ -254,7 +254,7 @@ def crop_classes(
 def blend_classes(
     tiles: Iterable[LogitTile], plan: TilePlan, blend: Blend, num_classes: int, outputs: PixelOutputs = CLASSES_ONLY
 ) -> Iterator[Strip]:
-    """Decide the strips of `blend_logits`, in the same memory."""
+    """Compute the outputs of the strips of `blend_logits`, in the same memory."""
     for strip in blend_logits(tiles, plan, blend, num_classes):
         yield Strip(strip.top, decide(strip.logits, outputs), strip.valid)
 
@@ -266,7 +266,7 @@ def blend_logits(tiles: Iterable[LogitTile], plan: TilePlan, blend: Blend, num_c
     """
     height, width = plan.rows.tile, plan.cols.covered
     row_weights, col_weights = _weights(plan.rows, blend), _weights(plan.cols, blend)
-    # The weight of a pixel is a product over the axes, and so is its sum over the tiles: no canvas of weights.
+    # Weights are products over the axes, and so are their sums over the tiles: no array of weights is needed.
     row_totals, col_totals = _totals(plan.rows, row_weights), _totals(plan.cols, col_weights)
     canvas, valid = torch.zeros(height, width, num_classes), np.zeros((height, width), np.bool_)
     last = len(plan.cols.origins) - 1
@@ -304,7 +304,7 @@ def _weights(axis: AxisPlan, blend: Blend) -> list[Tensor]:
                 weight[kept.within(origin)] = 1
             return weights
         case "hann":
-            # Half a pixel off the border, so that no weight is 0.
+            # Sampled at pixel centres, so that no weight is 0.
             phase = (torch.arange(axis.tile, dtype=torch.float64) + 0.5) * (torch.pi / axis.tile)
             return [phase.sin().square().float()] * len(axis.origins)
         case "mean":

@@ -1,4 +1,4 @@
-"""Devices: which to use and in what precision, the memory that the heap keeps, and what a tile costs."""
+"""Devices: choice of device and precision, memory of the heap, and the cost of a tile."""
 
 import ctypes
 import os
@@ -15,20 +15,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsseg.errors import MachineError, UsageError
+from rsseg.errors import MachineError, UsageError, machine_error
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
 KEEP_HEAP_VARIABLE = "RSSEG_KEEP_HEAP"
-"""Environment variable; 0 leaves the allocator alone."""
+"""Environment variable; 0 keeps the allocator's settings."""
 _PROBE = 512
-"""Side of the tile that is measured in place of larger ones of a convolutional network."""
+"""Largest tile side that is measured for a convolutional network; larger tiles are extrapolated."""
+_ATTENTION_PROBE = 1024
+"""The same for a network of fixed size."""
+NO_MEMORY = (
+    "{device} has too little memory for the network and its tiles. Give a smaller --tile or --batch-size "
+    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
+)
 _OVERHEAD = 1.6
-"""Memory of a forward over that of its tensors: gaps of the allocator and scratch space of the kernels (measured)."""
+"""Memory of a forward pass relative to its tensors: fragmentation and scratch space of kernels (measured)."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+    """Resolve `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         MachineError: there is no such device.
@@ -51,7 +57,7 @@ def own_device(name: str, number: int | None) -> torch.device:
 
     Raises:
         MachineError: there is no such device, or fewer than processes.
-        UsageError: the name has a number of its own, so that all processes would share one GPU.
+        UsageError: the name has a number, so that all processes would share one GPU.
     """
     if number is not None and ":" in name:
         raise UsageError(f"device {name!r} is one device, but each of several processes needs its own. Choose cuda.")
@@ -63,7 +69,7 @@ def own_device(name: str, number: int | None) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device has it in hardware, float32 where it would be emulated."""
+    """Resolve `auto` to bfloat16 where the hardware supports it, float32 where it would be emulated."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -75,26 +81,25 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 @contextmanager
 def memory_errors(message: str) -> Iterator[None]:
-    """Raise `MachineError` with this message in place of what torch raises where memory is exhausted."""
+    """Turn torch's out-of-memory errors into `MachineError` with this message."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU allocator raises.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MachineError(message) from None
-        raise
+        if machine_error(error) is None:
+            raise
+        raise MachineError(message) from None
 
 
 def keep_heap() -> None:
     """Make glibc keep freed memory. By default it returns each large activation to the kernel and faults it in again.
 
-    Saves up to half the time of a forward with large tensors. Holds for the whole process; does nothing with another
+    Saves up to half the time of a forward pass with large tensors. Affects the whole process; does nothing with another
     C library or if `RSSEG_KEEP_HEAP=0`.
     """
     if (library := _allocator()) is None:
         return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    # One heap for all threads: else reader and writer each keep one of their own, of the size of their peak.
+    # One heap for all threads: otherwise reader and writer each keep their own, of the size of their peak.
     library.mallopt(arena_max, 1)
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, 2**31 - 1)
@@ -104,8 +109,8 @@ def keep_heap() -> None:
 class HeapGuard:
     """Returns free memory of the heap to the system once the process has grown too large.
 
-    Long-lived blocks end up between those that a network takes and frees, so the heap of `keep_heap` grows slowly.
-    Returned memory must be faulted in again, so nothing is returned before that is needed.
+    The heap of `keep_heap` grows slowly by fragmentation. Returned memory must be faulted in again, so nothing is
+    returned before that is needed.
     """
 
     def __init__(self, most: int) -> None:
@@ -113,7 +118,7 @@ class HeapGuard:
         self._most, self._library = most, _allocator()
 
     def check(self) -> None:
-        """Return memory if too much is resident; cheap, to be called often. Does nothing where `keep_heap` does not."""
+        """Return memory if too much is resident; cheap to call often. Does nothing where `keep_heap` does nothing."""
         if self._library is not None and resident_bytes() > self._most:
             self._library.malloc_trim(0)
 
@@ -136,9 +141,9 @@ def _allocator() -> ctypes.CDLL | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one tile in a forward, without test-time augmentation.
+    """Cost of one tile in a forward pass, without test-time augmentation.
 
-    peak_bytes: an estimate of the peak memory of a forward, without the weights
+    peak_bytes: estimated peak memory of a forward pass, without the weights
     """
 
     seconds: float
@@ -147,33 +152,45 @@ class Cost:
 
 @torch.inference_mode()
 def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: torch.dtype) -> Cost:
-    """Run a small tile, first for the memory, then for the time, and scale both by the number of pixels.
+    """Measure memory and time of a small tile, and scale both by the number of pixels.
 
-    A network of fixed size is run at that size, because the cost of attention is not proportional to the pixels.
+    A network of fixed size is run at that size, because the cost of attention is not proportional to the pixels; a
+    size that would take minutes is scaled by their square.
+
+    Raises:
+        MachineError: the device has too little memory for the tile.
     """
-    side = min(tile, _PROBE) if segmenter.tile.flexible else max(tile, segmenter.tile.size)
+    full = tile if segmenter.tile.flexible else max(tile, segmenter.tile.size)
+    side = trial_side(segmenter, min(full, _PROBE) if segmenter.tile.flexible else full)
     image = torch.tensor(segmenter.fill, device=device)[None, :, None, None].expand(1, -1, side, side)
     image = image.contiguous(memory_format=torch.channels_last)
-    scale = max(tile, side) ** 2 / side**2
+    scale = (full / side) ** (2 if segmenter.tile.flexible else 4)
 
     def forward() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             segmenter.low_resolution_logits(segmenter.padded(image))
 
-    if device.type == "cuda":
-        peak = _peak_on_gpu(forward, device)
-    else:
-        with _LiveBytes() as live:
-            forward()
-        peak = live.peak
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        forward()
+    with memory_errors(NO_MEMORY.format(device=device)):
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+            peak = _peak_on_gpu(forward, device)
+        else:
+            with _LiveBytes() as live:
+                forward()
+            peak = live.peak
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            forward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return Cost(min(seconds) * scale, int(peak * scale * _OVERHEAD))
+
+
+def trial_side(segmenter: Segmenter, side: int) -> int:
+    """Side of an image to try a network with: `side`, or what a network of larger fixed size computes in seconds."""
+    multiple = segmenter.input_multiple
+    return side if side <= _ATTENTION_PROBE else max(_ATTENTION_PROBE // multiple, 1) * multiple
 
 
 def _peak_on_gpu(forward: Callable[[], None], device: torch.device) -> int:

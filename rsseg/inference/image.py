@@ -11,9 +11,8 @@ from torch import Tensor
 
 from rsseg.config import EvalConfig
 from rsseg.inference.blend import Tile, argmax_classes, blend_logits
-from rsseg.inference.device import memory_errors
+from rsseg.inference.device import NO_MEMORY, memory_errors
 from rsseg.inference.predict import (
-    NO_MEMORY,
     Compute,
     Forward,
     choose_tiling,
@@ -47,11 +46,11 @@ def predict_image(
         segmenter: on `device`, in eval mode.
         image: float32 (C, H, W) in scaled units.
         valid: bool (H, W), False where the image has no data; the network sees `segmenter.fill` there. None: all valid.
-        config: tiling, blending and test-time augmentation; None in it takes what suits the network.
+        config: tiling, blending and test-time augmentation; None in it uses the network's own.
         device: where the network runs.
 
     Returns:
-        uint8 (H, W) class indices. Where the image has no data they mean nothing.
+        uint8 (H, W) class indices, undefined where the image has no data.
 
     Raises:
         MachineError: the device has too little memory for a single tile.
@@ -82,7 +81,7 @@ def predict_probabilities(
 
 
 def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: NDArray[np.bool_] | None) -> Tensor:
-    """The pixels that the network sees."""
+    """The image with `segmenter.fill` where there is no data."""
     pixels = torch.as_tensor(image, dtype=torch.float32)
     if valid is None:
         return pixels
@@ -90,7 +89,7 @@ def _filled(segmenter: Segmenter, image: NDArray[np.float32] | Tensor, valid: ND
 
 
 def _views_of(config: EvalConfig) -> tuple[View, ...]:
-    """All scales, each unmirrored and also mirrored if the recipe asks for that."""
+    """All scales, each also mirrored with `flip`."""
     return tuple(View(scale, flip) for scale in config.scales for flip in ((False, True) if config.flip else (False,)))
 
 

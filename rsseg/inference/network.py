@@ -1,4 +1,4 @@
-"""From a model file to a network that is ready to predict: batch norms and paddings folded, weights converted."""
+"""Load a model and prepare it for inference: batch norms and paddings folded, weights converted."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-from rsseg.inference.device import memory_errors, resolve_device
+from rsseg.inference.device import memory_errors, resolve_device, trial_side
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model
 
@@ -22,11 +22,11 @@ _INITIALIZERS = {f"{name}_" for name in ("uniform", "normal", "erfinv", "mul", "
     f"{name}_" for name in ("constant", "ones", "zeros", "kaiming_uniform", "kaiming_normal", "xavier_uniform")
 }
 _TOLERANCE = 1e-3
-"""Of the logits, relative to the largest: far above rounding in float32, far below a mistake."""
+"""Tolerance relative to the largest logit: far above float32 rounding, far below an error."""
 
 
 def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
-    """The network of a model file or of a run folder, in eval mode; needs no other file and no network connection.
+    """Load the network of a model file or run folder, in eval mode; needs no other file and no network connection.
 
     Args:
         path: `model.safetensors`, another file of that format, or the folder of a run.
@@ -38,7 +38,7 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
     """
     target = resolve_device(device)
     file = Path(path)
-    with memory_errors(f"{file}: the network that this header describes does not fit into the memory."):
+    with memory_errors(f"{file}: the network that this header describes does not fit into memory."):
         with _Uninitialized():
             segmenter = load_model(file)
         return segmenter.to(target)
@@ -47,8 +47,8 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
 class _Uninitialized(TorchFunctionMode):
     """Skips the initialization of parameters, which are loaded afterwards.
 
-    It takes most of the time of building a network. Memory that is not written to is not allocated either, so that a
-    file that does not fit the network is refused in time.
+    Initialization takes most of the time of building a network. Memory that is never written is not allocated either,
+    so a file that does not fit the network is rejected early.
     """
 
     def __torch_function__(
@@ -64,8 +64,8 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
     """A copy in eval mode for inference, and the type to compute in; the original is not changed.
 
     A network that cannot compute in `dtype`, which is tried with one small image, computes in float32. Weights that
-    need no conversion are shared with the original. Convolutions are laid out channels_last, a third faster on a CPU;
-    those of a convolutional network are folded as well, see `fold_convolutions`.
+    need no conversion are shared with the original. Convolutions are stored channels_last, which is a third faster on a
+    CPU; those of a convolutional network are folded as well, see `fold_convolutions`.
     """
     # deepcopy takes what the memo already holds: the weights are not copied twice.
     memo: dict[int, Tensor] = {id(buffer): buffer.to(device) for buffer in segmenter.buffers()}
@@ -87,12 +87,12 @@ def ready_to_predict(segmenter: Segmenter, device: torch.device, dtype: torch.dt
 def fold_convolutions(network: nn.Module, run: Callable[[], Tensor]) -> None:
     """Fold batch norms into the preceding convolutions and make asymmetric padding symmetric; in place.
 
-    The logits are compared: where they change, as where another layer reads the output of a convolution too, the
-    network is restored.
+    If the logits change, for example because another layer also reads the output of a convolution, the network is
+    restored.
 
     Args:
-        network: in eval mode, and only given images whose sides its strides divide. Its tensors are not written to:
-            they may be shared with another network.
+        network: in eval mode, only used for images whose sides are multiples of its strides. Its tensors are not
+            modified, because they may be shared with another network.
         run: applies the network to a small image in float32; returns its logits.
     """
     expected = run()
@@ -105,7 +105,7 @@ def fold_convolutions(network: nn.Module, run: Callable[[], Tensor]) -> None:
 
 @torch.no_grad()
 def store_convolutions(network: nn.Module, dtype: torch.dtype, works: Callable[[], bool]) -> None:
-    """Store the weights of convolutions in the type that autocast converts them to at every call; in place.
+    """Store convolution weights in the type that autocast converts them to at every call; in place.
 
     Undone if `works`, which runs the network, returns False because some part computes in float32.
     """
@@ -128,8 +128,8 @@ def _can_compute(segmenter: Segmenter, device: torch.device, dtype: torch.dtype)
 
 
 def _small_image(segmenter: Segmenter, device: torch.device) -> Tensor:
-    """Noise (1, C, side, side) about the mean, of the smallest side that suits the network."""
-    side = segmenter.input_multiple if segmenter.tile.flexible else segmenter.tile.size
+    """Noise (1, C, side, side) about the mean, of a small side that suits the network."""
+    side = segmenter.input_multiple if segmenter.tile.flexible else trial_side(segmenter, segmenter.tile.size)
     mean = torch.tensor(segmenter.fill)[:, None, None]
     noise = torch.randn(len(mean), side, side, generator=torch.Generator().manual_seed(0))
     return (mean + noise * mean.abs())[None].to(device)
@@ -204,7 +204,7 @@ def _pairs(network: nn.Module, run: Callable[[], Tensor]) -> list[tuple[nn.Conv2
 
     def after_conv(conv: nn.Module, _: Any, output: Tensor) -> None:
         calls[conv] += 1
-        made.append((output, conv))  # kept alive, so that no later tensor has its identity
+        made.append((output, conv))  # kept alive, so that no later tensor gets the same id
 
     def before_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         calls[norm] += 1

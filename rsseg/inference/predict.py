@@ -22,15 +22,11 @@ from rsseg.inference.blend import (
     crop_classes,
     decide_kept,
 )
-from rsseg.inference.device import memory_errors
+from rsseg.inference.device import NO_MEMORY, memory_errors
 from rsseg.inference.tiling import TilePlan, mirror
 from rsseg.methods.base import Segmenter
 
 Item = TypeVar("Item")
-NO_MEMORY = (
-    "the memory of {device} does not suffice for the network and its tiles. Give a smaller --tile or --batch-size "
-    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
-)
 TestTimeViews = Literal["none", "flip", "d4"]
 """`flip` adds the mirror image, `d4` all eight turns and mirrorings of a square."""
 
@@ -59,10 +55,10 @@ def poses_of(views: TestTimeViews) -> tuple[Pose, ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut for a network, in pixels.
+    """Tiling of images for a network, in pixels.
 
     least: smaller tiles are extended by reflection to this side, the training size of a network of fixed size.
-    multiple: grid on which tiles should lie, see `plan_tiles`.
+    multiple: grid to align tiles to, see `plan_tiles`.
     """
 
     tile: int
@@ -73,11 +69,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Compute:
-    """How the network is run over tiles.
+    """Settings for running the network over tiles.
 
-    device: where it is
-    batch_size: tiles per forward
-    dtype: autocast to it, unless it is float32
+    device: device of the network
+    batch_size: tiles per forward pass
+    dtype: autocast type; float32: no autocast
     least: see `Tiling`
     poses: orientations of each tile, whose probabilities are averaged
     parallel_batches: batches that a CPU computes in parallel, sharing the threads of the caller
@@ -94,8 +90,8 @@ class Compute:
 def choose_tiling(segmenter: Segmenter, tile: int | None, overlap: int | None, blend: Blend) -> Tiling:
     """The user's tile and overlap, or the network's own where None.
 
-    Tiles of a convolutional network lie on the grid of its strides, so that it computes in each what it would compute
-    in the whole image. For `mean` they lie where the usual sliding window puts them.
+    Tiles of a convolutional network are aligned to its strides, so that their features equal those of the whole image.
+    For `mean` they have the positions of the usual sliding window.
     """
     hint = segmenter.tile
     tile = tile or hint.size
@@ -115,15 +111,15 @@ def predict_strips(
     outputs: PixelOutputs = CLASSES_ONLY,
     report: Callable[[], None] = lambda: None,
 ) -> Iterator[Strip]:
-    """Finished rows of an image, given its tiles row by row; the first tile may be that of any row.
+    """Predict the rows of an image, given its tiles row by row, starting with any row.
 
     Args:
         segmenter: on the device, in eval mode.
         tiles: of `plan`.
-        plan: where they lie.
-        blend: how they are merged.
+        plan: positions of the tiles.
+        blend: how tiles are merged.
         compute: how the network is run.
-        outputs: per pixel.
+        outputs: requested outputs per pixel.
         report: called after each tile.
     """
 
@@ -147,9 +143,9 @@ def predict_tile_logits(segmenter: Segmenter, tiles: Iterable[Tile], compute: Co
 def predict_tiles(
     segmenter: Segmenter, tiles: Iterable[Tile], reduce: Callable[[Tile, TileLogits], Item], compute: Compute
 ) -> Iterator[tuple[Tile, Item | None]]:
-    """Reduced logits of tiles of one shape, in their order; an empty tile gets no forward and None.
+    """Reduced logits of tiles of one shape, in their order; None for an empty tile, which is not computed.
 
-    A batch holds tiles of one row only, so that the logits of a row do not depend on where the work began.
+    A batch holds tiles of one row only, so that the logits of a row do not depend on the first row of a call.
 
     Args:
         segmenter: on the device, in eval mode.
@@ -171,7 +167,7 @@ def predict_tiles(
         if compute.parallel_batches > 1:
             yield from _in_parallel(work, batches, compute.parallel_batches)
             return
-        # A GPU computes asynchronously: it gets the next batch before the host waits for the logits of the last one.
+        # A GPU computes asynchronously: queue the next batch before waiting for the logits of the last one.
         late = 1 if compute.device.type == "cuda" else 0
         waiting: deque[tuple[list[Tile], list[TileLogits | None]]] = deque()
         for batch in batches:
@@ -189,7 +185,7 @@ def _batches(tiles: Iterable[Tile], size: int) -> Iterator[list[Tile]]:
 
 
 def _in_parallel(work: Callable[[list[Tile]], list[Item]], batches: Iterator[list[Tile]], count: int) -> Iterator[Item]:
-    """Run `count` batches in parallel: cores that share one batch wait for one another after every layer."""
+    """Run `count` batches in parallel: cores that share one batch would synchronize after every layer."""
     threads = max(torch.get_num_threads() // count, 1)
     with ThreadPoolExecutor(count, "rsseg-network", torch.set_num_threads, (threads,)) as pool:
         running = deque(pool.submit(work, batch) for batch in islice(batches, count))
@@ -207,7 +203,7 @@ class Forward:
     compute: Compute
 
     def tiles(self, batch: list[Tile]) -> list[TileLogits | None]:
-        """One forward for the tiles that are not empty; None for those that are."""
+        """Logits of the tiles from one forward pass; None for empty tiles."""
         full = [tile.load() for tile in batch if not tile.is_empty]
         logits = iter(self(full[0][None] if len(full) == 1 else torch.stack(full))) if full else iter(())
         return [None if tile.is_empty else next(logits) for tile in batch]
@@ -219,19 +215,19 @@ class Forward:
         except torch.OutOfMemoryError:
             if len(images) == 1:
                 raise
-        # Here, where the exception no longer holds the tensors of the failed forward.
+        # Outside the except clause: the exception would hold the tensors of the failed forward pass.
         return [logits for half in images.chunk(2) for logits in self(half)]
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> list[TileLogits]:
         device, poses = self.compute.device, self.compute.poses
         if device.type == "cuda":
-            # From pinned memory the copy overlaps with the last batch's forward.
+            # From pinned memory the copy overlaps with the last batch's forward pass.
             images = images.pin_memory().to(device, non_blocking=True)
         if len(poses) == 1:
             return self._logits(images)
         total: Any = sum(pose.undo(self._probabilities(pose.apply(images))) for pose in poses)
-        # The logarithm of a probability is a logit of it.
+        # Logarithms of probabilities serve as logits.
         logits: Tensor = (total / len(poses)).clamp_min(1e-30).log()
         return [TileLogits.of(values) for values in logits.contiguous(memory_format=torch.channels_last)]
 
@@ -251,7 +247,7 @@ class Forward:
 
 
 def extended(images: Tensor, height: int, width: int) -> Tensor:
-    """Images (..., h, w), extended to this size by reflection at the right and the bottom."""
+    """Extend images (..., h, w) to this size by reflection at the right and bottom."""
     if images.shape[-2:] == (height, width):
         return images
     rows, cols = (torch.from_numpy(mirror(*pair)) for pair in zip(images.shape[-2:], (height, width), strict=True))

@@ -1,4 +1,4 @@
-"""Where tiles lie in an image: pure geometry, free of torch."""
+"""Tile geometry, without torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from rsseg.errors import UsageError
 def tile_origins(length: int, tile: int, stride: int) -> list[int]:
     """First pixels of the tiles that cover [0, length); needs 1 <= stride <= tile.
 
-    The last tile is moved in, not padded. A length up to `tile` is one tile of that length.
+    The last tile is shifted inwards, not padded. A length up to `tile` is one tile of that length.
     """
     if length <= tile:
         return [0]
@@ -21,7 +21,7 @@ def tile_origins(length: int, tile: int, stride: int) -> list[int]:
 
 
 def mirror(length: int, target: int) -> NDArray[np.intp]:
-    """Indices 0, 1, .. length - 1, length - 2, .. that extend an axis to `target` by repeated reflection."""
+    """Indices 0, 1, ..., length - 1, length - 2, ... that extend an axis to `target` by repeated reflection."""
     period = max(2 * (length - 1), 1)
     index = np.arange(target) % period
     return np.minimum(index, period - index)
@@ -49,13 +49,13 @@ class Span:
         return Span(self.start + by, self.stop + by)
 
     def within(self, origin: int) -> slice:
-        """The same pixels, counted from `origin`."""
+        """The same pixels, relative to `origin`."""
         return slice(self.start - origin, self.stop - origin)
 
 
 @dataclass(frozen=True)
 class AxisPlan:
-    """Tiles along one axis, all of `tile` pixels.
+    """Tiles along one axis, each of `tile` pixels.
 
     origins: first pixel of each tile, ascending.
     """
@@ -109,8 +109,8 @@ def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: in
         width: of the image.
         tile: side in pixels.
         overlap: pixels that neighbours share.
-        multiple: width of the grid of the network's strides. Where tile and stride are multiples of it, the last tile
-            lies on the grid too and may extend beyond the image; else it is moved in.
+        multiple: the network's total stride. If tile and tile distance are multiples of it, the last tile is aligned to
+            it too and may extend beyond the image; otherwise it is shifted inwards.
 
     Raises:
         UsageError: the overlap is not smaller than the tile.
@@ -126,9 +126,9 @@ def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: in
 class Panel:
     """A range of columns that is computed from top to bottom before the next one; bounds the memory of wide images.
 
-    plan: its tiles, in columns counted from `left`
+    plan: its tiles, in columns relative to `left`
     left: first column of the image that the tiles cover
-    kept: the columns that the panel decides, counted from its left edge; those of all panels partition the image
+    kept: the columns that the panel outputs, relative to its left edge; those of all panels partition the image
     """
 
     plan: TilePlan
@@ -137,7 +137,7 @@ class Panel:
 
     @property
     def target(self) -> int:
-        """First column of the image that the panel decides."""
+        """First column of the image that the panel outputs."""
         return self.left + self.kept.start
 
 
@@ -146,9 +146,9 @@ def split_panels(plan: TilePlan, most: int, *, shared: bool) -> tuple[Panel, ...
 
     Args:
         plan: of the whole image.
-        most: width limit of a panel in pixels; a panel has at least one column of tiles.
-        shared: whether a pixel needs every tile that covers it, as where tiles are averaged, or only the tile that
-            keeps it. If so, tiles at the edge of two panels are computed for both.
+        most: maximum width of a panel in pixels; a panel has at least one column of tiles.
+        shared: whether a pixel needs every tile that covers it, as in averaging, or only the tile that keeps it. If so,
+            tiles at the edge of two panels are computed for both.
     """
     cols, tile = plan.cols, plan.cols.tile
     columns = len(cols.origins)
@@ -171,6 +171,6 @@ def _panel(plan: TilePlan, first: int, end: int, *, shared: bool) -> Panel:
 
 def _plan_axis(length: int, tile: int, stride: int, step: int) -> AxisPlan:
     origins = tile_origins(length, tile, stride)
-    # Upwards: the last pixels must be covered.
+    # Round up, so that the last pixels are covered.
     last = -(-origins[-1] // step) * step
     return AxisPlan(length, min(length, tile), (*origins[:-1], last))

@@ -66,7 +66,7 @@ def measure_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's sign for the cumulative mean
+        norm.momentum = None  # torch: cumulative mean
         norm.train()
     for batch in batches:
         module(batch)

@@ -60,7 +60,7 @@ class UPerNet(nn.Module):
 
 
 class SegFormerHead(nn.Module):
-    """Every level to one width, resized to the first and fused by a 1x1 convolution.
+    """Projects every level to one width, resizes it to the first level and fuses all by a 1x1 convolution.
 
     Source: Xie et al. 2021 (arXiv 2105.15203). The paper resizes, stacks and convolves. A 1x1 convolution and bilinear
     resizing commute, so each level is first convolved by its part of the weight at its own size: equal up to rounding,
@@ -188,7 +188,7 @@ class SeparableASPPHead(nn.Module):
         low_channels: int = 48,
         dropout: float = 0.1,
     ) -> None:
-        """Make the branches.
+        """Build the branches.
 
         Args:
             in_channels: per level; only the first and the last are used.

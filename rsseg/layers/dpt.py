@@ -108,13 +108,13 @@ class DPTHead(nn.Module):
 
 
 class TokenPyramid(nn.Module):
-    """Maps of one stride, such as a ViT's, brought to a pyramid; channels stay."""
+    """Resample maps of one stride, such as a ViT's, to a pyramid; channels are unchanged."""
 
     def __init__(self, channels: Sequence[int], factors: Sequence[float] = PYRAMID_FACTORS) -> None:
-        """Build one layer per map; `factors` are those of the sizes: whole numbers, or 0.5.
+        """Build one layer per map; `factors` scale the sizes: whole numbers, or 0.5.
 
         Raises:
-            ValueError: not as many maps as factors.
+            ValueError: the numbers of maps and factors differ.
         """
         super().__init__()
         if len(channels) != len(factors):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Ema(nn.Module):
-    """Exponential moving average of a module, without gradients and in eval mode independent of its owner.
+    """Exponential moving average of a module, without gradients, in eval mode regardless of its owner's mode.
 
     Parameters are averaged. `buffers` says whether floating-point buffers (batch norm statistics) are averaged or
     copied; integer buffers (counters) are then copied. `keep` updates no buffer.
@@ -52,7 +52,7 @@ class Ema(nn.Module):
 
 
 class _Pairs:
-    """Flat lists of tensors, built once; fused kernels over lists are three to five times faster than a loop."""
+    """Flat lists of tensors, built once: fused kernels over lists are three to five times faster than a loop."""
 
     def __init__(self, average: nn.Module, source: nn.Module, *, buffers: Literal["average", "copy", "keep"]) -> None:
         self.averaged: list[Tensor] = [p.data for p in average.parameters()]
@@ -68,7 +68,7 @@ class _Pairs:
 
 
 class Frozen(nn.Module):
-    """Holds a module out of reach of optimizers, state dicts, DDP and `train()`.
+    """Hides a module from optimizers, state dicts, DDP and `train()`.
 
     It moves with its owner (`to`, `cuda`), stays in eval mode and runs under no_grad.
     """

@@ -1,4 +1,4 @@
-"""Low-rank additions to frozen linear layers.
+"""Low-rank adapters of frozen linear layers.
 
 Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """scale * up @ down, an addition to the weight of a linear layer; 0 at the start."""
+    """scale * up @ down, added to the weight of a linear layer; 0 at initialization."""
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, scale: float) -> None:
         super().__init__()
@@ -24,25 +24,25 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in_features) -> what is added to the layer's output, (..., out_features)."""
+        """(..., in_features) -> term to add to the layer's output, (..., out_features)."""
         return F.linear(self.scale * F.linear(inputs, self.down), self.up)
 
     def delta(self) -> Tensor:
-        """What is added to the layer's weight, (out_features, in_features)."""
+        """Term to add to the layer's weight, (out_features, in_features)."""
         return self.scale * self.up @ self.down
 
 
 class LowRankAdapters(nn.Module):
-    """One `LowRank` per chosen linear layer of a network. Holds only the additions, not the network."""
+    """One `LowRank` per chosen linear layer of a network; does not contain the network."""
 
     def __init__(self, network: nn.Module, targets: Sequence[str], *, rank: int, alpha: float) -> None:
-        """Make the additions.
+        """Build the adapters.
 
         Args:
-            network: that they are for.
+            network: network to adapt.
             targets: last names of linear layers, such as `qkv`; each must occur.
-            rank: of the products.
-            alpha: the products count alpha / rank times.
+            rank: rank of the products.
+            alpha: the products are multiplied by alpha / rank.
 
         Raises:
             ValueError: no linear layer has one of the names.
@@ -60,7 +60,7 @@ class LowRankAdapters(nn.Module):
 
     @contextmanager
     def added_to(self, network: nn.Module) -> Iterator[None]:
-        """Within the context, the chosen layers of `network` return their output plus the addition."""
+        """Context in which the chosen layers of `network` return their output plus the adapters' term."""
 
         def adding(addition: nn.Module) -> Any:
             return lambda _, inputs, output: output + addition(inputs[0])
@@ -77,7 +77,7 @@ class LowRankAdapters(nn.Module):
 
     @torch.no_grad()
     def merge(self, base: nn.Module, into: nn.Module) -> None:
-        """Write the weights of `base` plus the additions into `into`, a network of the same architecture."""
+        """Write the weights of `base` plus the adapters into `into`, a network of the same architecture."""
         for name, addition in zip(self.names, self.layers, strict=True):
             weight = cast(Tensor, base.get_submodule(name).weight)
             cast(Tensor, into.get_submodule(name).weight).copy_(weight + cast(LowRank, addition).delta())

@@ -66,7 +66,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, align_corners: bool = False) ->
         align_corners: of the resize.
 
     Returns:
-        Scalar from 0 to 1; exactly 0 for a batch without one labeled pixel.
+        Scalar from 0 to 1; exactly 0 for a batch without labeled pixels.
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
@@ -81,15 +81,15 @@ def dice_loss(logits: Tensor, target: Tensor, *, align_corners: bool = False) ->
 
 
 class LabelLoss(nn.Module):
-    """The loss on labels that all methods share: cross-entropy with what a recipe's `loss` adds."""
+    """The loss on labels of all methods: cross-entropy with the additions of a recipe's `loss`."""
 
     class_weights: Tensor | None
 
     def __init__(self, config: LossConfig | None = None, task: Task | None = None) -> None:
-        """Take the settings, by default plain cross-entropy; `auto` weights are 1 until `weigh` was called.
+        """Store the settings, by default plain cross-entropy; `auto` weights are 1 until `weigh` is called.
 
         Raises:
-            RecipeError: other than one weight per class of the task.
+            RecipeError: the number of weights is not that of the classes.
         """
         super().__init__()
         self.config = config = config or LossConfig()
@@ -113,7 +113,7 @@ class LabelLoss(nn.Module):
         class_weights: Tensor | None = None,
         divisor: Literal["all", "valid"] = "valid",
     ) -> Tensor:
-        """Scalar; arguments as of `cross_entropy`. `class_weights` take the place of the recipe's."""
+        """Scalar; arguments as for `cross_entropy`. `class_weights` replace the recipe's."""
         loss = cross_entropy(
             logits,
             target,
@@ -125,7 +125,7 @@ class LabelLoss(nn.Module):
 
 
 def class_weights_of(pixels: Sequence[int]) -> Tensor:
-    """float32 (K,): one over the square root of each class's share, mean over pixels 1; 1 for absent classes."""
+    """float32 (K,): one over the square root of each class's share, with mean 1 over pixels; 1 for absent classes."""
     shares = torch.tensor(pixels, dtype=torch.float64) / max(sum(pixels), 1)
     roots = shares.sqrt()
     return torch.where(shares > 0, 1.0 / (roots * roots.sum()), 1.0).float()

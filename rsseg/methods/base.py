@@ -84,7 +84,7 @@ class Segmenter(nn.Module, ABC):
         return self(images)  # type: ignore[no-any-return]
 
     def fold(self) -> None:
-        """Merge layers that only training needs apart; called once, on a copy used for prediction only.
+        """Merge layers that are separate only for training; called once, on a copy used for prediction only.
 
         Does nothing by default.
         """
@@ -110,7 +110,7 @@ LARGEST_NETWORK = 4_000_000_000
 
 @contextmanager
 def bounded_parameters() -> Iterator[None]:
-    """Raise `MachineError` as soon as the modules built within have more parameters than this machine can hold."""
+    """Raise `MachineError` once the modules built inside have more parameters than this machine can hold."""
     largest = LARGEST_NETWORK
     if hasattr(os, "sysconf"):
         largest = min(largest, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # 4 bytes each
@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.label_loss = LabelLoss()  # on labeled streams; the registry puts the recipe's in its place
+        self.label_loss = LabelLoss()  # loss on labeled streams; the registry replaces it by the recipe's
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:

@@ -1,4 +1,4 @@
-"""What the importers of all methods share: checks, model file and its header."""
+"""Common part of the importers of all methods: checks, model file and its header."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ def check_classes(tensors: Mapping[str, Tensor], classifier: str, task: Task, so
     if weight is not None and weight.shape[:1] != (task.num_classes,):
         raise WeightsError(
             f"{source}: has {weight.shape[0] if weight.ndim else 0} classes, {task.name} has {task.num_classes}. "
-            "Choose its own dataset."
+            "Choose the dataset that the checkpoint was trained on."
         )
 
 
@@ -32,8 +32,8 @@ def write_imported(
     Args:
         source: the checkpoint, for messages and the header.
         tensors: all of the network's tensors, under our names.
-        segmenter: what `recipe` describes; is filled.
-        recipe: its `ship` says which of the checkpoint's weights `tensors` are.
+        segmenter: network of `recipe`; receives the tensors.
+        recipe: its `ship` tells which of the checkpoint's weights `tensors` are.
         output: file to write.
 
     Returns:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _bounded(build: Callable[P, T]) -> Callable[P, T]:
-    """`build` that raises `MachineError` instead of building a network that this machine cannot hold."""
+    """Wrap `build` so that it raises `MachineError` for a network that this machine cannot hold."""
 
     @wraps(build)
     def bounded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -53,7 +53,7 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
 
 
 def load_model(path: Path) -> "Segmenter":
-    """The network of a model file or of a run folder, on the CPU, in eval mode.
+    """Load the network of a model file or run folder, on the CPU, in eval mode.
 
     Raises:
         WeightsError: there is no model, or it is damaged, foreign, or of another version.

@@ -1,4 +1,4 @@
-"""Many scenes: which ones, their outputs, and predicting one after the other."""
+"""Batches of scenes: find them, choose their outputs, predict one after the other."""
 
 import glob
 import json
@@ -13,10 +13,11 @@ from rsseg.errors import DataError, RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder
 from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
-from rsseg.scene.plan import PreparedScene, is_ending, list_outputs, prepare_scene
+from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
+from rsseg.text import LIST_BYTES, read_text
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -47,9 +48,9 @@ class Outcome(BaseModel):
 
 
 def find_scenes(names: Sequence[str]) -> list[str]:
-    """Expand folders, `*` patterns and text files with a scene per line; other files and URLs stay as they are.
+    """Expand folders, `*` patterns and text files with a scene per line; other files and URLs are unchanged.
 
-    Names in a text file count from its folder. Outputs of earlier predictions are left out.
+    Names in a text file are relative to its folder. Outputs of earlier predictions are left out.
 
     Raises:
         UsageError: a folder, a pattern or a list without a scene; nothing but outputs of predictions.
@@ -62,7 +63,7 @@ def find_scenes(names: Sequence[str]) -> list[str]:
             inside, what = [name], ""
         elif is_folder(path):
             files = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-            # A link to nowhere is reported; a pipe or a folder is no scene.
+            # A broken link is reported later; a pipe or a folder is not a scene.
             inside = sorted(str(p) for p in files if p.is_file() or (p.is_symlink() and not p.exists()))
             what = f"no raster in this folder (looked for {', '.join(SUFFIXES)})"
         elif path.suffix.lower() == ".txt" and is_file(path):
@@ -70,7 +71,7 @@ def find_scenes(names: Sequence[str]) -> list[str]:
             what = "no scene in this list"
         elif any(c in name for c in "*?[") and not is_file(path):
             inside = sorted(glob.glob(_pattern(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
-            what = "no file has such a name"
+            what = "no file matches"
         else:
             inside, what = [name], ""
         if not inside:
@@ -83,17 +84,12 @@ def find_scenes(names: Sequence[str]) -> list[str]:
 
 
 def read_list(path: Path) -> list[str]:
-    """Lines of a text file in UTF-8, with or without byte order mark, but empty ones and those that begin with #.
+    """Lines of a text file in UTF-8, with or without byte order mark, except empty ones and those that begin with #.
 
     Raises:
         DataError: another encoding.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: the list is not in UTF-8. Save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    lines = read_text(path, DataError, limit=LIST_BYTES).splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -103,7 +99,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     Args:
         scenes: as `find_scenes` returns them.
         output: file or folder; None is the current folder.
-        part: number of this part, from 1, and of parts: every n-th scene belongs to it, so that machines can share.
+        part: number of this part, from 1, and of parts: every n-th scene, so that machines can share the work.
 
     Raises:
         UsageError: two scenes would write one file, or no such part.
@@ -130,8 +126,8 @@ def check_targets(
         UsageError: see above; or one file is asked for that several scenes would write.
     """
     for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
-        if len(targets) > 1 and name is not None and not is_ending(name):
-            raise UsageError(f"{option} {name}: for several scenes give the ending only, such as {name.suffix}.")
+        if len(targets) > 1 and name is not None and not is_extension(name):
+            raise UsageError(f"{option} {name}: for several scenes give the extension only, such as {name.suffix}.")
     outputs = [pair for t in targets for pair in list_outputs(prepared.network.task, t.output, options)]
     read = source_files([str(name) for name in inputs] + [target.scene for target in targets])
     check_outputs(outputs, [file for name in read if (file := local_file(name))], overwrite=True)
@@ -184,7 +180,7 @@ def predict_scenes(
                         on_plan(scene.describe())
                     told = None if progress is None else progress(target)
                     result = predict_prepared(scene, progress=told, share=share)
-        except Exception as error:  # a night's work must not end with one odd file
+        except Exception as error:  # one bad file must not end a long batch
             failure = error
         message = None
         if failure is not None:
@@ -204,7 +200,7 @@ def predict_scenes(
 
 
 def _is_done(scene: PreparedScene, options: SceneOptions) -> bool:
-    """Whether all rasters exist and are what the prediction would give.
+    """Whether all rasters exist and equal those that the prediction would write.
 
     Raises:
         UsageError: another file has the name of an output, and may not be replaced.
@@ -215,7 +211,7 @@ def _is_done(scene: PreparedScene, options: SceneOptions) -> bool:
         return True
     if scene.output.exists() and not options.overwrite:
         raise UsageError(
-            f"{scene.output}: exists already and was made from another scene, model or options, or by something else. "
+            f"{scene.output}: exists already and was made from another scene, model or options, or by another program. "
             "Replace it with --overwrite."
         )
     # Rasters of a prediction that was killed before the class raster, the last one, may be replaced.

@@ -1,7 +1,7 @@
-"""Is a file a cloud-optimized GeoTIFF? Read from the TIFF structures themselves.
+"""Check whether a file is a cloud-optimized GeoTIFF, from its TIFF structures.
 
-The rules: tiled pixels, overviews inside the file, the directories at the front (the full image first, then overviews
-from large to small), and the pixels behind them in the opposite order, so that a reader gets the small views first.
+The rules: tiled pixels, internal overviews, the directories at the front (the full image first, then overviews from
+large to small), and the pixels behind them in the opposite order, so that a reader gets the small overviews first.
 """
 
 from itertools import pairwise
@@ -16,11 +16,11 @@ from rsseg.files import is_file
 _BLOCK = 512
 """Images up to this size need neither tiles nor overviews."""
 _HEAD_BYTES = 300
-"""Least distance from the front at which the first directory is late, unless GDAL's structural block is there."""
+"""A first directory from this byte on is too late, unless GDAL's structural block precedes it."""
 
 
 class CogReport(BaseModel):
-    """What a check found. `errors` break the rules; `warnings` make readers slow."""
+    """Result of a check. `errors` break the rules; `warnings` slow down readers."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +28,7 @@ class CogReport(BaseModel):
     height: int
     width: int
     overviews: tuple[int, ...]
-    """How many times smaller each is."""
+    """Reduction factor of each overview."""
     block: tuple[int, int]
     """Rows and columns of a stored block."""
     compression: str
@@ -37,7 +37,7 @@ class CogReport(BaseModel):
 
     @property
     def is_valid(self) -> bool:
-        """Strictly: without a warning."""
+        """Whether there is neither an error nor a warning."""
         return not self.errors and not self.warnings
 
 
@@ -57,7 +57,7 @@ def check_cog(path: Path) -> CogReport:
             structural = b"GDAL_STRUCTURAL_METADATA" in head.read(400)
             return _report(path, pages, structural=structural)
     except (tifffile.TiffFileError, ValueError, IndexError, KeyError, OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a TIFF that can be read: {error}.") from None
+        raise DataError(f"{path}: not a readable TIFF: {error}.") from None
 
 
 def _report(path: Path, pages: list[tifffile.TiffPage], *, structural: bool) -> CogReport:
@@ -71,7 +71,7 @@ def _report(path: Path, pages: list[tifffile.TiffPage], *, structural: bool) -> 
     if path.with_name(f"{path.name}.ovr").exists():
         errors.append("the overviews are in a file of their own (.ovr)")
     if big and len(images) == 1:
-        warnings.append("there are no overviews")
+        warnings.append("it has no overviews")
     if main.index != 0:
         errors.append("the first directory is not that of the full image")
     errors += _wrong_sizes(images)
@@ -122,7 +122,7 @@ def _wrong_data(images: list[tifffile.TiffPage]) -> list[str]:
     """The pixels of a smaller image must lie before those of the next larger one."""
     errors, later = [], None
     for number, page in enumerate(images):
-        # A block of offset 0 holds nothing but nodata and is not stored.
+        # A block of offset 0 holds only nodata and is not stored.
         stored = [offset for offset in page.dataoffsets if offset]
         if not stored:
             continue

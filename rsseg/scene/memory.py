@@ -1,4 +1,4 @@
-"""What fits into memory: the network on its device, tiles, batches and panels."""
+"""Choose tiles, batches and panels that fit into memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ from rsseg.scene.options import SceneOptions
 from rsseg.scene.writer import Product
 
 _BATCH_PIXELS = 1024 * 1024
-"""Pixels of a batch on a CPU: more gain nothing there, and take memory."""
+"""Pixels of a batch on a CPU: larger batches are not faster and take more memory."""
 _GPU_BATCH = 16
-"""Most tiles of a batch on a GPU."""
+"""Maximum number of tiles in a batch on a GPU."""
 _GPU_SHARE = 0.5
-"""Part of a GPU's memory that a batch may take. Of all of it, so that the batch does not depend on what else runs."""
+"""Share of a GPU's total (not free) memory for a batch, so that the batch does not depend on other programs."""
 _BUFFER_BYTES = 32 << 20
 """Memory for rows of the scene, input and output together; wider scenes are computed in panels."""
 _BASE_BYTES = 96 << 20
-"""Memory that depends on nothing: caches of GDAL, kernels, threads."""
+"""Constant part of the memory: caches of GDAL, kernels, threads."""
 _USUAL_BYTES = 500 << 20
-"""Without `max_memory`, no more batches run in parallel than this holds."""
+"""Memory limit for parallel batches where `max_memory` is not set."""
 OUT_OF_MEMORY = (
     "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
 )
 _LEAST_TILE = 128
 _MOST_REDUNDANCY = 64
-"""Most forwards that a pixel may take part in: more are a mistake, and would run for days."""
+"""Maximum forward passes per pixel: more are a mistake, and would run for days."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def prepare_network(segmenter: Segmenter, options: SceneOptions) -> PreparedNetw
     """Copy a network, which is not changed, to the device of the options.
 
     Raises:
-        MachineError: the device does not exist, or its memory does not suffice.
+        MachineError: the device does not exist, or has too little memory.
     """
     keep_heap()
     held = resident_bytes()
@@ -119,7 +119,7 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
         side = max(plan.rows.tile, plan.cols.tile)
         cost = prepared.cost(side)
         size = batch or _batch_size(side, cost, device)
-        # A row is cut into equal batches: full ones with a small rest would compute no faster.
+        # A row is split into equal batches: full ones with a small remainder would be no faster.
         columns = len(plan.cols.origins)
         size = -(-columns // -(-columns // size))
         per_column = _bytes_per_column(plan, info, products, network, options)
@@ -182,10 +182,10 @@ def _bytes_per_column(
 
 
 def _values_per_pixel(info: RasterInfo, network: Segmenter, options: SceneOptions) -> int:
-    """Float32 values per pixel of a tile beside the forward: the image, and the scores where all are kept."""
+    """Float32 values per pixel of a tile besides the forward pass: the image, and the logits where all are kept."""
     classes = network.task.num_classes
     if options.tta != "none":
-        return info.count + 3 * classes  # of a view, their softmax, their sum
+        return info.count + 3 * classes  # logits of a view, their softmax, the sum over views
     return info.count + (0 if options.blend == "crop" else classes)
 
 

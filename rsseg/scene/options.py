@@ -18,7 +18,7 @@ def _known_device(name: str) -> str:
 
 
 class SceneOptions(BaseModel):
-    """How a scene is predicted. None chooses what suits the network and the machine."""
+    """Options of a scene prediction. None chooses a value for the network and the machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,17 +29,17 @@ class SceneOptions(BaseModel):
     blend: Literal["crop", "hann", "mean"] = "crop"
     """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average logits."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Tiles per forward."""
+    """Tiles per forward pass."""
     bands: tuple[Annotated[str, BeforeValidator(str.strip)], ...] | None = None
     """Names or 1-based numbers of the file's bands, in the model's order."""
     nodata: float | None = None
-    """Value without data, instead of what the file declares."""
+    """Nodata value, instead of what the file declares."""
     zero_collar: bool = False
-    """Pixels that are 0 in every band have no data."""
+    """Treat pixels that are 0 in every band as nodata."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is bfloat16 where the device computes with it, and float32 elsewhere."""
+    """`auto` is bfloat16 where the hardware supports it, and float32 elsewhere."""
     tta: Literal["none", "flip", "d4"] = "none"
     """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
@@ -49,15 +49,15 @@ class SceneOptions(BaseModel):
     probabilities: Literal["none", "uint8", "float16"] = "none"
     """Also write the probability of each class to `STEM_probabilities.tif`."""
     polygons: Path | None = None
-    """Also write polygons of the classes to this file; an ending alone, such as `.gpkg`, names it after the output."""
+    """Also write polygons of the classes to this file; an extension, such as `.gpkg`, names it after the output."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Smaller polygons are left out; square metres, or pixels where the scene has no coordinates."""
     simplify: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Pixels by which borders of polygons may move; neighbours keep their common border."""
+    """Tolerance of the simplification in pixels; neighbouring polygons keep their common border."""
     preview: Path | None = None
-    """Also draw scene, classes and legend to this PNG file; an ending alone as for `polygons`."""
+    """Also draw scene, classes and legend to this PNG file; an extension as for `polygons`."""
     max_memory: Annotated[int, Field(ge=1)] | None = None
-    """Bytes beside those of the libraries; parallel batches, the batch and at last the tile are reduced to fit."""
+    """Memory limit in bytes, libraries excluded; parallel batches, then the batch, then the tile are reduced to fit."""
     resume: bool = False
     """Keep finished rows in `.NAME.resume` beside the output until it is complete, and continue from there."""
     format: Literal["cog", "gtiff"] = "cog"
@@ -76,14 +76,14 @@ class ClassArea(BaseModel):
     """Pixel value in the output."""
     pixels: int
     share: float
-    """Of the pixels with data, 0..1."""
+    """Share of the pixels with data, 0..1."""
     square_meters: float | None
     """On the ellipsoid; None without known coordinates."""
     hectares: float | None
 
 
 class SceneResult(BaseModel):
-    """The outputs of a prediction and what they show."""
+    """The outputs of a prediction and their statistics."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -91,7 +91,7 @@ class SceneResult(BaseModel):
     height: int
     width: int
     valid_share: float
-    """Part of the pixels that have a class, 0..1."""
+    """Share of the pixels that have a class, 0..1."""
     areas: tuple[ClassArea, ...]
     """In the order of the task's classes."""
     tiles: int
@@ -102,7 +102,7 @@ class SceneResult(BaseModel):
     device: str
     dtype: str
     resumed: float
-    """Part of the rows that an earlier run had finished, 0..1."""
+    """Share of the rows that an earlier run had finished, 0..1."""
     polygons: int | None
     """Number of polygons, if they were asked for."""
     extra_outputs: tuple[Path, ...]
@@ -111,7 +111,7 @@ class SceneResult(BaseModel):
 
 
 class ScenePlan(BaseModel):
-    """What a prediction would do."""
+    """Inputs, outputs, tiling and cost of a prediction."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -133,18 +133,18 @@ class ScenePlan(BaseModel):
     device: str
     dtype: str
     views: int
-    """Forwards per tile."""
+    """Forward passes per tile."""
     panels: int
     """Ranges of columns that are computed one after the other, so that wide scenes need no more memory."""
     memory_bytes: int
-    """Estimate of the memory beside that of the libraries: weights, a forward, and rows of the scene. Does not depend
-    on the size of the scene."""
+    """Estimate of the memory, libraries excluded: weights, a forward pass, and rows of the scene. Independent of the
+    size of the scene."""
     seconds: float
     """Estimate from one small tile."""
     warnings: tuple[str, ...]
 
     def text(self) -> str:
-        """A few lines for people."""
+        """Summary in a few lines."""
         bands = ", ".join(wanted if wanted == found else f"{wanted} = {found}" for wanted, found in self.bands)
         lines = [
             f"{self.scene} -> {self.output}",
@@ -154,7 +154,7 @@ class ScenePlan(BaseModel):
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
-            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB beside the libraries, "
+            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB besides the libraries, "
             f"about {duration(self.seconds)}",
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
@@ -162,7 +162,7 @@ class ScenePlan(BaseModel):
 
 
 def duration(seconds: float) -> str:
-    """Such as "40 s", "12 min" or "3.5 h"."""
+    """Text such as "40 s", "12 min" or "3.5 h"."""
     if seconds < 100:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,7 @@ from rsseg.vector.aoi import Region, read_region, region_files
 from rsseg.vector.write import polygon_files
 
 _TRIM_AT = 0.9
-"""Part of the estimate, or of `max_memory`, at which free memory is given back; it may grow between two checks."""
+"""Share of the estimate, or of `max_memory`, above which free memory is returned to the system."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class PreparedScene:
     panels: of `plan`
     products: final name and content of each raster, the class raster first
     polygons, preview: final names, None if not asked for
-    memory_bytes: estimate beside the libraries
-    trim_above: bytes of the process at which free memory is given back
+    memory_bytes: estimate, libraries excluded
+    trim_above: bytes of the process above which free memory is returned to the system
     seconds: estimate
     """
 
@@ -79,13 +79,13 @@ class PreparedScene:
         return sum(panel.plan.count for panel in self.panels)
 
     def open(self) -> Raster:
-        """The scene with the bands that are used."""
+        """Open the scene with the bands that are used."""
         return open_scene(self.scene, self.options, self.bands, max(p.plan.cols.length for p in self.panels))
 
     def identity(self) -> str:
         """Hash of everything that can change a pixel of the outputs: equal hashes, equal outputs.
 
-        How many tiles are computed at a time is left out: it changes last digits of scores at most.
+        The batch size is left out: it changes the last digits of logits at most.
         """
         names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
         settings = self.options.model_dump(mode="json", include=names) | {
@@ -127,19 +127,19 @@ class PreparedScene:
 def prepare_scene(
     prepared: PreparedNetwork, scene: Path | str, output: Path, options: SceneOptions, inputs: Iterable[Path | str] = ()
 ) -> PreparedScene:
-    """Open a scene, check the outputs, and choose what the options leave open.
+    """Open a scene, check the outputs, and choose the options that are None.
 
     Args:
         prepared: the network.
-        scene: whatever GDAL reads.
+        scene: anything GDAL can open.
         output: the class raster.
-        options: see there.
+        options: see `SceneOptions`.
         inputs: further files that no output may replace, such as the model.
 
     Raises:
         UsageError: an output exists, would replace an input, or cannot be written; overlap and tile do not fit.
         DataError: the scene is missing, damaged, or lacks bands; the area of interest cannot be read or lies outside.
-        MachineError: the memory that is allowed does not suffice.
+        MachineError: the prediction does not fit into the allowed memory.
     """
     network = prepared.network
     with open_scene(scene, options, None) as raster:
@@ -208,12 +208,12 @@ def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[
 
 
 def _named_after(output: Path, name: Path | None) -> Path | None:
-    """An ending alone, such as `.gpkg`, stands for the name of the output with this ending."""
-    return output.with_suffix(name.name) if name is not None and is_ending(name) else name
+    """Expand an extension alone, such as `.gpkg`, to the name of the output with this extension."""
+    return output.with_suffix(name.name) if name is not None and is_extension(name) else name
 
 
-def is_ending(name: Path) -> bool:
-    """Whether a name is nothing but an ending."""
+def is_extension(name: Path) -> bool:
+    """Whether a name is an extension alone."""
     return name.parent == Path() and name.suffix == "" and name.name[:1] == "." and len(name.name) > 1
 
 
@@ -221,7 +221,7 @@ def _band_warnings(info: RasterInfo, task: Task, options: SceneOptions) -> list[
     warnings = []
     if info.dtype != task.dtype:
         warnings.append(
-            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled in the same way"
+            f"the pixels are {info.dtype}, the network was trained on {task.dtype}; they are scaled the same way"
         )
     named = [
         (wanted, name)
@@ -231,7 +231,7 @@ def _band_warnings(info: RasterInfo, task: Task, options: SceneOptions) -> list[
     if options.bands is None and (wrong := [pair for pair in named if pair[0].casefold() not in pair[1].casefold()]):
         wanted, name = wrong[0]
         warnings.append(
-            f"the file calls its band {name!r} that is taken as {wanted}; bands were not matched by their names. "
+            f"the band {name!r} of the file is used as {wanted}; bands were not matched by name. "
             f"Give the order with --bands {','.join(f'NAME_OF_{band.upper()}' for band in task.bands)}"
         )
     return warnings

@@ -22,7 +22,7 @@ from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.preview import draw_preview
-from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, in_order
+from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
 from rsseg.scene.source import TAG, read_tiles
 from rsseg.scene.writer import SceneWriter
 from rsseg.task import NODATA, Task
@@ -30,7 +30,7 @@ from rsseg.vector.grid import Grid
 from rsseg.vector.write import write_polygons
 
 _TILES_AHEAD = 2
-"""Tiles that the reader may be ahead of the network."""
+"""Tiles that the reader may read ahead."""
 _STRIPS_BEHIND = 1
 """Strips that the writer may be behind the network."""
 
@@ -38,7 +38,7 @@ _STRIPS_BEHIND = 1
 def plan_scene(
     segmenter: Segmenter, scene: Path | str, output: Path | str, options: SceneOptions | None = None
 ) -> ScenePlan:
-    """The plan of `predict_scene`; reads no pixel and writes nothing. Raises its errors for bad input."""
+    """Plan `predict_scene` without reading a pixel or writing a file. Raises its errors for bad input."""
     options = options or SceneOptions()
     return prepare_scene(prepare_network(segmenter, options), scene, Path(output), options).describe()
 
@@ -58,15 +58,15 @@ def predict_scene(
 
     Args:
         segmenter: in any mode, on any device; not changed.
-        scene: whatever GDAL reads, also a URL.
+        scene: anything GDAL can open, also a URL.
         output: GeoTIFF to write; it appears when it is complete. Missing folders are created.
-        options: None in it chooses what suits the network and the machine.
+        options: see `SceneOptions`.
         progress: called with the number of finished tiles and of all tiles.
 
     Raises:
         UsageError: an output exists already, would replace an input or cannot be written; overlap and tile do not fit.
         DataError: the scene is missing, damaged, or lacks bands.
-        MachineError: the disk is full, memory does not suffice, or the device does not exist.
+        MachineError: the disk is full, there is too little memory, or the device does not exist.
     """
     options = options or SceneOptions()
     prepared = prepare_scene(prepare_network(segmenter, options), scene, Path(output), options)
@@ -143,7 +143,7 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
     with ExitStack() as stack:
         raster = stack.enter_context(prepared.open())
         identity = prepared.identity()
-        # Strips of other panels cannot be used, although they hold the same pixels.
+        # Strips of differently divided panels cannot be used, although they hold the same pixels.
         log_identity = f"{identity} {len(prepared.panels)}"
         log = None
         if options.resume or share.count > 1:
@@ -199,7 +199,7 @@ class _Sink:
     """Count the classes of finished strips and pass the strips to the writers.
 
     counts: int64 (256,), pixels of each value
-    resumed: part of the rows that an earlier run had finished
+    resumed: share of the rows that an earlier run had finished
     """
 
     def __init__(self, prepared: PreparedScene, writers: list[SceneWriter]) -> None:
@@ -235,13 +235,13 @@ class _Sink:
 
     def write_shared(self, own: StripLog, others: Sequence[StripLog]) -> None:
         """Write the strips of all processes."""
-        for strip in in_order([own, *others], len(self._prepared.panels)):
+        for strip in merge_logs([own, *others], len(self._prepared.panels)):
             self.write(strip)
         if self.counts.sum() != self._prepared.info.height * self._prepared.info.width:
             raise MachineError(f"{self._prepared.output}: rows of another process are missing. Start again.")
 
     def class_areas(self, task: Task) -> tuple[ClassArea, ...]:
-        """In the order of the task's classes."""
+        """Area of each class, in the order of the task's classes."""
         total = max(int(self.counts[:NODATA].sum()), 1)
         areas = [None if self._pixel_areas is None else float(self._areas[c.value]) for c in task.classes]
         return tuple(
@@ -273,7 +273,7 @@ def _compute(
         # Tiles above contribute to the rows that they share.
         first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
     span = Span(first, wanted.stop)
-    # Closed before the raster is: the reader's thread must not continue.
+    # Close before the raster, so that the reader's thread stops.
     with closing(_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
         strips = predict_strips(
             prepared.network,

@@ -50,7 +50,7 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     sheet.paste(painted, (picture.width + 2 * MARGIN, MARGIN))
     draw = ImageDraw.Draw(sheet)
     left = 2 * picture.width + 3 * MARGIN
-    # Black letters on white: transparent, they could not be read on a dark page.
+    # Opaque white behind the letters: they would be unreadable on a dark page otherwise.
     draw.rectangle((left - MARGIN // 2, 0, sheet.width, sheet.height), fill="white")
     for row, info in enumerate(task.classes):
         top = MARGIN + 30 * row
@@ -58,7 +58,7 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
         draw.text((left + 34, top), info.name, fill="black", font=font)
     temporary = temporary_path(output, ".png")
     about = PngInfo()
-    about.add_text(TAG, "preview")  # so that it is not taken for a scene
+    about.add_text(TAG, "preview")  # so that it is not mistaken for a scene
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(temporary, pnginfo=about)

@@ -1,10 +1,10 @@
-"""Finished rows of a scene on the disk: to resume an interrupted run, and to share a scene among processes.
+"""Logs of finished rows of a scene: resume an interrupted run, and share a scene among processes.
 
 A log of finished rows is only appended to; an incomplete record at its end is detected by a checksum and dropped.
 
 Processes that share a scene, such as one per GPU, need no connection: each writes its rows to a log beside the output,
-and the main one merges them. Completed logs and the messages of failed processes have names with the id of the start,
-so that files of an earlier start are never used.
+and the main one merges them. Names of completed logs and of failure messages contain the id of the start, so that files
+of an earlier start are never used.
 """
 
 import glob
@@ -29,7 +29,7 @@ from rsseg.files import hidden_path
 from rsseg.inference.tiling import Span
 
 _PAUSE = 0.05
-"""Seconds between two checks for the files of other processes."""
+"""Interval of the checks for files of other processes, seconds."""
 _MAGIC = b"rsseg strips 1\n"
 _RECORD = struct.Struct("<IIIII")
 """Panel, row of tiles, number of arrays, bytes that follow, their checksum."""
@@ -50,10 +50,10 @@ class StripLog:
     """A file of strips; use as a context manager."""
 
     def __init__(self, path: Path, identity: str, *, anew: bool = True) -> None:
-        """Open or create; a log with another identity is replaced, or with `anew=False` refused.
+        """Open or create; a log with another identity is replaced if `anew`, else an error.
 
         Raises:
-            MachineError: it cannot be written, or is refused.
+            MachineError: it cannot be written, or has another identity.
         """
         self.path = path
         self._head = _MAGIC + identity.encode() + b"\n"
@@ -79,7 +79,7 @@ class StripLog:
         self._file.close()
 
     def strips(self) -> Iterator[LoggedStrip]:
-        """Yield the strips in order and drop an incomplete end; exhaust it before appending."""
+        """Yield the strips in order and truncate an incomplete last one; exhaust before appending."""
         self._file.seek(len(self._head))
         while True:
             start = self._file.tell()
@@ -137,7 +137,7 @@ class Share:
     """The part of one process.
 
     number: of this process, from 0
-    count: of processes
+    count: number of processes
     start: id that all processes of one start have in common
     """
 
@@ -157,7 +157,7 @@ class Share:
             return ALONE
         if int(variables.get("LOCAL_WORLD_SIZE", count)) != count:
             raise UsageError(
-                "the processes of one scene must be on one machine. Share scenes among machines by --part."
+                "the processes of one scene must be on one machine. Split scenes among machines with --part."
             )
         names = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
         return cls(int(variables["RANK"]), count, "-".join(variables.get(name, "0") for name in names))
@@ -193,7 +193,7 @@ class Share:
             kept = False
         except Exception as error:
             if self.is_main:
-                # The others continue with the next scene and must not find the files of this one gone.
+                # The others continue with the next scene: their files of this one must not be removed yet.
                 with suppress(RssegError):
                     self.wait(output)
                 raise
@@ -267,7 +267,7 @@ class Share:
 ALONE = Share()
 
 
-def in_order(logs: Sequence[StripLog], panels: int) -> Iterator[LoggedStrip]:
+def merge_logs(logs: Sequence[StripLog], panels: int) -> Iterator[LoggedStrip]:
     """Merge logs that each hold the rows below those of the one before: panel by panel, from top to bottom."""
     strips = [log.strips() for log in logs]
     heads = [next(iterator, None) for iterator in strips]

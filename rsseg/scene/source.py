@@ -1,4 +1,4 @@
-"""Input of a scene: which files it is made of, and its tiles in bounded memory, each row decoded once."""
+"""Input of a scene: its files, and its tiles in bounded memory, each row decoded once."""
 
 import hashlib
 import re
@@ -26,18 +26,18 @@ from rsseg.scene.options import SceneOptions
 from rsseg.vector.aoi import Region
 
 TAG = "RSSEG_MADE_FROM"
-"""Tag of each raster that a prediction makes; holds the hash of what it was made from."""
+"""Tag of each output raster; holds `PreparedScene.identity`."""
 _LEAST_ROWS = 128
-"""Least rows of one read; bounds the calls, as the read bounds the memory beside the band."""
+"""Minimum rows per read, which limits the number of calls."""
 _QUICK_TYPES = ("uint8", "uint16", "int16", "float32")
 _QUICK_BANDS = 128
-"""What OpenCV can interleave, many times as fast as NumPy."""
+"""Types that OpenCV interleaves, many times faster than NumPy."""
 
 
 def open_scene(
     scene: Path | str, options: SceneOptions, bands: tuple[int, ...] | None, columns: int | None = None
 ) -> Raster:
-    """Open a scene as the options say; `columns` is the widest window that will be read.
+    """Open a scene according to the options; `columns` is the widest window that will be read.
 
     Raises:
         DataError: it is missing, unreadable, or a pipe or device.
@@ -46,7 +46,7 @@ def open_scene(
         try:
             mode = Path(scene).stat().st_mode
         except FileNotFoundError:
-            pass  # GDAL has names that are no paths, such as those of subdatasets
+            pass  # GDAL accepts names that are not paths, such as those of subdatasets
         except OSError as error:
             raise DataError(f"{scene}: cannot be read: {error.strerror}.") from None
         else:
@@ -61,7 +61,7 @@ def is_local(name: Path | str) -> bool:
 
 
 def identify_files(files: Iterable[Path | str]) -> str:
-    """Hash of the contents of files and of the archives that hold them; of other names, such as URLs, the name."""
+    """Hash of the contents of files or of their archives; other names, such as URLs, are hashed as text."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         path = local_file(file)
@@ -132,7 +132,7 @@ def read_tiles(
         panel: of the raster.
         segmenter: gives scale, offset and fill.
         rows: rows of tiles.
-        region: tiles without a pixel of it are empty and not read; the network sees the surroundings in the others.
+        region: tiles without a pixel of it are empty and not read; pixels outside it in the others are context.
     """
     task, tile = segmenter.task, panel.plan.cols.tile
 

@@ -1,4 +1,4 @@
-"""The rasters of a prediction: what each holds, and writing it in whole rows of blocks.
+"""The output rasters of a prediction: their bands, and writing them in whole rows of blocks.
 
 A raster is written under a temporary name beside its final one, read back, and then renamed. A failure removes the
 temporary files; those of a killed process are removed by the next prediction into the same folder.
@@ -43,8 +43,8 @@ class Product:
     dtype: NumPy name of the pixel type
     resampling: of the overviews
     band_names: one per band
-    half: stored as 16-bit floating point, which has no type of its own in GDAL before 3.11
-    scale: real value of a stored 1
+    half: stored as float16, which is not a pixel type of GDAL before 3.11
+    scale: physical value of a stored 1
     colors: red, green, blue of pixel values; None for measured values
     value_names: names of pixel values
     """
@@ -153,7 +153,7 @@ class SceneWriter:
             self._panels.append(_Written(left, rows.shape[2]))
             self._held = np.empty((self._product.count, 0, rows.shape[2]), rows.dtype)
         panel = self._panels[-1]
-        # Only whole rows of blocks are written: others would be compressed twice.
+        # Only whole rows of blocks are written: partial ones would be compressed twice.
         while panel.rows + self._held.shape[1] + rows.shape[1] >= (end := (panel.rows // _BLOCK + 1) * _BLOCK):
             missing = end - panel.rows - self._held.shape[1]
             self._held = np.concatenate([self._held, rows[:, :missing]], axis=1)
@@ -184,21 +184,21 @@ class SceneWriter:
                 self._file = self._to_cog(self._file)
             self._check()
             _flush_to_disk(self._file)
-            # GDAL keeps there what GeoTIFF keys cannot hold, such as some coordinate systems.
+            # GDAL's side file holds what GeoTIFF keys cannot, such as some coordinate systems.
             side = _side_file(self._file)
             if self._product.value_names:
                 _add_category_names(side, self._product.value_names)
             if self._output.exists():
                 for ending in (".aux.xml", ".ovr", ".msk"):
                     self._output.with_name(self._output.name + ending).unlink(missing_ok=True)
-            # Before the raster: a raster under its final name is complete.
+            # Renamed before the raster: a raster under its final name is complete.
             if side.exists():
                 side.replace(_side_file(self._output))
             self._file.replace(self._output)
 
     def _to_cog(self, source: Path) -> Path:
         """Copy to a second file: the layout of a COG needs sizes that are only known at the end."""
-        # GDAL may crash on a disk that is full; overviews, one of them temporary, add at most two thirds.
+        # GDAL may crash on a full disk; overviews, one of them temporary, add at most two thirds.
         needed = 2 * source.stat().st_size + (1 << 20)
         if shutil.disk_usage(source.parent).free < needed:
             raise MachineError(
@@ -228,7 +228,9 @@ class SceneWriter:
                     pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
                     checksum = zlib.crc32(self._stored(pixels), checksum)
                 if checksum != panel.checksum:
-                    raise MachineError(f"{self._output}: read back, its pixels are others. Check the disk.")
+                    raise MachineError(
+                        f"{self._output}: the pixels read back differ from those written. Check the disk."
+                    )
 
     def _remove(self) -> None:
         for file in self._output.parent.glob(f"{glob.escape(temporary_path(self._output).name)}*"):

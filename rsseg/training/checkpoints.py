@@ -26,7 +26,7 @@ class Checkpoints:
 
         Args:
             folder: of the run.
-            recipe: written into every model file; `trainer` says what is kept.
+            recipe: written into every model file; `trainer` sets what is kept.
             identity: written into the resume state.
             used: split hash -> `training` or `selection`, written into every model file.
             writes: False on all ranks but the main one.
@@ -39,7 +39,7 @@ class Checkpoints:
         self._writes = writes
 
     def save_best(self, segmenter: Segmenter, counters: Counters) -> None:
-        """Save the network as the best; it is the one to ship unless the recipe ships the last."""
+        """Save the network as the best, which ships unless the recipe ships the last."""
         if not self._writes or self._config.monitor == "last":
             return
         self._write(self._folder.best, segmenter, counters)
@@ -68,9 +68,9 @@ class Checkpoints:
         return path
 
     def last_good(self) -> str:
-        """Sentence for messages that names the last checkpoint."""
+        """Sentence for error messages that names the last checkpoint."""
         kept = self._folder.last
-        return f"The last good checkpoint is {kept}." if kept.exists() else "No checkpoint was saved before."
+        return f"The last good checkpoint is {kept}." if kept.exists() else "No checkpoint was saved."
 
     def _write(self, path: Path, segmenter: Segmenter, counters: Counters) -> None:
         training = {
@@ -94,7 +94,7 @@ def model_header(recipe: BaseRecipe, segmenter: Segmenter, training: dict[str, A
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """Versions of everything that can change results."""
     found = {"rsseg": rsseg.__version__, "python": platform.python_version()}
     for package in ("torch", "timm", "numpy", "opencv-python-headless", "rasterio"):
         try:

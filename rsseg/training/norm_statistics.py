@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the shipped network, measured anew where it will predict."""
+"""Re-estimate the batch-norm statistics of the shipped network on images of the target place."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +19,7 @@ STREAM = "statistics"
 
 
 def open_statistics(recipe: BaseRecipe, segmenter: Segmenter, task: Task, datasets: Datasets) -> Source | None:
-    """The images that `norm_statistics` asks for; None if the recipe does not.
+    """Open the images of `norm_statistics`; None if the recipe has none.
 
     Raises:
         RecipeError: the network has no batch norm.
@@ -29,7 +29,7 @@ def open_statistics(recipe: BaseRecipe, segmenter: Segmenter, task: Task, datase
         return None
     if not has_batch_norm(segmenter):
         raise RecipeError(
-            f"norm_statistics: the network of {recipe.name} has no batch norm, so there is nothing to measure. "
+            f"norm_statistics: the network of {recipe.name} has no batch norm, so it has no statistics to measure. "
             "Leave it out."
         )
     return datasets.open(recipe.norm_statistics.images, "unlabeled", task, masks=False)

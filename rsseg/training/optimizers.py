@@ -42,7 +42,7 @@ def build_optimizers(method: Method, configs: Mapping[str, OptimizerConfig]) -> 
 
 
 def _build(config: OptimizerConfig, groups: list[dict[str, object]]) -> Optimizer:
-    # The fused kernels exist on these devices only; elsewhere torch chooses.
+    # Fused kernels exist on these devices only; elsewhere torch chooses.
     parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     fused = True if all(p.device.type in ("cpu", "cuda") for p in parameters) else None
     match config.name:
@@ -70,7 +70,7 @@ def _check_every_parameter_has_one_group(method: Method) -> None:
 def lr_at(config: ScheduleConfig, base_lr: float, step: int, total_steps: int) -> float:
     """Learning rate of step `step` (from 0) of `total_steps`: min_lr to base_lr by the decay, times the warm-up.
 
-    A pure function of the step: nothing is stored, so a resumed run cannot differ. Where warm-up and decay overlap,
+    A pure function of the step, so resuming needs no stored state. Where warm-up and decay overlap,
     both apply, as in mmengine's chained schedulers.
     """
     step = max(step - config.lag, 0)

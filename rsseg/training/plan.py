@@ -1,4 +1,4 @@
-"""The plan of a run: device, weights and images are looked up before anything is built."""
+"""The plan of a run: device, weights and images, looked up before anything is built."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Hardware:
 
 
 def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; each of several processes gets a GPU of its own.
+    """Resolve `auto` for device and autocast type; each process gets its own GPU.
 
     Raises:
         MachineError: the device does not exist here.
@@ -80,7 +80,7 @@ class TrainPlan(BaseModel):
     grad_accum_steps: int
     streams: Mapping[str, SplitPlan]
     validation: SplitPlan | None
-    """None: no evaluation; the last weights ship."""
+    """None: no evaluation, the last weights ship."""
     selection: str
     """How the weights to ship are chosen, in words."""
     classes: tuple[str, ...]
@@ -92,19 +92,19 @@ class TrainPlan(BaseModel):
     start_step: int = 0
     """Optimizer steps done before a resume."""
     parameters: int
-    """Of the network to ship."""
+    """Parameters of the shipped network."""
     trainable: int
     run: Path | None = None
 
     @property
     def used(self) -> dict[str, str]:
-        """Split hash -> `training` or `selection`: a score on these images is no test."""
+        """Split hash -> `training` or `selection`: scores on these images are not independent."""
         return {stream.digest: "training" for stream in self.streams.values()} | (
             {self.validation.digest: "selection"} if self.validation else {}
         )
 
     def text(self) -> str:
-        """At most twelve lines for the screen."""
+        """Summary of at most twelve lines."""
         lines = [f"{self.method}  {self.name}" + (f"  ({self.title})" if self.title else "")]
         lines += [f"  {role}: {backbone}" for role, backbone in self.backbones.items()]
         lines.append(f"  parameters: {self.parameters / 1e6:.2f} M shipped, {self.trainable / 1e6:.2f} M trained")
@@ -186,22 +186,22 @@ def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:
     counts = [item.classes for item in items if item.classes is not None]
     if len(counts) < len(items):
         raise DataError(
-            "loss.class_weights: auto goes by the classes of the labeled images, but the index does not count them. "
+            "loss.class_weights: auto needs the class counts of the labeled images, which the index lacks. "
             "Prepare the dataset again."
         )
     return [sum(column) for column in zip(*counts, strict=True)]
 
 
 def absent_classes(method: Method, streams: Mapping[str, Source], task: Task) -> list[str]:
-    """One warning per labeled stream that lacks a class, by the counts made when the dataset was prepared."""
+    """One warning per labeled stream that lacks a class, by the class counts of the index."""
     warnings = []
     for spec in (spec for spec in method.streams if spec.masks):
         counts = [item.classes for item in streams[spec.name].items]
         absent = [name for i, name in enumerate(task.class_names) if not any(c is None or c[i] for c in counts)]
         if absent:
             warnings.append(
-                f"stream {spec.name!r}: none of its {len(counts)} images shows {', '.join(absent)}; the network cannot "
-                "learn these classes. Add images, or select some that show them in data.streams."
+                f"stream {spec.name!r}: none of its {len(counts)} images contains {', '.join(absent)}; the network "
+                "cannot learn these classes. Add images that contain them, or select such images in data.streams."
             )
     return warnings
 
@@ -274,11 +274,11 @@ def _split_plan(recipe: Recipe, select: SelectConfig, split: str, source: Source
 def _selection(recipe: Recipe, method: Method, validation: Source | None) -> str:
     """How the weights to ship are chosen, in words: by which score, on whose labels.
 
-    Labels of a domain that trains without them may choose the weights only if the run says so.
+    Selection by labels of a domain that trains without them must be visible in the run.
     """
     monitor = recipe.trainer.monitor
     if validation is None or monitor == "last":
-        return "the last weights ship; no score chooses them"
+        return "the last weights ship, without selection"
     images = len(validation.items)
     if monitor == "entropy":
         return f"lowest entropy on {images} images, without labels"

@@ -20,7 +20,7 @@ INTERVAL_S = 10.0
 
 
 class StepReport(BaseModel):
-    """Means since the previous report."""
+    """Mean losses, rates and speed since the previous report."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +44,7 @@ class EvaluationReport(Evaluation):
     step: int
     total: int
     score: float | None
-    """The monitored one."""
+    """The monitored score."""
     best: float | None
     """Best score up to and including this one."""
     improved: bool
@@ -127,11 +127,11 @@ class LineProgress(Progress):
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the screen as a finished run does; to be called also after an error."""
+        """Restore the terminal; call it also after an error."""
 
 
 class LiveProgress(LineProgress):
-    """One updating line on a terminal; evaluations and messages scroll by above it."""
+    """One updating line on a terminal, with evaluations and messages above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def evaluation_line(report: EvaluationReport) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Format as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -26,7 +26,7 @@ from rsseg.training.progress import EvaluationReport, Progress, StepReport, Trai
 
 
 class Recorder(Progress):
-    """Writes every report into a run folder, then passes it on; after a crash the files are complete up to the last."""
+    """Writes every report into a run folder, then forwards it; after a crash the files hold all reports so far."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, class_names: tuple[str, ...], listener: Progress) -> None:
         self._run, self._folder, self._recipe, self._listener = run, run.path, recipe, listener
@@ -42,7 +42,7 @@ class Recorder(Progress):
             frozen: module of a teacher -> SHA-256 of its weights.
             index: of the training data.
             source: the recipe's text as given.
-            resumed: the folder has these files already.
+            resumed: the folder already has these files.
         """
         write_text(self._run.recipe_file, resolved_yaml(self._recipe))
         manifest = _new_manifest(self._folder.name, self._recipe, plan, frozen)
@@ -119,7 +119,7 @@ class Recorder(Progress):
         """Log why the run ended early."""
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = str(error) if isinstance(error, RssegError) else repr(error)
-        # A full disk may be the very reason; it must not hide the first error.
+        # A full disk may have caused the error, and must not hide it.
         try:
             self._run.update_manifest(state=state, reason=reason, finished=now())
             self._log(reason)

@@ -1,4 +1,4 @@
-"""A recipe -> a trained run: the only composition of training."""
+"""Train a recipe: the only place that composes data, method, trainer and run folder."""
 
 import os
 import tempfile
@@ -12,7 +12,6 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
-from rsseg.config import check_eval
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
@@ -49,7 +48,7 @@ _NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 @dataclass(frozen=True)
 class _Built:
-    """Everything a recipe describes, checked and on the device."""
+    """All parts of a recipe, checked and on the device."""
 
     task: Task
     datasets: Datasets
@@ -71,13 +70,13 @@ def train(
     source: str | None = None,
     resume_anyway: bool = False,
 ) -> TrainResult:
-    """Train as a recipe says.
+    """Train a recipe.
 
     Args:
         recipe: see `rsseg.load_recipe`.
         output: folder for runs.
-        name: part of the run folder's name; None takes the recipe's.
-        resume: run to continue exactly where it was saved; `trainer.steps` may be larger than before.
+        name: part of the run folder's name; None uses the recipe's.
+        resume: run to continue from its last state; `trainer.steps` may be larger than before.
         progress: listener; None prints plain lines on stderr.
         source: the recipe's text as given, for the run folder.
         resume_anyway: a recipe or dataset that changed since the checkpoint is a warning, not an error.
@@ -86,7 +85,7 @@ def train(
         DataError, WeightsError, RecipeError, MachineError: something is missing or does not fit; all files are looked
             up before anything is built.
         RecipeError: training diverged.
-        Interrupted: SIGINT or SIGTERM; the run was saved and can be resumed.
+        Interrupted: SIGINT or SIGTERM; the run is saved and can be resumed.
     """
     recorder: Recorder | None = None
 
@@ -161,7 +160,7 @@ def check(recipe: Recipe) -> str:
             ),
         }
     )
-    # The main process's folder serves all; the others have left it before it is removed.
+    # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
         result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
         parameters = 0
@@ -179,8 +178,8 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
     keep_heap()
     before = torch.are_deterministic_algorithms_enabled()
     if recipe.trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first call of cuBLAS
-    # An unknown device is refused inside of the group, by one message.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first cuBLAS call
+    # An unknown device raises inside the group, so that only one message is printed.
     device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
     with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
@@ -193,7 +192,7 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say what to do about torch's errors that are not bugs."""
+    """Turn torch's errors that a user can fix into errors with a remedy."""
     try:
         yield
     except Exception as error:
@@ -218,7 +217,6 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    check_eval(recipe.eval, task.class_names, method.deployable().tile.size)
     streams = open_streams(recipe, method, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
@@ -228,7 +226,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
 
 
 def _parts(recipe: Recipe, built: _Built) -> Parts:
-    """What trains and is saved."""
+    """The objects that are trained and saved."""
     return Parts(
         method=built.method,
         ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,
@@ -267,14 +265,14 @@ def _open_run(
     counters = load(run.state)
     if counters.step >= recipe.trainer.steps and not counters.evaluation_due:
         raise UsageError(
-            f"{run.path}: has its {counters.step} steps already. Give more with --set trainer.steps=N, or start anew."
+            f"{run.path}: has its {counters.step} steps already. Set a larger trainer.steps, or start a new run."
         )
     return run, counters
 
 
 @contextmanager
 def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
-    """Leave the reason in the run folder, whatever ends the training."""
+    """Record the reason of any failure in the run folder."""
     try:
         with _explained():
             yield

@@ -1,6 +1,6 @@
-"""Exact resume: everything the next step depends on, in one safetensors file. No pickle, no random state.
+"""Exact resume: everything the next step depends on, in one safetensors file, without pickle.
 
-Randomness and data order are functions of (seed, rank, step, micro-step), so the counters determine them.
+Randomness and data order are functions of (seed, rank, step, micro-step), so no random state is stored.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ FREE_KEYS = (
 
 
 PREVIOUS = "previous.safetensors"
-"""The state before, in case the newest is damaged."""
+"""Name of the previous state, in case the newest is damaged."""
 
 
 class Counters(BaseModel):
@@ -46,14 +46,14 @@ class Counters(BaseModel):
     """Evaluations since the best score."""
     elapsed_s: float = 0.0
     skipped: int = 0
-    """Steps without an update, because a loss was not finite."""
+    """Steps skipped because a loss was not finite."""
     skipped_in_row: int = 0
     evaluation_due: bool = False
     """The evaluation after `step` was not finished."""
 
 
 class Identity(BaseModel):
-    """What must not change on resume."""
+    """Values that must not change on resume."""
 
     recipe: dict[str, Any]
     frozen: dict[str, str]
@@ -77,7 +77,7 @@ def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity)
     """Replace the state file atomically: `path` is the complete old or the complete new state at any time.
 
     Raises:
-        MachineError: it cannot be written; the old state is still there.
+        MachineError: it cannot be written; the old state is kept.
     """
     tensors = {f"method/{name}": tensor for name, tensor in parts.method.state_dict().items()}
     if parts.ema is not None:
@@ -138,7 +138,7 @@ def load_state(
     for name, optimizer in parts.optimizers.items():
         kinds = {each.recipe.get("optimizers", {}).get(name, {}).get("name") for each in (before, identity)}
         if len(kinds) > 1:
-            warn(f"optimizer {name!r} is another one than before and starts without a state.")
+            warn(f"optimizer {name!r} has another type than before and starts without a state.")
             continue
         try:
             _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
@@ -189,7 +189,7 @@ def _check_same_run(path: Path, before: Identity, now: Identity) -> None:
     if before.processes != now.processes:
         raise RecipeError(
             f"{path.parents[2]}: was trained by {before.processes} processes, now there are {now.processes}, which "
-            "changes the batches. Start the same number as before."
+            "changes the batches. Start the same number of processes."
         )
     for name, digest in now.frozen.items():
         if before.frozen.get(name) != digest:

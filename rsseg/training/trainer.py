@@ -1,4 +1,4 @@
-"""The one loop that trains every method."""
+"""The training loop of all methods."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
 
 MAX_SKIPPED = 3
-"""Steps in a row whose loss is not finite before a run ends."""
+"""Consecutive steps with a non-finite loss after which a run ends."""
 
 
 class Evaluate(Protocol):
@@ -37,7 +37,7 @@ class Evaluate(Protocol):
 
 
 class Trainer:
-    """Trains a method until its steps, its patience, its hours or a signal end it."""
+    """Trains a method until its steps, patience or hours are used up, or a signal arrives."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class Trainer:
 
         Args:
             parts: method, average and optimizers.
-            recipe: schedule, precision, intervals, what is monitored.
+            recipe: schedule, precision, intervals, monitored score.
             hardware: device that `parts` live on.
-            counters: step to begin at, best score so far.
-            batches_from: optimizer step -> endless micro-batches from there on.
+            counters: first step, best score so far.
+            batches_from: optimizer step -> endless micro-batches from that step on.
             evaluate: scores a network on the validation split; None without validation images.
             checkpoints: saves networks and state.
-            progress: gets the reports.
+            progress: receives the reports.
             signals: a received signal ends the run after the current step.
         """
         self.recipe = recipe
@@ -97,7 +97,7 @@ class Trainer:
             RecipeError: a loss or the weights are no longer finite; the last good checkpoint is kept.
             MachineError: a checkpoint cannot be written.
         """
-        # Loader processes must end before the interpreter does, also after an error.
+        # Loader processes must end before the interpreter exits, also after an error.
         with closing(self.batches_from(self.counters.step)) as batches:
             return self._loop(batches)
 
@@ -158,7 +158,7 @@ class Trainer:
             parts.ema.update(parts.method.deployable())
 
     def _skip(self, broken: "list[MicroStep]") -> None:
-        """Undo a step with a loss that is not finite; give up after `MAX_SKIPPED` in a row."""
+        """Undo a step with a non-finite loss; raise after `MAX_SKIPPED` consecutive ones."""
         counters = self.counters
         for optimizer in self.parts.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -240,13 +240,13 @@ class Trainer:
         )
 
     def _evaluate(self, reason: str | None) -> str | None:
-        """Score the network to ship; return why the run ends after this, if it does.
+        """Score the network to ship; return why the run ends after it, or None.
 
-        A signal ends the evaluation early; a resumed run then begins with it.
+        A signal ends the evaluation early; a resumed run then repeats it first.
         """
         counters, patience = self.counters, self.config.patience
         if self.evaluate is not None:
-            # Every rank scores its share of the images with the buffers that are saved.
+            # Every rank scores its share of the images with the buffers that will be saved.
             for module in filter(None, (self.parts.method, self.parts.ema)):
                 distributed.broadcast_buffers(module)
             try:
@@ -297,7 +297,7 @@ class Trainer:
 
 
 def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
-    """Seed torch by counters, so that randomness does not depend on what happened before."""
+    """Seed torch by counters, so that randomness does not depend on earlier steps."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -326,18 +326,18 @@ class RunningStatistics:
         self._kept = [buffer.clone() for buffer in self._live]
 
     def keep(self) -> None:
-        """Remember the present values."""
+        """Store the current values."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
     def restore(self) -> None:
-        """Bring back the values that were kept."""
+        """Restore the stored values."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
 
 
 class LossMeans:
-    """Means of losses and logs since the last report; read from the device once per report, not once per step."""
+    """Means of losses and logs since the last report, read from the device once per report instead of every step."""
 
     def __init__(self) -> None:
         self._losses: tuple[str, ...] = ()
@@ -354,7 +354,7 @@ class LossMeans:
         self._count += 1
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Mean losses and logs over micro-steps and ranks, then start again; all ranks must call it after an `add`."""
+        """Return mean losses and logs over micro-steps and ranks, and reset; all ranks must call it after an `add`."""
         if self._sum is None:
             raise ValueError("no step was added since the last report")
         count = self._count * distributed.current_ranks().world_size
@@ -371,7 +371,7 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return 0.0
-    import resource  # exists on Unix only
+    import resource  # Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

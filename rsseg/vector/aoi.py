@@ -23,20 +23,20 @@ from rsseg.vector.write import VECTOR_ERRORS
 Polygons = NDArray[np.object_]
 """Shapely polygons and multipolygons."""
 _PIECES = 256
-"""Pieces along a scene for which a straight line stays one in another coordinate system."""
+"""Segments along a scene that are short enough to stay straight in another coordinate system."""
 _MARGIN = 0.02
-"""Part of its size by which the surroundings of a scene are larger."""
+"""Margin of the box around a scene, relative to its size."""
 _ROWS = 512
 
 
 @dataclass(frozen=True)
 class Region:
-    """Polygons in columns and rows of a scene; a pixel belongs to the region if its centre does."""
+    """Polygons in columns and rows of a scene; a pixel belongs to the region if its centre lies inside."""
 
     polygons: Polygons
 
     def mask(self, window: Window) -> NDArray[np.bool_]:
-        """bool (h, w) of the window."""
+        """bool (h, w), True for the pixels of a window that belong to the region."""
         left, top, right, bottom = self._bounds
         near = (left < window.col + window.width) & (right > window.col)
         near &= (top < window.row + window.height) & (bottom > window.row)
@@ -47,7 +47,7 @@ class Region:
         return np.asarray(rasterize(self.polygons[near], shape, transform=place, dtype=np.uint8) > 0)
 
     def has_pixels(self, height: int, width: int) -> bool:
-        """Whether any pixel of a scene of this size belongs to it."""
+        """Whether any pixel of a scene of this size belongs to the region."""
         starts = range(0, height, _ROWS)
         return any(self.mask(Window(row, 0, min(_ROWS, height - row), width)).any() for row in starts)
 
@@ -57,25 +57,27 @@ class Region:
 
 
 def read_region(path: Path, info: RasterInfo) -> Region:
-    """The polygons of all layers of a vector file on the pixels of a scene.
+    """Read the polygons of all layers of a vector file in pixel coordinates of a scene.
 
     Raises:
-        DataError: the file is missing or unreadable, holds no polygon, lies outside of the scene, or cannot be brought
-            to the scene's coordinates.
+        DataError: the file is missing or unreadable, holds no polygon, lies outside the scene, or cannot be converted
+                to the scene's coordinate system.
     """
     grid = Grid(info)
     layers = _read_layers(path)
     if not any(len(polygons) for _, polygons in layers):
-        raise DataError(f"{path}: the file holds no polygon. Draw the area as polygons.")
+        raise DataError(f"{path}: the file has no polygon. Draw the area as polygons.")
     placed = np.concatenate([_placed(polygons, crs, grid, path) for crs, polygons in layers if len(polygons)])
     region = Region(placed)
     if not region.has_pixels(info.height, info.width):
-        raise DataError(f"{path}: no pixel of the scene lies in this area. Check its place and its coordinate system.")
+        raise DataError(
+            f"{path}: no pixel of the scene lies in this area. Check its location and its coordinate system."
+        )
     return region
 
 
 def region_files(path: Path) -> tuple[Path, ...]:
-    """The file of an area and its side files."""
+    """The vector file and its side files."""
     if path.suffix.lower() != ".shp":
         return (path,)
     return tuple(sorted(file for file in path.parent.iterdir() if file.stem == path.stem))
@@ -90,7 +92,7 @@ def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
     except (*VECTOR_ERRORS, shapely.GEOSException) as error:
         reason = str(error).split("; ")[0].rstrip(".").removeprefix(f"{path}: ")
         raise DataError(
-            f"{path}: not a vector file that can be read: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
+            f"{path}: not a readable vector file: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
             "that no other program has open."
         ) from None
     except CRSError as error:
@@ -108,15 +110,15 @@ def _read_layer(path: Path, layer: str) -> tuple[CRS | None, Polygons]:
 
 
 def _placed(polygons: Polygons, crs: CRS | None, grid: Grid, path: Path) -> Polygons:
-    """In columns and rows of the scene."""
+    """The polygons in columns and rows of the scene."""
     if grid.crs is None and crs is not None and not grid.is_located:
-        raise DataError(f"{path}: the scene has no coordinates, so that an area cannot be found in it.")
+        raise DataError(f"{path}: the scene has no coordinates, so the area cannot be located in it.")
     if crs is None or grid.crs is None:
         return _mapped(polygons, grid.to_pixels)
-    box, turn = _surroundings(grid, crs, str(path))
+    box, turn = _box_around(grid, crs, str(path))
     near = _near(polygons, box, turns=crs.is_geographic)
     if (shapely.area(near) > (1 - 1e-9) * shapely.area(box)).any():
-        # The corners of a box around a view of the whole globe may lie outside of the view.
+        # The corners of a box around a view of the whole globe may lie off the globe.
         return np.array([shapely.box(0, 0, grid.info.width, grid.info.height)], np.object_)
     middle = grid.middle[0]
 
@@ -124,7 +126,7 @@ def _placed(polygons: Polygons, crs: CRS | None, grid: Grid, path: Path) -> Poly
         assert grid.crs is not None
         moved = reproject(points, crs, grid.crs, str(path))
         if grid.crs.is_geographic:
-            # Longitudes that go on where those of the scene do, whatever turn of the globe they come in.
+            # Longitudes can differ from the scene's by multiples of 360 degrees.
             expected = points[:, 0] + turn if crs.is_geographic else middle
             moved = np.stack([expected + (moved[:, 0] - expected + 180) % 360 - 180, moved[:, 1]], axis=1)
         return grid.to_pixels(moved)
@@ -136,10 +138,10 @@ def _mapped(polygons: Polygons, function: Any) -> Polygons:
     return np.asarray(shapely.transform(polygons, function), np.object_)
 
 
-def _surroundings(grid: Grid, crs: CRS, what: str) -> tuple[Any, float]:
-    """Box around a scene in another coordinate system, and by how much the scene's own longitudes are larger.
+def _box_around(grid: Grid, crs: CRS, what: str) -> tuple[Any, float]:
+    """Box around a scene in another coordinate system, and the offset of the scene's own longitudes from the box's.
 
-    Longitudes of the box go on beyond 180 degrees.
+    Longitudes of the box continue beyond 180 degrees.
     """
     assert grid.crs is not None
     points = transformed(grid.to_ground(grid.lattice(33)), grid.crs, crs, what)
@@ -160,7 +162,7 @@ def _surroundings(grid: Grid, crs: CRS, what: str) -> tuple[Any, float]:
 
 
 def _near(polygons: Polygons, box: Any, *, turns: bool) -> Polygons:
-    """What of the polygons lies in the box, with more vertices; `turns`: also a turn of the globe to either side."""
+    """The polygons clipped to the box, with added vertices; `turns`: also after a shift by 360 degrees either way."""
     if shapely.is_empty(box):
         return polygons[:0]
     low_x, low_y, high_x, high_y = shapely.bounds(box)

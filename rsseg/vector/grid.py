@@ -1,4 +1,4 @@
-"""Between the pixels of a raster and coordinates on the ground."""
+"""Convert between pixels of a raster and coordinates on the ground."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,25 +19,25 @@ Points = NDArray[np.float64]
 """(n, 2): column and row counted from the outer corner of the first pixel, or x (longitude) and y (latitude)."""
 LONGITUDE_LATITUDE = CRS.from_epsg(4326)
 _CELLS = 128
-"""Cells along a raster within which pixels count as equally large."""
+"""Maximum number of cells along a raster; pixels of a cell are assumed to have the same area."""
 _COUNTED = 1 << 20
-"""Pixels that are counted in one call."""
+"""Pixels counted per call."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the pixels of a raster lie: by its transform, else its ground control points, else its RPCs."""
+    """Location of the pixels of a raster: by its transform, else its ground control points, else its RPCs."""
 
     info: RasterInfo
 
     @property
     def is_located(self) -> bool:
-        """False for a plain picture."""
+        """False for an image without georeference."""
         return bool(not self.info.transform.is_identity or self.info.gcps or self.info.rpcs)
 
     @property
     def crs(self) -> CRS | None:
-        """Of the coordinates; None if unknown."""
+        """Coordinate system of the ground coordinates; None if unknown."""
         if self._has_transform:
             return self.info.crs
         if self.info.gcps:
@@ -46,7 +46,7 @@ class Grid:
 
     @property
     def middle(self) -> Points:
-        """Coordinates (2,) of the middle of the raster."""
+        """Ground coordinates (2,) of the centre of the raster."""
         return np.asarray(self.to_ground(np.array([[self.info.width / 2, self.info.height / 2]]))[0])
 
     def lattice(self, count: int) -> Points:
@@ -55,7 +55,7 @@ class Grid:
         return np.stack(np.meshgrid(cols, rows), axis=-1).reshape(-1, 2)
 
     def pixel_areas(self) -> "PixelAreas | None":
-        """Areas on the ellipsoid; None without coordinates on one, and for RPCs, which need heights."""
+        """Areas on the ellipsoid; None without a known ellipsoid, and for RPCs, which need heights."""
         if self.crs is None or not (self._has_transform or self.info.gcps):
             return None
         rows, cols = (_edges(length) for length in (self.info.height, self.info.width))
@@ -81,7 +81,7 @@ class Grid:
         return not self.info.transform.is_identity and not self.info.gcps
 
     def to_ground(self, points: Points) -> Points:
-        """Pixels to coordinates."""
+        """Convert pixels to ground coordinates."""
         cols, rows = points[:, 0], points[:, 1]
         if self._has_transform or not self.is_located:
             t = self.info.transform
@@ -90,7 +90,7 @@ class Grid:
             return np.stack(transformer.xy(rows, cols, self._heights(len(points)), offset="ul"), axis=1)
 
     def to_pixels(self, points: Points) -> Points:
-        """Coordinates to pixels, not rounded."""
+        """Convert ground coordinates to pixels, not rounded."""
         x, y = points[:, 0], points[:, 1]
         if self._has_transform or not self.is_located:
             t = ~self.info.transform
@@ -227,16 +227,16 @@ def _meters(length: Any) -> float:
 
 
 def transformed(points: Points, source: CRS, target: CRS, what: str) -> Points:
-    """Coordinates in another system, infinite where they do not exist there.
+    """Transform coordinates to another system; infinite where they are outside its domain.
 
     Raises:
-        DataError: none exists there, as between two planets; `what` names the file.
+        DataError: no point can be transformed, as between two planets; `what` names the file.
     """
     if source == target or not len(points):
         return points.copy()
     moved = _transformed(points, source, target)
     if not np.isfinite(moved).any():
-        raise DataError(f"{what}: coordinates in {source.to_string()} cannot be brought to {target.to_string()}.")
+        raise DataError(f"{what}: coordinates in {source.to_string()} cannot be transformed to {target.to_string()}.")
     return moved
 
 
@@ -244,7 +244,7 @@ def _transformed(points: Points, source: CRS, target: CRS) -> Points:
     try:
         return np.stack(warp_points(source, target, points[:, 0], points[:, 1]), axis=1)
     except (RasterioError, CPLE_BaseError):
-        # One point outside of a projection's domain fails the call. Few points are not worth looking for it.
+        # One point outside a projection's domain makes the call fail: halve until few points are lost with it.
         if len(points) <= 4:
             return np.full(points.shape, np.inf)
         halves = np.array_split(points, 2)
@@ -252,12 +252,12 @@ def _transformed(points: Points, source: CRS, target: CRS) -> Points:
 
 
 def reproject(points: Points, source: CRS, target: CRS, what: str) -> Points:
-    """Coordinates in another system; see `transformed`.
+    """Transform coordinates to another system; see `transformed`.
 
     Raises:
-        DataError: also if some do not exist there.
+        DataError: also if a single point cannot be transformed.
     """
     moved = transformed(points, source, target, what)
     if not np.isfinite(moved).all():
-        raise DataError(f"{what}: some of its coordinates do not exist in {target.to_string()}.")
+        raise DataError(f"{what}: some of its coordinates lie outside the domain of {target.to_string()}.")
     return moved

@@ -22,7 +22,7 @@ from rsseg.task import NODATA
 Vertex = tuple[int, int]
 """Column and row of the corner of a pixel."""
 _OUTSIDE = 256
-"""Value outside of the raster; no pixel has it."""
+"""Value outside the raster; no pixel has it."""
 BAND_ROWS = 512
 """Rows of a band."""
 
@@ -36,9 +36,9 @@ ReadRows = Callable[[int, int], NDArray[np.uint8]]
 class PixelPolygon:
     """A 4-connected component.
 
-    value: of its pixels
-    pixels: their number, before any simplification
-    area: their area by `area_of` of `trace_polygons`, before any simplification
+    value: pixel value
+    pixels: number of pixels, before simplification
+    area: area by `area_of` of `trace_polygons`, before simplification
     rings: the outer one first, then holes
     """
 
@@ -55,7 +55,7 @@ class _Piece:
     value: int
     rings: list[Ring]
     corners: set[Vertex] = field(default_factory=set)
-    """Junctions on its rings, which simplifying must keep."""
+    """Junctions on its rings, which simplification must keep."""
     sides: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Band edges that cut this piece: row -> first and last column of each of its sides there."""
     seams: set[int] = field(default_factory=set)
@@ -79,14 +79,14 @@ def trace_polygons(
     area_of: Callable[[NDArray[np.int64]], float] | None = None,
     band_rows: int = BAND_ROWS,
 ) -> Iterator[PixelPolygon]:
-    """Yield the polygons of all pixels that are not nodata, in no particular order.
+    """Yield the polygons of all valid pixels, in no particular order.
 
     Args:
         read: returns rows of class values; called from top to bottom.
         height: of the raster.
         width: of the raster.
-        simplify: pixels by which a border may move. Polygons keep sharing their borders, since each piece of border
-            between two points where three areas meet is simplified once; areas narrower than this may vanish.
+        simplify: tolerance in pixels. Neighbours keep their common borders, see above; areas narrower than this may
+            vanish.
         area_of: signed area of a closed ring (n, 2) along the sides of pixels.
         band_rows: rows of a band.
     """
@@ -207,11 +207,11 @@ def _walk(follow: dict[Vertex, list[Vertex]], start: Vertex) -> Ring:
             del follow[at]
         ring.append(end)
         came, at = at, end
-        if at == start and not _goes_on(follow, ring):
+        if at == start and not _continues(follow, ring):
             return ring
 
 
-def _goes_on(follow: dict[Vertex, list[Vertex]], ring: Ring) -> bool:
+def _continues(follow: dict[Vertex, list[Vertex]], ring: Ring) -> bool:
     """Whether a ring that is back at its first vertex must be continued to the right instead of closed."""
     ends = follow.get(ring[0])
     if not ends:
@@ -274,7 +274,7 @@ def _simplified(ring: list[Vertex], corners: set[Vertex], tolerance: float) -> l
     inner = ring[:-1]
     fixed = [i for i, vertex in enumerate(inner) if vertex in corners]
     if len(fixed) < 2:
-        # One closed arc. It begins at its junction, else at the vertex that both of its polygons would choose.
+        # One closed arc. It begins at its junction, else at a vertex that both of its polygons choose.
         start = fixed[0] if fixed else inner.index(min(inner))
         result = _closed([*inner[start:], *inner[:start], inner[start]], tolerance)
     else:

@@ -31,9 +31,9 @@ DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".shp":
 SHAPEFILE_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
 VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
 _BATCH = 2000
-"""Polygons that are placed and written at once."""
+"""Polygons per batch that is georeferenced and written."""
 _CHECKED = 100_000
-"""Polygons that are read back at once."""
+"""Polygons per batch that is read back."""
 _FIELDS = ("value", "class", "pixels", "area_m2")
 _LAYER = "classes"
 
@@ -50,7 +50,7 @@ def polygon_files(output: Path) -> tuple[Path, ...]:
         case ".parquet":
             _arrow()
         case suffix if suffix not in DRIVERS:
-            raise UsageError(f"{output}: polygons are written to {', '.join(DRIVERS)}. Choose one of these endings.")
+            raise UsageError(f"{output}: polygons are written to {', '.join(DRIVERS)}. Choose one of these extensions.")
     return (output,)
 
 
@@ -61,15 +61,15 @@ def write_polygons(
 
     Attributes are `value`, `class`, `pixels` and `area_m2`, the last two before any simplification. GeoJSON holds
     longitude and latitude, cut at the antimeridian (RFC 7946); other formats hold the coordinates of the raster. A
-    raster that has only ground control points is placed by their polynomial, one without coordinates in columns and
+    raster that has only ground control points is located by their polynomial; one without coordinates uses columns and
     rows.
 
     Args:
         classes: class raster, as predicted.
         task: names of the values.
-        output: file to write; it appears when it is complete. The ending gives the format.
-        min_area: smaller polygons are left out; square metres, or pixels where the raster has no known area.
-        simplify: pixels by which borders may move; neighbours keep their common border.
+        output: file to write; it appears when it is complete. The extension gives the format.
+        min_area: smaller polygons are left out; square metres, or pixels if pixel areas are unknown.
+        simplify: tolerance in pixels; neighbours keep their common border.
         overwrite: replace an existing file.
 
     Raises:
@@ -85,7 +85,7 @@ def write_polygons(
         with Raster(classes) as raster:
             grid = Grid(raster.info)
             if output.suffix.lower() == ".geojson" and grid.crs is not None:
-                # GDAL does not say why it cannot transform.
+                # GDAL gives no reason for a failed transformation.
                 reproject(grid.to_ground(np.zeros((1, 2))), grid.crs, LONGITUDE_LATITUDE, str(output))
             count = _write_traced(traced, raster, grid, task, min_area, simplify)
         _convert(traced, made, grid)
@@ -156,7 +156,7 @@ def _placed(batch: list[PixelPolygon], grid: Grid) -> NDArray[np.object_]:
 
 
 def _convert(traced: Path, made: Path, grid: Grid) -> None:
-    """Copy the traced polygons to the format that was asked for, as a stream."""
+    """Stream the traced polygons into the requested format."""
     suffix = made.suffix.lower()
     with pyogrio.raw.open_arrow(traced, use_pyarrow=suffix == ".parquet", batch_size=_BATCH) as (about, stream):
         if suffix == ".parquet":
@@ -213,7 +213,7 @@ def _write_geoparquet(stream: Any, path: Path, geometry: str, grid: Grid) -> Non
 
 
 def _arrow() -> tuple[Any, Any]:
-    """pyarrow is large and needed for this alone, so it is an extra."""
+    """Import pyarrow, an optional dependency because it is large and only needed here."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -170,7 +170,7 @@ def test_an_archive_that_ends_early_or_escapes_is_refused_and_leaves_nothing(tmp
     packed = loveda_zips(tmp_path)
     content = (packed / "Val.zip").read_bytes()
     (packed / "Val.zip").write_bytes(content[: len(content) // 2] + content[-200:])
-    with pytest.raises(DataError, match="damaged or ends early"):
+    with pytest.raises(DataError, match="damaged or incomplete"):
         made("loveda", packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

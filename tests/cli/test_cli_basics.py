@@ -114,7 +114,7 @@ def test_limit_of_the_machine_is_no_bug(
 
     monkeypatch.setattr("rsseg.recipe.packaged_recipes", fail)
     assert run(["recipe", "ls"]) == 6
-    assert "do not suffice" in capsys.readouterr().err
+    assert "not enough memory, disk space or open files" in capsys.readouterr().err
 
 
 def test_progress_off_a_terminal_is_one_line_per_message_and_interval(

@@ -142,7 +142,7 @@ def test_ctrl_c_says_where_the_rest_is_and_how_to_go_on(
     with monkeypatch.context() as patched:
         patched.setattr(transfer, "write_tile", interrupted)
         assert run(command(source, out)) == 130
-    assert f"{out}.partial; the same command resumes" in capsys.readouterr().err
+    assert f"{out}.partial; the same command continues" in capsys.readouterr().err
     assert not out.exists()
     assert run(command(source, out)) == 0
     assert len(SegmentationIndex.load(out).items) == 64

@@ -113,7 +113,7 @@ def test_absent_class_is_a_warning_with_its_name(
     index.model_copy(update={"items": items}).save(rgb_dataset)
     recipe = write_recipe(tmp_path, rgb_dataset)
     assert run(["train", "--recipe", recipe, "--output", str(tmp_path / "runs")]) == 0
-    assert "none of its 2 images shows road" in " ".join(capsys.readouterr().err.split())
+    assert "none of its 2 images contains road" in " ".join(capsys.readouterr().err.split())
 
 
 def test_published_weights_are_imported_and_predict_a_scene(

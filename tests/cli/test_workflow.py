@@ -64,7 +64,7 @@ def test_from_images_to_a_class_raster(
     assert json.loads(captured.out)["scores"]["miou"] >= 0
     assert "runs" in captured.err
     assert run(["eval", "--split", "train"]) == 0
-    assert "served the training" in capsys.readouterr().err
+    assert "used for the training" in capsys.readouterr().err
     assert run(["eval", "--fail-under", "miou=0.999"]) == 8
 
     assert run(["predict", str(scene)]) == 0

@@ -112,9 +112,9 @@ def modules(method: DASegNetMethod) -> dict[str, nn.Module]:
 
 def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: Batch) -> dict[str, Tensor]:
     """Numbers under the names that the authors log; their `loss` is the last adversarial one, a quirk of their code."""
-    (lesson,) = passes.lessons
+    (pseudo_view,) = passes.pseudo_views
     losses, logs = output.losses, output.logs
-    masks, labels = batch["source"].masks, lesson.pseudo.labels
+    masks, labels = batch["source"].masks, pseudo_view.pseudo.labels
     assert masks is not None
     return {
         "loss_ce": logs["seg_source"],
@@ -123,8 +123,8 @@ def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: B
         "loss_ce_seg_t2t": logs["pseudo_target"],
         "acc_seg": pixel_accuracy(passes.logits.source, masks),
         "acc_seg_s2t": pixel_accuracy(passes.logits.target, masks),
-        "acc_seg_t2s": pixel_accuracy(lesson.logits.source, labels),
-        "acc_seg_t2t": pixel_accuracy(lesson.logits.target, labels),
+        "acc_seg_t2s": pixel_accuracy(pseudo_view.logits.source, labels),
+        "acc_seg_t2t": pixel_accuracy(pseudo_view.logits.target, labels),
         "loss_gan_F_t2s_ds_seg": losses["adv_source"],
         "loss_gan_F_s2t_dt_seg": losses["adv_target"],
         "loss_gan_F_s2s_ds": logs["disc_source_real"],
@@ -137,7 +137,7 @@ def logs_of(method: DASegNetMethod, passes: Passes, output: StepOutput, batch: B
 
 def check_pseudo_labels(case: Case, passes: Passes, step: int, expected: Settings) -> None:
     """Compare labels, and weights where the labels agree."""
-    pseudo = passes.lessons[0].pseudo
+    pseudo = passes.pseudo_views[0].pseudo
     if f"step{step}.pseudo_label" in case.tensors:
         labels = case.tensors[f"step{step}.pseudo_label"].reshape(pseudo.labels.shape).long()
         case.check_classes(f"step{step}.pseudo_label", pseudo.labels, labels)

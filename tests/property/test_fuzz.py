@@ -112,7 +112,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("a", "b"):
         write_tif(folder / f"masks/{name}.tif", pixels[:1] % 4 + 1)
     os.chdir(folder)
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield folder
     os.chdir(before)
 
 
@@ -129,7 +131,7 @@ def answer(*arguments: str) -> int:
         sys.stdout, sys.stderr = before
     said = "".join(stream.buffer.getvalue().decode() for stream in streams)
     assert code in CODES, f"{arguments}: exit {code}\n{said}\n" + "\n".join(
-        file.read_text() for file in Path().glob("rsseg-bug-*")
+        file.read_text() for file in Path("cache").rglob("rsseg-bug-*")
     )
     assert "Traceback" not in said
     assert "bug in rsseg" not in said

@@ -74,7 +74,7 @@ def test_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
 
 def test_what_is_no_tiff_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file.tif").write_text("nonsense")
-    with pytest.raises(DataError, match="not a TIFF"):
+    with pytest.raises(DataError, match="not a readable TIFF"):
         check_cog(tmp_path / "file.tif")
     with pytest.raises(DataError, match="no such file"):
         check_cog(tmp_path / "other.tif")

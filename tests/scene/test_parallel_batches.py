@@ -15,7 +15,7 @@ from tests.toys import ConvSegmenter, make_task
 @pytest.mark.parametrize("blend", ["crop", "hann"])
 @pytest.mark.parametrize("size", [(300, 420), (40, 50)])
 @threads(3)
-def test_lanes_give_the_pixels_of_a_single_one(tmp_path: Path, blend: str, size: tuple[int, int]) -> None:
+def test_parallel_batches_give_the_pixels_of_single_ones(tmp_path: Path, blend: str, size: tuple[int, int]) -> None:
     segmenter, pixels = ConvSegmenter(make_task()), random_pixels(*size)
     pixels[:, :100, :200] = 0
     scene = write_tif(tmp_path / "scene.tif", pixels, nodata=0)
@@ -42,7 +42,7 @@ def test_less_memory_takes_fewer_parallel_batches_first(tmp_path: Path) -> None:
 
 
 @threads(3)
-def test_failure_in_a_lane_ends_all_and_leaves_nothing(tmp_path: Path) -> None:
+def test_failure_in_one_of_several_batches_ends_all_and_leaves_nothing(tmp_path: Path) -> None:
     scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
     with pytest.raises(KeyboardInterrupt):
         predict_scene(StoppingSegmenter(5), scene, tmp_path / "out.tif", options())

@@ -161,7 +161,7 @@ def test_raster_of_another_planet_has_no_longitude(tmp_path: Path) -> None:
     raster = write_tif(
         tmp_path / "europa.tif", np.ones((1, 5, 5), np.uint8), crs="+proj=eqc +R=1560800 +units=m +no_defs"
     )
-    with pytest.raises(DataError, match="cannot be brought"):
+    with pytest.raises(DataError, match="cannot be transformed"):
         write_polygons(raster, make_task(), tmp_path / "out.geojson")
     assert not (tmp_path / "out.geojson").exists()
     assert write_polygons(raster, make_task(), tmp_path / "out.gpkg") == 1

@@ -140,12 +140,12 @@ def test_area_of_interest_may_be_a_geopackage_but_not_lie_outside(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.geojson", "{", "not a vector file"),
+        ("a.geojson", "{", "not a readable vector file"),
         ("a.geojson", '{"type": "FeatureCollection", "features": []}', "no polygon"),
         ("a.geojson", '{"type": "Point", "coordinates": [3, 36]}', "no polygon"),
-        ("a.gpkg", "nonsense", "not a vector file"),
-        ("a.shp", "", "not a vector file"),
-        ("a.docx", "", "not a vector file"),
+        ("a.gpkg", "nonsense", "not a readable vector file"),
+        ("a.shp", "", "not a readable vector file"),
+        ("a.docx", "", "not a readable vector file"),
     ],
 )
 def test_area_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: str, message: str) -> None:

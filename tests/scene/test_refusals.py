@@ -18,7 +18,7 @@ from tests.toys import ConvSegmenter, make_task
 def test_too_few_or_unknown_bands_are_refused_with_the_option_that_helps(tmp_path: Path) -> None:
     segmenter = ConvSegmenter(make_task())
     scene = write_tif(tmp_path / "scene.tif", random_pixels(20, 20, bands=2))
-    with pytest.raises(DataError, match="--bands"):
+    with pytest.raises(DataError, match=r"needed are b1, b2, b3\. Add the missing bands"):
         predict_scene(segmenter, scene, tmp_path / "out.tif", options())
     with pytest.raises(DataError, match="no band 'nir'"):
         predict_scene(segmenter, scene, tmp_path / "out.tif", options(bands=("1", "2", "nir")))

@@ -117,7 +117,7 @@ def test_parts_are_put_together_in_panels_too(scene: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-@threads(1)  # one lane, so that rows are finished one after the other
+@threads(1)  # one batch at a time, so that rows are finished one after the other
 def test_resume_takes_up_every_part(scene: Path, stopped: int) -> None:
     # Three forwards belong to the plan, and then each of the three rows of a part is one.
     one_row, two_rows, all_rows = (StoppingSegmenter(3 + rows) for rows in (1, 2, 3))

@@ -74,7 +74,7 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         evaluate_rasters(pred, truth)
     truth.mkdir()
     pred.mkdir()
-    with pytest.raises(DataError, match="no raster here"):
+    with pytest.raises(DataError, match="no raster in this folder"):
         evaluate_rasters(pred, truth)
     write_png(truth / "a.png", np.zeros((2, 3), np.uint8))
     with pytest.raises(DataError, match="have no prediction, the first is a"):
@@ -83,7 +83,7 @@ def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 x 3 pixels .* 3 x 2"):
         evaluate_rasters(pred, truth)
     write_png(pred / "a.png", np.full((2, 3), 9, np.uint8))
-    with pytest.raises(DataError, match="value 9 is no class"):
+    with pytest.raises(DataError, match="value 9 is not a class"):
         evaluate_rasters(pred, truth, task=rgb_task())
     write_png(pred / "a.png", np.zeros((2, 3, 3), np.uint8))
     with pytest.raises(DataError, match=r"3 bands\. A class raster has one band"):
@@ -114,13 +114,13 @@ def test_own_predictions_pair_with_truths_of_any_integer_type(tmp_path: Path) ->
     result = evaluate_rasters(tmp_path / "p", tmp_path / "t")
     assert (result.scores.oa, result.scores.pixels) == (0.8, 5)
     write_tif(tmp_path / "t/a.tif", true[None])
-    with pytest.raises(DataError, match="the value -1 is no class"):
+    with pytest.raises(DataError, match="the value -1 is not a class"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
     write_tif(tmp_path / "t/a.tif", true[None] / np.float32(2), nodata=-0.5)
-    with pytest.raises(DataError, match=r"the value 0\.5 is no class"):
+    with pytest.raises(DataError, match=r"the value 0\.5 is not a class"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
     write_png(tmp_path / "p/a_rsseg.png", np.zeros((2, 3), np.uint8))
-    with pytest.raises(DataError, match=r"a_rsseg\.png and a_rsseg\.tif have one name"):
+    with pytest.raises(DataError, match=r"a_rsseg\.png and a_rsseg\.tif have the same stem"):
         evaluate_rasters(tmp_path / "p", tmp_path / "t")
 
 
@@ -145,6 +145,8 @@ def test_eval_settings_are_checked_before_training(rgb_dataset: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             plan(tiny_recipe(rgb_dataset, eval=settings))
+    plan(tiny_recipe(rgb_dataset, eval={"ignore_classes": ["water"], "overlap": 1}))
+    plan(tiny_recipe(rgb_dataset, eval={"mode": "resized", "overlap": 9999}))
 
 
 def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,3 +168,9 @@ def test_unwritable_cache_is_one_plain_warning(
     assert said.count("warning:") == 1
     assert "Warning:" not in said
     assert "set data.cache: false" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("bound", ["miou=nan", "miou=70", "miou=-1", "miou", "iou=0.5", "miou=1e999"])
+def test_bound_that_could_not_fail_is_wrong_usage(bound: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "--fail-under", bound]) == 2
+    assert "write miou=0.7" in capsys.readouterr().err

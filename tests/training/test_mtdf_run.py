@@ -98,7 +98,7 @@ def test_absent_class_is_named_before_training(rgb_dataset: Path, tmp_path: Path
     heard = Messages()
     train(recipe_for(rgb_dataset), output=tmp_path, progress=heard)
     assert len(heard.messages) == 1
-    assert "none of its 2 images shows road" in heard.messages[0]
+    assert "none of its 2 images contains road" in heard.messages[0]
 
 
 def test_no_unlabeled_images_is_an_error(rgb_dataset: Path) -> None:

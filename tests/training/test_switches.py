@@ -52,7 +52,7 @@ def test_class_weights_need_counts(rgb_dataset: Path) -> None:
     index = SegmentationIndex.load(rgb_dataset)
     items = tuple(item.model_copy(update={"classes": None}) for item in index.items)
     index.model_copy(update={"items": items}).save(rgb_dataset)
-    with pytest.raises(DataError, match="does not count them"):
+    with pytest.raises(DataError, match="class counts"):
         plan(recipe_of(rgb_dataset, loss={"class_weights": "auto"}))
 
 

@@ -90,7 +90,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "aliases written out"),
+        (BOMB, "aliases expanded"),
         ("classes: " + "[" * 5000, "nested more than"),
         ("name: a\nname: b", "already"),
         ("name: !!python/object:os.system x", "tag"),

@@ -157,16 +157,16 @@ def test_every_teacher_labels_without_a_graph(kind: str, backbone: str) -> None:
     chosen = {"backbone": BATCH_NORM} if backbone == "batch_norm" else {}
     method = make_method(**chosen, self_training={"confidence": 0.3, "teacher": {"type": kind}})
     passes = method.passes(make_batch())
-    assert not passes.lessons[0].pseudo.weights.requires_grad
+    assert not passes.pseudo_views[0].pseudo.weights.requires_grad
     assert all(not p.requires_grad for p in method.teacher.parameters())  # type: ignore[union-attr]
 
 
-def test_masked_consistency_adds_a_lesson_with_the_teachers_labels() -> None:
+def test_masked_consistency_adds_a_view_with_the_teachers_labels() -> None:
     method = make_method(self_training={"confidence": 0.3, "masked": {"patch": 16, "weight": 0.5}})
     passes = method.passes(make_batch())
-    assert [lesson.name for lesson in passes.lessons] == ["pseudo", "masked"]
-    assert passes.lessons[1].pseudo is passes.lessons[0].pseudo
-    assert passes.lessons[1].weight == 0.5 * passes.lessons[0].weight
+    assert [view.name for view in passes.pseudo_views] == ["pseudo", "masked"]
+    assert passes.pseudo_views[1].pseudo is passes.pseudo_views[0].pseudo
+    assert passes.pseudo_views[1].weight == 0.5 * passes.pseudo_views[0].weight
     assert set(method(make_batch(), 0).losses) >= {"pseudo", "masked"}
 
 
@@ -188,7 +188,7 @@ def test_class_mix_pastes_source_pixels_with_their_labels_at_full_weight() -> No
     seen: list[torch.Tensor] = []
     method.segmenter.backbone_source.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
     batch = make_batch()
-    pseudo = method.passes(batch).lessons[0].pseudo
+    pseudo = method.passes(batch).pseudo_views[0].pseudo
     source, mixed = batch["source"], seen[1]
     pasted = (mixed == source.images).all(1)
     assert 0 < pasted.float().mean() < 1

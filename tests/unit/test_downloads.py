@@ -100,14 +100,14 @@ def test_a_server_without_ranges_sends_the_whole_file(server: Server, tmp_path: 
 
 def test_another_file_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
     server.content = b"a page that says sorry"
-    with pytest.raises(DataError, match="its publisher says"):
+    with pytest.raises(DataError, match="its publisher states"):
         fetched(server, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_partial_file_of_another_version_does_not_fail_for_ever(server: Server, tmp_path: Path) -> None:
     (tmp_path / "Train.zip.partial").write_bytes(bytes(len(CONTENT) + 7))
-    with pytest.raises(DataError, match="its publisher says"):
+    with pytest.raises(DataError, match="its publisher states"):
         fetched(server, tmp_path)
     assert fetched(server, tmp_path) == CONTENT
 

@@ -26,7 +26,7 @@ print(full - kept, kept - resident_bytes())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is told, and Linux asked")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
 @pytest.mark.parametrize("keep", ["1", "0"])
 def test_guard_gives_back_what_the_heap_keeps_and_not_before(keep: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RSSEG_KEEP_HEAP": keep}
@@ -36,5 +36,5 @@ def test_guard_gives_back_what_the_heap_keeps_and_not_before(keep: str) -> None:
         assert freed_at_once < 20
         assert given_back > 140
     else:
-        # Left alone, glibc gives large blocks back by itself, and nobody asks it for more.
+        # By default glibc returns large blocks itself, and the guard does nothing.
         assert given_back == 0

@@ -77,7 +77,7 @@ def test_parts_that_act_on_the_outputs_of_fam_are_refused_beside_it(part: dict[s
 
 
 def test_side_branch_without_a_teacher_is_refused() -> None:
-    with pytest.raises(ValidationError, match="name a teacher or task_teacher"):
+    with pytest.raises(ValidationError, match="give a teacher or task_teacher"):
         recipe_of(PLAIN, fam={"path": "side"})
 
 

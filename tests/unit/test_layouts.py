@@ -86,6 +86,12 @@ def test_split_lists_choose_images_by_path_name_or_stem(tmp_path: Path) -> None:
     assert [(row[0], row[2], row[3]) for row in found] == [("x/a.tif", "train", "s"), ("x/b.tif", "val", None)]
 
 
+def test_accents_of_different_systems_are_the_same(tmp_path: Path) -> None:
+    tree(tmp_path, "x/Zu\u0308rich.tif", "y/Z\u00fcrich.png")
+    found = rows(Layout("x/*.tif", "y/*.png", split_lists={"train": ["Z\u00fcrich"]}), tmp_path)
+    assert found == [("x/Zu\u0308rich.tif", "y/Z\u00fcrich.png", "train", None)]
+
+
 @pytest.mark.parametrize(
     ("lists", "message"),
     [({"train": ["z"]}, "'z' is not the name of an image"), ({"train": ["a"], "val": ["x/a.tif"]}, "must not share")],
@@ -134,5 +140,5 @@ def test_the_root_is_found_below_the_folders_that_archives_add(tmp_path: Path) -
     layout = Layout("img_dir/{split}/*.tif", "ann_dir/{split}/*.png")
     tree(tmp_path, "data/grass/img_dir/train/a.tif", "data/grass/ann_dir/train/a.png")
     assert find_prefix(named(tmp_path), [layout], "here") == (layout, "data/grass/")
-    with pytest.raises(DataError, match=r"looks like 'img_dir.*such as a/b\.txt"):
+    with pytest.raises(DataError, match=r"no file matches 'img_dir.*such as a/b\.txt"):
         find_prefix(named(tree(tmp_path / "other", "a/b.txt")), [layout], "here")

@@ -205,6 +205,8 @@ def test_what_is_no_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert run(["info", f"{name}.safetensors"]) == 5
         assert run(["predict", "scene.tif", "--model", f"{name}.safetensors", "--dry-run"]) == 5
         assert run(["eval", "--model", f"{name}.safetensors"]) == 5
+    os.mkfifo("scene.tif")
+    assert run(["info", "scene.tif"]) == 4
 
 
 def test_parameters_are_not_initialized_before_they_are_loaded(model: Path) -> None:

@@ -17,6 +17,7 @@ from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
 from rsseg.datasets.prepare.run import prepare
 from rsseg.datasets.verify import statistics, verify
 from rsseg.errors import DataError
+from rsseg.raster import Raster
 from tests.conftest import write_png, write_tif
 
 SIZE = 24, 20
@@ -200,7 +201,7 @@ def test_value_255_can_be_a_class(tmp_path: Path) -> None:
 
 
 def test_masks_saved_as_jpeg_are_not_to_be_ignored_value_by_value(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="JPEG compression changes values: export the masks as PNG or GeoTIFF"):
+    with pytest.raises(DataError, match="JPEG compression changes values"):
         prepared(tmp_path, lambda p, m: Image.fromarray(m).save(p), suffix="jpg", values=(0, 100, 200))
 
 
@@ -210,6 +211,9 @@ def test_masks_saved_as_jpeg_are_not_to_be_ignored_value_by_value(tmp_path: Path
         ({0: 0, 1: 1, 2: 2}, (0, 1, 2), [0, 1, 2]),
         ({0: 0, 1: 128, 2: 255}, (0, 1, 2), [0, 1, 2]),  # stretched to be seen; positions are the classes
         ({0: 0, 1: 128, 2: 255}, (0, 128, 255), [0, 1, 2]),  # a writer kept only the grey levels that occur
+        ({0: 255, 1: 128, 2: 0}, (0, 128, 255), [2, 1, 0]),  # in any order
+        ({0: 0, 1: 255}, (0, 255), [0, 1]),  # one bit
+        ({0: 0, 1: 255}, (0, 1, 255), [0, 1]),
         ({0: 0, 1: 2, 2: 1}, (0, 1, 2), None),
         ({0: 0, 1: 2}, (0, 1, 2), None),
     ],
@@ -226,6 +230,16 @@ def test_grey_palette_shows_values_or_decorates_positions(
             table.indices(stored, colors, name="m")
     else:
         assert table.indices(stored, colors, name="m")[0].tolist() == expected
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 255)])
+def test_masks_of_one_bit_hold_0_and_1_and_show_0_and_255(tmp_path: Path, values: tuple[int, int]) -> None:
+    Image.fromarray(np.where(TRUTH > 0, 255, 0).astype(np.uint8)).convert("1").save(tmp_path / "m.png")
+    write_tif(tmp_path / "m.tif", (TRUTH > 0).astype(np.uint8)[None], nbits=1)
+    table = LabelTable(LabelMap(values={value: i for i, value in enumerate(values)}), 2)
+    for name in ("m.png", "m.tif"):
+        with Raster(tmp_path / name) as raster:
+            np.testing.assert_array_equal(table.read(raster), TRUTH > 0)
 
 
 def test_colored_palette_decorates_positions() -> None:

@@ -166,5 +166,5 @@ def test_batch_that_does_not_fit_into_memory_is_halved() -> None:
 def test_single_tile_that_does_not_fit_into_memory_is_a_machine_error(values: dict[str, object]) -> None:
     network = SmallMemory(make_task())
     network.most = 0
-    with pytest.raises(MachineError, match=r"memory of cpu .*--tile"):
+    with pytest.raises(MachineError, match=r"cpu has too little memory .*--tile"):
         predict_image(network, random_image(40, 40), None, EvalConfig.model_validate(values), device="cpu")

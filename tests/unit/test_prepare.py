@@ -90,7 +90,7 @@ def test_the_authors_archives_become_indexes_with_their_splits(tmp_path: Path, c
 
 def test_an_archive_that_lacks_a_split_is_an_error(tmp_path: Path) -> None:
     archive = publisher_zip(tmp_path / "cloud.zip", "grass")
-    with pytest.raises(DataError, match="looks like"):
+    with pytest.raises(DataError, match="no file matches"):
         prepare("cloud", PrepareOptions(src=archive, out=tmp_path / "out"), quiet)
     for file in (tmp_path / "grass-source/img_dir/val").iterdir():
         file.unlink()
@@ -358,7 +358,7 @@ def test_nothing_is_fetched_without_consent_or_offline(tmp_path: Path) -> None:
         ("grss", {}, "did you mean 'grass'"),
         ("folder", {}, "needs --src"),
         ("demo", {"src": Path()}, "neither --src"),
-        ("grass", {"folder": FolderOptions(classes=Path("c"), images="*")}, "knows its own"),
+        ("grass", {"folder": FolderOptions(classes=Path("c"), images="*")}, "defines its own"),
     ],
 )
 def test_calls_that_make_no_sense_are_usage_errors(name: str, options: dict[str, Any], message: str) -> None:

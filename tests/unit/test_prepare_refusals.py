@@ -15,7 +15,7 @@ def test_a_folder_that_is_not_ours_is_never_cleared(tmp_path: Path) -> None:
     source = own_source(tmp_path / "src")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/thesis.tex").touch()
-    with pytest.raises(DataError, match=r"out\.partial: needed for unfinished work"):
+    with pytest.raises(DataError, match=r"out\.partial: needed as the working folder"):
         prepare("folder", own_options(source, tmp_path / "out"), quiet)
     (tmp_path / "other").symlink_to(tmp_path / "out.partial")
     with pytest.raises(DataError, match="is a link"):

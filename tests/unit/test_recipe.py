@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rsseg.config import EvalConfig, check_eval
 from rsseg.errors import RecipeError
 from rsseg.recipe import RecipeSource as Source
 from rsseg.recipe import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe, recipe_schema
@@ -222,14 +221,3 @@ def test_folder_pipe_and_name_without_end_are_no_recipe(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grass").mkdir()
     assert load_recipe("grass").name == "grass"
-
-
-def test_evaluation_is_checked_against_classes_and_tile() -> None:
-    check_eval(EvalConfig(ignore_classes=("a",), overlap=63), ("a", "b"), 64)
-    check_eval(EvalConfig(mode="resized", overlap=64), ("a", "b"), 64)
-    with pytest.raises(RecipeError, match=r"'c' is none of the classes \['a', 'b'\]"):
-        check_eval(EvalConfig(ignore_classes=("c",)), ("a", "b"), 64)
-    with pytest.raises(RecipeError, match="names every class"):
-        check_eval(EvalConfig(ignore_classes=("b", "a")), ("a", "b"), 64)
-    with pytest.raises(RecipeError, match=r"64 pixels do not fit tiles of 64\. Give 0 to 63"):
-        check_eval(EvalConfig(overlap=64), ("a", "b"), 64)

@@ -269,7 +269,7 @@ def test_jpeg_masks_are_explained(tmp_path: Path, suffix: str) -> None:
             Image.fromarray(mask).save(file.with_suffix(".jpg"))
         else:
             write_tif(file.with_suffix(".tif"), mask[None], compress="jpeg")
-    with pytest.raises(DataError, match=rf"0\.{suffix}: JPEG compression changes mask values.*PNG or TIFF"):
+    with pytest.raises(DataError, match=rf"0\.{suffix}: JPEG compression changes values: export .* PNG or GeoTIFF"):
         made(source, tmp_path / "out", folder={"masks": f"{{split}}/masks/*.{suffix}"})
 
 

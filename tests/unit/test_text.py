@@ -21,6 +21,9 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
     file.write_bytes("a\nZürich\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"t\.txt, line 2: is not UTF-8 text\. Save"):
         read_text(file, DataError)
+    file.write_bytes(b"a\0b")
+    with pytest.raises(DataError, match="is not a text file"):
+        read_text(file, DataError)
     file.write_bytes(b"\xff\xfea")
     with pytest.raises(DataError, match="UTF-16"):
         read_text(file, DataError)
@@ -56,8 +59,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "line 1: .*aliases written out"),
-        ("a: &a [*a]", "aliases written out"),
+        (BOMB, "line 1: .*aliases expanded"),
+        ("a: &a [*a]", "aliases expanded"),
         ("[" * 5000, f"line 1: .*more than {MAX_DEPTH} levels deep"),
         ("{a: " * 5000, "levels deep"),
         ("- " * 5000, "levels deep"),

@@ -1,7 +1,7 @@
 """Synthetic aerial images of land cover: parcels, woods, water, roads, settlements, clouds and their shadows.
 
-Classes cannot be told apart by colour alone, on purpose: ripe fields, dirt roads and roofs share their tones, and so do
-dark woods, water and shadow, or pale roofs and cloud. Texture, shape and context separate them.
+Colour alone does not separate the classes: ripe fields, dirt roads and roofs share their colours, and so do dark woods,
+water and shadow, or pale roofs and clouds. Texture, shape and context separate them.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ class _Canvas:
         self.label: NDArray[np.uint8] = np.full(shape, FIELD, np.uint8)
         self.shadow: NDArray[np.uint8] = np.zeros(shape, np.uint8)
         self.reserved: NDArray[np.uint8] = np.zeros(shape, np.uint8)
-        """Occupied: no building is placed here."""
+        """Occupied pixels, where no building is placed."""
         self.fall = np.array([2.0, 3.0])
         """Offset (right, down) of shadows per storey."""
         self.y, self.x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
@@ -218,7 +218,7 @@ class _Canvas:
         return mains + sides
 
     def _driest(self, lines: Sequence[Points]) -> Points:
-        """The line with the smallest share over water: bridges, but no roads along rivers."""
+        """The line with the smallest share over water: allows bridges, but no roads along rivers."""
         height, width = self.shape
 
         def wet(line: Points) -> float:

@@ -192,7 +192,7 @@ def listed_dates(items: Sequence[IndexItem], files: Mapping[str, Path]) -> Seque
 def _dates(path: Path) -> set[str]:
     """Second column of the rows that are numbered in the first."""
     try:
-        # notes in the tables are Chinese, in one of two encodings; the dates are ASCII in both
+        # Notes in the tables are Chinese, in one of two encodings; the dates are ASCII in both.
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             return {row[1].strip() for row in csv.reader(file) if len(row) > 1 and row[0].strip()}
     except (OSError, csv.Error) as error:

@@ -18,26 +18,26 @@ from rsseg.errors import DataError
 
 _PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _NESTED = 3
-"""Archives in archives."""
+"""Maximum depth of nested archives."""
 _BLOCK = 1 << 20
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class UnpackLimits:
-    """Limits that an honest archive stays below."""
+    """Limits against decompression bombs."""
 
     files: int = 1_000_000
     ratio: float = 500.0
-    """Unpacked bytes per archive byte, beyond `ratio_free_bytes`: small flat masks compress very well."""
+    """Unpacked bytes per archive byte, checked above `ratio_free_bytes`: small uniform masks compress very well."""
     ratio_free_bytes: int = 1 << 30
 
 
-class Wanted:
-    """Tells which files a dataset uses: an archive may hold many more."""
+class FileFilter:
+    """Filter for the files that a dataset uses; an archive may hold many more."""
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
-        """Files of any of the layouts."""
+        """Accept files of any of the layouts."""
         texts = [text for one in layouts for text in (*one.images.split("|"), one.masks, *one.beside) if text]
         self._patterns = [PathPattern(text) for text in dict.fromkeys(texts)]
         self._suffixes = sorted({PurePosixPath(text).suffix for text in texts})
@@ -73,20 +73,20 @@ def gather(
     checksums: Mapping[str, str],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Path]:
-    """All files that a layout may use, by a relative name with `/`.
+    """Find all files that a layout may use, by relative name with `/`.
 
     Args:
         source: an archive, or a folder with or without archives.
-        unpacked: folder for the content of archives; may hold that of an interrupted call.
-        layouts: files of none of them stay packed.
-        checksums: MD5 of the publisher's archives by name; a difference is only reported: it may have been repacked.
+        unpacked: folder for the content of archives; may contain that of an interrupted call.
+        layouts: only files that match one of them are unpacked.
+        checksums: MD5 of the publisher's archives by name; a difference is only a warning, as users repack archives.
         progress: called with the stage, and the numbers of finished and of all files.
 
     Raises:
-        DataError: a dangerous or damaged archive, or one that holds another version of a file beside it.
+        DataError: a dangerous or damaged archive, or one that contains another version of a file next to it.
         MachineError: not enough disk space.
     """
-    wanted = Wanted(layouts)
+    wanted = FileFilter(layouts)
     if source.is_file():
         files: dict[str, Path] = {}
         archives = {source.name: source}
@@ -112,7 +112,7 @@ def _unpack_wanted(
     name: str,
     archive: Path,
     folder: Path,
-    wanted: Wanted,
+    wanted: FileFilter,
     known: Mapping[str, Path],
     progress: Callable[[str, int, int], None],
 ) -> Iterable[str]:
@@ -124,13 +124,13 @@ def _unpack_wanted(
     taken: list[str] = []
 
     def place(entry: str) -> str | None:
-        # most archives hold one folder of their own name; the others get one
+        # most archives contain one folder of their own name; create it for the others
         parts = [part for part in (above, stem if entry.split("/")[0] != stem else "", entry) if part]
         placed = "/".join(parts)
         hidden = any(part.startswith((".", "__MACOSX")) for part in entry.split("/"))
         if hidden or not wanted(placed):
             return None
-        # unpacked beside the archive, with or without its outer folder; bare file names are too common to tell
+        # Already unpacked next to the archive, with or without its outer folder? Bare file names are too ambiguous.
         inner = entry.partition("/")[2]
         twins = [f"{above}/{path}".strip("/") for path in (entry, inner, inner and f"{stem}/{inner}") if "/" in path]
         if twin := next((name for name in (placed, *twins) if name in known), None):
@@ -159,33 +159,33 @@ def unpack(
 ) -> None:
     """Unpack regular files into `folder`, which must exist. Links, devices and paths that leave it are refused.
 
-    Files get their names when complete: an interrupted call can be repeated, and does not write them again.
+    Files get their final names when complete; a repeated call skips them.
 
     Args:
         archive: zip, tar, tar.gz, tar.bz2 or tar.xz.
         folder: nothing outside it is written.
         progress: called with the numbers of finished and of all files (0 while unknown).
-        limits: None takes the defaults.
+        limits: None uses the defaults.
         place: entry -> its path below `folder`, None to leave it out; by default all keep their names.
-        known: path below `folder` -> file that is there already: it is compared, not written.
+        known: path below `folder` -> existing file, which is compared instead of written.
 
     Raises:
         DataError: a dangerous, encrypted, damaged or suspiciously large archive, or an entry that differs from a known
             file.
         MachineError: not enough disk space.
     """
-    room = _Room(archive, folder, limits or UnpackLimits(), place or str, known or {})
+    extraction = _Extraction(archive, folder, limits or UnpackLimits(), place or str, known or {})
     with _readable(archive):
         if zipfile.is_zipfile(archive):
-            _unpack_zip(archive, room, progress)
+            _unpack_zip(archive, extraction, progress)
         elif tarfile.is_tarfile(archive):
-            _unpack_tar(archive, room, progress)
+            _unpack_tar(archive, extraction, progress)
         else:
             raise DataError(f"{archive}: neither a zip nor a tar archive. Unpack it and pass the folder as --src.")
 
 
-class _Room:
-    """Targets of an archive's entries, and the limits on their number and size."""
+class _Extraction:
+    """Targets of an archive's entries, checked against the limits on their number and size."""
 
     def __init__(
         self,
@@ -236,47 +236,47 @@ def _readable(archive: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        raise DataError(f"{archive}: the archive is damaged or ends early ({error}). Get it again.") from None
+        raise DataError(f"{archive}: the archive is damaged or incomplete ({error}). Download it again.") from None
 
 
-def _unpack_zip(archive: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
+def _unpack_zip(archive: Path, extraction: _Extraction, progress: Callable[[int, int], None]) -> None:
     with zipfile.ZipFile(archive) as file:
         entries = [entry for entry in file.infolist() if not entry.is_dir()]
         wanted = []
         # check all entries before the first byte is written
         for entry in entries:
-            room.take_file()
+            extraction.take_file()
             mode = entry.external_attr >> 16
             if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 raise DataError(f"{archive}: {entry.filename!r} is a link or a device, refused.")
-            target = room.target(entry.filename)
+            target = extraction.target(entry.filename)
             if target is None:
                 continue
             if entry.flag_bits & 1:
                 raise DataError(f"{archive}: {entry.filename!r} is encrypted. Unpack it and pass the folder as --src.")
             wanted.append((entry, target))
-        require_free_disk(room.folder, sum(entry.file_size for entry, target in wanted if not target.exists()))
+        require_free_disk(extraction.folder, sum(entry.file_size for entry, target in wanted if not target.exists()))
         for done, (entry, target) in enumerate(wanted, start=1):
             with file.open(entry) as content:
-                _write(content, target, entry.file_size, room)
+                _write(content, target, entry.file_size, extraction)
             progress(done, len(wanted))
 
 
-def _unpack_tar(archive: Path, room: _Room, progress: Callable[[int, int], None]) -> None:
+def _unpack_tar(archive: Path, extraction: _Extraction, progress: Callable[[int, int], None]) -> None:
     with tarfile.open(archive, "r:*") as file:
         for done, member in enumerate(file, start=1):
             if member.isdir():
                 _inside(archive, member.name)
                 continue
-            target = room.target(member.name)
+            target = extraction.target(member.name)
             if not member.isreg():
                 raise DataError(f"{archive}: {member.name!r} is a link or a device, refused.")
-            room.take_file()
+            extraction.take_file()
             content = file.extractfile(member)
             if target is None or content is None:
                 continue
-            require_free_disk(room.folder, member.size)
-            _write(content, target, member.size, room)
+            require_free_disk(extraction.folder, member.size)
+            _write(content, target, member.size, extraction)
             progress(done, 0)
 
 
@@ -289,13 +289,13 @@ def _inside(archive: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
-    if target in room.known:
+def _write(content: IO[bytes], target: Path, size: int, extraction: _Extraction) -> None:
+    if target in extraction.known:
         # GDAL may have changed side files since they were unpacked
         if not target.name.endswith(SIDECARS) and not _holds(target, content, size):
             raise DataError(
-                f"{target} differs from the file of this name in {room.archive}. Remove one of them, or pass the right "
-                "one as --src."
+                f"{target} differs from the file of this name in {extraction.archive}. Remove one of them, or pass "
+                "the right one as --src."
             )
         return
     if target.is_file() and target.stat().st_size == size:
@@ -304,7 +304,7 @@ def _write(content: IO[bytes], target: Path, size: int, room: _Room) -> None:
     partial = target.with_name(f"{target.name}.partial")
     with partial.open("wb") as file:
         while block := content.read(_BLOCK):
-            room.take_bytes(len(block))
+            extraction.take_bytes(len(block))
             file.write(block)
     partial.replace(target)
 

@@ -18,19 +18,19 @@ from rsseg.task import ClassInfo, Task
 
 TRAIN = "train"
 _SAMPLES = 4_000_000
-"""Pixels kept in all to find percentiles."""
+"""Total number of sampled pixels for percentiles."""
 _LEAST_STD = 1e-6
-"""Keeps the normalization of a constant band from dividing by zero."""
+"""Lower bound of the standard deviation, for constant bands."""
 
 
 class Subject(NamedTuple):
-    """Facts about a dataset that are known before its files are opened."""
+    """Properties of a dataset that are known before its files are opened."""
 
     name: str
     classes: tuple[ClassInfo, ...]
     label_map: LabelMap
     bands: tuple[str, ...] | None
-    """None takes those of the images."""
+    """None uses those of the images."""
     gsd_m: float | None = None
     nodata: float | None = None
     ignore_zero_collar: bool = False
@@ -66,7 +66,7 @@ def finish_index(
         DataError: no image, no labeled pixel in the training masks, an unreadable file, different sizes, band counts or
             pixel types, an undeclared mask value.
     """
-    basis = _basis(items)
+    basis = _reference_split(items)
     labels = LabelTable(subject.label_map, len(subject.classes))
     samples = max(_SAMPLES // len(items), 64)
 
@@ -90,8 +90,8 @@ def finish_index(
     )
 
 
-def _basis(items: Sequence[IndexItem]) -> str:
-    """The split whose statistics scale the pixels: `train`, or the first split of a dataset only for scoring."""
+def _reference_split(items: Sequence[IndexItem]) -> str:
+    """The split whose statistics define the scaling: `train`, or the first split if there is none."""
     if not items:
         raise DataError(
             "no image is left: all are without data, or smaller than a tile. Check the nodata value and --tile."

@@ -39,7 +39,7 @@ def fetch(card: DatasetCard, folder: Path, *, download: bool, offline: bool, pro
         raise DataError(f"{card.name}: not here yet. Pass --download to fetch {what}, {by_hand}.")
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     progress(f"fetch {what}", 0, 1)
     bar = _bar(f"fetch {hub.file} (MB)", progress)
@@ -48,7 +48,7 @@ def fetch(card: DatasetCard, folder: Path, *, download: bool, offline: bool, pro
     except LocalEntryNotFoundError:
         reason = "rsseg is offline" if offline else "the hub cannot be reached"
         raise DataError(f"{card.name}: {reason}. Try again with a network, {by_hand}.") from None
-    except (HfHubHTTPError, OSError) as error:
+    except _failures() as error:
         raise _failure(card, what, error, by_hand) from None
     return Path(path)
 
@@ -70,16 +70,12 @@ def fetch_web(card: DatasetCard, folder: Path, *, download: bool, offline: bool,
         raise DataError(f"{card.name}: not here yet. Pass --download to fetch {what}, {by_hand}.")
     if offline:
         raise DataError(f"{card.name}: rsseg is offline. Try again with a network, {by_hand}.")
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # its first base is the HTTP client's own error, which is raised where no answer came
-    failures = (HfHubHTTPError.__mro__[1], OSError)
     progress(f"fetch {what}", 0, 1)
     for web in missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _fetch_file(web, folder, progress)
-        except failures as error:
+        except _failures() as error:
             raise _failure(card, web.file, error, by_hand) from None
     return folder
 
@@ -95,14 +91,21 @@ def _fetch_file(web: WebSource, folder: Path, progress: Progress) -> None:
         try:
             http_get(web.url, file, resume_size=file.tell(), displayed_filename=web.file, tqdm_class=bar)
         except HfHubHTTPError as error:
-            # nothing is left to fetch: an earlier call was stopped before the check
+            # The file is complete: an earlier call was stopped before the check.
             if error.response.status_code != 416:
                 raise
     found = md5_of(partial)
     if found != web.md5:
         partial.unlink()
-        raise DataError(f"{web.url}: the file has the MD5 {found}, its publisher says {web.md5}. Try again.")
+        raise DataError(f"{web.url}: the file has the MD5 {found}, its publisher states {web.md5}. Try again.")
     partial.replace(folder / web.file)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # its first base is the HTTP client's own error, which is raised where no answer came
+    return HfHubHTTPError.__mro__[1], OSError
 
 
 def _failure(card: DatasetCard, what: str, error: Exception, by_hand: str) -> DataError | MachineError:
@@ -112,7 +115,7 @@ def _failure(card: DatasetCard, what: str, error: Exception, by_hand: str) -> Da
 
 
 def _bar(title: str, progress: Progress) -> type[tqdm]:  # type: ignore[type-arg]
-    """A silent tqdm that reports megabytes to `progress`."""
+    """A tqdm class that prints nothing and reports megabytes to `progress`."""
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *_: Any, total: float | None = None, initial: float = 0, **__: Any) -> None:

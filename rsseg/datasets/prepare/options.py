@@ -47,7 +47,7 @@ class PrepareOptions(BaseModel):
     src: Path | None = None
     """Folder, zip or tar with the dataset as its publisher ships it."""
     download: bool = False
-    """Permit fetching the archive."""
+    """Allow downloading the archive."""
     offline: bool = False
     """Never use the network."""
     overwrite: bool = False
@@ -55,20 +55,20 @@ class PrepareOptions(BaseModel):
     tile: Side | None = None
     """Cut images into squares of this many pixels; None keeps them whole."""
     stride: Side | None = None
-    """Distance between squares; None takes `tile`: no overlap."""
+    """Distance between squares; None: `tile`, without overlap."""
     jobs: Count = Field(default_factory=lambda: os.cpu_count() or 1)
     """Threads, by default one per processor; the result does not depend on their number."""
     bands: tuple[str, ...] | None = None
     """For `folder`: band names in file order, instead of those of the class file or the images. For a known dataset:
-    the bands to take, in this order."""
+    the bands to keep, in this order."""
     split: str | None = None
-    """Name of one of the card's split rules; None takes the first."""
+    """Name of one of the card's split rules; None uses the first."""
     split_ratio: Mapping[str, float] = {}
     """Split -> share of the labeled images (whole scenes), drawn with `seed` instead of a split rule."""
     subset: bool = False
     """Accept an incomplete source: leave out unpaired files and allow empty splits."""
     labels: str | None = None
-    """Name of one of the card's label choices; None takes the first."""
+    """Name of one of the card's label choices; None uses the first."""
     seed: int = 0
     """Seed of random splits."""
     ignore_classes: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def parse_options(name: str, values: Mapping[str, Any]) -> PrepareOptions:
     if name != "folder" and values.get("folder") is not None:
         raise UsageError(
             "--classes, --images, --masks, --unlabeled, --split-as and --split-list are for `folder`; "
-            f"{name} knows its own."
+            f"{name} defines its own."
         )
     try:
         return PrepareOptions.model_validate(values)

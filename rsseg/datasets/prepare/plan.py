@@ -18,17 +18,15 @@ from rsseg.datasets.prepare.transfer import Transfer
 from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
-from rsseg.text import read_text
-
-_LIST_BYTES = 64 << 20
+from rsseg.text import LIST_BYTES, read_text
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A card, or a folder of your own, with all choices made.
+    """A card, or a folder of your own, with all options resolved.
 
     variants  usable layouts, best first
-    rule      None: the layout tells the splits
+    rule      None: splits come from the layout
     bands     bands to keep, in order; None keeps all
     """
 
@@ -46,7 +44,7 @@ class Plan:
     subset: bool
 
     def subject(self, variant: Variant | None) -> Subject:
-        """What is known about the copied files of a layout; None: they are generated."""
+        """Properties of the copied files of a layout; None: of generated files."""
         found = self.card.bands if variant is None else variant.bands
         return Subject(
             name=self.name,
@@ -82,7 +80,7 @@ class Plan:
         )
 
     def find(self, files: Mapping[str, Path], where: Path) -> tuple[Variant, str]:
-        """The layout that fits, and the folder below which it does; raises `DataError` naming labels that would fit."""
+        """Find the matching layout and the folder below which it matches; raises `DataError` naming other labels."""
         layouts = [variant.layout for variant in self.variants]
         try:
             layout, prefix = find_prefix(files, layouts, str(where))
@@ -111,10 +109,12 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
     if card.name == "folder":
         return _own(card, options)
     if options.folder is not None:
-        raise UsageError(f"patterns and a class file are for `folder`; {card.name} knows its own.")
+        raise UsageError(f"patterns and a class file are for `folder`; {card.name} defines its own.")
     converted = options.tile or options.bands or options.split_ratio or options.stretch != "none"
     if card.name == "demo" and (options.src or converted):
-        raise UsageError("`demo` is generated; it takes neither --src nor --tile, --bands, --stretch or --split-ratio.")
+        raise UsageError(
+            "`demo` is generated; it accepts neither --src nor --tile, --bands, --stretch or --split-ratio."
+        )
     if options.split and options.split_ratio:
         raise UsageError("--split and --split-ratio exclude each other.")
     rule = ratio_rule(options.split_ratio) if options.split_ratio else card.choose_rule(options.split)
@@ -163,7 +163,7 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
 
 
 def _with_bands(card: DatasetCard, variants: Sequence[Variant], bands: tuple[str, ...]) -> list[Variant]:
-    """Layouts that have the bands, those with exactly these first; of single-band files only these are kept."""
+    """Layouts that contain the bands, exact matches first; of single-band files only these bands are kept."""
     unknown = [band for band in bands if not any(band in variant.bands for variant in variants)]
     if unknown or len(set(bands)) < len(bands):
         known = " or ".join(dict.fromkeys(",".join(variant.bands) for variant in variants))
@@ -222,7 +222,7 @@ def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path, DataError, limit=_LIST_BYTES).splitlines()]
+    lines = [line.strip() for line in read_text(path, DataError, limit=LIST_BYTES).splitlines()]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise DataError(f"{path}: the list is empty.")

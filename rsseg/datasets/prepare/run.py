@@ -1,7 +1,7 @@
 """`prepare`: from a publisher's archive, or a folder of your own, to a checked dataset with an index.
 
-The result does not depend on its source: files are hard-linked where the disk allows it, else copied. It gets its name
-when it is complete; an interrupted call can be repeated and resumes.
+The result does not depend on its source: files are hard-linked where the disk allows it, else copied. It gets its final
+name when it is complete; repeating an interrupted call resumes it.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def prepare(name: str, options: PrepareOptions, progress: Progress) -> Path:
         progress: called on this thread.
 
     Returns:
-        The folder. Nothing is done if it was made by the same request.
+        The folder. Nothing is done if the same request has made it already.
 
     Raises:
         UsageError: unknown card, or options that contradict each other.
@@ -98,7 +98,7 @@ def _output_folder(plan: Plan, options: PrepareOptions) -> Path:
 
 @contextmanager
 def _errors_name(source: Path, stage: Path) -> Iterator[None]:
-    """Name files of the source in errors: the stage is deleted when the user reads them."""
+    """Name files of the source in errors, because the stage is deleted before the user reads them."""
     try:
         yield
     except DataError as error:
@@ -134,7 +134,7 @@ def _check_apart(options: PrepareOptions, source: Path | None, out: Path) -> Non
 
 
 def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[str, Any]:
-    """Everything that determines the result: options, and the source's files by name, size and time."""
+    """All inputs that determine the result: options, and the source's files by name, size and time."""
     asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
     files = [] if source is None else [source] if source.is_file() else [source / name for name in list_files(source)]
     if options.folder is not None:
@@ -151,7 +151,7 @@ def _generate(
     from rsseg.datasets.demo.dataset import write_demo
 
     require_free_disk(stage, 60_000_000)
-    # generating takes seconds, so an interrupted call is not resumed
+    # generation takes seconds, so an interrupted call is not resumed
     for left in (path for path in stage.iterdir() if path.is_dir()):
         shutil.rmtree(left)
     return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
@@ -160,7 +160,6 @@ def _generate(
 def _collect(
     plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
 ) -> tuple[Subject, Sequence[IndexItem]]:
-    """Copy the files into `stage`."""
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
     variant, prefix = plan.find(found, source)
@@ -173,7 +172,7 @@ def _collect(
         items = rule.assign(items, options.seed)
         _check_splits(plan, items)
     how = plan.transfer(variant)
-    _check_room(files, items, stage, how.grid)
+    _check_disk_space(files, items, stage, how.grid)
     what = "cut tiles" if how.grid is not None else "copy files"
     copied: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
     if rule is not None and rule.tiles:
@@ -194,15 +193,15 @@ def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:
         )
 
 
-def _check_room(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, grid: Grid | None) -> None:
-    """Raise `MachineError` if the disk is too small; tiles take about the size of their source, overlaps more."""
+def _check_disk_space(files: Mapping[str, Path], items: Sequence[IndexItem], stage: Path, grid: Grid | None) -> None:
+    """Raise `MachineError` if the disk is too small; tiles need about the size of their source, overlaps more."""
     names = {name for item in items for name in (*item.image.split("|"), item.mask) if name}
     repeats = 1.0 if grid is None else (grid.tile / (grid.step or grid.stride)) ** 2
     require_free_disk(stage, round(repeats * sum(files[name].stat().st_size for name in names)))
 
 
 def _write_lists(stage: Path, index: SegmentationIndex, shares: Sequence[float], seed: int) -> None:
-    """Write lists of the training images that keep their labels, for `items` in a recipe."""
+    """Write lists of labeled training images, for `items` in a recipe."""
     for share, names in labeled_lists(index.items, shares, seed).items():
         file = stage / LISTS / f"labeled-{share * 100:g}pct.txt"
         file.parent.mkdir(exist_ok=True)

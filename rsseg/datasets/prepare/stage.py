@@ -13,11 +13,11 @@ from rsseg.data.index import INDEX_NAME
 from rsseg.errors import DataError, MachineError, UsageError
 
 REQUEST_NAME = "prepared.json"
-"""Beside the index: the request, so that repeating it costs nothing."""
+"""File next to the index with the request, so that a repeated request is skipped."""
 JOURNAL = ".done"
 """Below the stage: results of finished steps."""
 _LONG_NAME = 240
-"""Bytes that leave room for the suffix of a temporary name."""
+"""Maximum bytes of a file name, which leave room for the suffix of a temporary name."""
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
     """Folder `NAME.partial` beside `out`, renamed to `out` when the block ends.
 
     The folder stays if the block is interrupted or the process killed, and the same request resumes in it. It is
-    removed if the block fails because of the data, and by a different request.
+    removed by a different request, and if the block fails because of the data.
 
     Raises:
         DataError: `out` is not empty and `overwrite` is False, or it is not a prepared dataset.
@@ -49,7 +49,7 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
 
 @contextmanager
 def output_errors(out: Path) -> Iterator[None]:
-    """Raise errors of the file system while `out` is written as errors of rsseg.
+    """Turn file system errors while writing `out` into errors of rsseg.
 
     Raises:
         MachineError: it cannot be written, or the disk is full.
@@ -73,16 +73,18 @@ def output_errors(out: Path) -> Iterator[None]:
 
 
 def _clear(stage: Path) -> None:
-    """Remove what another request left; raises `DataError` for a folder that `prepare` did not make."""
+    """Remove the stage of another request; raises `DataError` for a folder that `prepare` did not make."""
     if not stage.exists() and not stage.is_symlink():
         return
     if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not _is_unfinished(stage)):
-        raise DataError(f"{stage}: needed for unfinished work, but it exists already. Move it, or pass another --out.")
+        raise DataError(
+            f"{stage}: needed as the working folder, but it exists already. Move it, or pass another --out."
+        )
     shutil.rmtree(stage)
 
 
 def _is_unfinished(stage: Path) -> bool:
-    """Whether a call of `prepare` was interrupted here; a finished dataset may have the name of a stage."""
+    """Whether the folder is the stage of an interrupted call; a finished dataset may have such a name too."""
     return (stage / REQUEST_NAME).is_file() and ((stage / JOURNAL).is_dir() or not (stage / INDEX_NAME).exists())
 
 
@@ -128,7 +130,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DataError(f"{out} exists already. Pass --overwrite to replace it, or another --out.")
-    # --overwrite deletes, so it must not take a mistyped folder of other things
+    # --overwrite deletes the folder, which must not be some other folder given by mistake
     if not (out / INDEX_NAME).is_file():
         raise DataError(f"{out} is not a prepared dataset, so it is not replaced. Pass another --out.")
 

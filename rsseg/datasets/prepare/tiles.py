@@ -24,33 +24,33 @@ from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
 _FULL_BYTES = 100 << 20
-"""A disk with less free space is full, whatever GDAL says."""
+"""A disk with less free space counts as full, whatever error GDAL reports."""
 _LEVEL = 1
 """Zstandard level: a third of deflate's time at the same size on aerial images."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How images are cut into squares of `tile` pixels, `stride` apart."""
+    """Grid that cuts images into squares of `tile` pixels at a distance of `stride`."""
 
     tile: int
     stride: int
     step: int | None = None
-    """Distance between tiles where it differs from `stride`, which then only sets their number (as published for
+    """Distance between tiles if it differs from `stride`, which then only sets their number (as published for
     Potsdam)."""
     edge: Literal["move", "drop", "pad"] = "move"
-    """Remainder at the right and bottom edge: the last tile is moved in, the remainder is dropped, or the tile is
-    padded."""
+    """Remainder at the right and bottom edge: the last tile is shifted inwards, the remainder is dropped, or the tile
+    is padded."""
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """Windows row by row; `pad` lets them reach beyond the image, `move` keeps a small image whole."""
+        """Windows row by row; with `pad` they may extend beyond the image, with `move` a small image stays whole."""
         rows, cols = self._origins(height), self._origins(width)
         if self.edge == "move":
             return [Window(row, col, min(self.tile, height), min(self.tile, width)) for row in rows for col in cols]
         return [Window(row, col, self.tile, self.tile) for row in rows for col in cols]
 
     def resized(self, tile: int | None, stride: int | None) -> "Grid":
-        """The same kind of grid with another tile or stride; by default the stride keeps its share of the tile."""
+        """The grid with another tile or stride; by default the ratio of stride to tile stays the same."""
         tile = tile or self.tile
         step = None if self.step is None else max(self.step * tile // self.tile, 1)
         return Grid(tile, stride or max(self.stride * tile // self.tile, 1), step, self.edge)
@@ -64,14 +64,14 @@ class Grid:
 
 
 def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None = None) -> list[int]:
-    """Left edges of the tiles that fit whole; the remainder is dropped, as in the published scripts.
+    """Left edges of the complete tiles; the remainder is dropped, as in the published scripts.
 
     Args:
         length: side of the scene in pixels.
         tile: side of the tile in pixels.
         stride: sets the number of tiles.
         step: distance between tiles where it was published to differ from `stride` (ISPRS Potsdam: `tile`); tiles that
-            would leave the scene are moved in.
+            would leave the scene are shifted inwards.
     """
     if length < tile:
         return []
@@ -80,7 +80,7 @@ def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None 
 
 
 @dataclass(frozen=True)
-class Look:
+class TileMetadata:
     """Metadata that a tile inherits from its image."""
 
     crs: CRS | None
@@ -91,7 +91,7 @@ class Look:
     scales: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
     masked: bool = False
-    """Validity is written as a mask band."""
+    """Whether validity is written as a mask band."""
     colormap: tuple[tuple[int, tuple[int, int, int]], ...] = ()
 
     @classmethod
@@ -100,7 +100,7 @@ class Look:
         kept = range(info.count) if chosen is None else chosen
         known = info.band_names if names is None else names
         nodata = {str(value) for value in info.band_nodata}
-        # GeoTIFF has one nodata value for all bands, and one of a band that is left out still counts.
+        # GeoTIFF has one nodata value for all bands, so that of a dropped band still matters.
         by_mask = len(nodata) > 1 or (nodata != {"None"} and len(kept) < info.count)
         return cls(
             crs=info.crs,
@@ -123,7 +123,7 @@ class Look:
 
 
 def write_tile(
-    path: Path, pixels: NDArray[Any], window: Window, look: Look, valid: NDArray[np.bool_] | None = None
+    path: Path, pixels: NDArray[Any], window: Window, metadata: TileMetadata, valid: NDArray[np.bool_] | None = None
 ) -> None:
     """Write a tile, and its folder.
 
@@ -131,34 +131,34 @@ def write_tile(
         path: file to write.
         pixels: `(bands, h, w)`, stored values.
         window: position in the image.
-        look: metadata of the image.
+        metadata: metadata of the image.
         valid: bool `(h, w)`, written as a mask band if the image has one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     profile: dict[str, Any] = {
         "driver": "GTiff", "height": window.height, "width": window.width, "count": len(pixels), "dtype": pixels.dtype,
-        "nodata": look.nodata, "compress": "zstd", "zstd_level": _LEVEL, "interleave": "pixel",
+        "nodata": metadata.nodata, "compress": "zstd", "zstd_level": _LEVEL, "interleave": "pixel",
     }  # fmt: skip
-    if not look.colormap:
+    if not metadata.colormap:
         profile["predictor"] = 3 if pixels.dtype.kind == "f" else 2
-    if look.crs is not None or look.transform != Affine.identity():
+    if metadata.crs is not None or metadata.transform != Affine.identity():
         corner = rasterio.windows.Window(window.col, window.row, window.width, window.height)
-        profile |= {"crs": look.crs, "transform": rasterio.windows.transform(corner, look.transform)}
-    # an interrupted call may have left half a file, which GDAL would try to open
+        profile |= {"crs": metadata.crs, "transform": rasterio.windows.transform(corner, metadata.transform)}
+    # an interrupted call may have left an incomplete file, which GDAL would try to open
     path.unlink(missing_ok=True)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), writing(path), rasterio.open(path, "w", **profile) as file:
         # tags before pixels: otherwise the file's directory is written twice
-        if look.colormap:
-            file.write_colormap(1, dict(look.colormap))
+        if metadata.colormap:
+            file.write_colormap(1, dict(metadata.colormap))
         else:
-            # otherwise GDAL takes a fourth band for alpha
-            file.colorinterp = _colors(look.names)
-        for band, name in enumerate(look.names, start=1):
+            # otherwise GDAL interprets a fourth band as alpha
+            file.colorinterp = _colors(metadata.names)
+        for band, name in enumerate(metadata.names, start=1):
             file.set_band_description(band, name)
-        if look.scales and (set(look.scales) != {1.0} or set(look.offsets) != {0.0}):
-            file.scales, file.offsets = look.scales, look.offsets
+        if metadata.scales and (set(metadata.scales) != {1.0} or set(metadata.offsets) != {0.0}):
+            file.scales, file.offsets = metadata.scales, metadata.offsets
         file.write(pixels)
-        if valid is not None and look.masked:
+        if valid is not None and metadata.masked:
             file.write_mask(valid)
 
 
@@ -172,7 +172,7 @@ def copy_as_tiff(source: Path, target: Path) -> None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Raise errors of GDAL as `MachineError` if the disk is full, else as `DataError`."""
+    """Turn errors of GDAL into `MachineError` if the disk is full, else `DataError`."""
     try:
         yield
     except (RasterioError, CPLE_BaseError) as error:

@@ -1,6 +1,6 @@
-"""Copy the files of a dataset into the folder that is being prepared: whole, or cut into tiles.
+"""Copy the files of a dataset into the stage, whole or cut into tiles.
 
-Whole images are hard-linked where the disk allows it. Tiles are GeoTIFF with Zstandard, written row by row, so that
+Whole images are hard-linked if the disk allows it. Tiles are GeoTIFF with Zstandard, processed row by row, so that
 several threads share a large scene. Converted masks hold class indices, and 255 for ignored pixels.
 """
 
@@ -18,7 +18,7 @@ from rsseg.data.index import IndexItem, LabelMap
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
-from rsseg.datasets.prepare.tiles import Grid, Look, copy_as_tiff, write_tile
+from rsseg.datasets.prepare.tiles import Grid, TileMetadata, copy_as_tiff, write_tile
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
@@ -27,11 +27,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Transfer:
-    """How files are copied and converted.
+    """Settings for copying and converting files.
 
     grid        None keeps images whole
     labels      meaning of mask values or colours
-    bands       names of the files' bands; None takes the files' own
+    bands       names of the files' bands; None uses the files' own
     chosen      0-based bands to keep, in order; None keeps all
     stretch     scale each band of each image from its minimum and maximum to 8 bits
     threshold   mask colours are rounded to 0 or 255 at this value
@@ -54,12 +54,12 @@ class Transfer:
 
     @property
     def rewrites_images(self) -> bool:
-        """Whether images are written anew."""
+        """Whether images are rewritten."""
         return self.grid is not None or self.chosen is not None or self.stretch
 
     @property
     def converts_masks(self) -> bool:
-        """Whether masks are written anew, as class indices."""
+        """Whether masks are rewritten as class indices."""
         return self.colored or self.first_mask_band or self.rewrites_images
 
     def label_map(self, given: LabelMap) -> LabelMap:
@@ -112,7 +112,7 @@ def transfer(
 
 
 def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_Part]:
-    """A row of tiles each where files allow random access, else the whole image: PNG and JPEG are read from the top."""
+    """One part per row of tiles if files allow random access, else one for the image: PNG and JPEG are sequential."""
     if how.grid is None:
         return [_Part(item, None)]
     with _open(item, files, how) as raster:
@@ -153,7 +153,7 @@ def _place(name: str, source: Path, opened: Callable[[Path], Raster], stage: Pat
     Args:
         name: path below `stage`.
         source: file.
-        opened: opens it, which tells the files that belong to it.
+        opened: opens it, to list the files that belong to it.
         stage: folder to fill.
 
     Returns:
@@ -188,23 +188,23 @@ def _cut(
     tiles = []
     with _open(item, files, how) as raster:
         info = raster.info
-        # the stretch takes the range of the whole image, beyond the tiles too
+        # the stretch uses the range of the whole image, also outside the tiles
         inside = Window(0, 0, info.height, info.width) if how.stretch else _clip(area, info)
         pixels, valid = _stored(raster, inside, how)
         require_free_disk(stage, pixels.nbytes)
         labels = None if item.mask is None else _labels(item.mask, files, info, inside, how)
-        look = Look.of(info, how.bands, how.chosen)
-        look = look.stretched() if how.stretch else look
+        metadata = TileMetadata.of(info, how.bands, how.chosen)
+        metadata = metadata.stretched() if how.stretch else metadata
         for window in windows:
             cut = _slices(window, inside)
             if not valid[cut].any():
                 continue
             name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.grid is not None else f"{stem}.tif"
             data = _padded(valid[cut], window, False)
-            write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, look, data)
+            write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, metadata, data)
             if labels is not None:
                 indices = _padded(labels[cut][None], window, how.pad_label)
-                write_tile(stage / "masks" / name, indices, window, look.for_masks(how.classes))
+                write_tile(stage / "masks" / name, indices, window, metadata.for_masks(how.classes))
             update = {
                 "image": f"images/{name}",
                 "mask": None if labels is None else f"masks/{name}",
@@ -246,7 +246,7 @@ def _convert_mask(item: IndexItem, files: Mapping[str, Path], target: Path, how:
         info = raster.info
     whole = Window(0, 0, info.height, info.width)
     indices = _labels(item.mask or "", files, info, whole, how)
-    write_tile(target, indices[None], whole, Look.of(info, None).for_masks(how.classes))
+    write_tile(target, indices[None], whole, TileMetadata.of(info, None).for_masks(how.classes))
 
 
 def _open(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> Raster:

@@ -18,7 +18,7 @@ from rsseg.methods.dasegnet.recipe import AdversarialConfig, GanLoss
 class Alignment:
     """Features (B, C, h, w) of one student.
 
-    own       of images of the domain whose style the student learns; `other`: of the other domain
+    own       features of images of the domain whose style the student learns; `other`: of the other domain
     own_size  (H, W) of these images; `other_size` likewise
     """
 
@@ -38,7 +38,7 @@ class AdversarialTerms:
 
 
 def adversarial_terms(discriminator: nn.Module, alignment: Alignment, config: AdversarialConfig) -> AdversarialTerms:
-    """Losses by which the student aligns the other domain's features with its own, against the discriminator."""
+    """Losses of the student, which aligns the other domain's features with its own, and of the discriminator."""
     own, other = spatial_softmax(alignment.own.detach()), spatial_softmax(alignment.other)
     fooled = upsampled(without_param_grad(discriminator, other), alignment.other_size)
     if own.shape[1:] == other.shape[1:]:
@@ -75,10 +75,10 @@ def gan_loss(
         logits: float, any shape.
         real: whether the output should say "real".
         loss: see `AdversarialConfig`.
-        for_discriminator: `hinge` differs between the discriminator and the network that has to fool it; the latter
-            only raises the output, whatever `real` says.
+        for_discriminator: `hinge` differs between the discriminator and the network that must fool it; the latter only
+            raises the output, regardless of `real`.
         real_value: target of real outputs for `vanilla`, `lsgan` and `l1`.
-        fake_value: target of the others.
+        fake_value: target of fake outputs.
 
     Returns:
         Scalar, float32.

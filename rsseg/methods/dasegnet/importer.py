@@ -92,12 +92,14 @@ def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, outpu
     segmenter = build_segmenter(recipe, task)
     unread = unread_neck_levels(tensors, segmenter.state_dict())
     read = {name: value for name, value in tensors.items() if name not in unread}
-    student = recipe.model_copy(update={"ship": "student"})  # the average in the file is a teacher that does not ship
+    student = recipe.model_copy(
+        update={"ship": "student"}
+    )  # the average in the file is the teacher, which does not ship
     return write_imported(source, read, segmenter, student, output=output)
 
 
 def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:
-    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two); the authors store all levels."""
+    """Neck tensors of levels that the decoders do not read (DeepLabV3+ reads two), which the authors' files have."""
 
     def level(name: str) -> str | None:
         found = re.match(r"neck\.levels\.\d+\.", name)
@@ -108,7 +110,7 @@ def unread_neck_levels(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts under our names, dropping nothing.
+    """Split an authors' state dict into our parts under our names, without dropping tensors.
 
     Raises:
         WeightsError: a name that does not belong to ST-DASegNet.

@@ -36,7 +36,7 @@ class Logits:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PseudoLabeledView:
     """A view of the target images for self-training: the students' logits and the pseudo-labels."""
 
     name: str
@@ -52,7 +52,7 @@ class Passes:
     source: Styles
     logits: Logits
     target: Styles | None = None
-    lessons: tuple[Lesson, ...] = ()
+    pseudo_views: tuple[PseudoLabeledView, ...] = ()
 
 
 class DASegNetMethod(Method):
@@ -74,14 +74,14 @@ class DASegNetMethod(Method):
         class_weights: tuple[Tensor | None, Tensor | None],
         streams: Sequence[StreamSpec],
     ) -> None:
-        """Take the parts; the recipe gives loss weights and options.
+        """Store the parts; loss weights and options come from the recipe.
 
         Args:
-            recipe: asks for adversarial training or self-training only if their parts are given.
-            segmenter: what is trained and shipped.
-            discriminators: of source style and target style; None without adversarial training.
-            teacher: labels target images; None without self-training.
-            class_weights: float (K,) of the cross-entropies of the source and the target decoder; None: all equal.
+            recipe: has adversarial training or self-training only if their parts are given.
+            segmenter: the network that is trained and shipped.
+            discriminators: for source style and target style; None without adversarial training.
+                teacher: labels target images; None without self-training.
+                class_weights: float (K,) for the cross-entropies of the source and the target decoder; None: all equal.
             streams: source, and target unless the run is source-only.
         """
         super().__init__()
@@ -106,8 +106,8 @@ class DASegNetMethod(Method):
         else:
             view, target_view = self.segmenter.styles(source.images, target.images)
         logits = self._decode(view)
-        lessons = () if target is None else self._lessons(source, target, target_view)
-        return Passes(view, logits, target_view, lessons)
+        pseudo_views = () if target is None else self._pseudo_labeled_views(source, target, target_view)
+        return Passes(view, logits, target_view, pseudo_views)
 
     def losses_of(self, passes: Passes, batch: Batch) -> StepOutput:
         """Weighted losses of a step. Logs: unweighted cross-entropies per decoder, losses of the discriminators, and
@@ -115,15 +115,15 @@ class DASegNetMethod(Method):
         """
         source, target = batch["source"], batch.get("target")
         if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must ask for them")
+            raise ValueError("the source stream has no masks; its StreamSpec must require them")
         seg = self._label_losses(passes.logits, source.masks)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
-        for lesson in passes.lessons:
-            taught = self._cross_entropies(lesson.logits, lesson.pseudo)
-            losses[lesson.name] = lesson.weight * (taught[0] + taught[1])
-            logs |= {f"{lesson.name}_source": taught[0].detach(), f"{lesson.name}_target": taught[1].detach()}
-            logs["pseudo_ratio"] = lesson.pseudo.ratio
+        for view in passes.pseudo_views:
+            taught = self._cross_entropies(view.logits, view.pseudo)
+            losses[view.name] = view.weight * (taught[0] + taught[1])
+            logs |= {f"{view.name}_source": taught[0].detach(), f"{view.name}_target": taught[1].detach()}
+            logs["pseudo_ratio"] = view.pseudo.ratio
         if target is not None and passes.target is not None and self.recipe.adversarial is not None:
             sizes = (source.images.shape[-2:], target.images.shape[-2:])
             alignments = (
@@ -164,8 +164,10 @@ class DASegNetMethod(Method):
         if self.teacher is not None:
             self.teacher.update(self.segmenter, step)
 
-    def _lessons(self, source: Samples, target: Samples, view: Styles | None) -> tuple[Lesson, ...]:
-        """Lessons from target images; `view` holds the students' maps of the unchanged images, if they were run."""
+    def _pseudo_labeled_views(
+        self, source: Samples, target: Samples, view: Styles | None
+    ) -> tuple[PseudoLabeledView, ...]:
+        """Pseudo-labeled views of target images; `view`: the students' maps of the unchanged images, if available."""
         config = self.recipe.self_training
         if config is None or self.teacher is None:
             return ()
@@ -174,16 +176,18 @@ class DASegNetMethod(Method):
         logits = self.teacher(self.segmenter, target.images, view)
         pseudo = pseudo_labels(logits, target.images.shape[-2:], target.valid, config)
         if same is not None:
-            lessons = [Lesson("pseudo", config.weight, same, pseudo)]
+            pseudo_views = [PseudoLabeledView("pseudo", config.weight, same, pseudo)]
         else:
-            images, mixed = _harder(source, target, pseudo, config)
-            lessons = [Lesson("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed)]
+            images, mixed = _strong_view(source, target, pseudo, config)
+            pseudo_views = [
+                PseudoLabeledView("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed)
+            ]
         if config.masked is not None:
             masked = config.masked
             images = hide_patches(target.images, self.segmenter.fill, patch=masked.patch, ratio=masked.ratio)
             seen = self._decode(*self.segmenter.styles(images))
-            lessons.append(Lesson("masked", config.weight * masked.weight, seen, pseudo))
-        return tuple(lessons)
+            pseudo_views.append(PseudoLabeledView("masked", config.weight * masked.weight, seen, pseudo))
+        return tuple(pseudo_views)
 
     def _discriminators(self) -> Sequence[tuple[str, PatchDiscriminator]]:
         """Style -> discriminator; none without adversarial training."""
@@ -196,7 +200,7 @@ class DASegNetMethod(Method):
         )
 
     def _label_losses(self, logits: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of both decoders, source style first."""
+        """Losses of both decoders on labels, source style first."""
         divisor = self.recipe.loss_divisor
         return (
             self.label_loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor),
@@ -204,7 +208,7 @@ class DASegNetMethod(Method):
         )
 
     def _cross_entropies(self, logits: Logits, pseudo: PseudoLabels) -> tuple[Tensor, Tensor]:
-        """Of both decoders and pseudo-labels, source style first."""
+        """Losses of both decoders on pseudo-labels, source style first."""
         source, target = (
             cross_entropy(
                 maps,
@@ -230,7 +234,7 @@ def split_norms(
     for backbone in backbones:
         for name, module in backbone.named_modules():
             match rule:
-                case "names_with_norm":  # the published code names the last norm of a stage otherwise
+                case "names_with_norm":  # the published code gives the last norm of a stage another name
                     free = isinstance(module, nn.LayerNorm) and re.search(r"stages\.\d+\.norm$", name) is None
                 case "norms":
                     free = isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
@@ -241,10 +245,10 @@ def split_norms(
     return decayed, exempt
 
 
-def _harder(
+def _strong_view(
     source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
 ) -> tuple[Tensor, PseudoLabels]:
-    """Target images (B, C, H, W) in a strong view, with pasted source classes, and the matching labels."""
+    """Strong view of target images (B, C, H, W), with pasted source classes, and the matching labels."""
     images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
     if not config.class_mix or source.masks is None:
         return images, pseudo

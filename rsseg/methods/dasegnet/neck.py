@@ -55,7 +55,7 @@ class UniversalExtraction(nn.Module):
         size = source.shape[-2:]
         common = F.relu(self.common((source + target) / 2)).flatten(2).transpose(1, 2)
         rows = (source.flatten(2), target.flatten(2))
-        # energies reach the hundreds and the soft minimum is nearly a step: half precision selects other channels
+        # energies reach the hundreds, where the soft minimum is almost hard: half precision would select other channels
         with torch.autocast(source.device.type, enabled=False):
             scale = 1.0 if self.energies == "sum" else 1.0 / common.shape[1]
             source_energy, target_energy = (scale * torch.bmm(row.float(), common.float()) for row in rows)
@@ -107,7 +107,7 @@ class DisentangledNeck(nn.Module):
         energies: Literal["sum", "mean"] = "sum",
         used: Sequence[int] | None = None,
     ) -> None:
-        """Make the levels.
+        """Build the levels.
 
         Args:
             in_channels: of each level.

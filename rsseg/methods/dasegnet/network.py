@@ -41,11 +41,11 @@ class DASegNet(Segmenter):
         tile: TileHint,
         side_by_side: bool = False,
     ) -> None:
-        """Take the parts, source style first.
+        """Store the parts, source style first.
 
         Args:
             task: classes and bands.
-            backbones: of the same architecture.
+                backbones: two backbones of the same architecture.
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.

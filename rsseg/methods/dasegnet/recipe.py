@@ -1,4 +1,4 @@
-"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults follow the published code, including its quirks."""
+"""Recipe of ST-DASegNet (arXiv 2301.05526). Defaults follow the published code, not the paper."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -55,7 +55,7 @@ class AdversarialConfig(Strict):
     base_channels: Width = 64
     weight_on_discriminators: bool = True
     """Published: `weight` also multiplies the discriminators' own losses, contrary to the published code's
-    documentation; with Adam it hardly matters."""
+    documentation; with Adam the effect is small."""
 
 
 class TeacherConfig(Strict):
@@ -146,7 +146,7 @@ class DASegNetRecipe(BaseRecipe):
     loss_divisor: Literal["all", "valid"] = "all"
     """Divisor of the cross-entropy: all pixels, unlabeled ones included (published), or the labeled ones."""
     head_lr_scale: Positive = 1.0
-    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations ask for 10 with
+    """Learning rate of the decoders, as a multiple of the optimizer's. The published configurations set 10 with
     SegFormer but never apply it; with DeepLabV3+ 2 is applied."""
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that

@@ -58,14 +58,14 @@ def pseudo_labels(
         weighted = ratio * _constant(tuple(by_class), logits.device)[labels]
         sure = probability >= config.rare_confidence
         if in_place:
-            sure &= weighted != 0  # published: a weight of 0 is treated as that of an unsure pixel
+            sure &= weighted != 0  # published: weight 0 is replaced by that of a pixel below `rare_confidence`
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
     return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 
 @functools.lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The values on a device; copied there only once, as each copy synchronizes with the host."""
+    """The values on a device, cached because each copy synchronizes with the host."""
     return torch.tensor(values, device=device)
 
 
@@ -98,10 +98,10 @@ AVERAGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 class Teacher(nn.Module):
-    """Averaged parts of the student and the rule of their updates."""
+    """Averaged parts of the student and their update rule."""
 
     def __init__(self, config: TeacherConfig, student: DASegNet, fresh: Callable[[str], nn.Module]) -> None:
-        """Start the averages.
+        """Initialize the averages.
 
         Args:
             config: see `TeacherConfig`.

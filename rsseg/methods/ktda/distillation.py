@@ -64,7 +64,7 @@ class Distillation(nn.Module):
 
 
 class TaskTeacher(nn.Module):
-    """A frozen network that has learnt the task, and the loss that pulls the student's probabilities to its own."""
+    """A frozen network trained on the task, and the divergence of the student's probabilities from its own."""
 
     def __init__(self, segmenter: Segmenter, settings: TaskTeacherConfig) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ class TaskTeacher(nn.Module):
 
         Args:
             student: float logits (B, K, H, W); gradients flow.
-            images: float (B, C, H, W) that the teacher sees.
-            valid: bool (B, H, W), False on pixels that do not count.
+            images: float (B, C, H, W), input of the teacher.
+                valid: bool (B, H, W), False for pixels to exclude.
         """
         return self.settings.weight * probability_loss(student, self.logits(images), valid, self.settings.temperature)
 
@@ -106,7 +106,7 @@ def probability_loss(student: Tensor, teacher: Tensor, valid: Tensor, temperatur
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], settings: DistillationConfig) -> Tensor:
-    """Mean over levels of alpha * KL + (1 - alpha) * mean squared error, or of the cosine distance; without `weight`.
+    """Mean over levels of alpha * KL + (1 - alpha) * mean squared error, or of the cosine distance, without `weight`.
 
     Args:
         student: float (B, C, H, W) per level; gradients flow.

@@ -62,12 +62,12 @@ def import_checkpoint(source: Path, recipe: KTDARecipe, task: Task, *, output: P
         tensors = rename_tensors(state).segmenter
     check_classes(tensors, "decoder.classifier.conv.weight", task, source)
     _check_modulation(tensors, recipe, source)
-    student = recipe.model_copy(update={"ship": "student"})  # the authors keep no average
+    student = recipe.model_copy(update={"ship": "student"})  # the authors' files contain no average
     return write_imported(source, tensors, build_segmenter(recipe, task), student, output=output)
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> AuthorsTensors:
-    """Sort an authors' state dict into our parts under our names, dropping nothing.
+    """Split an authors' state dict into our parts under our names, without dropping tensors.
 
     Raises:
         WeightsError: a name that does not belong to KTDA's networks.
@@ -92,7 +92,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tens
 
 
 def _check_modulation(tensors: Mapping[str, Tensor], recipe: KTDARecipe, source: Path) -> None:
-    """Raise if the FMM differs from the recipe's, naming the setting; strict loading would name only tensors."""
+    """Raise if the FMM differs from the recipe's, and name the setting; strict loading would only name tensors."""
     found, stated = _fmm_of(tensors), (recipe.fmm.type, recipe.fmm.depth) if recipe.fmm else None
     if found != stated:
         wanted = f"fmm: {{type: {found[0]}, depth: {found[1]}}}" if found else "fmm: null"

@@ -48,7 +48,7 @@ class KTDAMethod(Method):
         side: FeatureAlignment | None = None,
         task_teacher: TaskTeacher | None = None,
     ) -> None:
-        """Join the parts; `side` aligns the student's levels for the distillation where the network has no FAM."""
+        """Store the parts; `side` aligns the student's levels for the distillation if the network has no FAM."""
         super().__init__()
         self.recipe, self.segmenter = recipe, segmenter
         self.aux_heads = nn.ModuleList(aux_heads)
@@ -88,11 +88,11 @@ class KTDAMethod(Method):
         return StepOutput(losses, logs)
 
     def _taught_unlabeled(self, samples: Samples) -> Tensor:
-        """The student's strong view against what the teacher makes of the crop. Batch norms keep the statistics of the
-        labeled crops: strong views look like nothing that the network will have to predict.
+        """Divergence between the student on the strong view and the teacher on the crop. Batch norms record statistics
+        of labeled crops only, as strong views do not resemble the images of prediction.
         """
         assert self.task_teacher is not None  # for the type checker
-        assert samples.strong is not None  # the stream asks for it
+        assert samples.strong is not None  # the stream's spec requires it
         with unrecorded_statistics(self.segmenter):
             logits = self.segmenter(samples.strong[:, 0])
         return self.task_teacher.loss(logits, samples.images, samples.valid)
@@ -184,7 +184,7 @@ def _check_task(model: Path, theirs: Task, ours: Task) -> None:
         if a != b:
             raise RecipeError(
                 f"task_teacher.model: {model} has the {what} {_shown(a)}, {ours.name} has {_shown(b)}. "
-                "Give a model that was trained on this dataset, in this order of classes and bands."
+                "Give a model trained on this dataset, with the same order of classes and bands."
             )
 
 

@@ -1,4 +1,4 @@
-"""The network of KTDA that ships: student, FAM, neck, FMM and decoder."""
+"""The network that ships: student, FAM, neck, FMM and decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class KTDASegmenter(Segmenter):
         return [fused(levels)] if self.fuse else levels
 
     def to_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Resize logits of any resolution in the way the decoder does."""
+        """Resize logits of any resolution as the decoder does."""
         return resize_logits(logits, size, align_corners=self.decoder.align_corners)
 
 
@@ -115,7 +115,7 @@ def teacher_info(config: BackboneConfig | None, task: Task) -> BackboneInfo | No
 def assemble_segmenter(
     recipe: KTDARecipe, task: Task, student: Backbone, teacher: BackboneInfo | None
 ) -> KTDASegmenter:
-    """Build everything after a given student as the recipe says; see `build_segmenter`."""
+    """Build all parts after a given student according to the recipe; see `build_segmenter`."""
     widths: Sequence[int] = student.info.channels
     fam = neck = fmm = None
     if recipe.fam and not recipe.side:
@@ -149,7 +149,7 @@ def make_fam(config: FamConfig, student: BackboneInfo, teacher: BackboneInfo | N
     """FAM from a student's levels to a teacher's maps; without a teacher `config` gives width and grid.
 
     Raises:
-        RecipeError: the teacher's maps are not what the student can be aligned to.
+        RecipeError: the student cannot be aligned to the teacher's maps.
     """
     targets = _target_widths(config, len(student.channels), teacher)
     grid = None if config.grid == "auto" else config.grid
@@ -186,7 +186,7 @@ def _fmm_stack(config: FmmConfig, width: int) -> list[nn.Module]:
             raise RecipeError(f"fmm.rank_dim: {config.rank_dim} is more than the {width} channels. Give a smaller one.")
         return [BottleneckMlp(width, rank_dim=config.rank_dim) for _ in range(config.depth)]
     if width % config.heads:
-        raise RecipeError(f"fmm.heads: {width} channels are not divisible by {config.heads} heads. Change it.")
+        raise RecipeError(f"fmm.heads: {width} channels are not divisible by {config.heads} heads. Change fmm.heads.")
     return [TransformerBlock(width, heads=config.heads, norm_eps=config.norm_eps) for _ in range(config.depth)]
 
 

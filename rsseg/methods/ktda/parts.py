@@ -19,13 +19,13 @@ class FeatureAlignment(nn.Module):
     def __init__(
         self, in_channels: Sequence[int], out_channels: Sequence[int], *, grid: int | None, patch: int = 14
     ) -> None:
-        """Make one projection per level.
+        """Build one projection per level.
 
         Args:
             in_channels: per student level.
             out_channels: per teacher map.
-            grid: side of the square grid for images of any shape (published); None makes one cell per started patch of
-                the image.
+            grid: side of the square grid for images of any shape (published); None: one cell per started patch of
+                    the image.
             patch: the teacher's patch size in pixels; used only without `grid`.
         """
         super().__init__()
@@ -53,7 +53,7 @@ class MultiLevelNeck(nn.Module):
         scales: Sequence[float],
         sampling: Literal["factor", "ratio"] = "factor",
     ) -> None:
-        """Make the convolutions.
+        """Build the convolutions.
 
         Args:
             in_channels: per input map: one, or as many as `scales`.

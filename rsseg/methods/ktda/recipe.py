@@ -21,8 +21,9 @@ class FamConfig(Strict):
     width: Width | None = None
     """Channels of every level; None uses the teacher's."""
     path: Literal["main", "side"] = "main"
-    """`main` (published): the decoder sees FAM's outputs, so everything passes the teacher's coarse grid. `side`: the
-    decoder sees the student's own levels, fine ones included; FAM only serves the distillation and does not ship."""
+    """`main` (published): the decoder reads FAM's outputs, so all features pass through the teacher's coarse grid.
+    `side`: the decoder reads the student's own levels, including fine ones; FAM is used for the distillation only and
+    does not ship."""
 
 
 class NeckConfig(Strict):
@@ -67,7 +68,7 @@ class DecoderConfig(Strict):
     """`upernet` only: sides of the pooled grids in cells."""
     dropout: Probability = 0.1
     align_corners: bool = False
-    """Of every bilinear resize, including the one to the image's size; for checkpoints of code bases that set it."""
+    """For every bilinear resize, including the one to the image's size; for checkpoints of code bases that set it."""
 
 
 class AuxConfig(Strict):
@@ -115,22 +116,22 @@ class DistillationConfig(Strict):
 
 
 class TaskTeacherConfig(Strict):
-    """A second teacher, which has learnt the task first: a trained model, as a rule a large network, tuned plainly.
+    """A second teacher: a model trained on the task before, usually a large network with supervised fine-tuning.
 
-    A foundation model's features say nothing of the classes. A tuned one tells the student for every pixel how likely
-    each class is, on images without labels too, so that the student can come near it at a fraction of its cost.
+    A foundation model's features do not contain class probabilities. A fine-tuned teacher gives the student the
+    probability of every class per pixel, also on images without labels.
     """
 
     model: Path
     """Model file or run folder of any method, for the same classes, bands and scaling."""
     weight: Positive = 1.0
-    """Of the divergence from the teacher's class probabilities, mean over pixels with data, beside the labels' loss."""
+    """Weight of the divergence from the teacher's class probabilities (mean over valid pixels), added to the loss."""
     temperature: Positive = 2.0
-    """Of both softmaxes; the divergence counts its square times. Above 1, what the teacher thinks of the unlikely
-    classes weighs more."""
+    """Temperature of both softmaxes; the divergence is multiplied by its square. Values above 1 give more weight to
+    unlikely classes."""
     unlabeled: bool = False
-    """Learn from it on the stream `unlabeled` too. The teacher sees the crop, the student a strong view of it
-    (`data.strong`, colours only), which keeps the student from merely copying the teacher's edges and errors."""
+    """Also use the teacher on the stream `unlabeled`. The teacher gets the crop, the student a strong view of it
+    (`data.strong`, colours only), so that the student does not just copy the teacher's errors."""
 
 
 class KTDARecipe(BaseRecipe):
@@ -143,9 +144,9 @@ class KTDARecipe(BaseRecipe):
     method: Literal["ktda"]
     student: TrainedBackbone
     teacher: BackboneConfig | None = None
-    """None trains without distillation of features, unless `task_teacher` and `fam` ask for it."""
+    """None trains without distillation of features, unless `task_teacher` and `fam` are given."""
     task_teacher: TaskTeacherConfig | None = None
-    """Without `teacher`, `fam.path: side` pulls FAM's outputs to the maps of this one's backbone."""
+    """Without `teacher`, `fam.path: side` distils the maps of this model's backbone."""
     teacher_input: Literal["own", "student_normalized"] = "own"
     """Normalize the teacher's images with its own statistics or with the student's (published; identical for networks
     with ImageNet statistics)."""
@@ -175,7 +176,7 @@ class KTDARecipe(BaseRecipe):
 
     @property
     def side(self) -> bool:
-        """Whether FAM stands beside the decoder's path."""
+        """Whether FAM is only a side branch for the distillation."""
         return self.fam is not None and self.fam.path == "side"
 
     @model_validator(mode="after")
@@ -186,11 +187,11 @@ class KTDARecipe(BaseRecipe):
             raise ValueError("fam: 'teacher' and 'fuse' need feature alignment, 'fam: {}' takes its defaults")
         if self.side and (self.neck or self.fmm or self.fuse):
             raise ValueError(
-                "fam.path: side hands the student's own levels to the decoder; neck, fmm and fuse belong to FAM's "
+                "fam.path: side gives the student's own levels to the decoder; neck, fmm and fuse belong to FAM's "
                 "outputs: leave them out, or set fam.path: main"
             )
         if self.side and self.teacher is None and self.task_teacher is None:
-            raise ValueError("fam.path: side only serves the distillation; name a teacher or task_teacher")
+            raise ValueError("fam.path: side is for distillation only; give a teacher or task_teacher")
         if self.fam and not self.side and self.teacher is None and (self.fam.width is None or self.fam.grid == "auto"):
             raise ValueError("fam: without a teacher give 'width' and 'grid' as numbers")
         batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)

@@ -50,7 +50,7 @@ def cutmix(x: Tensor, mix: Tensor) -> Tensor:
 def pseudo_label_loss(
     logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
 ) -> Tensor:
-    """Cross-entropy summed over confident valid pixels, divided as `divisor` says.
+    """Cross-entropy summed over confident valid pixels, divided according to `divisor`.
 
     Args:
         logits: float (B, K, H, W) of the view that `pseudo` was mixed for.

@@ -94,12 +94,12 @@ class MTDFMethod(Method):
     """The student, its average, which makes the pseudo-labels, and its teachers."""
 
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
-        """Join the parts.
+        """Store the parts.
 
         Args:
             student: the network that ships, with one translator per teacher.
             teachers: by translator name; empty without distillation.
-            settings: see `Settings`.
+            settings: options of the method.
         """
         super().__init__()
         self.student = student
@@ -114,8 +114,8 @@ class MTDFMethod(Method):
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
 
-        The average labels the weak view of the unlabeled crops; the student learns these labels on the strong CutMix
-        views. Teachers receive the same images as the student: labeled crops and strong views.
+        The average labels the weak view of the unlabeled crops; the student is trained with these labels on the strong
+        CutMix views. Teachers receive the same images as the student: labeled crops and strong views.
         """
         s, x = self.settings, batch["labeled"]
         weak: PseudoLabels | None = None
@@ -184,7 +184,7 @@ class MTDFMethod(Method):
         return StudentOutput(torch.cat([weak.logits, strong.logits]), translated)
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
-        """Factors (B, D) for the channels of all maps: each of the two strong views keeps another half."""
+        """Factors (B, D) for the channels of all maps: the two strong views keep complementary halves."""
         if not self.settings.complementary_dropout:
             return None
         channels = self.student.backbone.info.channels[-1]
@@ -195,7 +195,7 @@ class MTDFMethod(Method):
         """Teacher name -> weighted error of the student's prediction of its map."""
         errors = {}
         for name, teacher in self.teachers.items():
-            assert isinstance(teacher, Teacher)  # ModuleDict forgets the type of its values
+            assert isinstance(teacher, Teacher)  # ModuleDict does not know the type of its values
             errors[name] = teacher.loss_weight * teacher.loss(translated[name], teacher(images, self.student.backbone))
         return errors
 
@@ -207,7 +207,7 @@ def ema_ratio(step: int, largest: float) -> float:
 
 def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[PseudoLabels]]:
     """CutMix images and their labels, per strong view."""
-    assert u.strong is not None  # the stream asks for both
+    assert u.strong is not None  # the stream's spec requires both
     assert u.mix is not None
     boxes = u.mix.unbind(dim=1)
     views = [cutmix(strong, mix) for strong, mix in zip(u.strong.unbind(dim=1), boxes, strict=True)]
@@ -215,7 +215,7 @@ def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[Ps
 
 
 def _labels(x: Samples) -> Tensor:
-    assert x.masks is not None  # the stream asks for them
+    assert x.masks is not None  # the stream's spec requires them
     return x.masks
 
 

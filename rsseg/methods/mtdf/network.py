@@ -120,7 +120,7 @@ class MTDFSegmenter(Segmenter):
         fill: Sequence[float] | None = None,
         tile: int = 518,
     ) -> None:
-        """Join the parts.
+        """Store the parts.
 
         Args:
             backbone: four maps; the last one is translated and fused.
@@ -196,7 +196,7 @@ class MTDFSegmenter(Segmenter):
                 features[name] = resize(last, (grid, grid), align_corners=True)
             else:
                 if size not in passes:
-                    # both passes share batch norm statistics at prediction; only full images are recorded
+                    # both passes use the same batch-norm statistics at prediction; only full images are recorded
                     with unrecorded_statistics(self.backbone):
                         passes[size] = self.backbone(resize(images, (size, size), align_corners=True))[-1]
                 features[name] = passes[size]

@@ -15,7 +15,7 @@ class TeacherConfig(Strict):
     """One frozen teacher, whose last map the student learns to predict."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
-    """Names the translator in the model file and the loss in the log."""
+    """Name of the translator in the model file and of the loss in the log."""
     backbone: BackboneConfig
     """Its last returned map is the target. `dtype: bfloat16` halves its memory."""
     input_size: Side | None = None
@@ -50,11 +50,11 @@ class MTDFRecipe(BaseRecipe):
     decoder_features: Width = 64
     """Channels of the DPT head's fusion path (ViT-S; B: 128, L: 256)."""
     teachers: Annotated[tuple[TeacherConfig, ...], Field(max_length=64)] = ()
-    """Any number; without any this is FixMatch."""
+    """Any number of teachers; without teachers this is FixMatch."""
     only_teachers: tuple[str, ...] | None = None
     """Names of the teachers to keep, for ablations with `--set`; None keeps all, [] none."""
     start_from: Path | None = None
-    """Model file or run folder of the same network, such as an imported one, that the student is initialized from;
+    """Model file or run folder of the same network, such as an imported one, that initializes the student;
     `student_pass` may differ."""
     translator_width: Width = 1024
     """Hidden width of each feature translator."""
@@ -65,7 +65,7 @@ class MTDFRecipe(BaseRecipe):
     unlabeled: bool = True
     """Train on pseudo-labels of unlabeled images; False never reads them (supervised baseline)."""
     confidence: Probability = 0.95
-    """Least probability of a pseudo-label that counts."""
+    """Minimum probability of a pseudo-label that is used."""
     loss_divisor: Literal["valid", "confident"] = "valid"
     """Divisor of the pseudo-label loss, a sum over confident pixels: all pixels with data (published), or the confident
     ones."""
@@ -76,8 +76,8 @@ class MTDFRecipe(BaseRecipe):
     complementary_dropout: bool = False
     """UniMatch V2: drop half of the channels in one strong view and the other half in the other."""
     ema_decay: Probability = 0.996
-    """Upper bound of the decay of the moving average that makes the pseudo-labels, and ships with `ship: average`;
-    update k decays by min(1 - 1/(k + 1), this)."""
+    """Upper bound of the decay of the moving average, which makes the pseudo-labels and ships with `ship: average`;
+    update k has the decay min(1 - 1/(k + 1), this)."""
     labeled_weight: Weight | None = None
     """Weight of the supervised loss; None, here and below, means 1 / number of losses in use (published)."""
     pseudo_weight: Weight | None = None

@@ -36,12 +36,12 @@ class SupervisedMethod(Method):
         layer_decay: float = 1.0,
         weight_decay_exempt: Literal["norms_and_biases", "none"] = "norms_and_biases",
     ) -> None:
-        """Split the network into what trains and what does not.
+        """Split the network into trained and frozen parts.
 
         Args:
             segmenter: the whole network.
-            adapters: low-rank additions to its backbone, which itself stays.
-            frozen: the backbone stays, without additions.
+            adapters: low-rank adapters of its backbone, which itself is frozen.
+            frozen: freeze the backbone, without adapters.
             head_lr_scale, layer_decay, weight_decay_exempt: see `SupervisedRecipe`.
         """
         super().__init__()
@@ -49,8 +49,8 @@ class SupervisedMethod(Method):
         self.adapters = adapters
         self.backbone = None if frozen or adapters is not None else segmenter.backbone
         self.frozen = None if self.backbone is not None else Frozen(segmenter.backbone)
-        # What ships shares the decoder, and the backbone unless that is changed by additions: then it has a copy, into
-        # which they are merged. The network is held outside the tree of modules, or all would be saved twice.
+        # The shipped network shares the decoder, and the backbone unless there are adapters: then it has a copy, into
+        # which they are merged. It is no submodule, so that its tensors are not saved twice.
         merged = None if adapters is None else segmenter.with_backbone(copy.deepcopy(segmenter.backbone))
         self._shipped = (merged or segmenter,)
         self.head_lr_scale, self.layer_decay = head_lr_scale, layer_decay
@@ -66,7 +66,7 @@ class SupervisedMethod(Method):
         return StepOutput({"seg": self.label_loss(logits, masks)}, {"acc": pixel_accuracy(logits, masks)})
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """One optimizer, `main`; groups by rate and weight decay."""
+        """One optimizer, `main`; groups by learning rate and weight decay."""
         groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
         for parameter, rate in self._rates():
             exempt = self.weight_decay_exempt == "norms_and_biases" and parameter.ndim <= 1
@@ -74,7 +74,7 @@ class SupervisedMethod(Method):
         return {"main": [ParamGroup(params, rate, decay) for (rate, decay), params in groups.items()]}
 
     def deployable(self) -> Segmenter:
-        """The plain network; additions are merged into its weights as they are now."""
+        """The network without adapters; their current values are merged into its weights."""
         shipped = self._shipped[0]
         if self.adapters is not None and self.frozen is not None:
             self.adapters.merge(self.frozen.module, into=shipped.backbone)
@@ -90,7 +90,7 @@ class SupervisedMethod(Method):
             return cast(tuple[Tensor, ...], frozen.module(images))
 
     def _rates(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """Every trainable parameter with its multiple of the optimizer's rate."""
+        """Every trainable parameter with its learning-rate factor."""
         if self.backbone is not None:
             depths = self.backbone.parameters_by_depth()
             for depth, parameters in enumerate(depths):
@@ -108,18 +108,18 @@ class SupervisedMethod(Method):
 
 
 def build_method(recipe: SupervisedRecipe, task: Task) -> SupervisedMethod:
-    """The network with the backbone's weights that the recipe names, the decoder untrained.
+    """Build the network with the backbone weights that the recipe names and an untrained decoder.
 
     Raises:
         RecipeError: parts of the recipe do not fit together.
-        WeightsError: weights are missing, foreign or may not be fetched.
+        WeightsError: weights are missing or do not fit.
     """
     backbone = create_backbone(backbone_config(recipe), task)
     return assemble_method(recipe, assemble_segmenter(recipe, task, backbone))
 
 
 def assemble_method(recipe: SupervisedRecipe, segmenter: SupervisedSegmenter) -> SupervisedMethod:
-    """Adapters and rates as the recipe says, round a given network; see `build_method`."""
+    """Build adapters and learning rates of a recipe for a given network; see `build_method`."""
     adapters = None
     if recipe.tune == "lora":
         adapters = _adapters(recipe, segmenter.backbone)

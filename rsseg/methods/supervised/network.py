@@ -23,14 +23,14 @@ class SupervisedSegmenter(Segmenter):
     def __init__(
         self, task: Task, backbone: Backbone, decoder: nn.Module, *, align_corners: bool, crop_size: int
     ) -> None:
-        """Join the parts.
+        """Store the parts.
 
         Args:
             task: classes and bands.
             backbone: images to maps.
             decoder: maps to logits of any resolution.
             align_corners: of the resize to the image.
-            crop_size: side in pixels of the training crops, which a transformer's tiles keep.
+            crop_size: side of the training crops in pixels, also the tile size of a transformer.
         """
         info = backbone.info
         attends = info.kind == "vit"
@@ -48,7 +48,7 @@ class SupervisedSegmenter(Segmenter):
         return self(images) if self.align_corners else self.decoder(self.backbone(images))  # type: ignore[no-any-return]
 
     def with_backbone(self, backbone: Backbone) -> "SupervisedSegmenter":
-        """The same decoder, not a copy, on another backbone of this architecture."""
+        """A segmenter that shares this decoder, with another backbone of the same architecture."""
         return SupervisedSegmenter(
             self.task, backbone, self.decoder, align_corners=self.align_corners, crop_size=self.crop_size
         )
@@ -59,7 +59,7 @@ class SupervisedSegmenter(Segmenter):
 
 
 def build_segmenter(recipe: SupervisedRecipe, task: Task) -> SupervisedSegmenter:
-    """The network with untrained weights; opens no file.
+    """Build the network untrained, without opening a file.
 
     Raises:
         RecipeError: backbone and decoder do not fit together.
@@ -68,7 +68,7 @@ def build_segmenter(recipe: SupervisedRecipe, task: Task) -> SupervisedSegmenter
 
 
 def assemble_segmenter(recipe: SupervisedRecipe, task: Task, backbone: Backbone) -> SupervisedSegmenter:
-    """A decoder as the recipe says on a given backbone; see `build_segmenter`."""
+    """Build the decoder of a recipe on a given backbone; see `build_segmenter`."""
     config = recipe.decoder
     try:
         decoder = make_decoder(config, backbone.info, task.num_classes)
@@ -88,10 +88,10 @@ def assemble_segmenter(recipe: SupervisedRecipe, task: Task, backbone: Backbone)
 
 
 def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) -> nn.Module:
-    """A decoder with fresh weights: the backbone's maps -> logits (B, K, h, w).
+    """Build an untrained decoder: the backbone's maps -> logits (B, K, h, w).
 
     Raises:
-        ValueError: the maps are not what this decoder needs.
+        ValueError: the decoder cannot use these maps.
     """
     match config.type:
         case "segformer":

@@ -1,6 +1,4 @@
-"""Recipe of plain supervised training: one backbone, one decoder, labeled images. The arm that the other methods are
-compared with, and often the one to beat.
-"""
+"""Recipe of plain supervised training, the baseline of the other methods: one backbone, one decoder, labeled images."""
 
 from typing import Annotated, Literal, Self
 
@@ -13,21 +11,21 @@ LinearName = Annotated[str, Field(pattern=r"^\w+$")]
 
 
 class DecoderConfig(Strict):
-    """The segmentation head. Every type takes every backbone with the right number of maps.
+    """The segmentation head. Every type works with every backbone that has the right number of maps.
 
-    `upernet` and `deeplabv3plus` need maps of several resolutions: a vision transformer's maps, of a patch p, are first
-    brought to strides of p/4, p/2, p and 2p, or p/4 and p. `deeplabv3plus` asks the backbone for its first and last map
-    only.
+    `upernet` and `deeplabv3plus` need maps of several resolutions: a vision transformer's maps, with patch size p, are
+    first resampled to strides of p/4, p/2, p and 2p, or p/4 and p. `deeplabv3plus` reads the backbone's first and last
+    map only.
     """
 
     type: Literal["segformer", "upernet", "dpt", "deeplabv3plus", "linear"] = "segformer"
-    """`linear` is a batch norm and one 1x1 convolution per map: a probe of what the backbone already knows."""
+    """`linear` is a batch norm and one 1x1 convolution per map: a linear probe of the backbone."""
     channels: Width | None = None
     """Width; None takes 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
     dropout: Probability = 0.1
-    """Of whole channels before the last convolution; `dpt` and `linear` have none."""
+    """Channel dropout before the last convolution; `dpt` and `linear` have none."""
     align_corners: bool = False
-    """`segformer` and `upernet` only: of every bilinear resize. `dpt` aligns corners, the others do not."""
+    """`segformer` and `upernet` only, for every bilinear resize. `dpt` aligns corners, the others do not."""
     pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids."""
     dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
@@ -39,42 +37,41 @@ class DecoderConfig(Strict):
 
     @property
     def pools_to_one(self) -> bool:
-        """Whether some batch norm sees one value per image and channel, and so needs two images."""
+        """Whether a batch norm gets one value per image and channel, and so needs two images."""
         return self.type == "deeplabv3plus" or (self.type == "upernet" and 1 in self.pool_scales)
 
 
 class LoraConfig(Strict):
-    """Low-rank adaptation (arXiv 2106.09685): the backbone's linear layers stay, a product of two thin matrices is
-    added to each. Few trained values guard a large pretrained network against a handful of labels, and spare the
-    optimizer's memory.
+    """Low-rank adaptation (arXiv 2106.09685): the backbone's linear layers are frozen, and a trained product of two
+    low-rank matrices is added to each. Few trained parameters reduce overfitting on few labels and optimizer memory.
     """
 
     rank: Width = 8
-    """Columns and rows that the two matrices share."""
+    """Rank of the product."""
     alpha: Positive = 16.0
-    """The product counts alpha / rank times."""
+    """The product is multiplied by alpha / rank."""
     targets: Annotated[tuple[LinearName, ...], Field(min_length=1)] = ("qkv", "proj", "fc1", "fc2")
     """Last name of the linear layers: in timm's transformers `qkv` and `proj` belong to the attention, `fc1` and `fc2`
     to the MLP."""
 
 
 class SupervisedRecipe(BaseRecipe):
-    """Cross-entropy on labeled images, nothing else. `ship: average` ships an average of the weights."""
+    """Cross-entropy on labeled images only."""
 
     method: Literal["supervised"]
     backbone: TrainedBackbone
     decoder: DecoderConfig = DecoderConfig()
     tune: Literal["full", "frozen", "lora"] = "full"
-    """What of the backbone trains: all of it, nothing, or low-rank additions to its linear layers, which are merged
+    """Trained part of the backbone: all of it, nothing, or low-rank adapters of its linear layers, which are merged
     into the weights of the shipped model."""
     lora: LoraConfig = LoraConfig()
     """`tune: lora` only."""
     head_lr_scale: Positive = 1.0
-    """Learning rate of the decoder, and of low-rank additions, as a multiple of the optimizer's; the backbone has the
-    optimizer's own. A pretrained transformer asks for a low rate, its decoder for 10 to 40 times as much."""
+    """Learning rate of the decoder and of low-rank adapters, as a multiple of the optimizer's, which the backbone uses.
+    A pretrained transformer needs a low rate, its decoder 10 to 40 times as much."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """`tune: full` only: each block of a transformer (each level of a pyramid) has this part of the rate of the next
-    one, so that early layers keep more of their pretraining."""
+    """`tune: full` only: the learning rate of each transformer block (pyramid level) is that of the next one times this
+    factor, so that early layers change less."""
     weight_decay_exempt: Literal["norms_and_biases", "none"] = "norms_and_biases"
     """Parameters without weight decay; `norms_and_biases` exempts all vectors."""
 
