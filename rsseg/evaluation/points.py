@@ -184,7 +184,7 @@ def assess_points(
         sample,
         Strata(tuple(labels.get(v, str(v)) for v in order), tuple(pixels[v] for v in order)),
         [names.get(v, str(v)) for v in classes],
-        mapped_shares=[areas[v] / total for v in classes],
+        mapped_shares=[areas.get(v, 0.0) / total for v in classes],
         total_ha=None if extents is None else total / 1e4,
     )
     if labeled.all():

@@ -305,3 +305,13 @@ def test_areas_of_a_map_in_degrees_lie_on_the_ellipsoid(tmp_path: Path) -> None:
     for entry, share in zip(result.classes, mapped, strict=True):
         assert entry.area_share.value == pytest.approx(share, abs=3 * (entry.area_share.se or 0))
     assert result.total_ha == pytest.approx(510.1e6 * 100 * sum(sphere) / 8, rel=5e-3)
+
+
+def test_class_that_the_map_never_shows_has_no_mapped_share(class_map: Path, tmp_path: Path) -> None:
+    with rasterio.open(class_map, "r+") as dataset:
+        dataset.update_tags(1, class_7="lava")
+    draw_points(class_map, tmp_path / "p.gpkg", SampleSize(per_stratum=20))
+    pixels = value_at(class_map)
+    label(tmp_path / "p.gpkg", lambda row, col: "lava" if row == 10 else NAMES[int(pixels[row, col])])
+    lava = assess_points(class_map, tmp_path / "p.gpkg").classes[-1]
+    assert (lava.name, lava.mapped_share, lava.users_accuracy.value) == ("lava", 0.0, None)
