@@ -47,7 +47,7 @@ def parsed(content: bytes) -> None:
         assert not reason or str(path) in reason or "class file" in reason
 
 
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 @given(TABLES, st.booleans())
 def test_class_files_of_any_structure(table: dict[str, Any], good: bool) -> None:
     parsed(yaml.safe_dump((GOOD | table) if good else table, allow_unicode=True).encode())
@@ -56,13 +56,13 @@ def test_class_files_of_any_structure(table: dict[str, Any], good: bool) -> None
 SYMBOLS = st.text(alphabet="[]{}&*!:-?,|>'\"#% \n\tab01.~<", max_size=80)
 
 
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.binary(max_size=200), SYMBOLS.map(str.encode)))
 def test_class_files_of_any_bytes(content: bytes) -> None:
     parsed(content)
 
 
-@settings(max_examples=150, deadline=2000)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(st.binary(max_size=100), st.text(max_size=60).map(str.encode)))
 def test_split_lists_of_any_bytes(content: bytes) -> None:
     with TemporaryDirectory() as folder:
@@ -78,14 +78,14 @@ def test_split_lists_of_any_bytes(content: bytes) -> None:
 PATTERNS = st.text(alphabet="{}*?|/.[]()\\\\+^$ab" + string.digits, max_size=25)
 
 
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(PATTERNS, st.sampled_from(["{split}/*.tif", "{group}_{text}.tif", "**/*", "{any}{id}.tif"])), PATTERNS)
 def test_patterns_of_any_text(images: str, masks: str) -> None:
     files = {name: Path(name) for name in ("train/a.tif", "train/a_mask.tif", "val/b.tif", "c")}
     refusal(lambda: Layout(images, masks, one_split="train", subset=True).items_of(files))
 
 
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30))
 def test_options_of_any_text(text: str) -> None:
     for parse in (parse_scale, lambda value: parse_pairs("--split-as", [value]), lambda value: parse_ignored([value])):
