@@ -25,7 +25,7 @@ This page is made by `python -m benchmarks.accuracy`; no number in it was typed.
   setting and seed. The steps of that model come on top. An arm called *twice as long* is plain training with as many
   steps as a plain run and an arm that starts from it have together; the difference to it is given below the table.
 - Each arm's learning rate is chosen by the same sweep on the validation images: per dataset, with one seed and fewer
-  steps.
+  steps. Single switches of a method's stronger mode, and runs of twice the length, take the rate of the arm they vary.
 - The weights that are scored are those with the best validation mIoU. They score the test images once.
 - *mIoU* is the mean over all classes of the intersection over union on the test images, from one confusion matrix.
 - *against plain* is the mean over seeds of the difference to plain training of the same network with the same seed,

@@ -92,8 +92,10 @@ TAUGHT_BY = (("task_teacher.model", "dinov2s-full"),)
 TAUGHT = (Arm("lite0-ktda-side", "lite0-plain"), Arm("lite0-taught", "lite0-plain", TAUGHT_BY))
 
 
-def _started(name: str, plain: str, *, switch: bool = False) -> Arm:
-    return Arm(name, plain, (("start", plain),), long=f"{plain}-long", switch=switch)
+def _started(name: str, plain: str, *, varies: str | None = None) -> Arm:
+    """An arm that starts from its plain arm; `varies`: it is a single switch of that arm, whose rate it takes."""
+    start = (("start", plain),)
+    return Arm(name, plain, start, long=f"{plain}-long", rate_of=varies, switch=varies is not None)
 
 
 RECOMMENDED = (
@@ -107,8 +109,8 @@ DINO_RECOMMENDED = (
     Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
 )
 MTDF_SWITCHES = (
-    _started("lite0-mtdf-one-threshold", "lite0-plain", switch=True),
-    _started("lite0-mtdf-no-ramp", "lite0-plain", switch=True),
+    _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
+    _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
     Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
 )
 SWITCHES = tuple(
@@ -121,9 +123,9 @@ TARGET = (
     Arm("lite0-dasegnet", "lite0-source"),
     _started("lite0-dasegnet-recommended", "lite0-source"),
     Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
-    _started("lite0-dasegnet-no-mix", "lite0-source", switch=True),
-    _started("lite0-dasegnet-masked", "lite0-source", switch=True),
-    _started("lite0-dasegnet-own-statistics", "lite0-source", switch=True),
+    _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-own-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
 )
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
 

@@ -113,6 +113,14 @@ def test_start_model_of_other_classes_is_refused_with_both_named(tuned: Path) ->
         method_for(recipe_of("supervised", start=str(tuned)), task)
 
 
+def test_convolutional_student_with_a_plain_decoder_takes_crops_of_any_size() -> None:
+    crop = {"path": "unused", "augment": {"crop_size": 62}}
+    network = method_of("mtdf", data=crop).deployable()
+    assert network(torch.rand(2, 3, 62, 62)).shape == (2, 3, 62, 62)
+    with pytest.raises(RecipeError, match="62 pixels are not a multiple of"):
+        method_of("mtdf", data=crop, decoder=None)
+
+
 def test_old_name_of_start_is_refused_with_the_new_one() -> None:
     with pytest.raises(ValidationError, match="start_from is now called start"):
         mtdf_models.recipe_of(start_from="x")

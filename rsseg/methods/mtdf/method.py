@@ -285,7 +285,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
     crop = crops["labeled"]
-    _check_side("data.augment.crop_size", crop, student)
+    if student.info.patch_size is not None or recipe.decoder is None:  # other decoders resize levels of any size
+        _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
         if teachers[config.name].info.patch_size is not None:
