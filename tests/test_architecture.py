@@ -22,8 +22,10 @@ inference
 methods.registry
 recipe
 methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
+methods.plain
 methods.importing
 methods.base
+methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
 foreign | raster
