@@ -1,6 +1,5 @@
 """Draw a sample of a prepared dataset: image, mask in class colours, legend."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.datasets.prepare.stage import output_errors
 from rsseg.errors import DataError, UsageError
+from rsseg.files import replaced
 from rsseg.task import IGNORE_INDEX
 
 _MARGIN = 12
@@ -91,12 +91,8 @@ def save_sample(index: SegmentationIndex, item: IndexItem, out: Path, *, overwri
         if out.is_dir() or ((out.exists() or out.is_symlink()) and not overwrite):
             raise UsageError(f"{out} exists already. Pass --overwrite to replace a file, or another --out.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{os.getpid()}.tmp")
-        try:
+        with replaced(out) as partial:
             draw_sample(index, item).save(partial, "PNG")
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[int, int, int], str]]:

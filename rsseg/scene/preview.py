@@ -10,8 +10,8 @@ from PIL.PngImagePlugin import PngInfo
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 
-from rsseg.errors import DataError, MachineError
-from rsseg.files import temporary_path
+from rsseg.errors import DataError
+from rsseg.files import replaced
 from rsseg.scene.source import TAG
 from rsseg.task import Task
 
@@ -56,16 +56,11 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
         top = MARGIN + 30 * row
         draw.rectangle((left, top, left + 24, top + 20), fill=info.color, outline="black")
         draw.text((left + 34, top), info.name, fill="black", font=font)
-    temporary = temporary_path(output, ".png")
     about = PngInfo()
     about.add_text(TAG, "preview")  # so that it is not mistaken for a scene
-    try:
+    with replaced(output, ending=".png") as temporary:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(temporary, pnginfo=about)
-        temporary.replace(output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{output}: cannot be written: {error.strerror or error}. Choose another place.") from None
     return output
 
 

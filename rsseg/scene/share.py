@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from rsseg import errors
 from rsseg.errors import MachineError, RssegError, UsageError
-from rsseg.files import hidden_path
+from rsseg.files import hidden_path, writing
 from rsseg.inference.tiling import Span
 
 _PAUSE = 0.05
@@ -57,7 +57,7 @@ class StripLog:
         """
         self.path = path
         self._head = _MAGIC + identity.encode() + b"\n"
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
             if self._file.read(len(self._head)) != self._head:
@@ -67,8 +67,6 @@ class StripLog:
                 self._file.truncate()
                 self._file.write(self._head)
                 self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -98,12 +96,10 @@ class StripLog:
         """
         body = b"".join(_packed(array) for array in strip.arrays)
         head = _RECORD.pack(strip.panel, strip.row, len(strip.arrays), len(body), zlib.crc32(body))
-        try:
+        with writing(self.path):
             self._file.write(head + body)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from None
 
     def _next(self) -> LoggedStrip | None:
         head = self._file.read(_RECORD.size)
@@ -121,9 +117,6 @@ class StripLog:
             arrays.append(pixels.reshape(shape))
             at += length
         return LoggedStrip(panel, row, arrays)
-
-    def _failure(self, error: OSError) -> MachineError:
-        return MachineError(f"{self.path}: cannot be written: {error.strerror}. Make room on the disk.")
 
 
 def _packed(array: NDArray[np.generic]) -> bytes:

@@ -151,7 +151,7 @@ def with_other_classes(data: Path) -> None:
         ("data.streams.target.bands=[nir, red, green]", 4, ("'nir'", "red", "`bands`")),
         ("data.streams.target.bands=[red]", 4, ("1 bands are chosen (red)", "the task has 3")),
         ("data.match_gsd=true", 4, ("has no ground sampling distance", "gsd_m")),
-        ("optimizers={main: {}}", 3, ("'disc_source' is missing",)),
+        ("optimizers={main: {}}", 3, ("needs ['disc_source', 'disc_target', 'main']",)),
     ],
 )
 def test_bad_recipe_is_refused_before_a_run_begins(

@@ -71,10 +71,10 @@ def test_every_ablation_has_its_losses_and_a_gradient_for_every_trainable_parame
 
 
 def test_losses_share_the_weight_equally_unless_the_recipe_says_otherwise() -> None:
-    assert method_of().settings.labeled_weight == pytest.approx(1 / 3)
-    assert method_of(FIXMATCH).settings.pseudo_weight == pytest.approx(1 / 2)
-    assert method_of(FIXMATCH, unlabeled=False).settings.labeled_weight == 1.0
-    assert method_of(distill_weight=0.1).settings.distill_weight == 0.1
+    assert method_of().loss_weights["seg"] == pytest.approx(1 / 3)
+    assert method_of(FIXMATCH).loss_weights["pseudo"] == pytest.approx(1 / 2)
+    assert method_of(FIXMATCH, unlabeled=False).loss_weights["seg"] == 1.0
+    assert method_of(distill_weight=0.1).loss_weights["distill"] == 0.1
 
 
 def test_batch_without_labels_or_data_gives_exactly_zero() -> None:

@@ -111,8 +111,6 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(
                 "complementary_dropout drops half of the channels in each of two views: set strong_views to 2"
             )
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
         return self
 
     @property

@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, Self, cast
+from typing import Self, cast
 
 from torch import Tensor, nn
 
@@ -27,34 +27,17 @@ class SupervisedMethod(Method):
     """
 
     def __init__(
-        self,
-        segmenter: SupervisedSegmenter,
-        *,
-        adapters: LowRankAdapters | None = None,
-        frozen: bool = False,
-        head_lr_scale: float = 1.0,
-        layer_decay: float = 1.0,
-        weight_decay_exempt: Literal["norms_and_biases", "none"] = "norms_and_biases",
+        self, recipe: SupervisedRecipe, segmenter: SupervisedSegmenter, adapters: LowRankAdapters | None = None
     ) -> None:
-        """Split the network into trained and frozen parts.
-
-        Args:
-            segmenter: the whole network.
-            adapters: low-rank adapters of its backbone, which itself is frozen.
-            frozen: freeze the backbone, without adapters.
-            head_lr_scale, layer_decay, weight_decay_exempt: see `SupervisedRecipe`.
-        """
+        """Split the network into trained and frozen parts; `adapters` of the backbone belong to `tune: lora`."""
         super().__init__()
-        self.decoder = segmenter.decoder
-        self.adapters = adapters
-        self.backbone = None if frozen or adapters is not None else segmenter.backbone
+        self.recipe, self.decoder, self.adapters = recipe, segmenter.decoder, adapters
+        self.backbone = segmenter.backbone if recipe.tune == "full" else None
         self.frozen = None if self.backbone is not None else Frozen(segmenter.backbone)
         # The shipped network shares the decoder, and the backbone unless there are adapters: then it has a copy, into
         # which they are merged. It is no submodule, so that its tensors are not saved twice.
         merged = None if adapters is None else segmenter.with_backbone(copy.deepcopy(segmenter.backbone))
         self._shipped = (merged or segmenter,)
-        self.head_lr_scale, self.layer_decay = head_lr_scale, layer_decay
-        self.weight_decay_exempt = weight_decay_exempt
         self.streams = (StreamSpec("labeled", split="train", masks=True, fill=segmenter.fill),)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
@@ -69,7 +52,7 @@ class SupervisedMethod(Method):
         """One optimizer, `main`; groups by learning rate and weight decay."""
         groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
         for parameter, rate in self._rates():
-            exempt = self.weight_decay_exempt == "norms_and_biases" and parameter.ndim <= 1
+            exempt = self.recipe.weight_decay_exempt == "norms_and_biases" and parameter.ndim <= 1
             groups[rate, 0.0 if exempt else None].append(parameter)
         return {"main": [ParamGroup(params, rate, decay) for (rate, decay), params in groups.items()]}
 
@@ -94,11 +77,11 @@ class SupervisedMethod(Method):
         if self.backbone is not None:
             depths = self.backbone.parameters_by_depth()
             for depth, parameters in enumerate(depths):
-                rate = self.layer_decay ** (len(depths) - 1 - depth)
+                rate = self.recipe.layer_decay ** (len(depths) - 1 - depth)
                 yield from ((p, rate) for p in parameters if p.requires_grad)
         for module in (self.decoder, self.adapters):
             if module is not None:
-                yield from ((p, self.head_lr_scale) for p in module.parameters())
+                yield from ((p, self.recipe.head_lr_scale) for p in module.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -120,17 +103,7 @@ def build_method(recipe: SupervisedRecipe, task: Task) -> SupervisedMethod:
 
 def assemble_method(recipe: SupervisedRecipe, segmenter: SupervisedSegmenter) -> SupervisedMethod:
     """Build adapters and learning rates of a recipe for a given network; see `build_method`."""
-    adapters = None
-    if recipe.tune == "lora":
-        adapters = _adapters(recipe, segmenter.backbone)
-    return SupervisedMethod(
-        segmenter,
-        adapters=adapters,
-        frozen=recipe.tune == "frozen",
-        head_lr_scale=recipe.head_lr_scale,
-        layer_decay=recipe.layer_decay,
-        weight_decay_exempt=recipe.weight_decay_exempt,
-    )
+    return SupervisedMethod(recipe, segmenter, _adapters(recipe, segmenter.backbone) if recipe.tune == "lora" else None)
 
 
 def _adapters(recipe: SupervisedRecipe, backbone: Backbone) -> LowRankAdapters:

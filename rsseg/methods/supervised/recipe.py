@@ -81,8 +81,6 @@ class SupervisedRecipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"optimizers: supervised has exactly one, 'main'; found {sorted(self.optimizers)}")
         batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)
         if batch == 1 and self.decoder.pools_to_one:
             raise ValueError(
