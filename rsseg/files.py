@@ -23,7 +23,7 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        reason = str(error).rstrip(".")
+        reason = str(error.__cause__ or error).strip().rstrip(".")
         raise MachineError(
             f"{path}: cannot be written: {reason}. Free some space or choose another --output."
         ) from None

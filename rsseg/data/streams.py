@@ -2,7 +2,7 @@
 
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Self
@@ -120,7 +120,7 @@ def training_batches(
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=_From(start_step * recipe.trainer.grad_accum_steps),
+        sampler=count(start_step * recipe.trainer.grad_accum_steps),
         num_workers=recipe.trainer.workers,
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
@@ -199,16 +199,6 @@ class _MicroBatches(Dataset[_HostBatch | Exception]):
             return error
         except Exception:  # A bug: its traceback would be lost on the way to the main process.
             return RuntimeError(traceback.format_exc())
-
-
-class _From:
-    """Endless sampler: start, start + 1, ..."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return count(self._start)
 
 
 def _unchanged(batch: Any) -> Any:

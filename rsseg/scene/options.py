@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.text import duration
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
 
@@ -159,10 +161,3 @@ class ScenePlan(BaseModel):
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Text such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rsseg.evaluation.model import Evaluation
 from rsseg.metrics import Scores
 from rsseg.runs import ExitState
+from rsseg.text import duration
 from rsseg.training.plan import TrainPlan
 
 INTERVAL_S = 10.0
@@ -77,7 +78,7 @@ class TrainResult(BaseModel):
 
 
 class Progress:
-    """Listener to a run. The methods do nothing by default; only the main process calls them."""
+    """Listener to a run. This one does nothing; only the main process calls it."""
 
     def on_start(self, plan: TrainPlan) -> None:
         """Before the first step."""
@@ -93,10 +94,6 @@ class Progress:
 
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
-
-
-class Silent(Progress):
-    """Prints nothing."""
 
 
 class LineProgress(Progress):
@@ -177,10 +174,3 @@ def evaluation_line(report: EvaluationReport) -> str:
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
     best = "  (best)" if report.improved and report.score is not None else ""
     return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{best}"
-
-
-def duration(seconds: float) -> str:
-    """Format as `1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -38,7 +38,7 @@ from rsseg.training.plan import (
     open_streams,
     open_validation,
 )
-from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
+from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
 from rsseg.training.trainer import Evaluate, Trainer
@@ -100,7 +100,7 @@ def train(
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
+        listener = Progress()
         if ranks.is_main:
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
@@ -162,7 +162,7 @@ def check(recipe: Recipe) -> str:
     )
     # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Progress())
         parameters = 0
         if ranks.is_main:
             parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())

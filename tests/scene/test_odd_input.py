@@ -18,10 +18,17 @@ from rsseg.methods.base import TileHint
 from rsseg.raster import Raster
 from rsseg.scene.batch import Target, find_scenes, predict_scenes, read_list
 from rsseg.scene.memory import prepare_network
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from rsseg.vector.aoi import read_region
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels, threads, write_tiny_model
+from tests.scene.helpers import (
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    threads,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 

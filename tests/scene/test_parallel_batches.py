@@ -6,9 +6,17 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes, threads
+from tests.scene.helpers import (
+    StoppingSegmenter,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+    threads,
+)
 from tests.toys import ConvSegmenter, make_task
 
 

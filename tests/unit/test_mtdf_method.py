@@ -262,7 +262,8 @@ def test_divisor_confident_leaves_out_the_doubtful_pixels() -> None:
 
 
 def test_complementary_masks_split_the_channels_of_half_of_the_pairs() -> None:
-    masks = complementary_masks(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    masks = complementary_masks(5, 64)
     assert (masks[:5] + masks[5:] == 2).all()
     kept = (masks[:5] == 1).all(dim=1)
     assert int(kept.sum()) == 2

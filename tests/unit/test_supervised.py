@@ -25,7 +25,7 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "segformer": {"channels": 8},
     "upernet": {"channels": 8},
     "dpt": {"channels": 8, "widths": [4, 4, 8, 8]},
-    "deeplabv3plus": {"channels": 8, "dilations": [1, 2], "low_channels": 4},
+    "deeplabv3plus": {"channels": 8, "dilations": [1, 2]},
     "linear": {},
 }
 

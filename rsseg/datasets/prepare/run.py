@@ -16,7 +16,7 @@ import rsseg
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
 from rsseg.datasets.layouts import Layout, list_files
 from rsseg.datasets.prepare.archives import gather, is_archive
-from rsseg.datasets.prepare.finish import Subject, finish_index
+from rsseg.datasets.prepare.finish import finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
 from rsseg.datasets.prepare.stage import (
@@ -28,7 +28,7 @@ from rsseg.datasets.prepare.stage import (
     staged_folder,
 )
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.transfer import transfer
+from rsseg.datasets.prepare.transfer import Transfer, transfer
 from rsseg.datasets.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
 
@@ -70,12 +70,12 @@ def _prepare(plan: Plan, options: PrepareOptions, out: Path, progress: Progress)
         progress(f"{out} is prepared already", 1, 1)
         return out
     with staged_folder(out, request, overwrite=options.overwrite) as stage, _errors_name(source or out, stage):
-        subject, items = (
-            _generate(plan, stage, options, progress)
-            if source is None
-            else _collect(plan, source, stage, options, progress)
-        )
-        index = finish_index(stage, subject, items, scale=options.scale, jobs=options.jobs, progress=progress)
+        how: Transfer | None = None
+        if source is None:
+            items = _generate(stage, options, progress)
+        else:
+            how, items = _collect(plan, source, stage, options, progress)
+        index = finish_index(stage, plan, how, items, scale=options.scale, jobs=options.jobs, progress=progress)
         if plan.rule is not None:
             update = {"split_rule": plan.rule.name, "mixes_scenes": plan.rule.tiles}
             index = index.model_copy(update=update)
@@ -145,21 +145,19 @@ def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[s
     return request | {"made_with": rsseg.__version__}
 
 
-def _generate(
-    plan: Plan, stage: Path, options: PrepareOptions, progress: Progress
-) -> tuple[Subject, Sequence[IndexItem]]:
+def _generate(stage: Path, options: PrepareOptions, progress: Progress) -> Sequence[IndexItem]:
     from rsseg.datasets.demo.dataset import write_demo
 
     require_free_disk(stage, 60_000_000)
     # generation takes seconds, so an interrupted call is not resumed
     for left in (path for path in stage.iterdir() if path.is_dir()):
         shutil.rmtree(left)
-    return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
+    return write_demo(stage, options.jobs, partial(progress, "generate tiles"))
 
 
 def _collect(
     plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
-) -> tuple[Subject, Sequence[IndexItem]]:
+) -> tuple[Transfer, Sequence[IndexItem]]:
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
     variant, prefix = plan.find(found, source)
@@ -171,14 +169,14 @@ def _collect(
     if rule is not None and not rule.tiles:
         items = rule.assign(items, options.seed)
         _check_splits(plan, items)
-    how = plan.transfer(variant)
-    _check_disk_space(files, items, stage, how.grid)
-    what = "cut tiles" if how.grid is not None else "copy files"
+    how = Transfer(plan, variant)
+    _check_disk_space(files, items, stage, plan.grid)
+    what = "cut tiles" if plan.grid is not None else "copy files"
     copied: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
     if rule is not None and rule.tiles:
         copied = rule.assign(copied, options.seed)
         _check_splits(plan, copied)
-    return plan.subject(variant), copied
+    return how, copied
 
 
 def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:

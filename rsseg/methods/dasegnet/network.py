@@ -111,15 +111,8 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
-        config = recipe.neck
-        neck = DisentangledNeck(
-            channels,
-            type=config.type,
-            reduction=config.reduction,
-            min_width=config.min_width,
-            energies=config.energies,
-            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
-        )
+        used = None if recipe.decoder.type == "segformer" else (0, len(channels) - 1)
+        neck = DisentangledNeck(channels, recipe.neck, used=used)
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size

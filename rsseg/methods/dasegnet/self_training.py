@@ -20,7 +20,7 @@ UNSURE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class WeightedLabels:
     """Labels of target images.
 
     labels   int64 (B, H, W), IGNORE_INDEX where the image has no data
@@ -36,7 +36,7 @@ class PseudoLabels:
 @torch.no_grad()
 def pseudo_labels(
     logits: Tensor, image_size: Sequence[int], valid: Tensor | None, config: SelfTrainingConfig
-) -> PseudoLabels:
+) -> WeightedLabels:
     """The most probable class of each pixel, weighted by the fraction of confident pixels in the batch.
 
     Args:
@@ -60,7 +60,7 @@ def pseudo_labels(
         if in_place:
             sure &= weighted != 0  # published: weight 0 is replaced by that of a pixel below `rare_confidence`
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
-    return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
+    return WeightedLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 
 @functools.lru_cache(maxsize=16)

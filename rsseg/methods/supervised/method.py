@@ -49,11 +49,10 @@ class SupervisedMethod(Method):
         return StepOutput({"seg": self.label_loss(logits, masks)}, {"acc": pixel_accuracy(logits, masks)})
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
-        """One optimizer, `main`; groups by learning rate and weight decay."""
+        """One optimizer, `main`; groups by learning rate and weight decay, which norms and biases do not have."""
         groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
         for parameter, rate in self._rates():
-            exempt = self.recipe.weight_decay_exempt == "norms_and_biases" and parameter.ndim <= 1
-            groups[rate, 0.0 if exempt else None].append(parameter)
+            groups[rate, 0.0 if parameter.ndim <= 1 else None].append(parameter)
         return {"main": [ParamGroup(params, rate, decay) for (rate, decay), params in groups.items()]}
 
     def deployable(self) -> Segmenter:

@@ -123,7 +123,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 num_classes,
                 channels=config.channels or 512,
                 dilations=config.dilations,
-                low_channels=config.low_channels,
                 dropout=config.dropout,
             )
     if info.kind == "pyramid":

@@ -30,8 +30,6 @@ class DecoderConfig(Strict):
     """`upernet` only: sides of the pooled grids."""
     dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
     """`deeplabv3plus` only; 1 is a 1x1 convolution."""
-    low_channels: Width = 48
-    """`deeplabv3plus` only: width of the first level."""
     widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """`dpt` only: channels of the four maps (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
 
@@ -72,8 +70,6 @@ class SupervisedRecipe(BaseRecipe):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """`tune: full` only: the learning rate of each transformer block (pyramid level) is that of the next one times this
     factor, so that early layers change less."""
-    weight_decay_exempt: Literal["norms_and_biases", "none"] = "norms_and_biases"
-    """Parameters without weight decay; `norms_and_biases` exempts all vectors."""
 
     def stream_names(self) -> tuple[str, ...]:
         """Labeled images only."""
