@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rsseg.errors import DataError
+from rsseg.fields import Result
 
 
 class ConfusionMatrix:
@@ -50,10 +50,8 @@ class ConfusionMatrix:
         self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
 
-class ClassScores(BaseModel):
+class ClassScores(Result):
     """Scores of one class, 0..1; None where the denominator is 0."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     iou: float | None
@@ -70,10 +68,8 @@ class ClassScores(BaseModel):
     """Predicted pixels among the labeled ones."""
 
 
-class Scores(BaseModel):
+class Scores(Result):
     """Scores of a confusion matrix, 0..1. Means are over the classes whose entry is not None."""
-
-    model_config = ConfigDict(frozen=True)
 
     classes: tuple[ClassScores, ...]
     """Ignored classes are not listed."""

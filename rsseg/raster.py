@@ -40,6 +40,11 @@ class Window(NamedTuple):
     height: int
     width: int
 
+    def within(self, row: int = 0, col: int = 0) -> tuple[slice, slice]:
+        """Index of these pixels in an array whose first pixel is given."""
+        top, left = self.row - row, self.col - col
+        return slice(top, top + self.height), slice(left, left + self.width)
+
 
 @dataclass(frozen=True)
 class RasterInfo:

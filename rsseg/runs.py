@@ -9,10 +9,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rsseg.checkpoint import MODEL_NAME, find_model
 from rsseg.errors import MachineError, UsageError, WeightsError
+from rsseg.fields import Result
 from rsseg.files import is_running, read_rows, replaced, write_json, write_text, writing
 
 ExitState = Literal["running", "finished", "failed", "interrupted"]
@@ -21,10 +22,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
-class Manifest(BaseModel):
+class Manifest(Result):
     """Inputs and outcome of a run."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     method: str

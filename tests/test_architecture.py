@@ -23,7 +23,7 @@ methods.importing
 methods.base
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster
+foreign | raster | picture
 task | config | files | distributed | gdal | text
 fields
 errors

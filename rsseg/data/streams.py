@@ -37,6 +37,13 @@ class Samples:
     strong: Tensor | None = None
     mix: Tensor | None = None
 
+    @property
+    def labels(self) -> Tensor:
+        """The masks of a labeled stream; raises `ValueError` for another."""
+        if self.masks is None:
+            raise ValueError("the stream came without masks; its StreamSpec must require them")
+        return self.masks
+
 
 Batch = Mapping[str, Samples]
 """Keyed by stream name."""
@@ -77,6 +84,15 @@ class Scaling(NamedTuple):
         return cls(*values[:, :, None, None])
 
 
+def open_streams(recipe: BaseRecipe, specs: Sequence[StreamSpec], task: Task, datasets: Datasets) -> dict[str, Source]:
+    """The images of every training stream; raises `DataError` for a stream without images."""
+    selects = recipe.data.streams
+    return {
+        spec.name: datasets.open(selects.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
+        for spec in specs
+    }
+
+
 def training_batches(
     recipe: BaseRecipe,
     specs: Sequence[StreamSpec],
@@ -110,11 +126,7 @@ def training_batches(
     """
     device = torch.device(device)
     if sources is None:
-        datasets, streams = Datasets(recipe.data, recipe.seed), recipe.data.streams
-        sources = {
-            spec.name: datasets.open(streams.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
-            for spec in specs
-        }
+        sources = open_streams(recipe, specs, task, Datasets(recipe.data, recipe.seed))
     dataset = _MicroBatches([_stream_reader(recipe, spec, sources[spec.name]) for spec in specs], rank, world_size)
     scalings = {spec.name: Scaling.of(sources[spec.name].task, spec.fill, device) for spec in specs}
     loader = DataLoader(

@@ -13,12 +13,12 @@ import pyogrio
 import rasterio
 import shapely
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from pyogrio.errors import DataLayerError, DataSourceError, FieldError
 from rasterio.crs import CRS
 
 from rsseg.errors import DataError, UsageError
 from rsseg.evaluation.assessment import Assessment, Sample, Strata, allocate, assess, sample_size
+from rsseg.fields import Result
 from rsseg.files import check_outputs, replaced
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
@@ -34,10 +34,8 @@ _LISTED = 5
 """Maximum number of points listed in an error."""
 
 
-class Drawn(BaseModel):
+class Drawn(Result):
     """A written sample: points and valid pixels per stratum."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     seed: int

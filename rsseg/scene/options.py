@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.fields import Result
 from rsseg.text import duration
 
 Progress = Callable[[int, int], None]
@@ -68,10 +69,8 @@ class SceneOptions(BaseModel):
     """Replace existing outputs."""
 
 
-class ClassArea(BaseModel):
+class ClassArea(Result):
     """Area of one class in a scene."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: int
@@ -84,10 +83,8 @@ class ClassArea(BaseModel):
     hectares: float | None
 
 
-class SceneResult(BaseModel):
+class SceneResult(Result):
     """The outputs of a prediction and their statistics."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     height: int
@@ -112,10 +109,8 @@ class SceneResult(BaseModel):
     warnings: tuple[str, ...]
 
 
-class ScenePlan(BaseModel):
+class ScenePlan(Result):
     """Inputs, outputs, tiling and cost of a prediction."""
-
-    model_config = ConfigDict(frozen=True)
 
     scene: str
     output: Path

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
@@ -71,9 +70,7 @@ class StripLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def strips(self) -> Iterator[LoggedStrip]:
@@ -166,7 +163,7 @@ class Share:
 
     def log(self, output: Path) -> Path:
         """Log of this process's finished rows."""
-        return hidden_path(output, f"{self._part()}.resume")
+        return hidden_path(output, f"{self._part(self.number)}.resume")
 
     @contextmanager
     def of_scene(self, output: Path, *, resume: bool) -> Iterator[None]:
@@ -225,7 +222,7 @@ class Share:
 
     def _tidy(self, output: Path, *, resume: bool) -> None:
         """Use or remove the files of this process's part that an earlier start left."""
-        start = hidden_path(output, f"{self._part()}.").name
+        start = hidden_path(output, f"{self._part(self.number)}.").name
         for left in output.parent.glob(f"{glob.escape(start)}*.*"):
             if left.suffix == ".rows" and resume:
                 left.replace(self.log(output))
@@ -249,8 +246,7 @@ class Share:
             for kind in ("rows", "failed"):
                 self._named(output, number, kind).unlink(missing_ok=True)
 
-    def _part(self, number: int | None = None) -> str:
-        number = self.number if number is None else number
+    def _part(self, number: int) -> str:
         return f".{number + 1}-of-{self.count}" if self.count > 1 else ""
 
     def _named(self, output: Path, number: int, kind: str) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import BackboneConfig, SelectConfig, TrainerConfig
@@ -14,6 +14,7 @@ from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
+from rsseg.fields import Result
 from rsseg.inference.device import own_device, resolve_precision
 from rsseg.methods.base import Method
 from rsseg.recipe import Recipe
@@ -48,10 +49,8 @@ def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
             return Hardware(device, torch.bfloat16 if native else None)
 
 
-class SplitPlan(BaseModel):
+class SplitPlan(Result):
     """Images of a training stream or of the validation."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     split: str
@@ -62,10 +61,8 @@ class SplitPlan(BaseModel):
     """Samples per process and micro-step; for validation: tiles."""
 
 
-class TrainPlan(BaseModel):
+class TrainPlan(Result):
     """Everything known about a run before its first step."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str
     name: str
@@ -167,13 +164,6 @@ def open_validation(recipe: Recipe, task: Task, datasets: Datasets) -> Source | 
         if recipe.trainer.monitor == "last":
             return None
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
-
-
-def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> dict[str, Source]:
-    """The images of every training stream; raises `DataError` for a stream without images."""
-    return {
-        spec.name: datasets.open(_select(recipe, spec), spec.split, task, masks=spec.masks) for spec in method.streams
-    }
 
 
 def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from rsseg.evaluation.model import Evaluation
+from rsseg.fields import Result
 from rsseg.metrics import Scores
 from rsseg.runs import ExitState
 from rsseg.text import duration
@@ -20,10 +20,8 @@ from rsseg.training.plan import TrainPlan
 INTERVAL_S = 10.0
 
 
-class StepReport(BaseModel):
+class StepReport(Result):
     """Mean losses, rates and speed since the previous report."""
-
-    model_config = ConfigDict(frozen=True)
 
     step: int
     """Optimizer steps done."""
@@ -51,10 +49,8 @@ class EvaluationReport(Evaluation):
     improved: bool
 
 
-class TrainResult(BaseModel):
+class TrainResult(Result):
     """How a run ended."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: Path
     state: ExitState

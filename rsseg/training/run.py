@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
 from rsseg.data.sources import Datasets, Source
-from rsseg.data.streams import training_batches
+from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
 from rsseg.inference.device import keep_heap
@@ -35,7 +35,6 @@ from rsseg.training.plan import (
     class_pixels,
     find_weights,
     make_plan,
-    open_streams,
     open_validation,
 )
 from rsseg.training.progress import LineProgress, Progress, TrainResult
@@ -217,7 +216,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task, datasets)
+    streams = open_streams(recipe, method.streams, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
     statistics = open_statistics(recipe, method.deployable(), task, datasets)

@@ -20,6 +20,7 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
 from rsseg.errors import DataError, MachineError
+from rsseg.inference.tiling import tile_origins
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
@@ -60,7 +61,7 @@ class Grid:
             return whole_tile_origins(length, self.tile, self.stride, step=self.step)
         if self.edge == "pad":
             return list(range(0, max(length - self.tile + self.stride, 1), self.stride))
-        return [0] if length <= self.tile else [*range(0, length - self.tile, self.stride), length - self.tile]
+        return tile_origins(length, self.tile, self.stride)
 
 
 def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None = None) -> list[int]:

@@ -199,7 +199,7 @@ def _cut(
         metadata = metadata.stretched() if how.plan.stretch else metadata
         pad_label = IGNORE_INDEX if how.plan.rule is None else how.plan.rule.pad_label
         for window in windows:
-            cut = _slices(window, inside)
+            cut = window.within(inside.row, inside.col)
             if not valid[cut].any():
                 continue
             name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.plan.grid is not None else f"{stem}.tif"
@@ -272,12 +272,6 @@ def _bounds(windows: Sequence[Window]) -> Window:
 def _clip(window: Window, info: RasterInfo) -> Window:
     height, width = min(window.height, info.height - window.row), min(window.width, info.width - window.col)
     return Window(window.row, window.col, height, width)
-
-
-def _slices(window: Window, area: Window) -> tuple[slice, slice]:
-    """Index of a window in an array of `area`, clipped to it."""
-    row, col = window.row - area.row, window.col - area.col
-    return slice(row, row + window.height), slice(col, col + window.width)
 
 
 def _padded(array: NDArray[Any], window: Window, value: Any) -> NDArray[Any]:

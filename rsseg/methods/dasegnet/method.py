@@ -114,9 +114,7 @@ class DASegNetMethod(Method):
         the fraction of confident pixels.
         """
         source, target = batch["source"], batch.get("target")
-        if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must require them")
-        seg = self._losses(self.label_loss, passes.logits, source.masks)
+        seg = self._losses(self.label_loss, passes.logits, source.labels)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
         for view in passes.pseudo_views:

@@ -61,9 +61,7 @@ class KTDAMethod(Method):
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
-        images, masks = batch["labeled"].images, batch["labeled"].masks
-        if masks is None:
-            raise ValueError("the stream 'labeled' came without masks")
+        images, masks = batch["labeled"].images, batch["labeled"].labels
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
         losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}
@@ -182,14 +180,11 @@ def _check_task(model: Path, theirs: Task, ours: Task) -> None:
         ("scaling", (theirs.scale, theirs.offset), (ours.scale, ours.offset)),
     ):
         if a != b:
+            has, needed = (", ".join(map(str, values)) for values in (a, b))
             raise RecipeError(
-                f"task_teacher.model: {model} has the {what} {_shown(a)}, {ours.name} has {_shown(b)}. "
+                f"task_teacher.model: {model} has the {what} {has}, {ours.name} has {needed}. "
                 "Give a model trained on this dataset, with the same order of classes and bands."
             )
-
-
-def _shown(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:

@@ -99,7 +99,7 @@ class MTDFMethod(Method):
         output = self._student_output(images, len(x.images), self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
-        losses = {"seg": self.loss_weights["seg"] * self.label_loss(logits_x, _labels(x))}
+        losses = {"seg": self.loss_weights["seg"] * self.label_loss(logits_x, x.labels)}
         logs: dict[str, Tensor] = {}
         if weak is not None:
             per_view = [
@@ -183,11 +183,6 @@ def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[Ps
     boxes = u.mix.unbind(dim=1)
     views = [cutmix(strong, mix) for strong, mix in zip(u.strong.unbind(dim=1), boxes, strict=True)]
     return views, [weak.mixed(mix) for mix in boxes]
-
-
-def _labels(x: Samples) -> Tensor:
-    assert x.masks is not None  # the stream's spec requires them
-    return x.masks
 
 
 def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:

@@ -77,12 +77,11 @@ def assemble_segmenter(recipe: SupervisedRecipe, task: Task, backbone: Backbone)
             f"decoder.type: {config.type!r} does not fit {backbone.info.name}: {error}. "
             "Choose another decoder, or set backbone.out_indices."
         ) from None
-    align_corners = {"segformer": config.align_corners, "upernet": config.align_corners, "dpt": True}
     return SupervisedSegmenter(
         task,
         backbone,
         decoder,
-        align_corners=align_corners.get(config.type, False),
+        align_corners=config.type == "dpt",
         crop_size=recipe.data.augment_of("labeled").crop_size,
     )
 
@@ -100,7 +99,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 num_classes,
                 channels=config.channels or 256,
                 dropout=config.dropout,
-                align_corners=config.align_corners,
             )
         case "linear":
             return LinearHead(info.channels, num_classes)
@@ -115,7 +113,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 channels=config.channels or 512,
                 pool_scales=config.pool_scales,
                 dropout=config.dropout,
-                align_corners=config.align_corners,
             )
         case "deeplabv3plus":
             head = SeparableASPPHead(

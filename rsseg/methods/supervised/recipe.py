@@ -24,8 +24,6 @@ class DecoderConfig(Strict):
     """Width; None takes 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
     dropout: Probability = 0.1
     """Channel dropout before the last convolution; `dpt` and `linear` have none."""
-    align_corners: bool = False
-    """`segformer` and `upernet` only, for every bilinear resize. `dpt` aligns corners, the others do not."""
     pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids."""
     dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
