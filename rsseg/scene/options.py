@@ -23,7 +23,7 @@ def _known_device(name: str) -> str:
 class SceneOptions(BaseModel):
     """Options of a scene prediction. None chooses a value for the network and the machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile: Annotated[int, Field(ge=16, le=32768)] | None = None
     """Side in pixels."""
