@@ -15,7 +15,7 @@ from rsseg.errors import RecipeError
 from rsseg.methods.registry import import_checkpoint
 from rsseg.methods.supervised.method import SupervisedMethod, build_method
 from rsseg.methods.supervised.network import build_segmenter
-from rsseg.methods.supervised.recipe import SupervisedRecipe
+from rsseg.methods.supervised.recipe import DecoderConfig, SupervisedRecipe
 from tests.conftest import rgb_task
 
 TASK = rgb_task()
@@ -189,3 +189,11 @@ def test_rates_by_depth_need_a_backbone_that_trains() -> None:
 def test_there_is_nothing_to_import(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no published checkpoints"):
         import_checkpoint(tmp_path / "x.pth", recipe_of(), TASK, output=tmp_path / "y")
+
+
+def test_options_of_the_decoders_reach_them() -> None:
+    shown = {"type": "upernet", "channels": 8, "pool_scales": [2], "dropout": 0.5}
+    upernet = build_method(recipe_of(PYRAMID).model_copy(update={"decoder": DecoderConfig(**shown)}), TASK).decoder
+    assert (upernet.pool_scales, upernet.classifier.dropout.p) == ((2,), 0.5)
+    dpt = method_of(decoder="dpt").decoder
+    assert [projection.out_channels for projection in dpt.project] == [4, 4, 8, 8]
