@@ -44,7 +44,9 @@ class Transfer:
     def chosen(self) -> tuple[int, ...] | None:
         """0-based bands to keep, in order; None keeps all."""
         kept = self.plan.bands
-        return None if kept in (None, self.variant.bands) else tuple(map(self.variant.bands.index, kept or ()))
+        if kept is None or kept == self.variant.bands:
+            return None
+        return tuple(self.variant.bands.index(band) for band in kept)
 
     @property
     def rewrites_images(self) -> bool:
