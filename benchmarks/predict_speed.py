@@ -77,7 +77,7 @@ def main() -> None:
             runs.append((write_scene(Path(folder) / "large.tif", arguments.large), "cog"))
         options = SceneOptions(**choices)
         plan = prepare_scene(prepare_network(segmenter, options), scene, output, options).describe()
-        batch = torch.rand(plan.batch_size, 3, plan.tile, plan.tile).contiguous(memory_format=torch.channels_last)
+        batch = torch.rand(plan.batch_size, 3, *plan.tile).contiguous(memory_format=torch.channels_last)
         forward_rate(network, batch, dtype, plan.parallel_batches)
         print(plan.text())
         print(

@@ -15,10 +15,10 @@ from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import Moments, in_order, measure_item, open_image
 from rsseg.datasets.prepare.plan import Plan
 from rsseg.datasets.prepare.transfer import Transfer
+from rsseg.datasets.splits import TRAIN
 from rsseg.errors import DataError
 from rsseg.task import Task
 
-TRAIN = "train"
 _SAMPLES = 4_000_000
 """Total number of sampled pixels for percentiles."""
 _LEAST_STD = 1e-6
@@ -85,6 +85,7 @@ def finish_index(
         label_map=label_map,
         ignore_zero_collar=plan.zero_collar,
         nodata=nodata,
+        source_features={} if plan.drawing is None else plan.drawing.counts(),
         items=tuple(counted),
         root=folder,
     )

@@ -21,7 +21,7 @@ from rsseg.datasets.card import Variant
 from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
 from rsseg.datasets.prepare.plan import Plan
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
-from rsseg.datasets.prepare.tiles import TileMetadata, copy_as_tiff, write_tile
+from rsseg.datasets.prepare.tiles import TileMetadata, copy_as_tiff, tile_name, write_tile
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 
@@ -204,7 +204,7 @@ def _cut(
             cut = window.within(inside.row, inside.col)
             if not valid[cut].any():
                 continue
-            name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.plan.grid is not None else f"{stem}.tif"
+            name = tile_name(item, window).removeprefix("images/") if how.plan.grid is not None else f"{stem}.tif"
             data = _padded(valid[cut], window, False)
             write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, metadata, data)
             if labels is not None:

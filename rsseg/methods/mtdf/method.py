@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
-from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
 from rsseg.layers.ema import Ema, Frozen
-from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
+from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task
@@ -77,11 +76,13 @@ class MTDFMethod(Method):
         self.loss_weights = {name: equal if weight is None else weight for name, weight in given.items()}
         averaged = recipe.unlabeled or recipe.ship == "average"
         self.average = Ema(student, recipe.ema_decay) if averaged else None
+        adaptive = recipe.unlabeled and recipe.class_thresholds
+        self.thresholds = ClassThresholds(student.task.num_classes, recipe.confidence) if adaptive else None
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, recipe.strong_views)
         self.streams = (labeled, unlabeled) if recipe.unlabeled else (labeled,)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
+    def training_step(self, batch: Batch, step: int) -> StepOutput:
         """Losses of one batch.
 
         The average labels the weak view of the unlabeled crops; the student is trained with these labels on the strong
@@ -102,12 +103,15 @@ class MTDFMethod(Method):
         losses = {"seg": self.loss_weights["seg"] * self.label_loss(logits_x, x.labels)}
         logs: dict[str, Tensor] = {}
         if weak is not None:
+            threshold = recipe.confidence if self.thresholds is None else self.thresholds(weak)
             per_view = [
-                pseudo_label_loss(logits, labels, threshold=recipe.confidence, divisor=recipe.loss_divisor)
+                pseudo_label_loss(logits, labels, threshold=threshold, divisor=recipe.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
-            losses["pseudo"] = self.loss_weights["pseudo"] * torch.stack(per_view).mean()
-            logs["confident_ratio"] = weak.confident_ratio(recipe.confidence)
+            ramp_steps = recipe.pseudo_ramp * recipe.trainer.steps
+            ramp = min((step + 1) / ramp_steps, 1.0) if ramp_steps else 1.0
+            losses["pseudo"] = ramp * self.loss_weights["pseudo"] * torch.stack(per_view).mean()
+            logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
             errors = self._distillation(images, output.translated)
             losses["distill"] = self.loss_weights["distill"] * torch.stack(list(errors.values())).mean()
@@ -185,7 +189,7 @@ def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[Ps
     return views, [weak.mixed(mix) for mix in boxes]
 
 
-def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
+def build_method(recipe: MTDFRecipe, task: Task, load_model: LoadModel | None = None) -> MTDFMethod:
     """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Raises:
@@ -197,8 +201,7 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
     channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
     student = assemble_segmenter(recipe, task, backbone, channels)
-    if recipe.start_from is not None:
-        load_tensors(student, find_model(recipe.start_from))
+    start_from(student, recipe.start, load_model)
     return assemble_method(recipe, student, teachers)
 
 
@@ -225,7 +228,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
     crop = crops["labeled"]
-    _check_side("data.augment.crop_size", crop, student)
+    if student.info.patch_size is not None or recipe.decoder is None:  # other decoders resize levels of any size
+        _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
         if teachers[config.name].info.patch_size is not None:
