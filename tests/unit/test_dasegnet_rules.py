@@ -169,7 +169,7 @@ def test_teacher_in_eval_mode_needs_averaged_statistics() -> None:
 
 
 def test_discriminators_need_their_optimizers() -> None:
-    with pytest.raises(ValidationError, match="'disc_source' is missing"):
+    with pytest.raises(ValidationError, match="this recipe needs"):
         make_recipe(optimizers={"main": {}})
 
 
