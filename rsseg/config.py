@@ -360,6 +360,12 @@ class BaseRecipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _named_optimizers(self) -> Self:
+        if set(self.optimizers) != set(wanted := self.optimizer_names()):
+            raise ValueError(f"optimizers: this recipe needs {sorted(wanted)}; it has {sorted(self.optimizers)}")
+        return self
+
+    @model_validator(mode="after")
     def _one_size(self) -> Self:
         augments = [self.data.augment, *(s.augment for s in self.data.streams.values() if s.augment is not None)]
         squeezed = any(augment.fit == "squeeze" for augment in augments)
@@ -372,6 +378,10 @@ class BaseRecipe(Strict):
     def trainer_averages(self) -> bool:
         """Whether the trainer keeps the moving average that ships; False where the method keeps its own."""
         return self.ship == "average"
+
+    def optimizer_names(self) -> tuple[str, ...]:
+        """Names of the optimizers of this recipe's method."""
+        return ("main",)
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Base class and bounded numbers of recipe models."""
+"""Base classes of models, and bounded numbers of recipes."""
 
 from typing import Annotated
 
@@ -28,6 +28,12 @@ Index = Annotated[int, Field(ge=0, lt=64)]
 """Level of a pyramid or block of a ViT, from 0."""
 Scale = Annotated[float, Field(gt=0, le=100)]
 Range = Annotated[tuple[Scale, Scale], AfterValidator(ascending)]
+
+
+class Result(BaseModel):
+    """Base of everything that is computed and reported: immutable."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class Strict(BaseModel):

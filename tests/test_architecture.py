@@ -28,7 +28,7 @@ methods.base
 methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster
+foreign | raster | picture
 task | config | files | distributed | gdal | text
 fields
 errors

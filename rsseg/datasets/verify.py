@@ -3,29 +3,25 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
 from rsseg.datasets.splits import UNUSED
 from rsseg.errors import DataError
+from rsseg.fields import Result
 from rsseg.raster import Raster
 
 Progress = Callable[[str, int, int], None]
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Problem(_Result):
+class Problem(Result):
     """One defect of a prepared dataset."""
 
     file: str
@@ -34,7 +30,7 @@ class Problem(_Result):
     reason: str
 
 
-class SplitCount(_Result):
+class SplitCount(Result):
     """Images of a split, and the class areas of their masks."""
 
     split: str
@@ -47,7 +43,7 @@ class SplitCount(_Result):
     """Mask pixels without a class."""
 
 
-class VerifyReport(_Result):
+class VerifyReport(Result):
     """Result of `verify`."""
 
     path: Path
@@ -62,7 +58,7 @@ class VerifyReport(_Result):
         return not self.problems
 
 
-class BandStatistics(_Result):
+class BandStatistics(Result):
     """One band over the valid pixels of a split; stored values, after scale and offset tags."""
 
     name: str
@@ -72,7 +68,7 @@ class BandStatistics(_Result):
     high: float
 
 
-class ClassArea(_Result):
+class ClassArea(Result):
     """Area of a class in a split."""
 
     name: str
@@ -84,7 +80,7 @@ class ClassArea(_Result):
     ha: float | None
 
 
-class SplitStatistics(_Result):
+class SplitStatistics(Result):
     """One split (and domain)."""
 
     split: str
@@ -97,7 +93,7 @@ class SplitStatistics(_Result):
     ignored: ClassArea
 
 
-class DatasetStatistics(_Result):
+class DatasetStatistics(Result):
     """Result of `statistics`."""
 
     path: Path
@@ -124,12 +120,8 @@ def verify(path: Path, *, pixels: bool = True, jobs: int = 1, progress: Progress
     """
     index = SegmentationIndex.load(path)
     labels = LabelTable(index.label_map, index.task.num_classes)
-
-    def check(item: IndexItem) -> _Checked:
-        return _check(index, item, labels, pixels=pixels)
-
-    report = None if progress is None else lambda done, total: progress("verify", done, total)
-    checked = list(in_order(check, index.items, jobs, report))
+    check = partial(_check, index, labels, pixels=pixels)
+    checked = list(in_order(check, index.items, jobs, progress and partial(progress, "verify")))
     groups = _groups(index)
     return VerifyReport(
         path=path,
@@ -154,8 +146,7 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
             moments, counts = measure_item(raster, index.mask_file(item), labels, index.task.num_classes)
         return moments, np.zeros(index.task.num_classes + 1, np.int64) if counts is None else counts
 
-    report = None if progress is None else lambda done, total: progress("measure", done, total)
-    measured = list(in_order(measure, index.items, jobs, report))
+    measured = list(in_order(measure, index.items, jobs, progress and partial(progress, "measure")))
     splits = []
     for (split, domain), where in _groups(index).items():
         moments = reduce(Moments.joined, [measured[i][0] for i in where])
@@ -177,7 +168,7 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
     return (*_images(index), *_copies(index), *(() if index.mixes_scenes else _scenes(index)))
 
 
-def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
+def _check(index: SegmentationIndex, labels: LabelTable, item: IndexItem, *, pixels: bool) -> _Checked:
     """All problems of one item; a damaged image does not hide those of its mask."""
     problems, classes, mask = [], index.task.num_classes, index.mask_file(item)
     grid, counts = None, None

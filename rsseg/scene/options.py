@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.fields import Result
+from rsseg.text import duration
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
 
@@ -67,10 +70,8 @@ class SceneOptions(BaseModel):
     """Replace existing outputs."""
 
 
-class ClassArea(BaseModel):
+class ClassArea(Result):
     """Area of one class in a scene."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: int
@@ -83,10 +84,8 @@ class ClassArea(BaseModel):
     hectares: float | None
 
 
-class SceneResult(BaseModel):
+class SceneResult(Result):
     """The outputs of a prediction and their statistics."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     height: int
@@ -111,10 +110,8 @@ class SceneResult(BaseModel):
     warnings: tuple[str, ...]
 
 
-class ScenePlan(BaseModel):
+class ScenePlan(Result):
     """Inputs, outputs, tiling and cost of a prediction."""
-
-    model_config = ConfigDict(frozen=True)
 
     scene: str
     output: Path
@@ -162,10 +159,3 @@ class ScenePlan(BaseModel):
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Text such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
 from rsseg.data.sources import Datasets, Source
-from rsseg.data.streams import training_batches
+from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
 from rsseg.inference.device import keep_heap
@@ -34,10 +34,9 @@ from rsseg.training.plan import (
     class_pixels,
     find_weights,
     make_plan,
-    open_streams,
     open_validation,
 )
-from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
+from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
 from rsseg.training.trainer import Evaluate, Trainer
@@ -99,7 +98,7 @@ def train(
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
+        listener = Progress()
         if ranks.is_main:
             listener = recorder = Recorder(
                 run, recipe, built.task.class_names, LineProgress() if progress is None else progress
@@ -161,7 +160,7 @@ def check(recipe: Recipe) -> str:
     )
     # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Progress())
         parameters = 0
         if ranks.is_main:
             parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
@@ -217,7 +216,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task, datasets)
+    streams = open_streams(recipe, method.streams, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
     statistics = open_statistics(recipe, method.deployable(), task, datasets)

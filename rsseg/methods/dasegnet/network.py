@@ -39,17 +39,15 @@ class DASegNet(Segmenter):
         *,
         neck: DisentangledNeck | None,
         tile: TileHint,
-        side_by_side: bool = False,
     ) -> None:
         """Store the parts, source style first.
 
         Args:
             task: classes and bands.
-                backbones: two backbones of the same architecture.
+            backbones: two backbones of the same architecture.
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
-            side_by_side: run the students on two CUDA streams.
         """
         info = backbones[0].info
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
@@ -59,7 +57,6 @@ class DASegNet(Segmenter):
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = not has_batch_norm(backbones[0])
-        self.side_by_side = side_by_side
 
     def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
         """See `Segmenter.start_parts`. A plain network initializes both students, and without neck both decoders."""
@@ -84,26 +81,12 @@ class DASegNet(Segmenter):
         if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
             (joint,) = self.styles(torch.cat(batches))
             return _split(joint, [len(batch) for batch in batches])
-        pairs = [self._students(batch) for batch in batches]
+        pairs = [(self.backbone_source(batch), self.backbone_target(batch)) for batch in batches]
         return [Styles(source, target, *self.refine(source, target)) for source, target in pairs]
 
     def refine(self, source: Maps, target: Maps) -> tuple[Maps, Maps]:
         """Both styles of the same images -> the decoders' inputs."""
         return (source, target) if self.neck is None else self.neck(source, target)
-
-    def _students(self, images: Tensor) -> tuple[Maps, Maps]:
-        if not (self.side_by_side and images.is_cuda):
-            return self.backbone_source(images), self.backbone_target(images)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            target = self.backbone_target(images)
-        source = self.backbone_source(images)
-        main.wait_stream(side)
-        images.record_stream(side)
-        for level in target:
-            level.record_stream(main)
-        return source, target
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
@@ -124,11 +107,8 @@ def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes
 
 def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
     """Build the network of a recipe; `load_weights` loads the students' pretrained weights, else all are random."""
-    backbones = (
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-    )
-    return assemble(recipe, task, backbones)
+    source, target = (create_backbone(recipe.backbone, task, load_weights=load_weights) for _ in range(2))
+    return assemble(recipe, task, (source, target))
 
 
 def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
@@ -136,15 +116,8 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
-        config = recipe.neck
-        neck = DisentangledNeck(
-            channels,
-            type=config.type,
-            reduction=config.reduction,
-            min_width=config.min_width,
-            energies=config.energies,
-            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
-        )
+        used = None if recipe.decoder.type == "segformer" else (0, len(channels) - 1)
+        neck = DisentangledNeck(channels, recipe.neck, used=used)
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size
@@ -155,7 +128,6 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         (decoders[0], decoders[1]),
         neck=neck,
         tile=TileHint(size=side, overlap=side // 4, flexible=False),
-        side_by_side=recipe.side_by_side,
     )
 
 

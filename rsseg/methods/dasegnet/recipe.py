@@ -17,7 +17,6 @@ OF_THE_PAIR = (
     "target_decoder_weights",
     "head_lr_scale",
     "weight_decay_exempt",
-    "side_by_side",
 )
 """Settings of the two students only; `single` has its own."""
 
@@ -148,7 +147,7 @@ class DASegNetRecipe(BaseRecipe):
     """Of both students, from the same weights."""
     single: PlainConfig | None = None
     """Train one plain network, with the source's labels and the pseudo-labels of its average on the target, in place of
-    the two students, neck and discriminators, for which the keys `decoder` to `side_by_side` below hold. A network that
+    the two students, neck and discriminators, for which the keys `decoder` to `weight_decay_exempt` below hold. A network that
     was tuned on the source before (`start`) gains less from alignment than from good pseudo-labels, and one network
     predicts twice as fast as two."""
     neck: NeckConfig | None = NeckConfig()
@@ -167,9 +166,6 @@ class DASegNetRecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
-
-    side_by_side: bool = False
-    """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
 
     def stream_names(self) -> tuple[str, ...]:
         """Labeled source images and unlabeled target images."""
@@ -206,13 +202,9 @@ class DASegNetRecipe(BaseRecipe):
             return values
         return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
-    @model_validator(mode="after")
-    def _optimizers(self) -> Self:
-        wanted = ["main", *(DISCRIMINATORS if self.adversarial is not None else ())]
-        missing = [name for name in wanted if name not in self.optimizers]
-        if missing:
-            raise ValueError(f"optimizers: {missing[0]!r} is missing; this recipe needs {wanted}")
-        return self
+    def optimizer_names(self) -> tuple[str, ...]:
+        """One for the students, neck and decoders, and one per discriminator."""
+        return ("main", *(DISCRIMINATORS if self.adversarial is not None else ()))
 
     @model_validator(mode="after")
     def _single(self) -> Self:

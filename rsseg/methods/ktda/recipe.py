@@ -181,8 +181,6 @@ class KTDARecipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"optimizers: ktda has exactly one, 'main'; found {sorted(self.optimizers)}")
         if self.fam is None and (self.teacher or self.fuse):
             raise ValueError("fam: 'teacher' and 'fuse' need feature alignment, 'fam: {}' takes its defaults")
         if self.side and (self.neck or self.fmm or self.fuse):

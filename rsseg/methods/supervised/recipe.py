@@ -20,7 +20,5 @@ class SupervisedRecipe(BaseRecipe, PlainConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"optimizers: supervised has exactly one, 'main'; found {sorted(self.optimizers)}")
         self.check_batch(self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size))
         return self
