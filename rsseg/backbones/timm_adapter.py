@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import eva, swin_transformer, vision_transformer_sam
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ class Built:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     first_conv: str
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Let all batch norms inside a module compute their statistics over all processes; in place."""
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child))
 
 
 def build_pyramid(

@@ -1,5 +1,6 @@
 """The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class DASegNet(Segmenter):
     def _students(self, images: Tensor) -> tuple[Maps, Maps]:
         if not (self.side_by_side and images.is_cuda):
             return self.backbone_source(images), self.backbone_target(images)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        main, side = torch.cuda.current_stream(), _side_stream(images.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             target = self.backbone_target(images)
@@ -99,6 +100,12 @@ class DASegNet(Segmenter):
         for level in target:
             level.record_stream(main)
         return source, target
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for the whole process: the allocator keeps memory by stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:

@@ -83,7 +83,7 @@ class SupervisedRecipe(BaseRecipe):
     def _fits_together(self) -> Self:
         if set(self.optimizers) != {"main"}:
             raise ValueError(f"optimizers: supervised has exactly one, 'main'; found {sorted(self.optimizers)}")
-        batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)
+        batch = self.trainer.batch_of("labeled")
         if batch == 1 and self.decoder.pools_to_one:
             raise ValueError(
                 f"trainer.batch_size: the decoder {self.decoder.type!r} needs two images, as one of its batch norms "
