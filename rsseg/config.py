@@ -96,8 +96,9 @@ class TrainerConfig(Strict):
 
     steps: Count = 20000
     """Optimizer steps."""
-    batch_size: Batch = 8
-    """Samples per stream, per process and micro-step."""
+    batch_size: Batch | Literal["auto"] = 8
+    """Samples per stream, per process and micro-step. `auto`: as many as fit into memory, 2 to 256; the run's recipe
+    then has the number. Learning rates and steps are not adapted to it."""
     stream_batch_sizes: Mapping[str, Batch] = {}
     """Exceptions to `batch_size` by stream name."""
     grad_accum_steps: Batch = 1
@@ -122,6 +123,8 @@ class TrainerConfig(Strict):
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
     """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
+    sync_batch_norm: bool = False
+    """Compute batch-norm statistics over the batches of all GPUs, for batches that are small on each."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Capture the training step of a GPU as CUDA graphs after some steps, which saves the launches of single kernels:
     small networks train much faster. `auto`: with one process, if the step can be captured; `on`: or an error."""
@@ -133,6 +136,11 @@ class TrainerConfig(Strict):
     form is an error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    def batch_of(self, stream: str) -> int:
+        """Samples of a stream per process and micro-step; 2 for `auto`, the least that it may become."""
+        size = self.stream_batch_sizes.get(stream, self.batch_size)
+        return 2 if size == "auto" else size
 
 
 class LossConfig(Strict):

@@ -22,7 +22,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the recipe.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (trainer.steps).")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="trainer.batch_size")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="A number, or auto: what fits into memory (trainer.batch_size).")
+    ] = None,
     grad_accum_steps: Annotated[int | None, typer.Option("--grad-accum-steps", help="trainer.grad_accum_steps")] = None,
     amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,

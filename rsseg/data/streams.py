@@ -180,7 +180,7 @@ def _stream_reader(recipe: BaseRecipe, spec: StreamSpec, source: Source) -> Stre
         masks=spec.masks,
         strong_views=spec.strong_views,
         rare_classes=recipe.data.rare_class_sampling if spec.masks else None,
-        batch_size=recipe.trainer.stream_batch_sizes.get(spec.name, recipe.trainer.batch_size),
+        batch_size=recipe.trainer.batch_of(spec.name),
         augment=augment,
         strong=recipe.data.strong,
         space=ColorSpace.of(own.bands, own.scale, own.offset),

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from rsseg.backbones.backbone import Backbone
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import MachineError, RecipeError
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
 
@@ -234,6 +235,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def deployable(self) -> Segmenter:
         """The module whose weights are written to model.safetensors."""
+
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """Frozen networks that run under autocast in `training_step` only; none by default."""
+        return ()
 
     def before_step(self, step: int) -> None:
         """Set the tensors that depend on the step; called before every `training_step`. Does nothing by default.

@@ -10,6 +10,7 @@ from torch import Tensor
 from rsseg.config import TrainerConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.distributed import Ranks
+from rsseg.errors import RecipeError
 from rsseg.inference.device import own_device, resolve_precision
 
 
@@ -39,6 +40,12 @@ def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
         case "auto":
             native = resolve_precision("auto", device) == torch.bfloat16
             return Hardware(device, torch.bfloat16 if native else None)
+
+
+def check_gpu(hardware: Hardware, key: str, remedy: str) -> None:
+    """Raise `RecipeError` for a recipe's key that needs a GPU, if there is none."""
+    if hardware.device.type != "cuda":
+        raise RecipeError(f"{key}: needs a GPU, but this run uses the {hardware.device}. {remedy}.")
 
 
 def prefetched(batches: Generator[Batch], device: torch.device) -> Generator[Batch]:

@@ -18,7 +18,7 @@ from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
 from rsseg.methods.base import StepOutput
-from rsseg.training.device import Hardware, tensors_by_name, tensors_of
+from rsseg.training.device import Hardware, check_gpu, tensors_by_name, tensors_of
 from rsseg.training.state import Parts
 from rsseg.training.step import EagerStep, MicroStep, RunningStatistics, Step
 
@@ -59,10 +59,13 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread pins memory meanwhile, which "global" forbids.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            # thread_local: the loader's thread pins memory meanwhile, which "global" forbids.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
+        finally:
+            torch.cuda.set_stream(caller)  # torch does not after a failed capture
         self._pool = graph.pool()
         return result, graph.replay
 
@@ -132,7 +135,8 @@ class GraphStep:
     def _record(self, batch: Batch, step: int, micro: int) -> MicroStep:
         """Record forward and backward pass of a first micro-step, and compare them with an eager one."""
         statistics = RunningStatistics(self._eager.parts.method)
-        expected = self._eager.gradients(batch, step, micro)
+        with self._recorder.warm_up():
+            expected = self._eager.gradients(batch, step, micro)
         if not expected.is_finite():
             return expected  # will be skipped, and tells nothing
         parameters = [p for p in self._eager.parts.method.parameters() if p.grad is not None]
@@ -239,11 +243,12 @@ def make_step(
     """
     eager, wanted = EagerStep(parts, recipe, hardware), recipe.trainer.graphs
     several = distributed.current_ranks().world_size > 1
-    possible = (hardware.device.type == "cuda" or recorder is not None) and not several
-    if wanted == "on" and not possible:
-        where = "several processes" if several else "a CPU"
-        raise RecipeError(f"trainer.graphs: CUDA graphs are not available for training with {where}. Set it to auto.")
-    if wanted == "off" or not possible:
+    if wanted == "on":
+        if several:
+            raise RecipeError("trainer.graphs: on is for one process, but there are several. Set it to auto.")
+        if recorder is None:
+            check_gpu(hardware, "trainer.graphs: on", "Set it to auto")
+    if wanted == "off" or several or (hardware.device.type != "cuda" and recorder is None):
         return eager
     return GraphStep(eager, recorder or CudaRecorder(hardware.device), required=wanted == "on", report=report)
 

@@ -201,7 +201,7 @@ def make_plan(
                 _select(recipe, spec),
                 spec.split,
                 streams[spec.name],
-                batch_size=config.stream_batch_sizes.get(spec.name, config.batch_size),
+                batch_size=config.batch_of(spec.name),
             )
             for spec in method.streams
         },

@@ -12,6 +12,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
@@ -24,8 +25,9 @@ from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
+from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import Checkpoints
-from rsseg.training.device import Hardware, choose_hardware, float32_products
+from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
@@ -92,8 +94,12 @@ def train(
             recorder.on_error(MachineError(message))
 
     with _session(recipe, record) as ranks:
+        recipe = _sized(recipe, ranks)
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
+        if built.hardware.amp_dtype is not None:
+            for teacher in built.method.frozen_teachers():
+                teacher.store_as(built.hardware.amp_dtype)
         warnings = absent_classes(built.method, built.streams, built.task)
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
@@ -145,7 +151,7 @@ def train(
 def plan(recipe: Recipe) -> TrainPlan:
     """What `train` would do: looks up every file and builds the networks, writes nothing. Same errors."""
     with _session(recipe) as ranks:
-        return _build(recipe, ranks).plan
+        return _build(_sized(recipe, ranks), ranks).plan
 
 
 def check(recipe: Recipe) -> str:
@@ -195,6 +201,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise MachineError(
+                f"{reason}. Choose a smaller batch (trainer.batch_size, with more trainer.grad_accum_steps, or auto), "
+                "smaller crops (data.augment.crop_size), trainer.amp_dtype: bf16, or a smaller network."
+            ) from None
         if (machine := machine_error(error)) is not None:
             raise machine from None
         if _NOT_DETERMINISTIC in str(error):
@@ -206,6 +218,15 @@ def _explained() -> Iterator[None]:
         raise
 
 
+def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
+    """The recipe with a number for `trainer.batch_size: auto`."""
+    if recipe.trainer.batch_size != "auto":
+        return recipe
+    task = Datasets(recipe.data, recipe.seed).task
+    size = largest_batch(recipe, task, choose_hardware(recipe.trainer, ranks))
+    return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"batch_size": size})})
+
+
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     hardware = choose_hardware(recipe.trainer, ranks)
     datasets = Datasets(recipe.data, recipe.seed)
@@ -213,6 +234,9 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
+    if recipe.trainer.sync_batch_norm and ranks.world_size > 1:
+        check_gpu(hardware, "trainer.sync_batch_norm", "Set it to false")
+        synchronize_batch_norms(method)
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)

@@ -47,9 +47,10 @@ class Step(Protocol):
 class EagerStep:
     """A step whose kernels are launched one by one."""
 
-    def __init__(self, parts: Parts, recipe: BaseRecipe, hardware: Hardware) -> None:
+    def __init__(self, parts: Parts, recipe: BaseRecipe, hardware: Hardware, *, alone: bool = False) -> None:
+        """Prepare steps of all processes, or of this one `alone`."""
         self.parts, self.config, self.hardware = parts, recipe.trainer, hardware
-        self.model = distributed.wrap(parts.method, hardware.device)
+        self.model = parts.method if alone else distributed.wrap(parts.method, hardware.device)
         self._seed, self._rank = recipe.seed, distributed.current_ranks().rank
 
     def gradients(self, batch: Batch, step: int, micro: int) -> MicroStep:

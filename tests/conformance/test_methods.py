@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.checkpoint import load_tensors, write_model
 from rsseg.config import LossConfig
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
-from rsseg.layers.blocks import resize_logits
+from rsseg.layers.blocks import has_batch_norm, resize_logits
 from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for, segmenter_for
@@ -32,7 +34,7 @@ from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import Parts, frozen_hashes
-from rsseg.training.step import seed_everything, set_rate
+from rsseg.training.step import RunningStatistics, seed_everything, set_rate
 from tests.conformance.cases import Case, make_case, methods_covered, recipe_files
 from tests.training.replaying import CpuRecorder, NoSynchronization
 
@@ -221,6 +223,36 @@ def test_recorded_steps_equal_eager_ones(case: Case) -> None:
     expected, eager = _trained(case, None, steps)
     assert losses == eager
     assert [name for name, tensor in expected.items() if not torch.equal(weights[name], tensor)] == []
+
+
+def test_teachers_stored_in_half_precision_teach_the_same(method: Method, batches: Iterator[Batch]) -> None:
+    batch = next(batches)
+    statistics = RunningStatistics(method)
+
+    def losses() -> dict[str, Tensor]:
+        statistics.restore()
+        with torch.autocast("cpu", torch.bfloat16):
+            return backward(method, batch)
+
+    before = losses()
+    for teacher in method.frozen_teachers():
+        teacher.store_as(torch.bfloat16)
+    stored = {p.dtype for teacher in method.frozen_teachers() for p in teacher.module.parameters()}
+    assert stored in (set(), {torch.float32, torch.bfloat16})
+    after = losses()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_synchronized_batch_norms_change_no_name_or_tensor(method: Method) -> None:
+    tensors = {id(tensor) for tensor in (*method.parameters(), *method.buffers())}
+    names, shipped = method.state_dict().keys(), method.deployable().state_dict().keys()
+    has = has_batch_norm(method)
+    synchronize_batch_norms(method)
+    assert (method.state_dict().keys(), method.deployable().state_dict().keys()) == (names, shipped)
+    assert {id(tensor) for tensor in (*method.parameters(), *method.buffers())} == tensors
+    norms = [m for part in (method, method.deployable()) for m in part.modules() if isinstance(m, _BatchNorm)]
+    assert bool(norms) == has
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
 @pytest.fixture

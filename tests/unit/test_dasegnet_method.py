@@ -308,3 +308,26 @@ def test_energies_softmax_and_losses_stay_in_single_precision_under_autocast() -
     assert types.seen["cross_entropy"] == types.seen["binary_cross_entropy_with_logits"] == {torch.float32}
     assert torch.float32 in types.seen["bmm"]
     assert mixed[-1].dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_students_side_by_side_give_the_same_gradients() -> None:
+    alone = make_method().cuda()
+    beside = copy.deepcopy(alone)
+    beside.segmenter.side_by_side = True
+    batch = {
+        name: replace(
+            samples,
+            images=samples.images.cuda(),
+            valid=samples.valid.cuda(),
+            masks=None if samples.masks is None else samples.masks.cuda(),
+        )
+        for name, samples in make_batch().items()
+    }
+    for method in (alone, beside):
+        torch.stack(list(method(batch, 0).losses.values())).sum().backward()
+    torch.cuda.synchronize()
+    for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)

@@ -326,7 +326,7 @@ def check_batches(recipe: DASegNetRecipe) -> None:
     """Raise `RecipeError` for batches and crops that the decoder or ClassMix cannot use."""
     trainer = recipe.trainer
     used = recipe.stream_names() if recipe.uses_target else ("source",)
-    smallest = min(trainer.stream_batch_sizes.get(stream, trainer.batch_size) for stream in used)
+    smallest = min(trainer.batch_of(stream) for stream in used)
     if recipe.decoder.type == "deeplabv3plus" and smallest < 2:
         raise RecipeError(
             "trainer.batch_size: DeepLabV3+ pools each image to one value per channel, so its batch norm needs 2 or "

@@ -1,5 +1,6 @@
 """The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class DASegNet(Segmenter):
         *,
         neck: DisentangledNeck | None,
         tile: TileHint,
+        side_by_side: bool = False,
     ) -> None:
         """Store the parts, source style first.
 
@@ -48,11 +50,13 @@ class DASegNet(Segmenter):
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
+            side_by_side: run the students on two CUDA streams.
         """
         info = backbones[0].info
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
         self.backbone_source, self.backbone_target = backbones
         self.neck = neck
+        self.side_by_side = side_by_side
         self.decoder_source, self.decoder_target = decoders
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
@@ -81,12 +85,32 @@ class DASegNet(Segmenter):
         if len(batches) > 1 and self.batching and len({batch.shape[1:] for batch in batches}) == 1:
             (joint,) = self.styles(torch.cat(batches))
             return _split(joint, [len(batch) for batch in batches])
-        pairs = [(self.backbone_source(batch), self.backbone_target(batch)) for batch in batches]
+        pairs = [self._students(batch) for batch in batches]
         return [Styles(source, target, *self.refine(source, target)) for source, target in pairs]
 
     def refine(self, source: Maps, target: Maps) -> tuple[Maps, Maps]:
         """Both styles of the same images -> the decoders' inputs."""
         return (source, target) if self.neck is None else self.neck(source, target)
+
+    def _students(self, images: Tensor) -> tuple[Maps, Maps]:
+        if not (self.side_by_side and images.is_cuda):
+            return self.backbone_source(images), self.backbone_target(images)
+        main, side = torch.cuda.current_stream(), _side_stream(images.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            target = self.backbone_target(images)
+        source = self.backbone_source(images)
+        main.wait_stream(side)
+        images.record_stream(side)
+        for level in target:
+            level.record_stream(main)
+        return source, target
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for the whole process: the allocator keeps memory by stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
@@ -128,6 +152,7 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
         (decoders[0], decoders[1]),
         neck=neck,
         tile=TileHint(size=side, overlap=side // 4, flexible=False),
+        side_by_side=recipe.side_by_side,
     )
 
 

@@ -17,6 +17,7 @@ OF_THE_PAIR = (
     "target_decoder_weights",
     "head_lr_scale",
     "weight_decay_exempt",
+    "side_by_side",
 )
 """Settings of the two students only; `single` has its own."""
 
@@ -147,7 +148,7 @@ class DASegNetRecipe(BaseRecipe):
     """Of both students, from the same weights."""
     single: PlainConfig | None = None
     """Train one plain network, with the source's labels and the pseudo-labels of its average on the target, in place of
-    the two students, neck and discriminators, for which the keys `decoder` to `weight_decay_exempt` below hold. A network that
+    the two students, neck and discriminators, for which the keys `decoder` to `side_by_side` below hold. A network that
     was tuned on the source before (`start`) gains less from alignment than from good pseudo-labels, and one network
     predicts twice as fast as two."""
     neck: NeckConfig | None = NeckConfig()
@@ -166,6 +167,8 @@ class DASegNetRecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
+    side_by_side: bool = False
+    """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
 
     def stream_names(self) -> tuple[str, ...]:
         """Labeled source images and unlabeled target images."""
@@ -218,5 +221,5 @@ class DASegNetRecipe(BaseRecipe):
         teacher = None if self.self_training is None else self.self_training.teacher
         if teacher is not None and (teacher.type != "whole" or teacher.start != "student"):
             raise ValueError("self_training.teacher: single needs {type: whole, start: student}")
-        self.single.check_batch(self.trainer.stream_batch_sizes.get("source", self.trainer.batch_size))
+        self.single.check_batch(self.trainer.batch_of("source"))
         return self

@@ -1,6 +1,6 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import (
     LoadModel,
@@ -65,6 +66,13 @@ class KTDAMethod(Method):
         self.streams: tuple[StreamSpec, ...] = (StreamSpec("labeled", "train", masks=True, fill=segmenter.fill),)
         if task_teacher is not None and task_teacher.settings.unlabeled:
             self.streams += (StreamSpec("unlabeled", "train", masks=False, fill=segmenter.fill, strong_views=1),)
+
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """The teacher of maps and that of the task, where there are."""
+        if self.distillation is not None:
+            yield self.distillation.teacher
+        if self.task_teacher is not None:
+            yield self.task_teacher.frozen
 
     def before_step(self, step: int) -> None:
         """Set the weight of the distillation."""

@@ -192,7 +192,7 @@ class KTDARecipe(BaseRecipe):
             raise ValueError("fam.path: side is for distillation only; give a teacher or task_teacher")
         if self.fam and not self.side and self.teacher is None and (self.fam.width is None or self.fam.grid == "auto"):
             raise ValueError("fam: without a teacher give 'width' and 'grid' as numbers")
-        batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)
+        batch = self.trainer.batch_of("labeled")
         if self.decoder.type == "upernet" and 1 in self.decoder.pool_scales and batch == 1:
             raise ValueError(
                 "trainer.batch_size: the upernet decoder needs two samples, as the batch norm of pool scale 1 sees one "

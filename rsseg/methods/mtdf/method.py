@@ -1,6 +1,6 @@
 """Training of RS-MTDF: FixMatch with an averaged pseudo-labeller, and distillation from frozen teachers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -117,6 +117,10 @@ class MTDFMethod(Method):
             losses["distill"] = self.loss_weights["distill"] * torch.stack(list(errors.values())).mean()
             logs |= {f"distill_{name}": error.detach() for name, error in errors.items()}
         return StepOutput(losses, logs)
+
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """The backbones of all teachers."""
+        return [cast(Teacher, teacher).frozen for teacher in self.teachers.values()]
 
     def after_optimizer_step(self, step: int) -> None:
         """Update the average; in the first steps it is the plain mean of all students since step 0."""
