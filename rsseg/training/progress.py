@@ -94,6 +94,9 @@ class Progress:
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
 
+    def on_error(self, error: BaseException) -> None:
+        """The run ends early."""
+
 
 class Silent(Progress):
     """Prints nothing."""
