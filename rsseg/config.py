@@ -110,6 +110,8 @@ class TrainerConfig(Strict):
     eval_every: Count = 1000
     checkpoint_every: Count = 1000
     log_every: Count = 20
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to report to besides the run folder's tables; each needs the extra of its name."""
     keep_checkpoints: Count = 1
     """Newest checkpoints kept beside the best; above 1, `step-*.safetensors` are kept and the newest is also `last`."""
     patience: Count | None = None

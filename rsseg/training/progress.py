@@ -91,6 +91,9 @@ class Progress:
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
 
+    def on_error(self, error: BaseException) -> None:
+        """The run ends early."""
+
 
 class LineProgress(Progress):
     """Plain lines: steps at most once per interval, every evaluation and message."""

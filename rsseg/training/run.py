@@ -41,6 +41,7 @@ from rsseg.training.plan import (
 from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
+from rsseg.training.trackers import require_trackers, with_trackers
 from rsseg.training.trainer import Evaluate, Trainer
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -106,9 +107,9 @@ def train(
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
         listener = Progress()
         if ranks.is_main:
-            listener = recorder = Recorder(
-                run, recipe, built.task.class_names, LineProgress() if progress is None else progress
-            )
+            console = LineProgress() if progress is None else progress
+            console = with_trackers(run, recipe, console, start_step=counters.step)
+            listener = recorder = Recorder(run, recipe, built.task.class_names, console)
             recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
@@ -228,6 +229,7 @@ def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
+    require_trackers(recipe)
     hardware = choose_hardware(recipe.trainer, ranks)
     datasets = Datasets(recipe.data, recipe.seed)
     task = datasets.task
