@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
+from rsseg.fields import Batch, Count, Index, ModelPath, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
 class BackboneConfig(Strict):
@@ -346,7 +346,7 @@ class BaseRecipe(Strict):
     reference: str = ""
     """Paper and table row that this recipe reproduces, and the score to expect."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    start: Path | None = None
+    start: ModelPath | None = None
     """Model file or run folder of any method, for the same classes and bands, that initializes the parts of the network
     that it has as well. Pseudo-labels of an untrained decoder mislead the student; those of a tuned one help."""
     data: DataConfig
