@@ -17,8 +17,9 @@ from rsseg.export.targets import Geometry, TargetName, check_target, divisor, me
 from rsseg.files import check_outputs, publish, temporary_path
 from rsseg.inference.graph import write_graph
 from rsseg.inference.network import load_segmenter, ready_to_predict
-from rsseg.inference.predict import Compute, Forward
+from rsseg.inference.predict import Compute
 from rsseg.inference.tiling import Panel, Span, plan_tiles
+from rsseg.inference.torch_network import TorchNetwork
 from rsseg.layers.blocks import resize_logits
 from rsseg.methods.base import Segmenter
 from rsseg.raster import match_bands
@@ -185,12 +186,12 @@ def compare(network: Segmenter, run: Runner, scene: Path | str, geometry: Geomet
         DataError: the scene cannot be read or lacks bands.
         UsageError: it has no pixel with data.
     """
-    forward = Forward(network, Compute(torch.device("cpu")))
+    own_network = TorchNetwork(network)
     task, side = network.task, geometry.tile
     scale, offset = (np.array(values, np.float32)[:, None, None] for values in (task.scale, task.offset))
     same = total = 0
     for image, valid in _tiles(network, scene, side):
-        own = forward(image[None])[0].whole().argmax(0).numpy()
+        own = own_network.of(image[None], Compute())[0].tensor().argmax(0).numpy()
         pixels = np.ascontiguousarray((image.numpy() - offset) / scale / divisor(task), np.float32)
         theirs = run(pixels[None])[0].argmax(0)
         same += int((own == theirs)[valid].sum())
@@ -212,7 +213,7 @@ def _tiles(network: Segmenter, scene: Path | str, side: int) -> Iterator[tuple[T
         for number, tile in enumerate(read_tiles(raster, panel, network, rows=Span(0, len(plan.rows.origins)))):
             if number % step or tile.is_empty or tile.valid is None:
                 continue
-            image = tile.load()
+            image = torch.from_numpy(tile.load())
             rows, columns = (min(length, side) for length in image.shape[1:])
             padded = nn.functional.pad(image[None], (0, side - columns, 0, side - rows), mode="replicate")[0]
             valid = np.zeros((side, side), np.bool_)

@@ -17,6 +17,7 @@ from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import MachineError
 from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
+from rsseg.task import TileHint as TileHint
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,6 @@ class ParamGroup:
     params: Sequence[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class TileHint:
-    """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
-
-    size: int
-    """Of a convolutional network the largest side: tiles are fitted to the image."""
-    overlap: int
-    flexible: bool
-    """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
 
 
 class Segmenter(nn.Module, ABC):
