@@ -48,7 +48,8 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     from benchmarks.scenes import make_segmenter, write_scene
-    from rsseg.inference.device import keep_heap, resolve_precision
+    from rsseg.inference.device import resolve_precision
+    from rsseg.inference.machine import keep_heap
     from rsseg.inference.network import ready_to_predict
     from rsseg.scene.memory import prepare_network
     from rsseg.scene.options import SceneOptions

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "rsseg"
 LAYERS = """
 cli
 commands
-training | scene | report | export
+report | export
+training | scene
 evaluation | datasets
 inference
 methods.registry

@@ -43,6 +43,8 @@ class SceneOptions(BaseModel):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the hardware supports it, and float32 elsewhere."""
+    engine: Literal["torch", "onnx", "openvino", "auto"] = "torch"
+    """Program that runs the network. `auto` takes openvino or onnx on a CPU if installed and able, else torch."""
     tta: Literal["none", "flip", "d4"] = "none"
     """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
@@ -101,6 +103,7 @@ class SceneResult(Result):
     """Pixels of the scene, overlap not counted."""
     device: str
     dtype: str
+    engine: str
     resumed: float
     """Share of the rows that an earlier run had finished, 0..1."""
     polygons: int | None
@@ -131,6 +134,7 @@ class ScenePlan(Result):
     """Batches that a CPU computes in parallel."""
     device: str
     dtype: str
+    engine: str
     views: int
     """Forward passes per tile."""
     panels: int
@@ -154,7 +158,8 @@ class ScenePlan(Result):
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
-            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB besides the libraries, "
+            f"  {self.dtype} on {self.device} with {self.engine}, about {self.memory_bytes / 2**20:.0f} MB "
+            f"besides the libraries, "
             f"about {duration(self.seconds)}",
             *(f"  warning: {warning}" for warning in self.warnings),
         ]

@@ -17,7 +17,7 @@ from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
-from rsseg.inference.device import keep_heap
+from rsseg.inference.machine import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
