@@ -41,7 +41,7 @@ def evaluate_rasters(
         truths: folder of rasters on the same grids, with the same values. Each must have a prediction.
         task: names of the values; None names each value by its number.
         ignore: names of classes excluded from the scores.
-        progress: called after every pair.
+        progress: called before every pair.
 
     Raises:
         DataError: nothing to compare, a missing prediction, different grids, an undeclared value, or truths with a
@@ -50,10 +50,10 @@ def evaluate_rasters(
     started = time.monotonic()
     pairs = _pairs(predictions, truths)
     confusion = ConfusionMatrix(_NONE + 1)
-    for done, (predicted, true) in enumerate(pairs, start=1):
-        _compare(predicted, true, confusion)
+    for done, (predicted, true) in enumerate(pairs):
         if progress is not None:
             progress(done, len(pairs))
+        _compare(predicted, true, confusion)
     table = confusion.counts.numpy()[: _NONE + 1]
     if task is not None or not _is_binary(table):
         _drop_ignored(table, truths)

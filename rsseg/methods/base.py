@@ -48,6 +48,7 @@ class TileHint:
     """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
 
     size: int
+    """Of a convolutional network the largest side: tiles are fitted to the image."""
     overlap: int
     flexible: bool
     """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rsseg.checkpoint import read_header
 from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
@@ -18,7 +19,7 @@ from rsseg.files import read_rows
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.runs import RunFolder, choose_model, find_run, list_runs
+from rsseg.runs import RunFolder, choose_model, find_run, list_runs, newest_finished
 from rsseg.training.progress import EvaluationReport, Silent, StepReport
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
@@ -218,7 +219,7 @@ def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path
     with pytest.raises(RecipeError, match=r"clip_grad: was None, is 1.0.*--resume-anyway accepts the change"):
         train(changed, output=tmp_path, resume=run, progress=QUIET)
     assert train(changed, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 3
-    assert "resumed anyway: " in (run / "log.txt").read_text()
+    assert "warning: resumed with changes: trainer.clip_grad: was None, is 1.0.\n" in (run / "log.txt").read_text()
     sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
     assert train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 4
     assert "optimizer 'main' has another type than before" in (run / "log.txt").read_text()
@@ -243,8 +244,24 @@ def test_patience_and_hours_end_a_run(rgb_dataset: Path, tmp_path: Path) -> None
     assert (result.reason, result.state) == ("patience", "finished")
     assert result.steps < 50
     late = train(tiny_recipe(rgb_dataset, trainer={"steps": 50, "max_hours": 1e-9}), output=tmp_path, progress=QUIET)
-    assert (late.reason, late.steps) == ("max_hours", 1)
-    assert late.model.exists()
+    assert (late.reason, late.state, late.steps) == ("max_hours", "stopped", 1)
+    assert (
+        f"step 1 of 50; the run is saved, and the command below continues it)\n{late.model}\nrsseg train --resume {late.run}"
+        in late.text()
+    )
+    assert newest_finished(tmp_path).model == late.model
+
+
+def test_limit_of_hours_counts_from_the_last_resume(rgb_dataset: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe(rgb_dataset, trainer={"steps": 2}), output=tmp_path, progress=QUIET)
+    state = RunFolder(first.run).state
+    with safe_open(state, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["counters"] = json.dumps(json.loads(metadata["counters"]) | {"elapsed_s": 3600.0})
+    save_file(tensors, state, metadata)
+    longer = tiny_recipe(rgb_dataset, trainer={"steps": 4, "max_hours": 1.0})
+    resumed = train(longer, output=tmp_path, resume=first.run, progress=QUIET)
+    assert (resumed.reason, resumed.steps) == ("all steps", 4)
     assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
 
 
