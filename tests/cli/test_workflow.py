@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,9 @@ def test_from_images_to_a_class_raster(
     assert run(["eval", "--split", "train"]) == 0
     assert "used for the training" in capsys.readouterr().err
     assert run(["eval", "--fail-under", "miou=0.999"]) == 8
+    assert re.search(r"miou is 0\.\d{4}, below 0\.999\.", capsys.readouterr().err)
+    assert run(["info", "runs/latest"]) == 0
+    assert not set("{}[]") & set(capsys.readouterr().out)
 
     assert run(["predict", str(scene)]) == 0
     assert "runs" in capsys.readouterr().err
@@ -97,7 +101,7 @@ def test_dry_run_of_a_resume_checks_what_the_resume_checks(workplace: Path, caps
     assert run([*changed, "--resume-anyway", "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["warning: resumed with changes: trainer.clip_grad: was None, is 1.0."]
-    assert "3 steps, resuming after step 2" in captured.out
+    assert "3 steps of 2 micro-steps, resuming after step 2" in captured.out
     assert run(["train", "--resume", "runs/latest", "--steps", "3", "--dry-run"]) == 0
 
 

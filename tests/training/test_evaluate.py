@@ -31,7 +31,7 @@ def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path
     test = evaluate_model(result.model, device="cpu", progress=lambda done, total: told.append((done, total)))
     assert test.images == 1
     assert test.seen is None
-    assert told == [(1, 1)]
+    assert told == [(0, 1), (1, 1)]
     files = [rgb_dataset / "masks" / "07.png"]
     pixels = sum(np.asarray(Image.open(file)).size for file in files)
     assert test.scores.pixels == test.matrix.sum() == pixels

@@ -245,10 +245,9 @@ def test_patience_and_hours_end_a_run(rgb_dataset: Path, tmp_path: Path) -> None
     assert result.steps < 50
     late = train(tiny_recipe(rgb_dataset, trainer={"steps": 50, "max_hours": 1e-9}), output=tmp_path, progress=QUIET)
     assert (late.reason, late.state, late.steps) == ("max_hours", "stopped", 1)
-    assert (
-        f"step 1 of 50; the run is saved, and the command below continues it)\n{late.model}\nrsseg train --resume {late.run}"
-        in late.text()
-    )
+    assert "step 1 of 50; the run is saved, and the command below continues it)" in late.text()
+    assert late.text().endswith(f"\nrsseg train --resume {late.run}")
+    assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
     assert newest_finished(tmp_path).model == late.model
 
 
@@ -262,7 +261,6 @@ def test_limit_of_hours_counts_from_the_last_resume(rgb_dataset: Path, tmp_path:
     longer = tiny_recipe(rgb_dataset, trainer={"steps": 4, "max_hours": 1.0})
     resumed = train(longer, output=tmp_path, resume=first.run, progress=QUIET)
     assert (resumed.reason, resumed.steps) == ("all steps", 4)
-    assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
 
 
 def test_student_or_average_is_shipped(rgb_dataset: Path, tmp_path: Path) -> None:
