@@ -2,6 +2,7 @@
 
 import math
 import os
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,26 @@ def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | 
     # GDAL reads 0 and 1 where a viewer shows 0 and 255.
     grays = [value * 255 // (levels - 1) for value in range(levels)]
     return {value: (gray, gray, gray, 255) for value, gray in enumerate(grays)}
+
+
+def value_names(dataset: Any) -> dict[int, str]:
+    """Value -> class name of the first band: tags `class_VALUE`, as `rsseg predict` writes, else category names."""
+    tags = {key.removeprefix("class_"): name for key, name in dataset.tags(1).items() if key.startswith("class_")}
+    return {int(value): name for value, name in sorted(tags.items()) if value.isdecimal()} or _categories(dataset)
+
+
+def _categories(dataset: Any) -> dict[int, str]:
+    """GDAL's category names, which rasterio does not give, from a VRT or a side file."""
+    main, *_ = dataset.files or [""]
+    for file in (main, f"{main}.aux.xml"):
+        if file.lower().endswith((".vrt", ".xml")) and os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises
+            try:
+                found = ET.parse(file).getroot().findall("./*[@band='1']/CategoryNames/Category")
+            except (OSError, ET.ParseError):
+                continue
+            if found:
+                return {value: name.text for value, name in enumerate(found) if name.text}
+    return {}
 
 
 def is_nan(value: float | None) -> bool:

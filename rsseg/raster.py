@@ -165,6 +165,11 @@ class Raster:
         """All files that the image consists of, side files and the sources of a VRT included."""
         return tuple(sorted({file for part in self._parts for file in part.dataset.files}))
 
+    @property
+    def value_names(self) -> dict[int, str]:
+        """Names of the values of a class raster; see `gdal.value_names`."""
+        return gdal.value_names(self._parts[0].dataset)
+
     def read(self, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Pixels and where they have data.
 

@@ -1,9 +1,10 @@
 """Areas of interest: polygons of a vector file, as a mask of a scene's pixels."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyogrio
@@ -14,11 +15,12 @@ from rasterio.errors import CRSError
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RssegWarning
 from rsseg.files import is_file, is_folder
 from rsseg.raster import RasterInfo, Window
+from rsseg.text import load_json
 from rsseg.vector.grid import Grid, Points, reproject, transformed
-from rsseg.vector.write import VECTOR_ERRORS
+from rsseg.vector.write import VECTOR_ERRORS, vector_reason
 
 Polygons = NDArray[np.object_]
 """Shapely polygons and multipolygons."""
@@ -27,6 +29,8 @@ _PIECES = 256
 _MARGIN = 0.02
 """Margin of the box around a scene, relative to its size."""
 _ROWS = 512
+_MOST_COUNTED = 1 << 26
+"""Bytes of a GeoJSON file whose features are counted."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,17 @@ def read_region(path: Path, info: RasterInfo) -> Region:
     """
     grid = Grid(info)
     layers = _read_layers(path)
-    if not any(len(polygons) for _, polygons in layers):
+    used = sum(layer.used for layer in layers)
+    features = _declared(path) or sum(layer.features for layer in layers if layer.used)
+    if 0 < used < features:
+        warnings.warn(
+            f"{path}: {features - used} of {features} features have no polygon, or a damaged one, and are left out.",
+            RssegWarning,
+            stacklevel=2,
+        )
+    if not used:
         raise DataError(f"{path}: the file has no polygon. Draw the area as polygons.")
-    placed = np.concatenate([_placed(polygons, crs, grid, path) for crs, polygons in layers if len(polygons)])
+    placed = np.concatenate([_placed(layer.polygons, layer.crs, grid, path) for layer in layers if layer.used])
     region = Region(placed)
     if not region.has_pixels(info.height, info.width):
         raise DataError(
@@ -83,14 +95,35 @@ def region_files(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in path.parent.iterdir() if file.stem == path.stem))
 
 
-def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
+class _Layer(NamedTuple):
+    """Polygons of a layer, and the numbers of its features and of those with a polygon."""
+
+    crs: CRS | None
+    polygons: Polygons
+    features: int
+    used: int
+
+
+def _declared(path: Path) -> int:
+    """Features in the text of a GeoJSON file, of which GDAL skips what is none; 0 for other and for large files."""
+    if path.suffix.lower() not in (".geojson", ".json") or not path.is_file() or path.stat().st_size > _MOST_COUNTED:
+        return 0
+    try:
+        content = load_json(path.read_bytes(), str(path), DataError)
+    except DataError:  # GDAL reads more than JSON allows
+        return 0
+    features = content.get("features") if isinstance(content, dict) else None
+    return len(features) if isinstance(features, list) else 0
+
+
+def _read_layers(path: Path) -> list[_Layer]:
     if not (is_file(path) or is_folder(path)):
         raise DataError(f"{path}: there is no such file.")
     try:
         names = [name for name, geometry in pyogrio.list_layers(path) if geometry is not None]
         return [_read_layer(path, name) for name in names]
     except (*VECTOR_ERRORS, shapely.GEOSException) as error:
-        reason = str(error).split("; ")[0].rstrip(".").removeprefix(f"{path}: ")
+        reason = vector_reason(error, path)
         raise DataError(
             f"{path}: not a readable vector file: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
             "that no other program has open."
@@ -99,14 +132,17 @@ def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
         raise DataError(f"{path}: its coordinate system is unknown: {error}.") from None
 
 
-def _read_layer(path: Path, layer: str) -> tuple[CRS | None, Polygons]:
+def _read_layer(path: Path, layer: str) -> _Layer:
     about, _, wkb, _ = pyogrio.raw.read(path, layer=layer, columns=[], force_2d=True)
     shapes = shapely.from_wkb(wkb)
-    parts = shapely.get_parts(shapely.get_parts(shapes[~shapely.is_missing(shapes)]))
-    polygons = parts[(shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(parts)]
+    parts, first = shapely.get_parts(shapes, return_index=True)
+    parts, second = shapely.get_parts(parts, return_index=True)
+    usual = (shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(parts)
+    polygons, used = parts[usual], len(np.unique(first[second[usual]]))
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
         raise DataError(f"{path}: some of its coordinates are not finite. Correct them.")
-    return None if about["crs"] is None else CRS.from_user_input(about["crs"]), polygons
+    crs = None if about["crs"] is None else CRS.from_user_input(about["crs"])
+    return _Layer(crs, polygons, len(shapes), used)
 
 
 def _placed(polygons: Polygons, crs: CRS | None, grid: Grid, path: Path) -> Polygons:

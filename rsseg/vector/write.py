@@ -1,6 +1,7 @@
 """Polygons of a class raster as a vector file, in bounded memory."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,13 @@ _CHECKED = 100_000
 """Polygons per batch that is read back."""
 _FIELDS = ("value", "class", "pixels", "area_m2")
 _LAYER = "classes"
+
+
+def vector_reason(error: BaseException, path: Path) -> str:
+    """GDAL's message without the name of the file, statements in SQL and repetitions."""
+    clauses = str(error).removeprefix(f"{path}: ").split("; ")[0].split(": ")
+    kept = [clause.strip() for clause in clauses if not re.search(r"\b(SELECT|PRAGMA)\b", clause)]
+    return ": ".join(dict.fromkeys(kept)).rstrip(".") or "the database is damaged"
 
 
 def polygon_files(output: Path) -> tuple[Path, ...]:

@@ -227,6 +227,7 @@ def test_killed_loader_process_is_a_limit_of_the_machine(workplace: Path) -> Non
         (["eval", "--model", "mine.yaml"], 5, "mine.yaml"),
         (["predict", "scene.tif"], 5, "train"),
         (["dataset", "prepare", "folder"], 2, "--src"),
+        (["dataset", "prepare", "potsdam"], 2, "pass --src"),
         (["dataset", "verify", "elsewhere"], 4, "elsewhere"),
     ],
 )

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from numpy.typing import NDArray
@@ -66,6 +67,22 @@ def test_class_rasters_are_compared_by_name(tmp_path: Path) -> None:
     assert (result.images, result.unpredicted, result.scores.oa) == (1, 1, 0.75)
     named = evaluate_rasters(tmp_path / "pred", tmp_path / "truth", task=rgb_task(), ignore=("water",))
     assert [c.name for c in named.scores.classes] == ["field", "road"]
+
+
+def test_classes_have_the_names_that_the_maps_carry(tmp_path: Path) -> None:
+    values = np.array([[1, 2, 3], [1, 2, 3]], np.uint8)
+    pred, truth = write_pair(tmp_path, values, values)
+    with rasterio.open(pred / "a.tif", "r+") as file:
+        file.update_tags(1, class_1="water", class_2="forest")
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["water", "forest", "3"]
+    band = "<PAMRasterBand band='1'><CategoryNames>{}</CategoryNames></PAMRasterBand>"
+    side = f"<PAMDataset>{band}</PAMDataset>"
+    categories = "<Category/><Category>Water</Category><Category>wood</Category><Category>road</Category>"
+    (truth / "a.tif.aux.xml").write_text(side.format(categories))
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["Water", "wood", "road"]
+    (truth / "a.tif.aux.xml").write_text(side.format("<Category/><Category>forest</Category>"))
+    with pytest.raises(DataError, match=r"a\.tif: the class 'forest' has the value 2, but 1 in "):
+        evaluate_rasters(pred, truth)
 
 
 def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
