@@ -89,6 +89,16 @@ def test_features_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
         mask_of(scene, area)
 
 
+@pytest.mark.parametrize("suffix", [".geojson", ".gpkg"])
+def test_empty_polygons_are_no_area(tmp_path: Path, suffix: str) -> None:
+    scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
+    empty = shapely.from_wkt(["POLYGON EMPTY", "MULTIPOLYGON EMPTY"])
+    with pytest.warns(RssegWarning, match="2 of 3 features have no polygon"):
+        assert mask_of(scene, write_area(tmp_path / f"some{suffix}", shapely.box(1, 1, 3, 3), *empty)).sum() == 400
+    with pytest.raises(DataError, match="the file has no polygon"):
+        mask_of(scene, write_area(tmp_path / f"none{suffix}", *empty))
+
+
 def test_area_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     scene = scene_at(tmp_path, from_origin(10, 50, 0.01, 0.01), "EPSG:4326")
     text = shapely.to_geojson(shapely.box(10.2, 49.55, 10.6, 49.85))
