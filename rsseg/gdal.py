@@ -156,6 +156,11 @@ def alignment(own: _Located, reference: _Located, *, what: str, of: str) -> Mirr
             x, y = warp_points(own.crs, reference.crs, x, y)
         except RasterioError:
             x, y = (math.nan,) * 4, (math.nan,) * 4
+    if reference.crs and reference.crs.is_geographic:
+        # Longitudes can differ by multiples of 360 degrees.
+        middle, _ = reference.transform * (reference.width / 2, reference.height / 2)
+        turns = np.rint((middle - (x[0] + x[2]) / 2) / 360)
+        x = tuple(value + 360 * turns for value in x)
     seen = np.array([~reference.transform * point for point in zip(x, y, strict=True)])
     for rows, cols in ((False, False), (True, False), (False, True), (True, True)):
         mirrored = [(own.width - col if cols else col, own.height - row if rows else row) for col, row in corners]

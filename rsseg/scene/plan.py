@@ -163,7 +163,9 @@ def prepare_scene(
     polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
     read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
     check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
-    check_outputs([("--output", output.with_name(f"{output.name}.aux.xml"))], read, overwrite=True)
+    # A side file of the same name would become one of the output.
+    side = output.with_name(f"{output.name}.aux.xml")
+    check_outputs([("--output", side)], read, overwrite=options.overwrite or output.exists())
     with memory_errors(OUT_OF_MEMORY):
         fit = fit_memory(prepared, info, [product for _, product in products], options)
     poses = poses_of(options.tta)

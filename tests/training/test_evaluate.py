@@ -8,7 +8,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.transform import Affine
+from rasterio.transform import Affine, from_origin
 
 from rsseg.cli import run
 from rsseg.config import SelectConfig
@@ -67,6 +67,16 @@ def test_class_rasters_are_compared_by_name(tmp_path: Path) -> None:
     assert (result.images, result.unpredicted, result.scores.oa) == (1, 1, 0.75)
     named = evaluate_rasters(tmp_path / "pred", tmp_path / "truth", task=rgb_task(), ignore=("water",))
     assert [c.name for c in named.scores.classes] == ["field", "road"]
+
+
+def test_longitudes_may_differ_by_a_turn(tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
+    pred, truth = write_pair(tmp_path, classes, classes, crs="EPSG:4326", transform=from_origin(-170, 10, 0.1, 0.1))
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(190, 10, 0.1, 0.1))
+    assert evaluate_rasters(pred, truth).scores.oa == 1
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(191, 10, 0.1, 0.1))
+    with pytest.raises(DataError, match="lies elsewhere"):
+        evaluate_rasters(pred, truth)
 
 
 def test_classes_have_the_names_that_the_maps_carry(tmp_path: Path) -> None:
