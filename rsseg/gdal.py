@@ -77,21 +77,20 @@ def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | 
 def value_names(dataset: Any) -> dict[int, str]:
     """Value -> class name of the first band: tags `class_VALUE`, as `rsseg predict` writes, else category names."""
     tags = {key.removeprefix("class_"): name for key, name in dataset.tags(1).items() if key.startswith("class_")}
-    return {int(value): name for value, name in sorted(tags.items()) if value.isdecimal()} or _categories(dataset)
-
-
-def _categories(dataset: Any) -> dict[int, str]:
-    """GDAL's category names, which rasterio does not give, from a VRT or a side file."""
     main, *_ = dataset.files or [""]
-    for file in (main, f"{main}.aux.xml"):
-        if file.lower().endswith((".vrt", ".xml")) and os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises
-            try:
-                found = ET.parse(file).getroot().findall("./*[@band='1']/CategoryNames/Category")
-            except (OSError, ET.ParseError):
-                continue
-            if found:
-                return {value: name.text for value, name in enumerate(found) if name.text}
-    return {}
+    named = {int(value): name for value, name in sorted(tags.items()) if value.isdecimal()}
+    return named or category_names(main) or category_names(f"{main}.aux.xml")
+
+
+def category_names(file: str) -> dict[int, str]:
+    """GDAL's category names in a VRT or a side file, which rasterio does not give; empty without them."""
+    if not file.lower().endswith((".vrt", ".xml")) or not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises
+        return {}
+    try:
+        found = ET.parse(file).getroot().findall("./*[@band='1']/CategoryNames/Category")
+    except (OSError, ET.ParseError):
+        return {}
+    return {value: name.text for value, name in enumerate(found) if name.text}
 
 
 def is_nan(value: float | None) -> bool:

@@ -97,6 +97,8 @@ def test_side_file_that_waits_for_its_raster_is_kept(tmp_path: Path) -> None:
     assert side.read_text() == "<PAMDataset/>"
     predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(overwrite=True))
     assert "CategoryNames" in side.read_text()
+    (tmp_path / "out.tif").unlink()
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
 
 
 def test_a_link_to_nowhere_counts_as_an_existing_file(tmp_path: Path, scene: Path) -> None:

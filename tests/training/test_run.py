@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,19 @@ def test_steps_may_be_extended_but_values_that_matter_may_not_change(rgb_dataset
     assert train(longer, output=tmp_path, resume=first.run, progress=QUIET).steps == 3
     straight = train(longer, output=tmp_path / "straight", progress=QUIET)
     assert_same_tensors(RunFolder(first.run).last, RunFolder(straight.run).last)
+
+
+def test_run_leaves_only_files_that_its_documentation_names(rgb_dataset: Path, tmp_path: Path) -> None:
+    kept = {"keep_checkpoints": 2, "checkpoint_every": 1}
+    run = train(tiny_recipe(rgb_dataset, trainer=kept | {"steps": 3}), output=tmp_path, progress=QUIET).run
+    train(tiny_recipe(rgb_dataset, trainer=kept | {"steps": 4}), output=tmp_path, resume=run, progress=QUIET)
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    left = {re.sub(r"-\d+", "-STEP", path.relative_to(run).as_posix()) for path in run.rglob("*") if path.is_file()}
+    assert {"checkpoints/last.state/previous.safetensors", "checkpoints/step-STEP.safetensors"} <= left
+    assert [name for name in sorted(left) if f"`{name}`" not in page] == []
+    assert {path.name for path in tmp_path.iterdir()} == {rgb_dataset.name, run.name, "latest"}
+    beside = {path.name for path in rgb_dataset.iterdir()}
+    assert beside == {"images", "masks", "rsseg-index.json", ".rsseg-cache"}
 
 
 def test_run_without_state_cannot_be_resumed(rgb_dataset: Path, tmp_path: Path) -> None:
