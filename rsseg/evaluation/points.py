@@ -20,8 +20,8 @@ from rsseg.evaluation.assessment import Assessment, Sample, Strata, allocate, as
 from rsseg.files import check_outputs, temporary_path
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
+from rsseg.vector.read import VECTOR_ERRORS, vector_reason
 from rsseg.vector.style import add_style, form_style
-from rsseg.vector.write import VECTOR_ERRORS, vector_reason
 
 LAYER = "points"
 TRUTH = "truth"
