@@ -15,7 +15,13 @@ from rasterio.errors import CRSError
 from rsseg.errors import DataError
 from rsseg.files import is_file, is_folder
 
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
+VECTOR_ERRORS = (
+    pyogrio.errors.DataSourceError,
+    pyogrio.errors.DataLayerError,
+    CPLE_BaseError,
+    OSError,
+    UnicodeDecodeError,  # names of layers or fields
+)
 
 
 @contextmanager
@@ -35,6 +41,8 @@ def vector_errors(path: Path) -> Iterator[None]:
 
 def vector_reason(error: BaseException, path: Path) -> str:
     """GDAL's message without the name of the file, statements in SQL and repetitions."""
+    if isinstance(error, UnicodeDecodeError):
+        return "its text is not UTF-8; save it as UTF-8"
     clauses = str(error).removeprefix(f"{path}: ").split("; ")[0].split(": ")
     kept = [clause.strip() for clause in clauses if not re.search(r"\b(SELECT|PRAGMA)\b", clause)]
     return ": ".join(dict.fromkeys(kept)).rstrip(".") or "the database is damaged"

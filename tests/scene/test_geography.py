@@ -74,6 +74,14 @@ def test_all_layers_of_an_area_count_and_points_do_not(tmp_path: Path) -> None:
     assert_array_equal(mask_of(scene, area), middle_of(scene))
 
 
+def test_area_in_another_encoding_names_the_remedy(tmp_path: Path) -> None:
+    scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
+    area = tmp_path / "area.geojson"
+    area.write_bytes('{"type": "FeatureCollection", "name": "Gr\xfcn", "features": []}'.encode("cp1252"))
+    with pytest.raises(DataError, match=r"area\.geojson: .*save it as UTF-8"):
+        mask_of(scene, area)
+
+
 def test_features_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
     square = json.loads(shapely.to_geojson(shapely.box(1, 1, 3, 3)))
