@@ -160,6 +160,8 @@ def evaluate(
     confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     share = len(source.items[ranks.rank :: ranks.world_size])
     samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
+    if progress is not None:
+        progress(0, share)
     for done, sample in enumerate(samples, start=1):
         if sample.mask is None:
             probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)

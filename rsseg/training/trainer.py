@@ -78,7 +78,7 @@ class Trainer:
         self.bad_losses: list[str] = []
         self._running = RunningStatistics(parts.method)
         self.samples = 0
-        self.speed_clock = self.clock = time.monotonic()
+        self.speed_clock = self.clock = self.started = time.monotonic()
         self.speed_step = counters.step
 
     @property
@@ -177,7 +177,7 @@ class Trainer:
 
     def _reason_to_stop(self) -> str | None:
         limit = self.config.max_hours
-        late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
+        late = limit is not None and time.monotonic() - self.started > 3600 * limit
         # All ranks must stop at the same step.
         match distributed.max_over_ranks(2 if self.signals.received is not None else int(late)):
             case 2:
