@@ -18,7 +18,6 @@ from rasterio.warp import transform as warp_points
 from benchmarks import rasterize as rasterize_benchmark
 from rsseg.errors import DataError, UsageError
 from rsseg.raster import Raster, RasterInfo, Window
-from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.vector.labels import Burning, Features, place_labels, read_features
 from rsseg.vector.read import split_layer
 
@@ -342,9 +341,3 @@ def test_the_benchmark_draws_the_pixels_of_rasterio(tmp_path: Path) -> None:
     with rasterio.open(tmp_path / "mask.tif") as mask, rasterio.open(tmp_path / "scene.tif") as image:
         assert (mask.transform, mask.shape) == (image.transform, image.shape)
         assert set(np.unique(mask.read(1)).tolist()) == {0, 1, 2, 3, 4, 255}
-
-
-def test_the_recipe_of_the_page_about_qgis_loads() -> None:
-    text = (Path(__file__).parents[2] / "docs/qgis.md").read_text(encoding="utf-8")
-    recipe = text.partition("```yaml\n")[2].partition("```")[0]
-    assert parse_recipe(RecipeSource("docs/qgis.md", recipe)).name == "mine"
