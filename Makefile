@@ -45,6 +45,7 @@ bench: bench-predict
 	$(BIN)/python benchmarks/confusion_matrix.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/rasterize.py
 	$(BIN)/python benchmarks/ktda_step.py
 	$(BIN)/python benchmarks/mtdf_step.py
 	$(BIN)/python benchmarks/strong_views.py
