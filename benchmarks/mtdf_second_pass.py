@@ -4,7 +4,7 @@ From a run whose teachers use `student_pass: resized`: scores on its test split,
 
 - the model as it is, with both passes;
 - the same weights with `student_pass: shared`, not trained any further;
-- these after a short distillation: `start_from` the run, `student_pass: shared`, a few steps at a fraction of the rate.
+- these after a short distillation: `start` the run, `student_pass: shared`, a few steps at a fraction of the rate.
 
     python benchmarks/mtdf_second_pass.py RUN [--steps 60] [--lr-scale 0.25] [--threads 2]
 """
@@ -40,7 +40,7 @@ def shortened(recipe: MTDFRecipe, model: Path, *, steps: int, lr_scale: float) -
     return recipe.model_copy(
         update={
             "name": "one-pass",
-            "start_from": model,
+            "start": model,
             "teachers": tuple(t.model_copy(update={"student_pass": "shared"}) for t in recipe.teachers),
             "optimizers": {"main": main.model_copy(update={"lr": lr_scale * main.lr, "schedule": schedule})},
             "trainer": recipe.trainer.model_copy(update=trainer),

@@ -344,6 +344,9 @@ class BaseRecipe(Strict):
     reference: str = ""
     """Paper and table row that this recipe reproduces, and the score to expect."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    start: Path | None = None
+    """Model file or run folder of any method, for the same classes and bands, that initializes the parts of the network
+    that it has as well. Pseudo-labels of an untrained decoder mislead the student; those of a tuned one help."""
     data: DataConfig
     loss: LossConfig = LossConfig()
     optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}

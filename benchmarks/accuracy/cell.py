@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.accuracy.table import TEACHERS
+from benchmarks.accuracy.table import NEEDED
 from rsseg.data.sources import Datasets
 from rsseg.errors import Interrupted, RssegError
 from rsseg.evaluation.model import evaluate_model, read_samples
@@ -66,7 +66,7 @@ def main(folder: Path) -> int:
         return 130
     except RssegError as error:
         result = job | {"error": str(error)}
-    if job["score"] and job["arm"] in TEACHERS and "error" not in result:
+    if job["score"] and job["arm"] in NEEDED and "error" not in result:
         shutil.copyfile(run.model, folder / "model.safetensors")  # other arms learn from it
     write_json(folder / "result.json", result | {"date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"})
     shutil.rmtree(folder / "runs", ignore_errors=True)  # weights and optimizer state of hundreds of cells

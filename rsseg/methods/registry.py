@@ -47,6 +47,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
 
             return build_mtdf(recipe, task)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_segmenter as build_single
+
+                return build_single(recipe, task)
             from rsseg.methods.dasegnet.network import build_segmenter as build_dasegnet
 
             return build_dasegnet(recipe, task)
@@ -91,7 +95,7 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "supervised":
             from rsseg.methods.supervised.method import build_method as build_supervised
 
-            return build_supervised(recipe, task)
+            return build_supervised(recipe, task, load_model)
         case "ktda":
             from rsseg.methods.ktda.method import build_method
 
@@ -99,11 +103,15 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "mtdf":
             from rsseg.methods.mtdf.method import build_method as build_mtdf
 
-            return build_mtdf(recipe, task)
+            return build_mtdf(recipe, task, load_model)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_method as build_single
+
+                return build_single(recipe, task, load_model)
             from rsseg.methods.dasegnet.method import build_method as build_dasegnet
 
-            return build_dasegnet(recipe, task)
+            return build_dasegnet(recipe, task, load_model)
 
 
 @_bounded

@@ -55,7 +55,7 @@ def without_pretrained(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         ("complementary_dropout=true", 3, "set strong_views to 2"),
         ("only_teachers=[clip]", 3, "only_teachers names 'clip'"),
         ("confidance=0.9", 3, "Did you mean 'confidence'"),
-        ("start_from=nowhere", 5, "nowhere: no such file or folder"),
+        ("start=nowhere", 5, "nowhere: no such file or folder"),
     ],
 )
 def test_bad_values_end_with_their_exit_code_and_one_message(

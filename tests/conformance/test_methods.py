@@ -32,7 +32,7 @@ from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Silent, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import frozen_hashes
-from rsseg.training.step import RunningStatistics, seed_everything
+from rsseg.training.step import BufferSnapshot, seed_everything
 from tests.conformance.cases import Case, make_case, methods_covered, recipe_files, trained
 from tests.training.replaying import CpuRecorder, NoSynchronization
 
@@ -203,7 +203,7 @@ def test_recorded_steps_equal_eager_ones(case: Case) -> None:
 
 def test_teachers_stored_in_half_precision_teach_the_same(method: Method, batches: Iterator[Batch]) -> None:
     batch = next(batches)
-    statistics = RunningStatistics(method)
+    statistics = BufferSnapshot(method)
 
     def losses() -> dict[str, Tensor]:
         statistics.restore()

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
-from rsseg.errors import WeightsError
+from rsseg.errors import RecipeError
 from rsseg.inference.network import ready_to_predict
 from rsseg.layers.blocks import resize
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
+from rsseg.methods.registry import load_model
 from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TAUGHT, TEACHERS, VIT, batch_of, method_of, recipe_of
 
 
@@ -165,12 +166,12 @@ def test_student_can_start_from_the_model_of_another_run(tmp_path: Path) -> None
     write_model(file, first.state_dict(), header)
     shared = [TEACHERS[0], TEACHERS[1] | {"student_pass": "shared"}]
     torch.manual_seed(9)
-    second = build_method(recipe_of(teachers=shared, start_from=str(tmp_path)), TASK)
+    second = build_method(recipe_of(teachers=shared, start=str(tmp_path)), TASK, load_model)
     assert second.average is not None
     for network in (second.student, second.average.module):
         assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in network.state_dict().items())
-    with pytest.raises(WeightsError, match="does not fit the network"):
-        method_of(start_from=str(file), translator_width=13)
+    with pytest.raises(RecipeError, match=r"the translators of .* that of this recipe"):
+        build_method(recipe_of(start=str(file), translator_width=13), TASK, load_model)
 
 
 def test_any_size_can_be_predicted() -> None:

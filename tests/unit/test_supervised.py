@@ -86,7 +86,7 @@ def test_one_image_per_batch_is_refused_where_a_norm_would_see_one_value() -> No
 
 
 def test_linear_head_classifies_the_stack_of_normalized_maps() -> None:
-    head = method_of(PYRAMID, "linear").decoder.eval()
+    head = method_of(PYRAMID, "linear").network.decoder.eval()
     maps = [torch.rand(1, c, 16 >> i, 16 >> i) for i, c in enumerate((16, 32, 64, 96))]
     up = [
         torch.nn.functional.interpolate(n(m), (16, 16), mode="bilinear") for n, m in zip(head.norms, maps, strict=True)
@@ -102,8 +102,8 @@ def test_frozen_backbone_stays_and_is_not_in_the_state() -> None:
     train(method)
     after = method.deployable().state_dict()
     assert all(torch.equal(after[f"backbone.{name}"], tensor) for name, tensor in before.items())
-    assert {name.partition(".")[0] for name in method.state_dict()} == {"decoder"}
-    assert not method.frozen.module.training
+    assert {name.split(".")[1] for name in method.state_dict()} == {"decoder"}
+    assert not method.network.frozen.module.training
 
 
 def test_lora_trains_few_values_and_ships_a_plain_network() -> None:
@@ -155,11 +155,11 @@ def test_unknown_linear_layer_names_those_there_are() -> None:
 def test_rates_fall_towards_the_input_and_the_head_has_its_own() -> None:
     method = method_of(layer_decay=0.5, head_lr_scale=10.0)
     rate = {id(p): group.lr_scale for group in method.param_groups()["main"] for p in group.params}
-    network = method.backbone.body.network
+    network = method.network.backbone.body.network
     assert rate[id(network.pos_embed)] == 0.5**4
     assert [rate[id(block.attn.qkv.weight)] for block in network.blocks] == [0.125, 0.25, 0.5, 1.0]
     assert rate[id(network.norm.weight)] == 1.0
-    assert {rate[id(p)] for p in method.decoder.parameters()} == {10.0}
+    assert {rate[id(p)] for p in method.network.decoder.parameters()} == {10.0}
 
 
 SEVERAL_KINDS = """

@@ -13,7 +13,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.base import Method, ParamGroup, StepOutput
+from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
 from rsseg.methods.dasegnet.adversarial import (
     Alignment,
     PatchDiscriminator,
@@ -22,8 +22,8 @@ from rsseg.methods.dasegnet.adversarial import (
     smallest_map,
 )
 from rsseg.methods.dasegnet.network import DASegNet, Styles, build_decoder, build_segmenter
-from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
-from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, class_mix, hide_patches, pseudo_labels
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, hide_patches, pseudo_labels, strong_view
 from rsseg.task import Task
 
 
@@ -178,7 +178,7 @@ class DASegNetMethod(Method):
         if same is not None:
             pseudo_views = [PseudoLabeledView("pseudo", config.weight, same, pseudo)]
         else:
-            images, mixed = _strong_view(source, target, pseudo, config)
+            images, mixed = strong_view(source, target, pseudo, config)
             pseudo_views = [
                 PseudoLabeledView("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed)
             ]
@@ -245,27 +245,11 @@ def split_norms(
     return decayed, exempt
 
 
-def _strong_view(
-    source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
-) -> tuple[Tensor, PseudoLabels]:
-    """Strong view of target images (B, C, H, W), with pasted source classes, and the matching labels."""
-    images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
-    if not config.class_mix or source.masks is None:
-        return images, pseudo
-    partner = torch.arange(len(images), device=images.device) % len(source.images)
-    pasted = class_mix(source.masks)[partner]
-    return torch.where(pasted[:, None], source.images[partner], images), PseudoLabels(
-        torch.where(pasted, source.masks[partner], pseudo.labels),
-        torch.where(pasted, 1.0, pseudo.weights),
-        pseudo.ratio,
-    )
-
-
 FreshPart = Callable[[str], nn.Module]
 """Name of a part of the student ("" for all of it) -> a new such module with random weights."""
 
 
-def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
+def build_method(recipe: DASegNetRecipe, task: Task, load_model: LoadModel | None = None) -> DASegNetMethod:
     """Build both students with the weights that the recipe names, everything else untrained.
 
     Raises:
@@ -274,6 +258,7 @@ def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
     """
     check_class_weights(recipe, task)
     segmenter = build_segmenter(recipe, task, load_weights=True)
+    start_from(segmenter, recipe.start, load_model)
 
     def fresh(part: str) -> nn.Module:
         match part:

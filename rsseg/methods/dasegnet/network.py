@@ -1,7 +1,7 @@
 """The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ class DASegNet(Segmenter):
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = not has_batch_norm(backbones[0])
         self.side_by_side = side_by_side
+
+    def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
+        """See `Segmenter.start_parts`. A plain network initializes both students, and without neck both decoders."""
+        parts = {"backbone": (self.backbone_source, self.backbone_target)}
+        return parts if self.neck is not None else parts | {"decoder": (self.decoder_source, self.decoder_target)}
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""

@@ -1,7 +1,6 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,7 +13,15 @@ from rsseg.layers.blocks import unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
-from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
+from rsseg.methods.base import (
+    LoadModel,
+    Method,
+    ParamGroup,
+    Segmenter,
+    StepOutput,
+    check_same_task,
+    start_from,
+)
 from rsseg.methods.ktda.distillation import Distillation, TaskTeacher
 from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, make_fam
 from rsseg.methods.ktda.parts import FeatureAlignment
@@ -138,13 +145,13 @@ class KTDAMethod(Method):
         return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
-def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Segmenter] | None = None) -> KTDAMethod:
+def build_method(recipe: KTDARecipe, task: Task, load_model: LoadModel | None = None) -> KTDAMethod:
     """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Args:
         recipe: describes them.
         task: classes and bands.
-        load_model: model file or run folder -> network; needed for a task teacher.
+        load_model: needed for a task teacher or a start model.
 
     Raises:
         RecipeError: parts of the recipe do not fit together, or the task teacher has another task.
@@ -153,10 +160,11 @@ def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Se
     taught_by = None
     if recipe.task_teacher is not None and load_model is not None:
         taught_by = load_model(recipe.task_teacher.model)
-        _check_task(recipe.task_teacher.model, taught_by.task, task)
+        check_same_task("task_teacher.model", recipe.task_teacher.model, taught_by.task, task)
     student = create_backbone(recipe.student, task)
     teacher = create_backbone(recipe.teacher, task) if recipe.teacher else None
     segmenter = assemble_segmenter(recipe, task, student, teacher.info if teacher else None)
+    start_from(segmenter, recipe.start, load_model)
     return assemble_method(recipe, segmenter, teacher, taught_by)
 
 
@@ -185,24 +193,6 @@ def assemble_method(
         side=side,
         task_teacher=TaskTeacher(task_teacher, recipe.task_teacher) if task_teacher and recipe.task_teacher else None,
     )
-
-
-def _check_task(model: Path, theirs: Task, ours: Task) -> None:
-    """Raise `RecipeError` unless a teacher has the classes, bands and scaling of the student's task."""
-    for what, a, b in (
-        ("classes", theirs.class_names, ours.class_names),
-        ("bands", theirs.bands, ours.bands),
-        ("scaling", (theirs.scale, theirs.offset), (ours.scale, ours.offset)),
-    ):
-        if a != b:
-            raise RecipeError(
-                f"task_teacher.model: {model} has the {what} {_shown(a)}, {ours.name} has {_shown(b)}. "
-                "Give a model trained on this dataset, with the same order of classes and bands."
-            )
-
-
-def _shown(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
-from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
 from rsseg.layers.ema import Ema, Frozen
-from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
+from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.task import Task
@@ -82,6 +81,8 @@ class Settings:
     distill_weight: float = 0.0
     unlabeled: bool = True
     confidence: float = 0.95
+    class_thresholds: bool = False
+    pseudo_ramp_steps: float = 0.0
     loss_divisor: Literal["valid", "confident"] = "valid"
     strong_views: int = 1
     complementary_dropout: bool = False
@@ -92,6 +93,8 @@ class Settings:
 
 class MTDFMethod(Method):
     """The student, its average, which makes the pseudo-labels, and its teachers."""
+
+    ramp: Tensor
 
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
         """Store the parts.
@@ -107,9 +110,18 @@ class MTDFMethod(Method):
         self.settings = settings
         averaged = settings.unlabeled or settings.ship == "average"
         self.average = Ema(student, settings.ema_decay) if averaged else None
+        adaptive = settings.unlabeled and settings.class_thresholds
+        self.thresholds = ClassThresholds(student.task.num_classes, settings.confidence) if adaptive else None
+        self.register_buffer("ramp", torch.empty(()), persistent=False)
+        self.before_step(0)
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
         self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
+
+    def before_step(self, step: int) -> None:
+        """Set the factor of the pseudo-labels' weight."""
+        steps = self.settings.pseudo_ramp_steps
+        self.ramp.fill_(min((step + 1) / steps, 1.0) if steps else 1.0)
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
@@ -132,12 +144,13 @@ class MTDFMethod(Method):
         losses = {"seg": s.labeled_weight * self.label_loss(logits_x, _labels(x))}
         logs: dict[str, Tensor] = {}
         if weak is not None:
+            threshold = s.confidence if self.thresholds is None else self.thresholds(weak)
             per_view = [
-                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.loss_divisor)
+                pseudo_label_loss(logits, labels, threshold=threshold, divisor=s.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
-            losses["pseudo"] = s.pseudo_weight * torch.stack(per_view).mean()
-            logs["confident_ratio"] = weak.confident_ratio(s.confidence)
+            losses["pseudo"] = self.ramp * s.pseudo_weight * torch.stack(per_view).mean()
+            logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
             errors = self._distillation(images, output.translated)
             losses["distill"] = s.distill_weight * torch.stack(list(errors.values())).mean()
@@ -223,7 +236,7 @@ def _labels(x: Samples) -> Tensor:
     return x.masks
 
 
-def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
+def build_method(recipe: MTDFRecipe, task: Task, load_model: LoadModel | None = None) -> MTDFMethod:
     """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Raises:
@@ -235,8 +248,7 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
     channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
     student = assemble_segmenter(recipe, task, backbone, channels)
-    if recipe.start_from is not None:
-        load_tensors(student, find_model(recipe.start_from))
+    start_from(student, recipe.start, load_model)
     return assemble_method(recipe, student, teachers)
 
 
@@ -264,6 +276,8 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
         distill_weight=distill,
         unlabeled=recipe.unlabeled,
         confidence=recipe.confidence,
+        class_thresholds=recipe.class_thresholds,
+        pseudo_ramp_steps=recipe.pseudo_ramp * recipe.trainer.steps,
         loss_divisor=recipe.loss_divisor,
         strong_views=recipe.strong_views,
         complementary_dropout=recipe.complementary_dropout,
@@ -283,7 +297,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
     crop = crops["labeled"]
-    _check_side("data.augment.crop_size", crop, student)
+    if student.info.patch_size is not None or recipe.decoder is None:  # other decoders resize levels of any size
+        _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
         if teachers[config.name].info.patch_size is not None:
