@@ -25,7 +25,7 @@ from rsseg.methods.base import Segmenter
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import recipe_from_dict
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
 CPU = torch.device("cpu")
@@ -89,11 +89,11 @@ def main() -> None:
     print(f"test mIoU, two passes: {score(two, recipe):.4f}", flush=True)
     print(f"test mIoU, one pass, same weights: {score(one, recipe):.4f}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(short, output=Path(folder), progress=Silent())
+        result = train(short, output=Path(folder), progress=Progress())
         one = load_segmenter(result.model)
         print(f"test mIoU, one pass after {arguments.steps} steps: {score(one, recipe):.4f}", flush=True)
         two_passes = short.model_copy(update={"teachers": recipe.teachers})
-        longer = load_segmenter(train(two_passes, output=Path(folder), progress=Silent()).model)
+        longer = load_segmenter(train(two_passes, output=Path(folder), progress=Progress()).model)
         print(f"test mIoU, two passes after the same {arguments.steps} steps: {score(longer, recipe):.4f}", flush=True)
     compare_speed(two, one, recipe.data.augment.crop_size)
 

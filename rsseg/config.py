@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
+from rsseg.fields import Batch, Count, Index, ModelPath, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
 class BackboneConfig(Strict):
@@ -110,6 +110,8 @@ class TrainerConfig(Strict):
     eval_every: Count = 1000
     checkpoint_every: Count = 1000
     log_every: Count = 20
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to report to besides the run folder's tables; each needs the extra of its name."""
     keep_checkpoints: Count = 1
     """Newest checkpoints kept beside the best; above 1, `step-*.safetensors` are kept and the newest is also `last`."""
     patience: Count | None = None
@@ -344,7 +346,7 @@ class BaseRecipe(Strict):
     reference: str = ""
     """Paper and table row that this recipe reproduces, and the score to expect."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    start: Path | None = None
+    start: ModelPath | None = None
     """Model file or run folder of any method, for the same classes and bands, that initializes the parts of the network
     that it has as well. Pseudo-labels of an untrained decoder mislead the student; those of a tuned one help."""
     data: DataConfig
@@ -368,6 +370,12 @@ class BaseRecipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _named_optimizers(self) -> Self:
+        if set(self.optimizers) != set(wanted := self.optimizer_names()):
+            raise ValueError(f"optimizers: this recipe needs {sorted(wanted)}; it has {sorted(self.optimizers)}")
+        return self
+
+    @model_validator(mode="after")
     def _one_size(self) -> Self:
         augments = [self.data.augment, *(s.augment for s in self.data.streams.values() if s.augment is not None)]
         squeezed = any(augment.fit == "squeeze" for augment in augments)
@@ -380,6 +388,10 @@ class BaseRecipe(Strict):
     def trainer_averages(self) -> bool:
         """Whether the trainer keeps the moving average that ships; False where the method keeps its own."""
         return self.ship == "average"
+
+    def optimizer_names(self) -> tuple[str, ...]:
+        """Names of the optimizers of this recipe's method."""
+        return ("main",)
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "rsseg"
 LAYERS = """
 cli
 commands
-training | scene | report | export
+report | export
+training | scene
 evaluation | datasets
 inference
 methods.registry
@@ -28,7 +29,7 @@ methods.base
 methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster
+foreign | raster | picture
 task | config | files | distributed | gdal | text
 fields
 errors

@@ -29,7 +29,7 @@ from rsseg.inference.image import predict_image
 from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, load_recipe
 from rsseg.runs import RunFolder, list_runs
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
 PANELS = 2
@@ -83,7 +83,7 @@ def _train(recipe: Recipe, runs: Path) -> tuple[RunFolder, float | None, float |
     if before and before[-1].manifest().steps >= recipe.trainer.steps:
         return before[-1], None, None
     started = time.process_time()
-    result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Silent())
+    result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Progress())
     return RunFolder(result.run), result.seconds, None if before else time.process_time() - started
 
 

@@ -230,6 +230,15 @@ def verify(
     else:
         rows = [(s.split, s.domain, s.images, s.masks, s.ignored) for s in report.splits]
         print_table(("split", "domain", "images", "masks", "ignored pixels"), rows)
+        drawn = any(c.features is not None for c in report.classes)
+        columns = ("class", *(("features",) if drawn else ()), "polygons", "pixels", "hectares", "scenes", "splits")
+        places = [
+            (c.name, *((c.features,) if drawn else ()), c.polygons, c.pixels, c.ha, c.scenes, ", ".join(c.splits))
+            for c in report.classes
+        ]
+        print_table(columns, places)
+        for warning in report.warnings:
+            print_note(f"warning: {warning}")
         if report.problems:
             print_table(("file", "split", "problem"), [(p.file, p.split, p.reason) for p in report.problems])
     if not report.ok:

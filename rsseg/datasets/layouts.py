@@ -195,8 +195,11 @@ class Layout:
             yield from sorted(self._listed(located), key=lambda item: item.image)
         elif self.split_ratio:
             check_shares("--split-ratio", self.split_ratio)
-            drawn = draw(sorted({one.group for one in located}), self.split_ratio, self.seed)
-            yield from (_item(one, drawn[one.group], self.domain_as) for one in located)
+            # with a split of its own for images without masks, only the labeled ones are drawn
+            rest = next((split for split in self.unlabeled if split not in self.split_ratio), None)
+            drawn = draw(sorted({one.group for one in located if one.mask or not rest}), self.split_ratio, self.seed)
+            for one in located:
+                yield _item(one, drawn[one.group] if one.mask or not rest else rest, self.domain_as)
         elif "split" in located[0].values:
             for one in located:
                 folder = one.values["split"]

@@ -18,6 +18,7 @@ RATIO = {"train": 0.6, "val": 0.2, "test": 0.2}
 """Default shares of the splits."""
 SHARES = (0.01, 0.05, 0.1)
 """Label fractions of the published semi-supervised experiments."""
+TRAIN = "train"
 UNUSED = "unused"
 """Split of tiles that overlap blocks of two splits."""
 
@@ -78,9 +79,8 @@ def drawn_tiles(shares: Mapping[str, float], *, per_domain: bool = False) -> Ass
 
     def assign(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
         split_of: dict[str, str] = {}
-        for domain in sorted({(item.domain or "") if per_domain else "" for item in items}):
-            names = [item.image for item in items if not per_domain or (item.domain or "") == domain]
-            split_of |= draw(names, shares, seed, whole=math.floor)
+        for group in _domains(items) if per_domain else [items]:
+            split_of |= draw([item.image for item in group], shares, seed, whole=math.floor)
         return [_in_split(item, split_of[item.image]) for item in items]
 
     return assign
@@ -152,9 +152,9 @@ def labeled_lists(items: Sequence[IndexItem], shares: Sequence[float], seed: int
     """
     lists: dict[float, list[str]] = {share: [] for share in shares}
     train = [item for item in items if item.split == "train" and item.mask is not None]
-    for domain in sorted({item.domain or "" for item in train}):
-        order = sorted(item.image for item in train if (item.domain or "") == domain)
-        random.Random(f"{seed} {domain}").shuffle(order)
+    for group in _domains(train):
+        order = sorted(item.image for item in group)
+        random.Random(f"{seed} {group[0].domain or ''}").shuffle(order)
         for share in shares:
             lists[share] += order[: int(share * len(order) + 1e-6)]
     return lists

@@ -19,6 +19,7 @@ from rsseg.errors import MachineError, RecipeError
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
+from rsseg.task import TileHint as TileHint
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,6 @@ class ParamGroup:
     params: Sequence[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class TileHint:
-    """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
-
-    size: int
-    """Of a convolutional network the largest side: tiles are fitted to the image."""
-    overlap: int
-    flexible: bool
-    """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
 
 
 class Segmenter(nn.Module, ABC):

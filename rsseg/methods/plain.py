@@ -105,8 +105,7 @@ class TunedNetwork(nn.Module):
         """Trainable parameters by learning rate and weight decay."""
         groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
         for parameter, rate in self._rates():
-            exempt = self.config.weight_decay_exempt == "norms_and_biases" and parameter.ndim <= 1
-            groups[rate, 0.0 if exempt else None].append(parameter)
+            groups[rate, 0.0 if parameter.ndim <= 1 else None].append(parameter)
         return [ParamGroup(params, rate, decay) for (rate, decay), params in groups.items()]
 
     def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -167,7 +166,7 @@ def build_plain(
 def assemble_plain(backbone: Backbone, config: DecoderConfig, task: Task, crop_size: int) -> PlainSegmenter:
     """Build the decoder on a given backbone; see `build_plain`."""
     decoder = fitting_decoder(config, backbone.info, task.num_classes)
-    return PlainSegmenter(task, backbone, decoder, align_corners=config.aligns_corners, crop_size=crop_size)
+    return PlainSegmenter(task, backbone, decoder, align_corners=config.type == "dpt", crop_size=crop_size)
 
 
 def fitting_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) -> nn.Module:
@@ -194,7 +193,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 num_classes,
                 channels=config.channels or 256,
                 dropout=config.dropout,
-                align_corners=config.align_corners,
             )
         case "linear":
             return LinearHead(info.channels, num_classes)
@@ -209,7 +207,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 channels=config.channels or 512,
                 pool_scales=config.pool_scales,
                 dropout=config.dropout,
-                align_corners=config.align_corners,
             )
         case "deeplabv3plus":
             head = SeparableASPPHead(
@@ -217,7 +214,6 @@ def make_decoder(config: DecoderConfig, info: BackboneInfo, num_classes: int) ->
                 num_classes,
                 channels=config.channels or 512,
                 dilations=config.dilations,
-                low_channels=config.low_channels,
                 dropout=config.dropout,
             )
     if info.kind == "pyramid":

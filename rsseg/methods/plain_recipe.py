@@ -23,21 +23,12 @@ class DecoderConfig(Strict):
     """Width; None takes 256 (`segformer`), 512 (`upernet`, `deeplabv3plus`) or 64 (`dpt`, its fusion path)."""
     dropout: Probability = 0.1
     """Channel dropout before the last convolution; `dpt` and `linear` have none."""
-    align_corners: bool = False
-    """`segformer` and `upernet` only, for every bilinear resize. `dpt` aligns corners, the others do not."""
     pool_scales: Annotated[tuple[Depth, ...], Field(max_length=64)] = (1, 2, 3, 6)
     """`upernet` only: sides of the pooled grids."""
     dilations: Annotated[tuple[Side, ...], Field(min_length=1, max_length=64)] = (1, 12, 24, 36)
     """`deeplabv3plus` only; 1 is a 1x1 convolution."""
-    low_channels: Width = 48
-    """`deeplabv3plus` only: width of the first level."""
     widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """`dpt` only: channels of the four maps (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
-
-    @property
-    def aligns_corners(self) -> bool:
-        """Whether its logits are resized to the image with aligned corners."""
-        return self.type == "dpt" or (self.align_corners and self.type in ("segformer", "upernet"))
 
     @property
     def pools_to_one(self) -> bool:
@@ -74,8 +65,6 @@ class PlainConfig(Strict):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """`tune: full` only: the learning rate of each transformer block (pyramid level) is that of the next one times this
     factor, so that early layers change less."""
-    weight_decay_exempt: Literal["norms_and_biases", "none"] = "norms_and_biases"
-    """Parameters without weight decay; `norms_and_biases` exempts all vectors."""
 
     @model_validator(mode="after")
     def _layers_train(self) -> Self:

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.fields import Result
+from rsseg.text import duration
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
 
@@ -40,6 +43,8 @@ class SceneOptions(BaseModel):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the hardware supports it, and float32 elsewhere."""
+    engine: Literal["torch", "onnx", "openvino", "auto"] = "torch"
+    """Program that runs the network. `auto` takes openvino or onnx on a CPU if installed and able, else torch."""
     tta: Literal["none", "flip", "d4"] = "none"
     """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
@@ -67,10 +72,8 @@ class SceneOptions(BaseModel):
     """Replace existing outputs."""
 
 
-class ClassArea(BaseModel):
+class ClassArea(Result):
     """Area of one class in a scene."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: int
@@ -83,10 +86,8 @@ class ClassArea(BaseModel):
     hectares: float | None
 
 
-class SceneResult(BaseModel):
+class SceneResult(Result):
     """The outputs of a prediction and their statistics."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     height: int
@@ -102,6 +103,7 @@ class SceneResult(BaseModel):
     """Pixels of the scene, overlap not counted."""
     device: str
     dtype: str
+    engine: str
     resumed: float
     """Share of the rows that an earlier run had finished, 0..1."""
     polygons: int | None
@@ -111,10 +113,8 @@ class SceneResult(BaseModel):
     warnings: tuple[str, ...]
 
 
-class ScenePlan(BaseModel):
+class ScenePlan(Result):
     """Inputs, outputs, tiling and cost of a prediction."""
-
-    model_config = ConfigDict(frozen=True)
 
     scene: str
     output: Path
@@ -134,6 +134,7 @@ class ScenePlan(BaseModel):
     """Batches that a CPU computes in parallel."""
     device: str
     dtype: str
+    engine: str
     views: int
     """Forward passes per tile."""
     panels: int
@@ -157,15 +158,9 @@ class ScenePlan(BaseModel):
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
-            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB besides the libraries, "
+            f"  {self.dtype} on {self.device} with {self.engine}, about {self.memory_bytes / 2**20:.0f} MB "
+            f"besides the libraries, "
             f"about {duration(self.seconds)}",
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Text such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

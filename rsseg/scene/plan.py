@@ -9,10 +9,9 @@ from pathlib import Path
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
 from rsseg.inference.blend import PixelOutputs
-from rsseg.inference.device import memory_errors
-from rsseg.inference.predict import Compute, Tiling, poses_of
+from rsseg.inference.machine import memory_errors
+from rsseg.inference.predict import Compute, Network, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
-from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
@@ -32,8 +31,7 @@ class PreparedScene:
 
     files: everything that is read for the scene, the area of interest included
     region: the area of interest
-    network: on the device, in eval mode
-    model: hash of its weights
+    model: hash of the network's weights
     panels: of `plan`
     products: final name and content of each raster, the class raster first
     polygons, preview: final names, None if not asked for
@@ -48,10 +46,9 @@ class PreparedScene:
     info: RasterInfo
     bands: tuple[int, ...]
     region: Region | None
-    network: Segmenter
+    network: Network
     model: str
     compute: Compute
-    tiling: Tiling
     plan: TilePlan
     panels: tuple[Panel, ...]
     products: tuple[tuple[Path, Product], ...]
@@ -93,8 +90,9 @@ class PreparedScene:
             "bands": self.bands,
             "tile": (self.plan.rows.tile, self.plan.cols.tile),
             "overlap": self.plan.overlap,
-            "dtype": str(self.compute.dtype),
-            "device": self.compute.device.type,
+            "dtype": self.network.dtype,
+            "device": self.network.device.partition(":")[0],
+            "engine": self.network.engine,
         }
         parts = [identify_files(self.files), self.model, settings]
         text = json.dumps(parts, sort_keys=True, default=str)
@@ -115,8 +113,9 @@ class PreparedScene:
             blend=self.options.blend,
             batch_size=self.compute.batch_size,
             parallel_batches=self.parallel_batches,
-            device=str(self.compute.device),
-            dtype=str(self.compute.dtype).removeprefix("torch."),
+            device=self.network.device,
+            dtype=self.network.dtype,
+            engine=self.network.engine,
             views=len(self.compute.poses),
             panels=len(self.panels),
             memory_bytes=self.memory_bytes,
@@ -177,8 +176,7 @@ def prepare_scene(
         region=region,
         network=network,
         model=prepared.model,
-        compute=Compute(prepared.device, fit.batch_size, prepared.dtype, fit.tiling.least, poses, fit.parallel_batches),
-        tiling=fit.tiling,
+        compute=Compute(fit.batch_size, fit.tiling.least, poses, fit.parallel_batches),
         plan=fit.plan,
         panels=fit.panels,
         products=products,

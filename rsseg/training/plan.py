@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from rsseg.backbones.weights import WeightsFile, check_weights
 from rsseg.config import BackboneConfig, SelectConfig
@@ -13,16 +13,15 @@ from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
+from rsseg.fields import Result
 from rsseg.methods.base import Method
 from rsseg.recipe import Recipe
 from rsseg.task import Task
 from rsseg.training.device import Hardware
 
 
-class SplitPlan(BaseModel):
+class SplitPlan(Result):
     """Images of a training stream or of the validation."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     split: str
@@ -33,10 +32,8 @@ class SplitPlan(BaseModel):
     """Samples per process and micro-step; for validation: tiles."""
 
 
-class TrainPlan(BaseModel):
+class TrainPlan(Result):
     """Everything known about a run before its first step."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str
     name: str
@@ -138,13 +135,6 @@ def open_validation(recipe: Recipe, task: Task, datasets: Datasets) -> Source | 
         if recipe.trainer.monitor == "last":
             return None
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
-
-
-def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> dict[str, Source]:
-    """The images of every training stream; raises `DataError` for a stream without images."""
-    return {
-        spec.name: datasets.open(_select(recipe, spec), spec.split, task, masks=spec.masks) for spec in method.streams
-    }
 
 
 def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:

@@ -14,10 +14,10 @@ from torch.amp.grad_scaler import GradScaler
 from rsseg import distributed
 from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.data.sources import Datasets, Source
-from rsseg.data.streams import training_batches
+from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
-from rsseg.inference.device import keep_heap
+from rsseg.inference.machine import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
@@ -36,12 +36,12 @@ from rsseg.training.plan import (
     class_pixels,
     find_weights,
     make_plan,
-    open_streams,
     open_validation,
 )
-from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
+from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
+from rsseg.training.trackers import require_trackers, with_trackers
 from rsseg.training.trainer import Evaluate, Trainer
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -105,11 +105,11 @@ def train(
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
+        listener = Progress()
         if ranks.is_main:
-            listener = recorder = Recorder(
-                run, recipe, built.task.class_names, LineProgress() if progress is None else progress
-            )
+            console = LineProgress() if progress is None else progress
+            console = with_trackers(run, recipe, console, start_step=counters.step)
+            listener = recorder = Recorder(run, recipe, built.task.class_names, console)
             recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
@@ -167,7 +167,7 @@ def check(recipe: Recipe) -> str:
     )
     # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Progress())
         parameters = 0
         if ranks.is_main:
             parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
@@ -229,6 +229,7 @@ def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
+    require_trackers(recipe)
     hardware = choose_hardware(recipe.trainer, ranks)
     datasets = Datasets(recipe.data, recipe.seed)
     task = datasets.task
@@ -241,7 +242,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task, datasets)
+    streams = open_streams(recipe, method.streams, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
     statistics = open_statistics(recipe, method.deployable(), task, datasets)

@@ -16,7 +16,6 @@ from rsseg.checkpoint import read_header
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.index import SegmentationIndex
-from rsseg.recipe import load_recipe
 from tests.conftest import rgb_task, write_tif
 from tests.unit.mtdf_models import PYRAMID, TAUGHT, TEACHERS
 from tests.unit.test_mtdf_importer import checkpoint
@@ -155,11 +154,3 @@ def predict(model: Path, folder: Path) -> None:
     with rasterio.open(classes) as raster:
         assert raster.shape == (50, 70)
         assert set(np.unique(raster.read(1))) <= {0, 1, 2, 255}
-
-
-def test_recommended_recipe_is_packaged_and_claims_no_publication() -> None:
-    recipe = load_recipe("mtdf-recommended")
-    assert recipe.method == "mtdf"
-    assert recipe.strong_views == 2
-    assert recipe.complementary_dropout
-    assert "not published" in recipe.title

@@ -29,7 +29,7 @@ from rsseg.task import IGNORE_INDEX
 from rsseg.training.checkpoints import model_header
 from rsseg.training.graphs import WARM_UP
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from rsseg.training.state import frozen_hashes
 from rsseg.training.step import BufferSnapshot, seed_everything
@@ -173,18 +173,18 @@ def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, 
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in segmenter.state_dict().values())
 
 
-class _StopAfter(Silent):
+class _StopAfter(Progress):
     def on_step(self, report: StepReport) -> None:
         if report.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_resumed_run_equals_an_unbroken_one(case: Case, tmp_path: Path) -> None:
-    unbroken = RunFolder(train(case.recipe, output=tmp_path / "unbroken", progress=Silent()).run)
+    unbroken = RunFolder(train(case.recipe, output=tmp_path / "unbroken", progress=Progress()).run)
     with pytest.raises(Interrupted):
         train(case.recipe, output=tmp_path / "broken", progress=_StopAfter())
     broken = find_run(None, tmp_path / "broken")
-    train(case.recipe, output=tmp_path / "broken", resume=broken.path, progress=Silent())
+    train(case.recipe, output=tmp_path / "broken", resume=broken.path, progress=Progress())
     for a, b in ((unbroken.state, broken.state), (unbroken.model, broken.model)):
         first, second = load_file(a), load_file(b)
         assert first.keys() == second.keys()

@@ -16,12 +16,20 @@ from rsseg.cli import run
 from rsseg.errors import DataError, MachineError, RssegError
 from rsseg.methods.base import TileHint
 from rsseg.raster import Raster
-from rsseg.scene.batch import Target, find_scenes, predict_scenes, read_list
+from rsseg.scene.batch import Target, find_scenes, predict_scenes
 from rsseg.scene.memory import prepare_network
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
+from rsseg.text import read_lines
 from rsseg.vector.aoi import read_region
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels, threads, write_tiny_model
+from tests.scene.helpers import (
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    threads,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -86,9 +94,9 @@ def test_scenes_whose_names_are_no_files_are_data_errors(folder: Path, name: str
 def test_lists_of_windows_programs_are_read_or_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeff# scenes\r\nZürich.tif\r\n\r\n".encode())
-    assert read_list(path) == ["Zürich.tif"]
+    assert read_lines(path) == ["Zürich.tif"]
     path.write_bytes("Zürich.tif\n".encode("utf-16"))
-    assert read_list(path) == ["Zürich.tif"]
+    assert read_lines(path) == ["Zürich.tif"]
     path.write_bytes("Zürich.tif\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"list\.txt, line 1: .*UTF-8"):
         find_scenes([str(path)])

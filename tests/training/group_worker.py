@@ -24,7 +24,7 @@ from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import TASK, ToyMethod, ToySegmenter, toy_batches, toy_recipe
@@ -67,7 +67,7 @@ def stop_training(folder: Path) -> None:
             batches_from=batches,  # type: ignore[arg-type]
             evaluate=None,
             checkpoints=Checkpoints(RunFolder(folder), recipe, identity, used={}, writes=False),
-            progress=Silent(),
+            progress=Progress(),
             signals=signals,
         )
         reason = trainer.fit()

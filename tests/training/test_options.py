@@ -13,7 +13,7 @@ from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from tests.conftest import rgb_task
 from tests.toys import ConvSegmenter, make_task
@@ -21,7 +21,7 @@ from tests.training.recipes import tiny_recipe
 from tests.unit.dasegnet_models import BATCH_NORM, make_method
 
 
-class Losses(Silent):
+class Losses(Progress):
     def __init__(self) -> None:
         self.seen: list[float] = []
         self.deterministic: set[bool] = set()

@@ -121,6 +121,17 @@ def test_convolutional_student_with_a_plain_decoder_takes_crops_of_any_size() ->
         method_of("mtdf", data=crop, decoder=None)
 
 
+def test_link_to_the_newest_run_is_replaced_by_the_run_that_it_names_now(tuned: Path) -> None:
+    latest = tuned.parent / "latest"
+    latest.symlink_to(tuned.name)
+    assert recipe_of("supervised", start=str(latest)).start == tuned
+    teacher = {"model": str(latest)}
+    recipe = recipe_of("ktda", task_teacher=teacher)
+    assert recipe.method == "ktda"
+    assert recipe.task_teacher is not None
+    assert recipe.task_teacher.model == tuned
+
+
 def test_old_name_of_start_is_refused_with_the_new_one() -> None:
     with pytest.raises(ValidationError, match="start_from is now called start"):
         mtdf_models.recipe_of(start_from="x")

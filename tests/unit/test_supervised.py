@@ -12,6 +12,7 @@ from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
+from rsseg.methods.plain_recipe import DecoderConfig
 from rsseg.methods.registry import import_checkpoint
 from rsseg.methods.supervised.method import SupervisedMethod, build_method
 from rsseg.methods.supervised.network import build_segmenter
@@ -25,7 +26,7 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "segformer": {"channels": 8},
     "upernet": {"channels": 8},
     "dpt": {"channels": 8, "widths": [4, 4, 8, 8]},
-    "deeplabv3plus": {"channels": 8, "dilations": [1, 2], "low_channels": 4},
+    "deeplabv3plus": {"channels": 8, "dilations": [1, 2]},
     "linear": {},
 }
 
@@ -189,3 +190,13 @@ def test_rates_by_depth_need_a_backbone_that_trains() -> None:
 def test_there_is_nothing_to_import(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no published checkpoints"):
         import_checkpoint(tmp_path / "x.pth", recipe_of(), TASK, output=tmp_path / "y")
+
+
+def test_options_of_the_decoders_reach_them() -> None:
+    shown = {"type": "upernet", "channels": 8, "pool_scales": [2], "dropout": 0.5}
+    upernet = build_method(
+        recipe_of(PYRAMID).model_copy(update={"decoder": DecoderConfig(**shown)}), TASK
+    ).network.decoder
+    assert (upernet.pool_scales, upernet.classifier.dropout.p) == ((2,), 0.5)
+    dpt = method_of(decoder="dpt").network.decoder
+    assert [projection.out_channels for projection in dpt.project] == [4, 4, 8, 8]

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +19,9 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
+from rsseg.data.index import IndexItem
 from rsseg.errors import DataError, MachineError
+from rsseg.inference.tiling import tile_origins
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
@@ -61,7 +63,7 @@ class Grid:
             return whole_tile_origins(length, self.tile, self.stride, step=self.step)
         if self.edge == "pad":
             return list(range(0, max(length - self.tile + self.stride, 1), self.stride))
-        return [0] if length <= self.tile else [*range(0, length - self.tile, self.stride), length - self.tile]
+        return tile_origins(length, self.tile, self.stride)
 
 
 def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None = None) -> list[int]:
@@ -78,6 +80,12 @@ def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None 
         return []
     count = (length - tile) // stride + 1
     return sorted({min(i * (step or stride), length - tile) for i in range(count)})
+
+
+def tile_name(item: IndexItem, window: Window) -> str:
+    """Path of a tile of an image below the dataset's folder."""
+    stem = PurePosixPath(item.image.split("|")[0]).with_suffix("")
+    return f"images/{stem}_{window.row:05d}_{window.col:05d}.tif"
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,19 @@ from rsseg.datasets.class_file import ClassFile, class_file_text
 from rsseg.datasets.layouts import Layout
 from rsseg.datasets.measure import count_classes, in_order
 from rsseg.datasets.prepare.drawing import Drawing
-from rsseg.datasets.prepare.finish import TRAIN
 from rsseg.datasets.prepare.options import PrepareOptions, VectorOptions
-from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.transfer import tile_name
-from rsseg.datasets.splits import RATIO, UNUSED, SplitRule, as_found, by_block, check_shares, ratio_rule, scene_of
+from rsseg.datasets.prepare.tiles import Grid, tile_name
+from rsseg.datasets.splits import (
+    RATIO,
+    TRAIN,
+    UNUSED,
+    SplitRule,
+    as_found,
+    by_block,
+    check_shares,
+    ratio_rule,
+    scene_of,
+)
 from rsseg.errors import DataError, UsageError
 from rsseg.files import write_text
 from rsseg.raster import Window

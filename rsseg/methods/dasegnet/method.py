@@ -23,7 +23,7 @@ from rsseg.methods.dasegnet.adversarial import (
 )
 from rsseg.methods.dasegnet.network import DASegNet, Styles, build_decoder, build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
-from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, hide_patches, pseudo_labels, strong_view
+from rsseg.methods.dasegnet.self_training import Teacher, WeightedLabels, hide_patches, pseudo_labels, strong_view
 from rsseg.task import Task
 
 
@@ -42,7 +42,7 @@ class PseudoLabeledView:
     name: str
     weight: float
     logits: Logits
-    pseudo: PseudoLabels
+    pseudo: WeightedLabels
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,11 @@ class DASegNetMethod(Method):
         the fraction of confident pixels.
         """
         source, target = batch["source"], batch.get("target")
-        if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must require them")
-        seg = self._label_losses(passes.logits, source.masks)
+        seg = self._losses(self.label_loss, passes.logits, source.labels)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
         for view in passes.pseudo_views:
-            taught = self._cross_entropies(view.logits, view.pseudo)
+            taught = self._losses(cross_entropy, view.logits, view.pseudo.labels, pixel_weights=view.pseudo.weights)
             losses[view.name] = view.weight * (taught[0] + taught[1])
             logs |= {f"{view.name}_source": taught[0].detach(), f"{view.name}_target": taught[1].detach()}
             logs["pseudo_ratio"] = view.pseudo.ratio
@@ -199,30 +197,15 @@ class DASegNetMethod(Method):
             self.segmenter.decoder_source(view.refined_source), self.segmenter.decoder_target(view.refined_target)
         )
 
-    def _label_losses(self, logits: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of both decoders on labels, source style first."""
+    def _losses(
+        self, loss: Callable[..., Tensor], logits: Logits, labels: Tensor, **options: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of both decoders, source style first."""
         divisor = self.recipe.loss_divisor
         return (
-            self.label_loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor),
-            self.label_loss(logits.target, labels, class_weights=self.class_weights_target, divisor=divisor),
+            loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor, **options),
+            loss(logits.target, labels, class_weights=self.class_weights_target, divisor=divisor, **options),
         )
-
-    def _cross_entropies(self, logits: Logits, pseudo: PseudoLabels) -> tuple[Tensor, Tensor]:
-        """Losses of both decoders on pseudo-labels, source style first."""
-        source, target = (
-            cross_entropy(
-                maps,
-                pseudo.labels,
-                class_weights=by_class,
-                pixel_weights=pseudo.weights,
-                divisor=self.recipe.loss_divisor,
-            )
-            for maps, by_class in (
-                (logits.source, self.class_weights_source),
-                (logits.target, self.class_weights_target),
-            )
-        )
-        return source, target
 
 
 def split_norms(

@@ -46,7 +46,7 @@ class DASegNet(Segmenter):
 
         Args:
             task: classes and bands.
-                backbones: two backbones of the same architecture.
+            backbones: two backbones of the same architecture.
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
@@ -56,11 +56,11 @@ class DASegNet(Segmenter):
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
         self.backbone_source, self.backbone_target = backbones
         self.neck = neck
+        self.side_by_side = side_by_side
         self.decoder_source, self.decoder_target = decoders
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = not has_batch_norm(backbones[0])
-        self.side_by_side = side_by_side
 
     def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
         """See `Segmenter.start_parts`. A plain network initializes both students, and without neck both decoders."""
@@ -131,11 +131,8 @@ def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes
 
 def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
     """Build the network of a recipe; `load_weights` loads the students' pretrained weights, else all are random."""
-    backbones = (
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-    )
-    return assemble(recipe, task, backbones)
+    source, target = (create_backbone(recipe.backbone, task, load_weights=load_weights) for _ in range(2))
+    return assemble(recipe, task, (source, target))
 
 
 def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
@@ -143,15 +140,8 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
-        config = recipe.neck
-        neck = DisentangledNeck(
-            channels,
-            type=config.type,
-            reduction=config.reduction,
-            min_width=config.min_width,
-            energies=config.energies,
-            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
-        )
+        used = None if recipe.decoder.type == "segformer" else (0, len(channels) - 1)
+        neck = DisentangledNeck(channels, recipe.neck, used=used)
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size

@@ -167,7 +167,6 @@ class DASegNetRecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
-
     side_by_side: bool = False
     """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
 
@@ -206,13 +205,9 @@ class DASegNetRecipe(BaseRecipe):
             return values
         return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
-    @model_validator(mode="after")
-    def _optimizers(self) -> Self:
-        wanted = ["main", *(DISCRIMINATORS if self.adversarial is not None else ())]
-        missing = [name for name in wanted if name not in self.optimizers]
-        if missing:
-            raise ValueError(f"optimizers: {missing[0]!r} is missing; this recipe needs {wanted}")
-        return self
+    def optimizer_names(self) -> tuple[str, ...]:
+        """One for the students, neck and decoders, and one per discriminator."""
+        return ("main", *(DISCRIMINATORS if self.adversarial is not None else ()))
 
     @model_validator(mode="after")
     def _single(self) -> Self:

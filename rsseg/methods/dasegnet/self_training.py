@@ -21,7 +21,7 @@ UNSURE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class WeightedLabels:
     """Labels of target images.
 
     labels   int64 (B, H, W), IGNORE_INDEX where the image has no data
@@ -37,7 +37,7 @@ class PseudoLabels:
 @torch.no_grad()
 def pseudo_labels(
     logits: Tensor, image_size: Sequence[int], valid: Tensor | None, config: SelfTrainingConfig
-) -> PseudoLabels:
+) -> WeightedLabels:
     """The most probable class of each pixel, weighted by the fraction of confident pixels in the batch.
 
     Args:
@@ -61,7 +61,7 @@ def pseudo_labels(
         if in_place:
             sure &= weighted != 0  # published: weight 0 is replaced by that of a pixel below `rare_confidence`
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
-    return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
+    return WeightedLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 
 @functools.lru_cache(maxsize=16)
@@ -177,15 +177,15 @@ def class_mix(masks: Tensor) -> Tensor:
 
 
 def strong_view(
-    source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
-) -> tuple[Tensor, PseudoLabels]:
+    source: Samples, target: Samples, pseudo: WeightedLabels, config: SelfTrainingConfig
+) -> tuple[Tensor, WeightedLabels]:
     """Strong view of target images (B, C, H, W), with pasted source classes, and the matching labels."""
     images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
     if not config.class_mix or source.masks is None:
         return images, pseudo
     partner = torch.arange(len(images), device=images.device) % len(source.images)
     pasted = class_mix(source.masks)[partner]
-    return torch.where(pasted[:, None], source.images[partner], images), PseudoLabels(
+    return torch.where(pasted[:, None], source.images[partner], images), WeightedLabels(
         torch.where(pasted, source.masks[partner], pseudo.labels),
         torch.where(pasted, 1.0, pseudo.weights),
         pseudo.ratio,

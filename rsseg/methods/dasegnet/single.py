@@ -10,7 +10,7 @@ from rsseg.layers.losses import cross_entropy, pixel_accuracy
 from rsseg.methods.base import LoadModel, Method, ParamGroup, Segmenter, StepOutput, start_from
 from rsseg.methods.dasegnet.method import check_batches, check_class_weights
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
-from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, hide_patches, pseudo_labels, strong_view
+from rsseg.methods.dasegnet.self_training import Teacher, WeightedLabels, hide_patches, pseudo_labels, strong_view
 from rsseg.methods.plain import PlainSegmenter, TunedNetwork, build_plain
 from rsseg.task import Task
 
@@ -71,7 +71,7 @@ class SingleMethod(Method):
             losses["masked"] = config.weight * config.masked.weight * self._loss(hidden, pseudo)
         return losses, pseudo.ratio
 
-    def _loss(self, images: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def _loss(self, images: Tensor, pseudo: WeightedLabels) -> Tensor:
         """Weighted cross-entropy on a harder view, which batch norms do not record: it does not resemble the images of
         prediction.
         """

@@ -81,9 +81,7 @@ class KTDAMethod(Method):
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
-        images, masks = batch["labeled"].images, batch["labeled"].masks
-        if masks is None:
-            raise ValueError("the stream 'labeled' came without masks")
+        images, masks = batch["labeled"].images, batch["labeled"].labels
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
         losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}

@@ -95,24 +95,22 @@ class ClassThresholds(nn.Module):
         return self.confidence * self.running / self.running.max()
 
 
-def complementary_masks(
-    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Tensor:
+def complementary_masks(pairs: int, channels: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Channel factors for two views of the same samples: each channel is doubled in one and dropped in the other.
 
-    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
+    Half of the pairs (rounded down, drawn at random) keep every channel in both views. The random source is torch's
+    global one, which the trainer seeds for every step.
 
     Args:
         pairs: samples per view.
         channels: of the maps.
-        device: of the result and of the generator.
-        generator: random source; None uses torch's global one, which the trainer seeds for every step.
+        device: of the result.
 
     Returns:
         float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
 
     Source: UniMatch V2 (arXiv 2410.10777).
     """
-    first = 2.0 * torch.randint(0, 2, (pairs, channels), device=device, generator=generator).float()
-    first.index_fill_(0, torch.randperm(pairs, device=device, generator=generator)[: pairs // 2], 1.0)
+    first = 2.0 * torch.randint(0, 2, (pairs, channels), device=device).float()
+    first.index_fill_(0, torch.randperm(pairs, device=device)[: pairs // 2], 1.0)
     return torch.cat([first, 2.0 - first])

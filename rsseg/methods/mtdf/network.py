@@ -283,7 +283,7 @@ def assemble_segmenter(
         student_weight=recipe.student_weight,
         fill=task.offset if recipe.padding == "black" else info.mean,
         tile=crop_sizes(recipe)["labeled"],
-        align_corners=recipe.decoder is None or recipe.decoder.aligns_corners,
+        align_corners=recipe.decoder is None or recipe.decoder.type == "dpt",
     )
 
 

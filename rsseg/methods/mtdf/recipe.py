@@ -129,8 +129,6 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(f"trainer.batch_size: the decoder {self.decoder.type!r} needs two images; raise it")
         if self.decoder is not None and self.decoder.type == "deeplabv3plus":
             raise ValueError("decoder.type: mtdf's student has four maps; choose segformer, upernet, dpt or linear")
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
         return self
 
     @property

@@ -21,9 +21,7 @@ class SupervisedMethod(Method):
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Loss of one micro-step on the stream `labeled`; accuracy in percent of the labeled pixels."""
-        images, masks = batch["labeled"].images, batch["labeled"].masks
-        if masks is None:
-            raise ValueError("the stream 'labeled' came without masks")
+        images, masks = batch["labeled"].images, batch["labeled"].labels
         logits = self.network(images)
         return StepOutput({"seg": self.label_loss(logits, masks)}, {"acc": pixel_accuracy(logits, masks)})
 
