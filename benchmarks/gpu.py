@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_cases import CLASSES, TOY, Size, recipes, write_dataset  # noqa: E402
 from benchmarks.scenes import make_segmenter, make_task, write_scene  # noqa: E402
 from rsseg.data.streams import Batch, training_batches  # noqa: E402
-from rsseg.inference.device import keep_heap, resolve_precision  # noqa: E402
+from rsseg.inference.device import resolve_precision  # noqa: E402
+from rsseg.inference.machine import keep_heap  # noqa: E402
 from rsseg.inference.network import ready_to_predict  # noqa: E402
 from rsseg.methods.registry import method_for  # noqa: E402
 from rsseg.recipe import Recipe  # noqa: E402

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from benchmarks.scenes import make_segmenter, write_scene
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted
-from rsseg.inference.device import resident_bytes
+from rsseg.inference.machine import resident_bytes
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, find_run
 from rsseg.scene.options import SceneOptions
@@ -30,7 +30,7 @@ from rsseg.scene.predict import predict_scene
 from rsseg.training.batch_size import largest_batch
 from rsseg.training.device import Hardware, float32_products
 from rsseg.training.graphs import WARM_UP, CudaRecorder
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from rsseg.training.step import seed_everything
 from tests.conformance.cases import Case, make_case, recipe_files, trained
@@ -170,7 +170,7 @@ def test_whole_runs_train_in_every_precision(one: Case, tmp_path: Path, amp: str
     assert seen.said == []  # no step was skipped, and the graphs were captured
 
 
-class StopAfterOne(Silent):
+class StopAfterOne(Progress):
     def on_step(self, report: StepReport) -> None:
         if report.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -178,11 +178,11 @@ class StopAfterOne(Silent):
 
 def test_resumed_deterministic_run_equals_an_unbroken_one(one: Case, tmp_path: Path) -> None:
     recipe = on_device(one, steps=6 if CUDA else 2, deterministic=True, graphs="off")
-    unbroken = RunFolder(train(recipe, output=tmp_path / "unbroken", progress=Silent()).run)
+    unbroken = RunFolder(train(recipe, output=tmp_path / "unbroken", progress=Progress()).run)
     with pytest.raises(Interrupted):
         train(recipe, output=tmp_path / "broken", progress=StopAfterOne())
     broken = find_run(None, tmp_path / "broken")
-    train(recipe, output=tmp_path / "broken", resume=broken.path, progress=Silent())
+    train(recipe, output=tmp_path / "broken", resume=broken.path, progress=Progress())
     first, second = load_file(unbroken.state), load_file(broken.state)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -191,7 +191,7 @@ def test_largest_batch_is_found_and_trains(one: Case, tmp_path: Path) -> None:
     recipe = on_device(one, batch_size="auto")
     found = largest_batch(recipe, one.task, Hardware(torch.device(DEVICE)), memory=(256 if CUDA else 64) * MEGABYTE)
     assert found > 2
-    assert train(on_device(one, batch_size=found, steps=1), output=tmp_path, progress=Silent()).steps == 1
+    assert train(on_device(one, batch_size=found, steps=1), output=tmp_path, progress=Progress()).steps == 1
 
 
 def classes_of(output: Path) -> np.ndarray:
