@@ -1,9 +1,9 @@
-"""Memory and processor time of tuning DINOv2-S with the DPT decoder: all of it, low-rank adapters, frozen; checkpointed.
+"""Memory and processor time of tuning DINOv2-S with the DPT decoder: full, low-rank or frozen, also checkpointed.
 
     python -m benchmarks.tune_memory
 
-Each mode runs three steps on random crops of 252 pixels in batches of 8, float32, in a process of its own. Memory is the
-peak above that of the process with the network built; time is the fastest step's processor time.
+Each mode runs three steps on random crops of 252 pixels in batches of 8, float32, in a process of its own. Memory is
+the peak above that of the process with the network built; time is the fastest step's processor time.
 """
 
 import resource

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsseg.layers.blocks import cutmix
+
 
 @dataclass(frozen=True)
 class PseudoLabels:
@@ -40,16 +42,6 @@ class PseudoLabels:
     def confident_ratio(self, threshold: float | Tensor) -> Tensor:
         """Fraction of valid pixels that are confident; 0 without valid pixels."""
         return self.confident(threshold).sum() / self.valid.sum().clamp(min=1)
-
-
-def cutmix(x: Tensor, mix: Tensor) -> Tensor:
-    """Replace the pixels in the box of each sample i by those of sample B - 1 - i.
-
-    Args:
-        x: (B, H, W) or (B, C, H, W), any dtype.
-        mix: bool (B, H, W), True inside the box.
-    """
-    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
 
 
 def pseudo_label_loss(
