@@ -74,7 +74,7 @@ def main() -> None:
         if arguments.large:
             runs.append((write_scene(Path(folder) / "large.tif", arguments.large), "cog"))
         plan = plan_scene(segmenter, scene, output, SceneOptions(**choices))
-        batch = torch.rand(plan.batch_size, 3, plan.tile, plan.tile).contiguous(memory_format=torch.channels_last)
+        batch = torch.rand(plan.batch_size, 3, *plan.tile).contiguous(memory_format=torch.channels_last)
         forward_rate(network, batch, dtype, plan.parallel_batches)
         print(plan.text())
         print(

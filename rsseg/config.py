@@ -124,10 +124,15 @@ class TrainerConfig(Strict):
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
     """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
-    compile: bool = False
-    """Compile the method with torch.compile: faster steps after a first one of minutes."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Capture the training step of a GPU as CUDA graphs after some steps, which saves the launches of single kernels:
+    small networks train much faster. `auto`: with one process, if the step can be captured; `on`: or an error."""
+    tf32: bool = True
+    """Let a GPU compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), which is several times
+    as fast. Not with `deterministic`."""
     deterministic: bool = False
-    """Use torch's deterministic kernels on a GPU too (those of the CPU always are)."""
+    """Use torch's deterministic kernels on a GPU too (those of the CPU always are). A kernel without a deterministic
+    form is an error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 

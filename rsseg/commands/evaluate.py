@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rsseg.commands.console import print_json, print_note, print_scores
+from rsseg.commands.launch import wait_passively
 from rsseg.errors import CheckFailed, UsageError
 
 
@@ -31,6 +32,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on labeled data (the newest finished run on its test split), or two folders of rasters."""
+    wait_passively()
     from rsseg.commands.progress import bar
 
     bound = _parse_bound(fail_under)

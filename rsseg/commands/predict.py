@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from rsseg.commands.console import print_error, print_json, print_note, print_result, print_table
-from rsseg.commands.launch import silent, start_workers
+from rsseg.commands.launch import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
+    wait_passively()
     from rsseg.commands.progress import stage_bar
     from rsseg.inference.device import own_device
     from rsseg.inference.network import load_segmenter

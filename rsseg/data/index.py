@@ -64,6 +64,8 @@ class SegmentationIndex(BaseModel):
     """Name of the rule that assigned the splits."""
     mixes_scenes: bool = False
     """The published rule distributes the tiles of a scene over several splits."""
+    source_features: Mapping[str, int] = {}
+    """Class -> features of the vector file that the masks were drawn from; empty for other datasets."""
     items: tuple[IndexItem, ...]
     root: Path = Field(default=Path(), exclude=True)
     """Folder of the index; set by `load`."""

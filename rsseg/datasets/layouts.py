@@ -124,6 +124,8 @@ class Layout:
     """Patterns of files to exclude from images and masks."""
     beside: tuple[str, ...] = ()
     """Patterns of further files to extract from archives."""
+    masks_later: bool = False
+    """Masks are made after the files are found, as from vector labels."""
     subset: bool = False
     """Leave out masks without an image and images without a mask; otherwise they are errors."""
 
@@ -239,7 +241,7 @@ class Layout:
         lost = [item for item in hidden if item.mask is None and item.split not in self.unlabeled]
         if self.subset and self.masks and len(lost) < len(hidden):
             return tuple(item for item in hidden if item not in lost)
-        if lost:
+        if lost and not self.masks_later:
             name, split = lost[0].image, lost[0].split
             remedy = (
                 "Add the masks, pass --unlabeled SPLIT for a split without masks, or --subset to omit these images."

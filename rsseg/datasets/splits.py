@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rsseg.data.index import IndexItem, SegmentationIndex
@@ -195,7 +196,7 @@ def resplit(
     else:
         split_of = {}
         for group in _domains(labeled):
-            split_of |= _by_block(index, group, shares, block, seed)
+            split_of |= by_block(index.root, index.task.bands, group, shares, block, seed)
     items = tuple(_in_split(item, split_of.get(item.image, item.split)) for item in index.items)
     rule = f"{by}, seed {seed}" if block is None else f"blocks of {block} pixels, seed {seed}"
     # blocks of one scene are in several splits intentionally
@@ -216,10 +217,16 @@ class _Place(NamedTuple):
         return {(self.area, row // block, col // block) for row in rows for col in cols}
 
 
-def _by_block(
-    index: SegmentationIndex, items: Sequence[IndexItem], shares: Mapping[str, float], block: int, seed: int
+def by_block(
+    folder: Path,
+    bands: Sequence[str] | None,
+    items: Sequence[IndexItem],
+    shares: Mapping[str, float],
+    block: int,
+    seed: int,
 ) -> dict[str, str]:
-    places = {item.image: _place(index, item) for item in items}
+    """Split of each image of a prepared folder, by squares of `block` pixels; see `resplit`."""
+    places = {item.image: _place(folder, bands, item) for item in items}
     for image, place in places.items():
         if max(place.height, place.width) > block:
             raise UsageError(f"--block {block}: {image} is larger, {place.height} x {place.width} pixels.")
@@ -232,9 +239,9 @@ def _by_block(
     return result
 
 
-def _place(index: SegmentationIndex, item: IndexItem) -> _Place:
+def _place(folder: Path, bands: Sequence[str] | None, item: IndexItem) -> _Place:
     """Position of an image in pixels of its scene or of its coordinate system; raises `DataError` if unknown."""
-    with open_image(index.image_files(item), index.task.bands) as raster:
+    with open_image([folder / part for part in item.image.split("|")], bands) as raster:
         info = raster.info
     if item.origin is not None:
         return _Place(scene_of(item), *item.origin, info.height, info.width)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
+from rsseg.datasets.splits import UNUSED
 from rsseg.errors import DataError
 from rsseg.raster import Raster
 
@@ -279,10 +280,12 @@ def _scenes(index: SegmentationIndex) -> Iterator[Problem]:
     seen: dict[tuple[str | None, str], IndexItem] = {}
     reported = set()
     for item in index.items:
-        if item.scene is None:
+        if item.scene is None or item.split == UNUSED:
             continue
         key = item.domain, item.scene
         other = seen.setdefault(key, item)
+        if "train" in (other.split, item.split) and None in (other.mask, item.mask):
+            continue  # labeled and unlabeled tiles of a training scene
         if other.split != item.split and other.image != item.image and (*key, item.split) not in reported:
             reported.add((*key, item.split))
             yield _problem(

@@ -6,7 +6,7 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +132,19 @@ def resident_bytes() -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def free_bytes() -> int:
+    """Memory that this process can take without swapping, within the limit of its container; 1 GB if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 30
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, max(limit - used, 0))
+    return free
+
+
 def _allocator() -> ctypes.CDLL | None:
     """The C library if it is glibc and the user allows changing its settings."""
     if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
@@ -148,6 +161,10 @@ class Cost:
 
     seconds: float
     peak_bytes: int
+
+    def scaled(self, factor: float) -> "Cost":
+        """Cost of `factor` times the pixels."""
+        return Cost(self.seconds * factor, int(self.peak_bytes * factor))
 
 
 @torch.inference_mode()

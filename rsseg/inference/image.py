@@ -20,7 +20,7 @@ from rsseg.inference.predict import (
     predict_strips,
     predict_tile_logits,
 )
-from rsseg.inference.tiling import TilePlan, plan_tiles
+from rsseg.inference.tiling import TilePlan
 from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
@@ -104,7 +104,7 @@ def _tiles_of(
 ) -> tuple[TilePlan, Iterator[Tile], Compute]:
     tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
     height, width = image.shape[1:]
-    plan = plan_tiles(height, width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+    plan = tiling.plan(height, width)
     image = extended(image, plan.rows.covered, plan.cols.covered)
     tiles = (
         Tile(row, col, partial(_cut, image, top, left, plan))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
+from rsseg.backbones.timm_adapter import Conv2dSame
 from rsseg.inference.device import memory_errors, resolve_device, trial_side
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model

@@ -23,7 +23,7 @@ from rsseg.inference.blend import (
     decide_kept,
 )
 from rsseg.inference.device import NO_MEMORY, memory_errors
-from rsseg.inference.tiling import TilePlan, mirror
+from rsseg.inference.tiling import TilePlan, mirror, plan_tiles
 from rsseg.methods.base import Segmenter
 
 Item = TypeVar("Item")
@@ -59,12 +59,20 @@ class Tiling:
 
     least: smaller tiles are extended by reflection to this side, the training size of a network of fixed size.
     multiple: grid to align tiles to, see `plan_tiles`.
+    fitted: whether `tile` is the largest side, and tiles are fitted to each image.
     """
 
     tile: int
     overlap: int
     least: int
     multiple: int
+    fitted: bool = False
+
+    def plan(self, height: int, width: int) -> TilePlan:
+        """Tiles of an image of this size; see `plan_tiles`."""
+        return plan_tiles(
+            height, width, tile=self.tile, overlap=self.overlap, multiple=self.multiple, fitted=self.fitted
+        )
 
 
 @dataclass(frozen=True)
@@ -90,15 +98,18 @@ class Compute:
 def choose_tiling(segmenter: Segmenter, tile: int | None, overlap: int | None, blend: Blend) -> Tiling:
     """The user's tile and overlap, or the network's own where None.
 
-    Tiles of a convolutional network are aligned to its strides, so that their features equal those of the whole image.
-    For `mean` they have the positions of the usual sliding window.
+    Tiles of a convolutional network are aligned to its strides, so that their features equal those of the whole image;
+    unless the user gives their side, they are fitted to the image. For `mean` they have the positions of the usual
+    sliding window.
     """
     hint = segmenter.tile
+    aligned = hint.flexible and blend != "mean"
+    fitted = aligned and tile is None
     tile = tile or hint.size
     if overlap is None:
         overlap = min(hint.overlap, tile // 2)
     least = 1 if hint.flexible else min(tile, hint.size)
-    return Tiling(tile, overlap, least, segmenter.input_multiple if hint.flexible and blend != "mean" else 1)
+    return Tiling(tile, overlap, least, segmenter.input_multiple if aligned else 1, fitted)
 
 
 def predict_strips(

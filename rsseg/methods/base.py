@@ -49,6 +49,7 @@ class TileHint:
     """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
 
     size: int
+    """Of a convolutional network the largest side: tiles are fitted to the image."""
     overlap: int
     flexible: bool
     """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
@@ -221,7 +222,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:
-        """Losses of one micro-step; `step` counts optimizer steps from 0."""
+        """Losses of one micro-step; `step` counts optimizer steps from 0.
+
+        Numbers that depend on it are tensors that `before_step` sets.
+        """
 
     @abstractmethod
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
@@ -231,9 +235,16 @@ class Method(nn.Module, ABC):
     def deployable(self) -> Segmenter:
         """The module whose weights are written to model.safetensors."""
 
+    def before_step(self, step: int) -> None:
+        """Set the tensors that depend on the step; called before every `training_step`. Does nothing by default.
+
+        A captured `training_step` repeats its kernels with the numbers of the step in which it was captured.
+        """
+
     def after_optimizer_step(self, step: int) -> None:
         """Update averages; called once after all optimizers have stepped. Does nothing by default."""
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
-        """`training_step`, so that DistributedDataParallel can wrap the whole method."""
+        """`before_step` and `training_step`, so that DistributedDataParallel can wrap the whole method."""
+        self.before_step(step)
         return self.training_step(batch, step)

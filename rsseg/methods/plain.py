@@ -41,7 +41,7 @@ class PlainSegmenter(Segmenter):
         """
         info = backbone.info
         attends = info.kind == "vit"
-        tile = TileHint(crop_size, crop_size // 4, flexible=False) if attends else TileHint(1024, 128, flexible=True)
+        tile = TileHint(crop_size, crop_size // 4, flexible=False) if attends else TileHint(1280, 128, flexible=True)
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
         self.backbone, self.decoder = backbone, decoder
         self.align_corners, self.crop_size = align_corners, crop_size

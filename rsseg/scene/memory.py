@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from rsseg.errors import MachineError, UsageError
 from rsseg.inference.device import (
     Cost,
+    free_bytes,
     keep_heap,
     measure_tile,
     memory_errors,
@@ -19,7 +20,7 @@ from rsseg.inference.device import (
 )
 from rsseg.inference.network import ready_to_predict
 from rsseg.inference.predict import Tiling, choose_tiling
-from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
+from rsseg.inference.tiling import Panel, TilePlan, split_panels
 from rsseg.methods.base import Segmenter
 from rsseg.raster import RasterInfo
 from rsseg.scene.options import SceneOptions
@@ -32,11 +33,18 @@ _GPU_BATCH = 16
 _GPU_SHARE = 0.5
 """Share of a GPU's total (not free) memory for a batch, so that the batch does not depend on other programs."""
 _BUFFER_BYTES = 32 << 20
-"""Memory for rows of the scene, input and output together; wider scenes are computed in panels."""
+"""Memory for rows of the scene, input and output together; wider scenes are computed in panels.
+
+Free memory has no influence on it: rows that are kept for resuming belong to one division into panels.
+"""
 _BASE_BYTES = 96 << 20
 """Constant part of the memory: caches of GDAL, kernels, threads."""
-_USUAL_BYTES = 500 << 20
-"""Memory limit for parallel batches where `max_memory` is not set."""
+_FREE_SHARE = 4
+"""Parallel batches take one n-th of the free memory where `max_memory` is not set."""
+_MOST_BYTES = 4 << 30
+"""They take no more than this."""
+_PROBE = 512
+"""Side in pixels at which the cost of larger tiles of a convolutional network is measured."""
 OUT_OF_MEMORY = (
     "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
 )
@@ -61,8 +69,16 @@ class PreparedNetwork:
     held_before: int
     _costs: dict[int, Cost] = field(default_factory=dict)
 
-    def cost(self, side: int) -> Cost:
-        """Time and memory of a square tile."""
+    def cost(self, height: int, width: int) -> Cost:
+        """Time and memory of a tile; both are proportional to the pixels of a convolutional network."""
+        side = max(height, width)
+        if not self.network.tile.flexible:
+            return self._measured(side)
+        side, multiple = min(side, _PROBE), self.network.input_multiple
+        computed = (-(-length // multiple) * multiple for length in (height, width, side, side))
+        return self._measured(side).scaled(next(computed) * next(computed) / (next(computed) * next(computed)))
+
+    def _measured(self, side: int) -> Cost:
         if side not in self._costs:
             self._costs[side] = measure_tile(self.network, side, self.device, self.dtype)
         return self._costs[side]
@@ -108,16 +124,21 @@ class Fit:
 
 
 def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[Product], options: SceneOptions) -> Fit:
-    """The usual choice; with `max_memory` the largest that fits: fewer parallel batches, one tile, smaller tiles."""
+    """The usual choice; with `max_memory` the largest that fits: fewer parallel batches, one tile, smaller tiles.
+
+    Free memory decides how many batches run in parallel and nothing else, so that it cannot change a class.
+    """
     network, device = prepared.network, prepared.device
     tile, batch = options.tile, options.batch_size
+    limit = options.max_memory or min(_MOST_BYTES, free_bytes() // _FREE_SHARE)
     warnings: tuple[str, ...] = ()
+    usual = choose_tiling(network, tile, options.overlap, options.blend)
+    tiling = usual
     while True:
-        tiling = choose_tiling(network, tile, options.overlap, options.blend)
-        plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+        plan = tiling.plan(info.height, info.width)
         _check_redundancy(tiling)
         side = max(plan.rows.tile, plan.cols.tile)
-        cost = prepared.cost(side)
+        cost = prepared.cost(plan.rows.tile, plan.cols.tile)
         size = batch or _batch_size(side, cost, device)
         # A row is split into equal batches: full ones with a small remainder would be no faster.
         columns = len(plan.cols.origins)
@@ -131,20 +152,22 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
         fixed, parallel = _BASE_BYTES + buffers, 1
         if device.type == "cpu":
             fixed += _weights(network)
-            fitting = ((options.max_memory or _USUAL_BYTES) - fixed) // per_batch
-            parallel = max(1, min(torch.get_num_threads(), fitting))
+            batches = len(plan.rows.origins) * -(-columns // size)
+            parallel = max(1, min(torch.get_num_threads(), (limit - fixed) // per_batch, batches))
         fit = Fit(tiling, plan, panels, size, parallel, cost, fixed + parallel * per_batch, warnings)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit
         if size > 1 and options.batch_size is None:
             batch = 1
-        elif network.tile.flexible and options.tile is None and side // 2 >= _LEAST_TILE:
-            tile = max(side // 2 // network.input_multiple, 1) * network.input_multiple
-            usual = choose_tiling(network, None, options.overlap, options.blend).tile
-            warnings = (f"--max-memory makes the tiles {tile} instead of {usual} pixels, which can change classes",)
+        elif network.tile.flexible and options.tile is None and side * 3 // 4 >= _LEAST_TILE:
+            tile = max(side * 3 // 4 // network.input_multiple, 1) * network.input_multiple
+            tiling = replace(choose_tiling(network, tile, options.overlap, options.blend), fitted=usual.fitted)
+            warnings = (
+                f"--max-memory makes the tiles at most {tile} instead of {usual.tile} pixels, which can change classes",
+            )
         else:
             raise MachineError(
-                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {tiling.tile}; "
+                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {side}; "
                 f"{options.max_memory / 2**20:.0f} MB are allowed. Raise --max-memory or give a smaller --tile."
             )
 

@@ -20,7 +20,7 @@ def _known_device(name: str) -> str:
 class SceneOptions(BaseModel):
     """Options of a scene prediction. None chooses a value for the network and the machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile: Annotated[int, Field(ge=16, le=32768)] | None = None
     """Side in pixels."""
@@ -57,7 +57,8 @@ class SceneOptions(BaseModel):
     preview: Path | None = None
     """Also draw scene, classes and legend to this PNG file; an extension as for `polygons`."""
     max_memory: Annotated[int, Field(ge=1)] | None = None
-    """Memory limit in bytes, libraries excluded; parallel batches, then the batch, then the tile are reduced to fit."""
+    """Memory limit in bytes, libraries excluded; parallel batches, then the batch, then the tile are reduced to fit.
+    None: parallel batches take a quarter of the free memory, at most 4 GB."""
     resume: bool = False
     """Keep finished rows in `.NAME.resume` beside the output until it is complete, and continue from there."""
     format: Literal["cog", "gtiff"] = "cog"
@@ -121,7 +122,8 @@ class ScenePlan(BaseModel):
     width: int
     bands: tuple[tuple[str, str], ...]
     """Each band of the model and the band of the file for it."""
-    tile: int
+    tile: tuple[int, int]
+    """Height and width."""
     overlap: int
     tiles: int
     redundancy: float
@@ -146,10 +148,11 @@ class ScenePlan(BaseModel):
     def text(self) -> str:
         """Summary in a few lines."""
         bands = ", ".join(wanted if wanted == found else f"{wanted} = {found}" for wanted, found in self.bands)
+        tile = " x ".join(str(side) for side in dict.fromkeys(reversed(self.tile)))
         lines = [
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
-            f"  {self.tiles} tiles of {self.tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
+            f"  {self.tiles} tiles of {tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
             f"blend {self.blend}, batches of {self.batch_size}"
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")

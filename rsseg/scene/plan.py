@@ -85,13 +85,14 @@ class PreparedScene:
     def identity(self) -> str:
         """Hash of everything that can change a pixel of the outputs: equal hashes, equal outputs.
 
-        The batch size is left out: it changes the last digits of logits at most.
+        Tiles are included: they follow from the size of the scene, the network and the options. Batch size and free
+        memory are left out: they change the last digits of logits at most.
         """
         names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
         settings = self.options.model_dump(mode="json", include=names) | {
             "bands": self.bands,
-            "tile": self.tiling.tile,
-            "overlap": self.tiling.overlap,
+            "tile": (self.plan.rows.tile, self.plan.cols.tile),
+            "overlap": self.plan.overlap,
             "dtype": str(self.compute.dtype),
             "device": self.compute.device.type,
         }
@@ -107,8 +108,8 @@ class PreparedScene:
             height=self.info.height,
             width=self.info.width,
             bands=tuple(zip(self.network.task.bands, self.info.band_names, strict=True)),
-            tile=self.tiling.tile,
-            overlap=self.tiling.overlap,
+            tile=(self.plan.rows.tile, self.plan.cols.tile),
+            overlap=self.plan.overlap,
             tiles=self.tiles,
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,

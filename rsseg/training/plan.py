@@ -1,51 +1,22 @@
 """The plan of a run: device, weights and images, looked up before anything is built."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from rsseg.backbones.weights import WeightsFile, check_weights
-from rsseg.config import BackboneConfig, SelectConfig, TrainerConfig
+from rsseg.config import BackboneConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
-from rsseg.inference.device import own_device, resolve_precision
 from rsseg.methods.base import Method
 from rsseg.recipe import Recipe
 from rsseg.task import Task
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Device of the tensors and autocast type; None computes in float32."""
-
-    device: torch.device
-    amp_dtype: torch.dtype | None = None
-
-
-def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; each process gets its own GPU.
-
-    Raises:
-        MachineError: the device does not exist here.
-        UsageError: several processes would share a device.
-    """
-    device = own_device(config.device, ranks.local if ranks.world_size > 1 else None)
-    match config.amp_dtype:
-        case "none":
-            return Hardware(device)
-        case "fp16":
-            return Hardware(device, torch.float16)
-        case "bf16":
-            return Hardware(device, torch.bfloat16)
-        case "auto":
-            native = resolve_precision("auto", device) == torch.bfloat16
-            return Hardware(device, torch.bfloat16 if native else None)
+from rsseg.training.device import Hardware
 
 
 class SplitPlan(BaseModel):

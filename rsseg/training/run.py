@@ -25,13 +25,12 @@ from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware, choose_hardware, float32_products
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
-    Hardware,
     TrainPlan,
     absent_classes,
-    choose_hardware,
     class_pixels,
     find_weights,
     make_plan,
@@ -183,8 +182,9 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
     device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
     with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
+        tf32 = device_type == "cuda" and recipe.trainer.tf32 and not recipe.trainer.deterministic
         try:
-            with _explained():
+            with float32_products(tf32=tf32), _explained():
                 yield ranks
         finally:
             torch.use_deterministic_algorithms(before)

@@ -76,6 +76,17 @@ class Grid:
             return None
         return PixelAreas(rows, cols, np.nan_to_num(density, posinf=0, neginf=0))
 
+    def pixel_sizes(self, points: Points) -> NDArray[np.float64] | None:
+        """Metres on the ground per column and per row at positions in pixels, float64 (n, 2); see `pixel_areas`."""
+        if self.crs is None or not (self._has_transform or self.info.gcps):
+            return None
+        steps = np.array([(-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
+        around = self.to_ground((points + steps[:, None]).reshape(-1, 2))
+        if (places := _geocentric(around, self.crs)) is None:
+            return None
+        left, right, above, below = places.reshape(4, len(points), 3)
+        return np.asarray(np.linalg.norm(np.stack([right - left, below - above], axis=1), axis=2))
+
     @property
     def _has_transform(self) -> bool:
         return not self.info.transform.is_identity and not self.info.gcps

@@ -19,8 +19,8 @@ from rsseg.methods.base import Method, Segmenter
 from rsseg.metrics import scores
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import Hardware
 from rsseg.training.progress import Silent, StepReport
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer

@@ -17,8 +17,8 @@ from rsseg.distributed import StopSignals, process_group
 from rsseg.errors import DataError
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import Hardware
 from rsseg.training.progress import Silent
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer

@@ -31,17 +31,6 @@ class Losses(Silent):
         self.deterministic.add(torch.are_deterministic_algorithms_enabled())
 
 
-def test_compile_wraps_the_method_that_trains(
-    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    for wanted in (False, True):
-        trainer = {"steps": 1, "monitor": "last", "compile": wanted}
-        train(tiny_recipe(rgb_dataset, trainer=trainer), output=tmp_path / str(wanted), progress=Silent())
-        assert len(compiled) == wanted
-
-
 @pytest.mark.parametrize("wanted", [False, True])
 def test_deterministic_kernels_are_asked_for_during_a_run_only(rgb_dataset: Path, tmp_path: Path, wanted: bool) -> None:
     trainer = {"steps": 1, "log_every": 1, "monitor": "last", "deterministic": wanted}

@@ -120,8 +120,9 @@ def test_network_chooses_its_tiling_unless_told_otherwise() -> None:
     assert choose_tiling(attention, None, None, "crop") == Tiling(518, 148, 518, 1)
     assert choose_tiling(attention, 256, None, "crop") == Tiling(256, 128, 256, 1)
     assert choose_tiling(attention, 1000, 0, "crop") == Tiling(1000, 0, 518, 1)
-    assert choose_tiling(conv, None, None, "crop") == Tiling(1024, 128, 1, 32)
-    assert choose_tiling(conv, None, None, "mean").multiple == 1
+    assert choose_tiling(conv, None, None, "crop") == Tiling(1024, 128, 1, 32, fitted=True)
+    assert choose_tiling(conv, 1024, None, "crop") == Tiling(1024, 128, 1, 32)
+    assert choose_tiling(conv, None, None, "mean") == Tiling(1024, 128, 1, 1)
 
 
 @pytest.mark.parametrize("size", [(33, 100), (97, 64), (70, 131)])

@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +34,8 @@ class Subject(NamedTuple):
     gsd_m: float | None = None
     nodata: float | None = None
     ignore_zero_collar: bool = False
+    features: Mapping[str, int] = {}
+    """Class -> vector features that its labels were drawn from."""
 
 
 class _Facts(NamedTuple):
@@ -85,6 +87,7 @@ def finish_index(
         label_map=subject.label_map,
         ignore_zero_collar=subject.ignore_zero_collar,
         nodata=subject.nodata,
+        source_features=subject.features,
         items=tuple(counted),
         root=folder,
     )

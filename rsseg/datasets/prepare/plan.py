@@ -11,10 +11,12 @@ from rsseg.datasets.card import DatasetCard, Labels, Variant
 from rsseg.datasets.cards import find_card
 from rsseg.datasets.class_file import load_classes
 from rsseg.datasets.layouts import Layout, find_prefix
+from rsseg.datasets.prepare.drawing import Drawing
 from rsseg.datasets.prepare.finish import Subject
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import Transfer
+from rsseg.datasets.prepare.vectors import vector_labels, vector_rule, vector_variant
 from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
@@ -42,6 +44,8 @@ class Plan:
     zero_collar: bool
     stretch: bool
     subset: bool
+    drawing: Drawing | None = None
+    """Labels to draw on the scenes; None: masks are files."""
 
     def subject(self, variant: Variant | None) -> Subject:
         """Properties of the copied files of a layout; None: of generated files."""
@@ -108,7 +112,9 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
     card = find_card(name)
     if card.name == "folder":
         return _own(card, options)
-    if options.folder is not None:
+    if card.name == "vectors":
+        return _drawn(card, options)
+    if options.folder is not None or options.vectors is not None:
         raise UsageError(f"patterns and a class file are for `folder`; {card.name} defines its own.")
     converted = options.tile or options.bands or options.split_ratio or options.stretch != "none"
     if card.name == "demo" and (options.src or converted):
@@ -159,6 +165,32 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
         zero_collar=classes.ignore_zero_collar,
         stretch=options.stretch == "minmax",
         subset=options.subset,
+    )
+
+
+def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
+    if options.vectors is None or options.src is None:
+        raise UsageError("`vectors` needs --src SCENES, --labels FILE and --field NAME; docs/qgis.md shows an example.")
+    if options.split or options.labels or options.ignore:
+        raise UsageError("--split and --ignore do not apply to `vectors`; it has --split-ratio and others.")
+    drawing = Drawing(options.vectors)
+    classes = drawing.classes
+    bands = options.bands or classes.bands or ()
+    lists = {target: _lines(path) for target, path in options.vectors.split_lists.items()}
+    return Plan(
+        card=card,
+        name=classes.name,
+        labels=_ignoring(vector_labels(classes), options),
+        variants=(vector_variant(options, bands, lists),),
+        rule=vector_rule(options),
+        grid=_grid(None, options),
+        bands=None,
+        gsd_m=classes.gsd_m,
+        nodata=classes.nodata,
+        zero_collar=classes.ignore_zero_collar,
+        stretch=options.stretch == "minmax",
+        subset=options.subset,
+        drawing=drawing,
     )
 
 

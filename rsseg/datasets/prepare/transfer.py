@@ -180,6 +180,12 @@ def _place(name: str, source: Path, opened: Callable[[Path], Raster], stage: Pat
     return name
 
 
+def tile_name(item: IndexItem, window: Window) -> str:
+    """Path of a tile of an image below the dataset's folder."""
+    stem = PurePosixPath(_names(item)[0]).with_suffix("")
+    return f"images/{stem}_{window.row:05d}_{window.col:05d}.tif"
+
+
 def _cut(
     item: IndexItem, windows: Sequence[Window], files: Mapping[str, Path], stage: Path, how: Transfer
 ) -> list[IndexItem]:
@@ -199,7 +205,7 @@ def _cut(
             cut = _slices(window, inside)
             if not valid[cut].any():
                 continue
-            name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.grid is not None else f"{stem}.tif"
+            name = tile_name(item, window).removeprefix("images/") if how.grid is not None else f"{stem}.tif"
             data = _padded(valid[cut], window, False)
             write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, metadata, data)
             if labels is not None:

@@ -66,7 +66,12 @@ class KTDAMethod(Method):
         if task_teacher is not None and task_teacher.settings.unlabeled:
             self.streams += (StreamSpec("unlabeled", "train", masks=False, fill=segmenter.fill, strong_views=1),)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
+    def before_step(self, step: int) -> None:
+        """Set the weight of the distillation."""
+        if self.distillation is not None:
+            self.distillation.set_step(step)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
         images, masks = batch["labeled"].images, batch["labeled"].masks
         if masks is None:
@@ -86,7 +91,7 @@ class KTDAMethod(Method):
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
-            losses["distill"] = self.distillation(images, aligned, step)
+            losses["distill"] = self.distillation(images, aligned)
         if self.task_teacher is not None:
             logits = self._at_size(student.logits, masks)
             losses["taught"] = self.task_teacher.loss(logits, images, batch["labeled"].valid)

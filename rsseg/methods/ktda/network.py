@@ -25,7 +25,7 @@ from rsseg.methods.ktda.parts import (
 from rsseg.methods.ktda.recipe import DecoderConfig, FamConfig, FmmConfig, KTDARecipe
 from rsseg.task import Task
 
-_FLEXIBLE_TILE = TileHint(size=1024, overlap=128, flexible=True)
+_FLEXIBLE_TILE = TileHint(size=1280, overlap=128, flexible=True)
 
 
 @dataclass(frozen=True)

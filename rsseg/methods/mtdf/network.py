@@ -132,12 +132,13 @@ class MTDFSegmenter(Segmenter):
             fusion_weights: by teacher name, share of its features in the last map; empty without fusion.
             student_weight: share of the student's own last map in the fusion.
             fill: per band, scaled units: value of pixels without data; None uses the normalization mean.
-            tile: training crop side in pixels, the preferred tile.
+            tile: training crop side in pixels, the preferred tile of a transformer.
             align_corners: of the resize of the logits to the image.
         """
         info = backbone.info
         # attention spans the whole tile, so tiles stay at the training size
-        hint = TileHint(size=tile, overlap=tile // 4, flexible=info.kind == "pyramid")
+        convolutional = info.kind == "pyramid"
+        hint = TileHint(1280, 128, flexible=True) if convolutional else TileHint(tile, tile // 4, flexible=False)
         super().__init__(task, input_multiple=info.input_multiple, fill=fill or info.mean, tile=hint)
         self.backbone = backbone
         self.head = head
