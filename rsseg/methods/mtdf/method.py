@@ -94,6 +94,8 @@ class Settings:
 class MTDFMethod(Method):
     """The student, its average, which makes the pseudo-labels, and its teachers."""
 
+    pseudo_weight: Tensor
+
     def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
         """Store the parts.
 
@@ -109,12 +111,19 @@ class MTDFMethod(Method):
         averaged = settings.unlabeled or settings.ship == "average"
         self.average = Ema(student, settings.ema_decay) if averaged else None
         adaptive = settings.unlabeled and settings.class_thresholds
+        self.register_buffer("pseudo_weight", torch.tensor(settings.pseudo_weight), persistent=False)
         self.thresholds = ClassThresholds(student.task.num_classes, settings.confidence) if adaptive else None
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
         self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
+    def before_step(self, step: int) -> None:
+        """Set the weight of the pseudo-label loss."""
+        s = self.settings
+        ramp = min((step + 1) / s.pseudo_ramp_steps, 1.0) if s.pseudo_ramp_steps else 1.0
+        self.pseudo_weight.fill_(ramp * s.pseudo_weight)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
 
         The average labels the weak view of the unlabeled crops; the student is trained with these labels on the strong
@@ -140,8 +149,7 @@ class MTDFMethod(Method):
                 pseudo_label_loss(logits, labels, threshold=threshold, divisor=s.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
-            ramp = min((step + 1) / s.pseudo_ramp_steps, 1.0) if s.pseudo_ramp_steps else 1.0
-            losses["pseudo"] = ramp * s.pseudo_weight * torch.stack(per_view).mean()
+            losses["pseudo"] = self.pseudo_weight * torch.stack(per_view).mean()
             logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
             errors = self._distillation(images, output.translated)
