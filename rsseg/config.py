@@ -40,6 +40,8 @@ class BackboneConfig(Strict):
     frozen_stages: Annotated[int, Field(ge=0)] = 0
     """Number of first stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for fine-tuning
     on few images."""
+    checkpoint: bool = False
+    """Activation checkpointing of a vision transformer: less memory in training for one more forward pass per step."""
     statistics: Literal["pretrained", "data"] = "pretrained"
     """Normalize with the statistics of the weights (their mean for other bands than red, green, blue) or of the
     training data."""
