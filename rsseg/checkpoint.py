@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from rsseg.errors import MachineError, WeightsError
+from rsseg.errors import WeightsError
+from rsseg.files import replaced
 from rsseg.task import Task
 from rsseg.text import load_json, shortened
 
@@ -74,18 +75,13 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
         # safetensors refuses memory that two tensors share.
         owned[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
         storages.add(plain.untyped_storage().data_ptr())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced(path, SafetensorError) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(owned, temporary, dict(metadata))
         temporary.chmod(mode)  # safetensors creates files that other users cannot read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error}. Free some space or choose another --output.") from None
 
 
 def read_header(path: Path) -> ModelHeader:

@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _CACHE_BYTES = (16 << 20, 512 << 20)
 """Minimum and maximum size of GDAL's cache."""
+_LISTED = 16
 _UNNAMED = (ColorInterp.undefined, ColorInterp.gray, ColorInterp.palette, ColorInterp.alpha)
 
 
@@ -39,6 +40,11 @@ class Window(NamedTuple):
     col: int
     height: int
     width: int
+
+    def within(self, row: int = 0, col: int = 0) -> tuple[slice, slice]:
+        """Index of these pixels in an array whose first pixel is given."""
+        top, left = self.row - row, self.col - col
+        return slice(top, top + self.height), slice(left, left + self.width)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,6 @@ class Raster:
         bands: Sequence[int] | None = None,
         nodata: float | None = None,
         zero_collar: bool = False,
-        threads: int = 1,
         columns: int | None = None,
     ) -> None:
         """Open for reading.
@@ -123,8 +128,7 @@ class Raster:
             bands: 1-based bands in the order to return, counted through all files; None reads all but alpha. An alpha
                 band listed here is data.
             nodata: value without data in every band, instead of what the files declare; NaN is added to it.
-                zero_collar: treat pixels that are 0 in every band as nodata.
-            threads: decompression threads of GDAL.
+            zero_collar: treat pixels that are 0 in every band as nodata.
             columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
 
         Raises:
@@ -133,7 +137,7 @@ class Raster:
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         self.name = " | ".join(str(file) for file in files)
         self._zero_collar = zero_collar
-        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": threads, **gdal.STRICT}
+        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": 1, **gdal.STRICT}
         self._stack = ExitStack()
         try:
             datasets = [self._stack.enter_context(gdal.open_dataset(file, self._options)) for file in files]
@@ -164,6 +168,11 @@ class Raster:
     def files(self) -> tuple[str, ...]:
         """All files that the image consists of, side files and the sources of a VRT included."""
         return tuple(sorted({file for part in self._parts for file in part.dataset.files}))
+
+    @property
+    def value_names(self) -> dict[int, str]:
+        """Names of the values of a class raster; see `gdal.value_names`."""
+        return gdal.value_names(self._parts[0].dataset)
 
     def read(self, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Pixels and where they have data.
@@ -237,7 +246,8 @@ class Raster:
 
     def _check_finite(self, pixels: NDArray[Any], valid: NDArray[np.bool_], window: Window) -> None:
         """Clear `valid` at NaN and infinity if NaN is declared as nodata, else raise for the first of them."""
-        finite = np.isfinite(pixels)
+        # The network computes in float32.
+        finite = np.isfinite(pixels) if pixels.itemsize <= 4 else np.abs(pixels) <= np.finfo(np.float32).max
         if finite.all():
             return
         if self._nan_is_nodata:
@@ -378,7 +388,7 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
         remedy = "It is a palette image: expand it to red, green and blue first (`gdal_translate -expand rgb`)."
     elif info.available < len(wanted):
         remedy = "Add the missing bands (a VRT can join files), or use a model of these bands."
-    have = ", ".join(info.band_names)
+    have = ", ".join([*info.band_names[:_LISTED], *(["..."] if info.count > _LISTED else [])])
     raise DataError(f"the image has {info.count} band(s) ({have}), needed are {', '.join(wanted)}. {remedy}")
 
 

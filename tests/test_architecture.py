@@ -23,11 +23,13 @@ inference
 methods.registry
 recipe
 methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
+methods.plain
 methods.importing
 methods.base
+methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster
+foreign | raster | picture
 task | config | files | distributed | gdal | text
 fields
 errors
@@ -139,8 +141,8 @@ def test_loading_a_network_imports_neither_torchs_compiler_nor_changes_it() -> N
         "import sys, rsseg.inference.network; assert 'torch._dynamo' not in sys.modules; "
         "import torch, torchvision; from torch._dynamo import utils; "
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; "
-        "ours = torchvision.ops.roi_align.__globals__['is_compile_supported']; "
-        "assert ours('cpu') == utils.is_compile_supported('cpu')"
+        "known = torchvision.ops.roi_align.__globals__['is_compile_supported']; "
+        "assert known('cpu') == utils.is_compile_supported('cpu')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -48,6 +48,7 @@ def _is_compile_supported(device: str) -> bool:
 with _without_compiler():
     import timm
     from timm.layers import Conv2dSame as Conv2dSame
+    from timm.layers import convert_sync_batchnorm
     from timm.models import eva, swin_transformer, vision_transformer_sam
     from timm.models.vision_transformer import VisionTransformer
 
@@ -91,6 +92,12 @@ class Built:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     first_conv: str
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Let all batch norms inside a module compute their statistics over all processes; in place."""
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child))
 
 
 def build_pyramid(

@@ -11,7 +11,6 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rsseg.checkpoint import read_header
@@ -20,6 +19,7 @@ from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
 from rsseg.errors import Interrupted, RecipeError
+from rsseg.fields import Result
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
@@ -32,10 +32,8 @@ Advance = Callable[[int, int], None]
 """Called with the number of images done and their total."""
 
 
-class Evaluation(BaseModel):
+class Evaluation(Result):
     """A confusion matrix and the scores derived from it."""
-
-    model_config = ConfigDict(frozen=True)
 
     counts: tuple[tuple[int, ...], ...]
     """(K + 1) rows of K: [target, prediction]; the last row counts the predictions on unlabeled pixels."""
@@ -162,6 +160,8 @@ def evaluate(
     confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     share = len(source.items[ranks.rank :: ranks.world_size])
     samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
+    if progress is not None:
+        progress(0, share)
     for done, sample in enumerate(samples, start=1):
         if sample.mask is None:
             probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)

@@ -92,7 +92,7 @@ def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: t
         if device.type == "cuda":
             peak = _peak_on_gpu(forward, device)
         else:
-            with _LiveBytes() as live:
+            with LiveBytes() as live:
                 forward()
             peak = live.peak
         seconds = []
@@ -119,7 +119,7 @@ def _peak_on_gpu(forward: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tracks the bytes of all live storages that operations allocate, and their peak."""
 
     def __init__(self) -> None:

@@ -47,6 +47,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
 
             return build_mtdf(recipe, task)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_segmenter as build_single
+
+                return build_single(recipe, task)
             from rsseg.methods.dasegnet.network import build_segmenter as build_dasegnet
 
             return build_dasegnet(recipe, task)
@@ -65,8 +69,13 @@ def load_model(path: Path) -> "Segmenter":
     try:
         segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
     except RecipeError as error:
-        made_with = header.made_with.get("rsseg", "another version")
-        raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
+        made_with = header.made_with.get("rsseg", "of an unknown version")
+        first, *others = str(error).splitlines()
+        more = f" (and {len(others)} more such problems)" if others else ""
+        raise WeightsError(
+            f"{first.rstrip('.')}{more}: this rsseg cannot read the recipe in the model, which rsseg {made_with} made. "
+            "Use the version that made it, or train the model again."
+        ) from None
     load_tensors(segmenter, file)
     return segmenter.eval()
 
@@ -91,7 +100,7 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "supervised":
             from rsseg.methods.supervised.method import build_method as build_supervised
 
-            return build_supervised(recipe, task)
+            return build_supervised(recipe, task, load_model)
         case "ktda":
             from rsseg.methods.ktda.method import build_method
 
@@ -99,11 +108,15 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "mtdf":
             from rsseg.methods.mtdf.method import build_method as build_mtdf
 
-            return build_mtdf(recipe, task)
+            return build_mtdf(recipe, task, load_model)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_method as build_single
+
+                return build_single(recipe, task, load_model)
             from rsseg.methods.dasegnet.method import build_method as build_dasegnet
 
-            return build_dasegnet(recipe, task)
+            return build_dasegnet(recipe, task, load_model)
 
 
 @_bounded

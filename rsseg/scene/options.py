@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.fields import Result
+from rsseg.text import duration
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
 
@@ -20,7 +23,7 @@ def _known_device(name: str) -> str:
 class SceneOptions(BaseModel):
     """Options of a scene prediction. None chooses a value for the network and the machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile: Annotated[int, Field(ge=16, le=32768)] | None = None
     """Side in pixels."""
@@ -69,10 +72,8 @@ class SceneOptions(BaseModel):
     """Replace existing outputs."""
 
 
-class ClassArea(BaseModel):
+class ClassArea(Result):
     """Area of one class in a scene."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: int
@@ -85,10 +86,8 @@ class ClassArea(BaseModel):
     hectares: float | None
 
 
-class SceneResult(BaseModel):
+class SceneResult(Result):
     """The outputs of a prediction and their statistics."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     height: int
@@ -114,10 +113,8 @@ class SceneResult(BaseModel):
     warnings: tuple[str, ...]
 
 
-class ScenePlan(BaseModel):
+class ScenePlan(Result):
     """Inputs, outputs, tiling and cost of a prediction."""
-
-    model_config = ConfigDict(frozen=True)
 
     scene: str
     output: Path
@@ -167,10 +164,3 @@ class ScenePlan(BaseModel):
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Text such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -18,7 +18,7 @@ from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.raster import Raster
 from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
-from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
+from rsseg.scene.options import ClassArea, Progress, SceneOptions, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.preview import draw_preview
 from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
@@ -35,14 +35,6 @@ _TILES_AHEAD = 2
 """Tiles that the reader may read ahead."""
 _STRIPS_BEHIND = 1
 """Strips that the writer may be behind the network."""
-
-
-def plan_scene(
-    segmenter: "Segmenter", scene: Path | str, output: Path | str, options: SceneOptions | None = None
-) -> ScenePlan:
-    """Plan `predict_scene` without reading a pixel or writing a file. Raises its errors for bad input."""
-    options = options or SceneOptions()
-    return prepare_scene(prepare_network(segmenter, options), scene, Path(output), options).describe()
 
 
 def predict_scene(

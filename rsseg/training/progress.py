@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from rsseg.evaluation.model import Evaluation
+from rsseg.fields import Result
 from rsseg.metrics import Scores
 from rsseg.runs import ExitState
+from rsseg.text import duration
 from rsseg.training.plan import TrainPlan
 
 INTERVAL_S = 10.0
 
 
-class StepReport(BaseModel):
+class StepReport(Result):
     """Mean losses, rates and speed since the previous report."""
-
-    model_config = ConfigDict(frozen=True)
 
     step: int
     """Optimizer steps done."""
@@ -50,16 +49,17 @@ class EvaluationReport(Evaluation):
     improved: bool
 
 
-class TrainResult(BaseModel):
+class TrainResult(Result):
     """How a run ended."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: Path
     state: ExitState
     reason: str
     """`all steps`, `patience`, `max_hours` or a signal."""
     steps: int
+    """Optimizer steps done."""
+    total: int
+    """Optimizer steps of the recipe."""
     monitor: str
     best_score: float | None
     best_step: int | None
@@ -73,11 +73,18 @@ class TrainResult(BaseModel):
         """Score, model file and next command."""
         best = "no validation score" if self.best_score is None else f"best {self.monitor} {self.best_score:.4f}"
         at = "" if self.best_step is None else f" at step {self.best_step}"
-        return f"{best}{at} ({self.reason}, {self.steps} steps)\n{self.model}\n{self.next_command}"
+        if self.state == "stopped":
+            end = (
+                f"stopped at the limit of trainer.max_hours after step {self.steps} of {self.total}; the run is saved, "
+                "and the command below continues it"
+            )
+        else:
+            end = f"{self.reason}, {self.steps} steps"
+        return f"{best}{at} ({end})\n{self.model}\n{self.next_command}"
 
 
 class Progress:
-    """Listener to a run. The methods do nothing by default; only the main process calls them."""
+    """Listener to a run. This one does nothing; only the main process calls it."""
 
     def on_start(self, plan: TrainPlan) -> None:
         """Before the first step."""
@@ -94,9 +101,8 @@ class Progress:
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
 
-
-class Silent(Progress):
-    """Prints nothing."""
+    def on_error(self, error: BaseException) -> None:
+        """The run ends early."""
 
 
 class LineProgress(Progress):
@@ -177,10 +183,3 @@ def evaluation_line(report: EvaluationReport) -> str:
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
     best = "  (best)" if report.improved and report.score is not None else ""
     return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{best}"
-
-
-def duration(seconds: float) -> str:
-    """Format as `1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

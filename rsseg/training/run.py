@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.data.sources import Datasets, Source
-from rsseg.data.streams import training_batches
-from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
+from rsseg.data.streams import open_streams, training_batches
+from rsseg.errors import Interrupted, MachineError, RecipeError, RssegWarning, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
 from rsseg.inference.machine import keep_heap
 from rsseg.inference.network import load_segmenter
@@ -22,25 +24,25 @@ from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
-from rsseg.runs import RunFolder, create_run, find_run
+from rsseg.runs import ExitState, RunFolder, create_run, find_run
 from rsseg.task import Task
+from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
-    Hardware,
     TrainPlan,
     absent_classes,
-    choose_hardware,
     class_pixels,
     find_weights,
     make_plan,
-    open_streams,
     open_validation,
 )
-from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
+from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
+from rsseg.training.trackers import require_trackers, with_trackers
 from rsseg.training.trainer import Evaluate, Trainer
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -94,17 +96,21 @@ def train(
             recorder.on_error(MachineError(message))
 
     with _session(recipe, record) as ranks:
+        recipe = _sized(recipe, ranks)
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
-        warnings = absent_classes(built.method, built.streams, built.task)
-        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
+        if built.hardware.amp_dtype is not None:
+            for teacher in built.method.frozen_teachers():
+                teacher.store_as(built.hardware.amp_dtype)
+        notes = absent_classes(built.method, built.streams, built.task)
+        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
+        listener = Progress()
         if ranks.is_main:
-            listener = recorder = Recorder(
-                run, recipe, built.task.class_names, LineProgress() if progress is None else progress
-            )
+            console = LineProgress() if progress is None else progress
+            console = with_trackers(run, recipe, console, start_step=counters.step)
+            listener = recorder = Recorder(run, recipe, built.task.class_names, console)
             recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
@@ -128,8 +134,8 @@ def train(
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in warnings:
-                listener.on_message(warning)
+            for note in notes:
+                listener.on_message(f"warning: {note}")
             reason = trainer.fit()
             if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
                 device = str(built.hardware.device)
@@ -144,10 +150,26 @@ def train(
         return result
 
 
-def plan(recipe: Recipe) -> TrainPlan:
-    """What `train` would do: looks up every file and builds the networks, writes nothing. Same errors."""
+def plan(
+    recipe: Recipe, *, output: Path = Path("runs"), resume: Path | None = None, resume_anyway: bool = False
+) -> TrainPlan:
+    """What `train` would do with these arguments: opens all inputs, builds the networks, writes nothing. Same errors.
+
+    Its warnings are raised as `RssegWarning`.
+    """
     with _session(recipe) as ranks:
-        return _build(recipe, ranks).plan
+        recipe = _sized(recipe, ranks)
+        built = _build(recipe, ranks)
+        notes = absent_classes(built.method, built.streams, built.task)
+        plan = built.plan
+        if resume is not None:
+            parts, identity = _parts(recipe, built), _identity(recipe, built)
+            load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
+            run, counters = _open_run(recipe, load, output=output, name=None, resume=resume)
+            plan = plan.model_copy(update={"run": run.path, "start_step": counters.step})
+        for note in notes:
+            warnings.warn(note, RssegWarning, stacklevel=2)
+        return plan
 
 
 def check(recipe: Recipe) -> str:
@@ -162,7 +184,7 @@ def check(recipe: Recipe) -> str:
     )
     # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Progress())
         parameters = 0
         if ranks.is_main:
             parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
@@ -183,8 +205,9 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
     device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
     with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
+        tf32 = device_type == "cuda" and recipe.trainer.tf32 and not recipe.trainer.deterministic
         try:
-            with _explained():
+            with float32_products(tf32=tf32), _explained():
                 yield ranks
         finally:
             torch.use_deterministic_algorithms(before)
@@ -196,6 +219,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise MachineError(
+                f"{reason}. Choose a smaller batch (trainer.batch_size, with more trainer.grad_accum_steps, or auto), "
+                "smaller crops (data.augment.crop_size), trainer.amp_dtype: bf16, or a smaller network."
+            ) from None
         if (machine := machine_error(error)) is not None:
             raise machine from None
         if _NOT_DETERMINISTIC in str(error):
@@ -207,17 +236,30 @@ def _explained() -> Iterator[None]:
         raise
 
 
+def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
+    """The recipe with a number for `trainer.batch_size: auto`."""
+    if recipe.trainer.batch_size != "auto":
+        return recipe
+    task = Datasets(recipe.data, recipe.seed).task
+    size = largest_batch(recipe, task, choose_hardware(recipe.trainer, ranks))
+    return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"batch_size": size})})
+
+
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
+    require_trackers(recipe)
     hardware = choose_hardware(recipe.trainer, ranks)
     datasets = Datasets(recipe.data, recipe.seed)
     task = datasets.task
     weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
+    if recipe.trainer.sync_batch_norm and ranks.world_size > 1:
+        check_gpu(hardware, "trainer.sync_batch_norm", "Set it to false")
+        synchronize_batch_norms(method)
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task, datasets)
+    streams = open_streams(recipe, method.streams, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
     statistics = open_statistics(recipe, method.deployable(), task, datasets)
@@ -283,18 +325,19 @@ def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
 
 
 def _result(run: RunFolder, recipe: Recipe, counters: Counters, reason: str, recorder: Recorder | None) -> TrainResult:
-    interrupted = reason.startswith("SIG")
+    state: ExitState = "interrupted" if reason.startswith("SIG") else "stopped" if reason == "max_hours" else "finished"
     shipped = counters.step if recipe.trainer.monitor == "last" else counters.best_step
     return TrainResult(
         run=run.path,
-        state="interrupted" if interrupted else "finished",
+        state=state,
         reason=reason,
         steps=counters.step,
+        total=recipe.trainer.steps,
         monitor=recipe.trainer.monitor,
         best_score=counters.best_score,
         best_step=counters.best_step,
         scores=None if recorder is None else recorder.scores_at(shipped),
         model=run.model,
         seconds=counters.elapsed_s,
-        next_command=f"rsseg train --resume {run.path}" if interrupted else f"rsseg eval --model {run.path}",
+        next_command=f"rsseg eval --model {run.path}" if state == "finished" else f"rsseg train --resume {run.path}",
     )

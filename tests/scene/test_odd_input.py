@@ -6,6 +6,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,12 +17,20 @@ from rsseg.cli import run
 from rsseg.errors import DataError, MachineError, RssegError
 from rsseg.methods.base import TileHint
 from rsseg.raster import Raster
-from rsseg.scene.batch import Target, find_scenes, predict_scenes, read_list
+from rsseg.scene.batch import Target, find_scenes, predict_scenes
 from rsseg.scene.memory import prepare_network
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
+from rsseg.text import read_lines
 from rsseg.vector.aoi import read_region
 from tests.conftest import write_tif
-from tests.scene.helpers import files_in, options, random_pixels, threads, write_tiny_model
+from tests.scene.helpers import (
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    threads,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -86,9 +95,9 @@ def test_scenes_whose_names_are_no_files_are_data_errors(folder: Path, name: str
 def test_lists_of_windows_programs_are_read_or_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeff# scenes\r\nZürich.tif\r\n\r\n".encode())
-    assert read_list(path) == ["Zürich.tif"]
+    assert read_lines(path) == ["Zürich.tif"]
     path.write_bytes("Zürich.tif\n".encode("utf-16"))
-    assert read_list(path) == ["Zürich.tif"]
+    assert read_lines(path) == ["Zürich.tif"]
     path.write_bytes("Zürich.tif\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"list\.txt, line 1: .*UTF-8"):
         find_scenes([str(path)])
@@ -153,6 +162,23 @@ def test_bands_that_are_not_matched_by_their_names_are_told(
     assert any("--bands" in warning for warning in plan.warnings) == warned
     told = plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(bands=(" 3", "2 ", "1")))
     assert not told.warnings
+
+
+def test_scene_of_absurd_size_is_refused_at_once(tmp_path: Path) -> None:
+    band = '<VRTRasterBand dataType="Byte" band="{}"/>'
+    bands = "".join(band.format(number) for number in (1, 2, 3))
+    (tmp_path / "huge.vrt").write_text(
+        f'<VRTDataset rasterXSize="2000000000" rasterYSize="2000000000">{bands}</VRTDataset>'
+    )
+    with pytest.raises(DataError, match=r"huge\.vrt: 2000000000 x 2000000000 pixels are more than"):
+        plan_scene(ConvSegmenter(make_task()), tmp_path / "huge.vrt", tmp_path / "out.tif", options())
+
+
+def test_message_about_many_bands_is_short(tmp_path: Path) -> None:
+    scene = write_tif(tmp_path / "many.tif", np.zeros((200, 4, 5), np.uint8))
+    with pytest.raises(DataError, match=r"200 band\(s\) \(band_1, .*, band_16, \.\.\.\), needed") as caught:
+        plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+    assert len(str(caught.value)) < 500
 
 
 def test_palette_picture_is_refused_with_what_helps(tmp_path: Path) -> None:

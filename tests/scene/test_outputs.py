@@ -19,9 +19,16 @@ from rsseg.errors import UsageError
 from rsseg.files import check_outputs
 from rsseg.scene.batch import Target, choose_targets, find_scenes, predict_scenes
 from rsseg.scene.memory import prepare_network
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_png, write_tif
-from tests.scene.helpers import files_in, options, random_pixels, read_classes, write_tiny_model
+from tests.scene.helpers import (
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -86,6 +93,19 @@ def test_extra_outputs_replace_neither_inputs_nor_existing_files_nor_one_another
     with pytest.raises(UsageError, match="name the same file"):
         plan_scene(segmenter, scene, other, options(overwrite=True, **{name: other}))
     assert other.read_text() == "precious"
+
+
+def test_side_file_that_waits_for_its_raster_is_kept(tmp_path: Path) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(40, 50))
+    side = tmp_path / "out.tif.aux.xml"
+    side.write_text("<PAMDataset/>")
+    with pytest.raises(UsageError, match=r"out\.tif\.aux\.xml: exists already"):
+        predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+    assert side.read_text() == "<PAMDataset/>"
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(overwrite=True))
+    assert "CategoryNames" in side.read_text()
+    (tmp_path / "out.tif").unlink()
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
 
 
 def test_a_link_to_nowhere_counts_as_an_existing_file(tmp_path: Path, scene: Path) -> None:

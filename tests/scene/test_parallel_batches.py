@@ -10,9 +10,17 @@ from rsseg.methods.base import TileHint
 from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes, threads
+from tests.scene.helpers import (
+    StoppingSegmenter,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+    threads,
+)
 from tests.toys import ConvSegmenter, make_task
 
 

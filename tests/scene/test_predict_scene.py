@@ -16,9 +16,16 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from rio_cogeo import cog_validate
 
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_png, write_tif
-from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
+from tests.scene.helpers import (
+    expected_values,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+)
 from tests.toys import ConvSegmenter, make_task
 
 FILES = {

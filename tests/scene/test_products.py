@@ -19,11 +19,18 @@ from rsseg.raster import Raster, Window
 from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from rsseg.scene.preview import draw_preview
 from rsseg.vector.write import write_polygons
 from tests.conftest import write_png, write_tif
-from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
+from tests.scene.helpers import (
+    expected_values,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+)
 from tests.toys import ConvSegmenter, make_task
 
 

@@ -3,11 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.transform import Affine
+from rasterio.transform import Affine, from_origin
 
 from rsseg.cli import run
 from rsseg.config import SelectConfig
@@ -18,7 +19,7 @@ from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.evaluation.model import evaluate, evaluate_model
 from rsseg.evaluation.rasters import evaluate_rasters
 from rsseg.inference.network import load_segmenter
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import plan, train
 from tests.conftest import rgb_task, write_png, write_tif
 from tests.training.recipes import tiny_recipe, tiny_values
@@ -26,12 +27,12 @@ from tests.training.recipes import tiny_recipe, tiny_values
 
 def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     told: list[tuple[int, int]] = []
     test = evaluate_model(result.model, device="cpu", progress=lambda done, total: told.append((done, total)))
     assert test.images == 1
     assert test.seen is None
-    assert told == [(1, 1)]
+    assert told == [(0, 1), (1, 1)]
     files = [rgb_dataset / "masks" / "07.png"]
     pixels = sum(np.asarray(Image.open(file)).size for file in files)
     assert test.scores.pixels == test.matrix.sum() == pixels
@@ -47,7 +48,7 @@ def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path
 
 def test_ignored_classes_are_left_out(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1}, eval={"ignore_classes": ["water"]})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     segmenter = load_segmenter(result.model)
     source = Datasets(recipe.data).open(SelectConfig(), "val", segmenter.task, masks=True)
     scored = evaluate(segmenter, recipe, source, device=torch.device("cpu"))
@@ -66,6 +67,32 @@ def test_class_rasters_are_compared_by_name(tmp_path: Path) -> None:
     assert (result.images, result.unpredicted, result.scores.oa) == (1, 1, 0.75)
     named = evaluate_rasters(tmp_path / "pred", tmp_path / "truth", task=rgb_task(), ignore=("water",))
     assert [c.name for c in named.scores.classes] == ["field", "road"]
+
+
+def test_longitudes_may_differ_by_a_turn(tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
+    pred, truth = write_pair(tmp_path, classes, classes, crs="EPSG:4326", transform=from_origin(-170, 10, 0.1, 0.1))
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(190, 10, 0.1, 0.1))
+    assert evaluate_rasters(pred, truth).scores.oa == 1
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(191, 10, 0.1, 0.1))
+    with pytest.raises(DataError, match="lies elsewhere"):
+        evaluate_rasters(pred, truth)
+
+
+def test_classes_have_the_names_that_the_maps_carry(tmp_path: Path) -> None:
+    values = np.array([[1, 2, 3], [1, 2, 3]], np.uint8)
+    pred, truth = write_pair(tmp_path, values, values)
+    with rasterio.open(pred / "a.tif", "r+") as file:
+        file.update_tags(1, class_1="water", class_2="forest")
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["water", "forest", "3"]
+    band = "<PAMRasterBand band='1'><CategoryNames>{}</CategoryNames></PAMRasterBand>"
+    side = f"<PAMDataset>{band}</PAMDataset>"
+    categories = "<Category/><Category>Water</Category><Category>wood</Category><Category>road</Category>"
+    (truth / "a.tif.aux.xml").write_text(side.format(categories))
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["Water", "wood", "road"]
+    (truth / "a.tif.aux.xml").write_text(side.format("<Category/><Category>forest</Category>"))
+    with pytest.raises(DataError, match=r"a\.tif: the class 'forest' has the value 2, but 1 in "):
+        evaluate_rasters(pred, truth)
 
 
 def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -153,7 +180,7 @@ def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, mo
     parsed: list[bytes] = []
     original = SegmentationIndex.model_validate_json
     monkeypatch.setattr(SegmentationIndex, "model_validate_json", lambda text: parsed.append(text) or original(text))
-    train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Silent())
+    train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Progress())
     assert len(parsed) == 1
 
 
