@@ -313,6 +313,10 @@ class EvalConfig(Strict):
     """Also average a horizontal mirror image."""
     ignore_classes: tuple[str, ...] = ()
     """Classes excluded from the scores: their labeled pixels are not counted."""
+    calibrate: Literal["none", "temperature", "per_class"] = "temperature"
+    """Fit temperatures for the probabilities of the shipped network to the validation images, since networks are surer
+    than they are right (arXiv 1706.04599); classes do not change. `per_class`: one for each predicted class, where
+    classes differ in this. `none`: probabilities as trained."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:

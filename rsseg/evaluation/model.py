@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from rsseg.checkpoint import read_header
@@ -19,7 +19,10 @@ from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
-from rsseg.errors import Interrupted, RecipeError
+from rsseg.errors import DataError, Interrupted, MachineError, RecipeError
+from rsseg.evaluation.collector import Collector, DetailOptions
+from rsseg.evaluation.details import Details
+from rsseg.files import write_text
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
@@ -49,6 +52,8 @@ class Evaluation(BaseModel):
     then empty."""
     unpredicted: int = 0
     """Labeled pixels where a class raster has no data; excluded from the scores."""
+    details: Details | None = None
+    """None where only the sums were asked for."""
 
     @classmethod
     def of(
@@ -140,6 +145,7 @@ def evaluate(
     progress: Advance | None = None,
     labels: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    details: DetailOptions | None = None,
 ) -> Evaluation:
     """Score a network on selected images; the ranks of a process group share the images, and all get the result.
 
@@ -151,6 +157,7 @@ def evaluate(
         progress: called after every image of this process.
         labels: False reads no mask and measures the entropy instead.
         stop: asked after every image; ends the evaluation on all ranks once it returns True on any.
+        details: what else to measure, with labels only; None: nothing.
 
     Raises:
         DataError: unreadable files, an ignored class that does not exist.
@@ -161,11 +168,17 @@ def evaluate(
     config = recipe.eval.model_copy(update={"scales": tuple(scale * source.zoom for scale in recipe.eval.scales)})
     confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     share = len(source.items[ranks.rank :: ranks.world_size])
+    collector = None
+    if details is not None and labels:
+        collector = Collector(details, source, task, recipe.eval.ignore_classes, ranks, recipe.seed)
     samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
     for done, sample in enumerate(samples, start=1):
         if sample.mask is None:
             probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)
             entropy += _entropy(probabilities[torch.tensor(sample.valid)])
+        elif collector is not None:
+            number = ranks.rank + (done - 1) * ranks.world_size
+            confusion.counts += collector.predict(number, segmenter, sample.image, sample.mask, config, device)
         else:
             prediction = predict_image(segmenter, sample.image, None, config, device=device)
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
@@ -178,7 +191,7 @@ def evaluate(
     total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([share])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()
-    return Evaluation.of(
+    result = Evaluation.of(
         np.array(counts, np.int64).reshape(task.num_classes + 1, task.num_classes),
         task.class_names,
         recipe.eval.ignore_classes,
@@ -186,6 +199,28 @@ def evaluate(
         seconds=time.monotonic() - started,
         entropy=None if labels else total_entropy / max(pixels, 1),
     )
+    if collector is None:
+        return result
+    own = segmenter.calibration
+    found = collector.finish(None if own is None else own.temperatures, own.fitted_on if own else "", device)
+    return result.model_copy(update={"details": found})
+
+
+def save_evaluation(result: Evaluation, file: Path) -> None:
+    """Write an evaluation as JSON; raises `MachineError` if the folder cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{file.parent}: cannot be written: {error}. Free some space.") from None
+    write_text(file, result.model_dump_json() + "\n")
+
+
+def load_evaluation(file: Path) -> Evaluation:
+    """Read what `save_evaluation` wrote; raises `DataError` for a damaged file."""
+    try:
+        return Evaluation.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(f"{file}: not a readable evaluation: {error}. Make it again with `rsseg eval`.") from None
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -202,6 +237,7 @@ def evaluate_model(
     split: str = "test",
     device: str = "auto",
     progress: Advance | None = None,
+    details: DetailOptions | None = None,
 ) -> Evaluation:
     """Score a model file on a split of its recipe's dataset, or of another one with the same classes.
 
@@ -211,6 +247,7 @@ def evaluate_model(
         split: `val` and `test` are the recipe's selections of these names, anything else is a split of the dataset.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         progress: called after every image.
+        details: see `evaluate`.
 
     Raises:
         WeightsError: the model cannot be loaded.
@@ -225,5 +262,5 @@ def evaluate_model(
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
         select = SelectConfig(split=split)
     source = Datasets(recipe.data, recipe.seed).open(select, split, segmenter.task, masks=True)
-    result = evaluate(segmenter, recipe, source, device=target, progress=progress)
+    result = evaluate(segmenter, recipe, source, device=target, progress=progress, details=details)
     return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsseg.inference.tiling import AxisPlan, Span, TilePlan
 from rsseg.layers.blocks import resize_logits
+from rsseg.task import IGNORE_INDEX
 
 Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
@@ -111,7 +112,14 @@ class PixelOutputs:
     """Outputs per pixel besides its class."""
 
     confidence: bool = False
-    probabilities: Literal["none", "uint8", "float16"] = "none"
+    probabilities: Literal["none", "uint8", "float16", "float32"] = "none"
+    temperatures: tuple[float, ...] | None = None
+    """Per class: the logits of a pixel are divided by that of its class before the softmax; None: 1. Classes do not
+    depend on it."""
+    min_confidence: float = 0.0
+    """Pixels whose class has a lower probability get the class `unsure`."""
+    unsure: int = IGNORE_INDEX
+    """Class index; 255 for no data."""
 
 
 CLASSES_ONLY = PixelOutputs()
@@ -123,9 +131,9 @@ FULL = 254
 class Decision:
     """Outputs of an area.
 
-    classes: uint8 (h, w) class indices
+    classes: uint8 (h, w) class indices; 255 for pixels without a sure class
     confidence: uint8 (h, w), probability of the class times `FULL`; None if not requested
-    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not requested
+    probabilities: uint8 (h, w, K), times `FULL`, or float16 or float32 (h, w, K); None if not requested
     """
 
     classes: NDArray[np.uint8]
@@ -204,17 +212,28 @@ def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (h, w, K)."""
     if outputs == CLASSES_ONLY:
         return Decision(argmax_classes(logits))
-    shares = logits.float().softmax(-1)
-    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if outputs.confidence else None
+    classes, scaled = argmax_classes(logits), logits.float()
+    if outputs.temperatures is not None:
+        factors = torch.tensor([1 / t for t in outputs.temperatures], device=scaled.device)
+        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
+    shares = scaled.softmax(-1)
+    highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
+    if highest is not None and outputs.min_confidence:
+        classes[(highest < outputs.min_confidence).cpu().numpy()] = outputs.unsure
+    confidence = _as_bytes(highest) if highest is not None and outputs.confidence else None
     match outputs.probabilities:
         case "none":
-            return Decision(argmax_classes(logits), confidence)
+            return Decision(classes, confidence)
         case "float16":
-            return Decision(argmax_classes(logits), confidence, shares.half().cpu().numpy())
+            return Decision(classes, confidence, shares.half().cpu().numpy())
+        case "float32":
+            return Decision(classes, confidence, shares.cpu().numpy())
         case "uint8":
-            return Decision(
-                argmax_classes(logits), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
-            )
+            return Decision(classes, confidence, _as_bytes(shares))
+
+
+def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:
+    return shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
 
 
 def decide_kept(plan: TilePlan, outputs: PixelOutputs = CLASSES_ONLY) -> Callable[[Tile, TileLogits], Decision]:

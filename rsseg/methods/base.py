@@ -53,6 +53,14 @@ class TileHint:
     """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures of a network's probabilities, one per class, and the images that they were fitted on, in words."""
+
+    temperatures: tuple[float, ...]
+    fitted_on: str
+
+
 class Segmenter(nn.Module, ABC):
     """The network that ships: images in, logits out. No teacher, discriminator or average."""
 
@@ -71,6 +79,7 @@ class Segmenter(nn.Module, ABC):
         self.input_multiple = input_multiple
         self.fill = tuple(fill)
         self.tile = tile
+        self.calibration: Calibration | None = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

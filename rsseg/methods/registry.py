@@ -11,7 +11,7 @@ from rsseg.task import Task
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import ModelHeader
-    from rsseg.methods.base import Method, Segmenter
+    from rsseg.methods.base import Calibration, Method, Segmenter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,7 +68,29 @@ def load_model(path: Path) -> "Segmenter":
         made_with = header.made_with.get("rsseg", "another version")
         raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
     load_tensors(segmenter, file)
+    segmenter.calibration = _calibration(header, file)
     return segmenter.eval()
+
+
+def _calibration(header: "ModelHeader", file: Path) -> "Calibration | None":
+    """The temperatures in a header; raises `WeightsError` if they are damaged."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from rsseg.methods.base import Calibration
+
+    if (stored := header.training.get("calibration")) is None:
+        return None
+    try:
+        calibration = TypeAdapter(Calibration).validate_python(stored)
+    except ValidationError:
+        calibration = None
+    if (
+        calibration is None
+        or len(calibration.temperatures) != header.task.num_classes
+        or not all(0 < value < float("inf") for value in calibration.temperatures)
+    ):
+        raise WeightsError(f"{file}: damaged header: calibration. Train or import the model again.")
+    return calibration
 
 
 @_bounded

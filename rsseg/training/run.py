@@ -25,6 +25,7 @@ from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.final import evaluate_shipped
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
@@ -134,6 +135,18 @@ def train(
             if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
                 device = str(built.hardware.device)
                 ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
+            if built.validation is not None and recipe.trainer.monitor != "entropy" and not reason.startswith("SIG"):
+                listener.on_message(
+                    evaluate_shipped(
+                        run,
+                        recipe,
+                        plan,
+                        built.validation,
+                        built.streams,
+                        built.hardware.device,
+                        stop=lambda: signals.received is not None,
+                    )
+                )
         result = _result(run, recipe, counters, reason, recorder)
         listener.on_end(result)
         if result.state == "interrupted":
