@@ -11,7 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from rsseg import __version__
-from rsseg.commands import assess, backbone, cog, dataset, doctor, evaluate, info, predict, recipe, runs, train, weights
+from rsseg.commands import (
+    assess,
+    backbone,
+    cog,
+    dataset,
+    doctor,
+    evaluate,
+    info,
+    predict,
+    recipe,
+    report,
+    runs,
+    train,
+    weights,
+)
 from rsseg.commands.console import print_error, print_note
 from rsseg.errors import RssegError, RssegWarning, UsageError, machine_error
 from rsseg.text import shortened
@@ -33,6 +47,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("report")(report.report)
 app.command("sample")(assess.sample)
 app.command("assess")(assess.assess)
 app.add_typer(dataset.app, name="dataset")

@@ -1,6 +1,6 @@
 """Scores per image, domain and scene, boundary IoU, and bootstrap intervals, from one matrix per image."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -310,38 +310,59 @@ def _weighted_sums(weights: NDArray[np.int64], matrices: NDArray[np.int64]) -> N
     return product.astype(np.int64).reshape(-1, *matrices.shape[1:])
 
 
-def paired_difference(
-    first: Sequence[ImageScores],
-    second: Sequence[ImageScores],
-    score: Callable[[NDArray[np.int64]], float | None],
-    *,
-    seed: int = 0,
-) -> tuple[float, Interval | None, int]:
-    """Second minus first of a score over the same images, its bootstrap interval over scenes, and the scenes.
+class Difference(BaseModel):
+    """Score of a second evaluation minus that of a first one on the same images."""
+
+    model_config = ConfigDict(frozen=True)
+
+    first: float | None
+    second: float | None
+    difference: float | None
+    interval: Interval | None
+    """95 % bootstrap interval of the difference over scenes; None with one scene."""
+
+
+def paired_differences(
+    first: Sequence[ImageScores], second: Sequence[ImageScores], scorer: Scorer, *, seed: int = 0
+) -> dict[str, Difference]:
+    """Differences of all scores with intervals.
+
+    Both evaluations have the same scenes in each resample, so that easy and hard scenes cancel.
 
     Args:
-        first, second: the same images in any order; at least one.
-        score: of (K + 1, K) counts.
+        first, second: the same images, in any order; at least one.
+        scorer: names of the classes.
         seed: of the bootstrap.
     """
     others = {image.image: image for image in second}
-    pairs = [(image, others[image.image]) for image in first if image.image in others]
-    scenes = sorted({image.scene for image, _ in pairs})
-    place = np.array([scenes.index(image.scene) for image, _ in pairs], np.int64)
-    ours, theirs = (np.array([pair[i].counts for pair in pairs], np.int64) for i in (0, 1))
+    pairs = [(image, others[image.image]) for image in first]
+    scenes = sorted({image.scene for image in first})
+    place = np.array([scenes.index(image.scene) for image in first], np.int64)
+    both = [np.array([pair[i].counts for pair in pairs], np.int64) for i in (0, 1)]
+    edges: list[NDArray[np.int64]] = []
+    if all(image.boundary_counts is not None for pair in pairs for image in pair):
+        edges = [np.array([pair[i].boundary_counts for pair in pairs], np.int64) for i in (0, 1)]
 
-    def difference(weights: NDArray[np.int64]) -> list[float | None]:
-        both = zip(_weighted_sums(weights, ours), _weighted_sums(weights, theirs), strict=True)
-        values = [(score(a), score(b)) for a, b in both]
-        return [None if a is None or b is None else b - a for a, b in values]
+    def values(weights: NDArray[np.int64], i: int) -> list[dict[str, float | None]]:
+        sums = _weighted_sums(weights, both[i])
+        of_edges = _weighted_sums(weights, edges[i]) if edges else None
+        return [scorer.means(m, None if of_edges is None else of_edges[n]) for n, m in enumerate(sums)]
 
-    observed = difference(np.ones((1, len(pairs)), np.int64))[0] or 0.0
-    if len(scenes) < 2:
-        return observed, None, len(scenes)
-    number = len(scenes)
-    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)[:, place]
-    rows: Iterable[dict[str, float | None]] = ({"difference": value} for value in difference(drawn))
-    return observed, intervals_of(list(rows)).get("difference"), number
+    def minus(a: dict[str, float | None], b: dict[str, float | None]) -> dict[str, float | None]:
+        return {k: None if (x := a[k]) is None or (y := b[k]) is None else y - x for k in a}
+
+    whole = np.ones((1, len(pairs)), np.int64)
+    (before,), (after,) = values(whole, 0), values(whole, 1)
+    intervals: dict[str, Interval] = {}
+    if (number := len(scenes)) > 1:
+        drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)[:, place]
+        rows = [minus(a, b) for a, b in zip(values(drawn, 0), values(drawn, 1), strict=True)]
+        intervals = intervals_of(rows)
+    change = minus(before, after)
+    return {
+        name: Difference(first=before[name], second=after[name], difference=change[name], interval=intervals.get(name))
+        for name in before
+    }
 
 
 def image_rows(details: Details, class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from rsseg.checkpoint import read_header, write_model
 from rsseg.cli import run
 from rsseg.evaluation.calibration import PixelSample, fit_temperatures, sample_positions, score_calibration
 from rsseg.evaluation.collector import choose_examples
-from rsseg.evaluation.details import Scorer, boundary_labels, count_boundaries, details_of, paired_difference
+from rsseg.evaluation.details import Scorer, boundary_labels, count_boundaries, details_of, paired_differences
 from rsseg.evaluation.model import load_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
@@ -103,16 +103,14 @@ def test_paired_difference_of_equal_runs_is_zero_and_of_better_ones_is_not() -> 
     better = counts + 20 * np.vstack([np.eye(3, dtype=np.int64), np.zeros((1, 3), np.int64)])
     a, b = (details_of(items, m, None, Scorer(NAMES, (), None), width=0, seed=0).images for m in (counts, better))
 
-    def miou(table: NDArray[np.int64]) -> float | None:
-        return scores(table, NAMES).miou
-
-    same, interval, scenes = paired_difference(a, a[::-1], miou)
-    assert (same, interval, scenes) == (0, interval, 8)
-    assert interval is not None
-    assert interval.low == interval.high == 0
-    gain, interval, _ = paired_difference(a, b, miou)
-    assert interval is not None
-    assert 0 < interval.low < gain < interval.high
+    same = paired_differences(a, a[::-1], Scorer(NAMES, (), None))["miou"]
+    assert same.difference == 0
+    assert same.interval is not None
+    assert same.interval.low == same.interval.high == 0
+    gain = paired_differences(a, b, Scorer(NAMES, (), None))["miou"]
+    assert gain.interval is not None
+    assert gain.difference is not None
+    assert 0 < gain.interval.low < gain.difference < gain.interval.high
 
 
 def sharp_sample(factor: float, pixels: int = 20_000) -> PixelSample:
