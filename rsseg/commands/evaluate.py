@@ -11,7 +11,7 @@ from rsseg.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from rsseg.evaluation.details import Details
-    from rsseg.evaluation.model import Evaluation
+    from rsseg.evaluation.result import Evaluation
 
 
 def evaluate(
@@ -111,7 +111,8 @@ def _evaluate_model(
 ) -> "Evaluation":
     """Score a model, and keep the result in the run that it belongs to."""
     from rsseg.evaluation.collector import DetailOptions
-    from rsseg.evaluation.model import evaluate_model, save_evaluation
+    from rsseg.evaluation.model import evaluate_model
+    from rsseg.evaluation.result import save_evaluation
     from rsseg.runs import choose_model, run_of
 
     file = choose_model(model, runs)

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from rsseg.checkpoint import read_header
@@ -19,68 +17,19 @@ from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
-from rsseg.errors import DataError, Interrupted, MachineError, RecipeError
+from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.collector import Collector, DetailOptions
-from rsseg.evaluation.details import Details
-from rsseg.files import write_text
+from rsseg.evaluation.result import Evaluation
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
-from rsseg.metrics import ConfusionMatrix, Scores, scores
+from rsseg.metrics import ConfusionMatrix
 from rsseg.recipe import recipe_from_dict
 
 Advance = Callable[[int, int], None]
 """Called with the number of images done and their total."""
-
-
-class Evaluation(BaseModel):
-    """A confusion matrix and the scores derived from it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    counts: tuple[tuple[int, ...], ...]
-    """(K + 1) rows of K: [target, prediction]; the last row counts the predictions on unlabeled pixels."""
-    scores: Scores
-    images: int
-    seconds: float
-    seen: str | None = None
-    """`training` or `selection` if the model was trained or selected on these images: not an independent test."""
-    entropy: float | None = None
-    """Mean normalized entropy of the probabilities, 0..1, if `evaluate` ran without labels; `counts` and `scores` are
-    then empty."""
-    unpredicted: int = 0
-    """Labeled pixels where a class raster has no data; excluded from the scores."""
-    details: Details | None = None
-    """None where only the sums were asked for."""
-
-    @classmethod
-    def of(
-        cls,
-        counts: NDArray[np.int64],
-        names: Sequence[str],
-        ignore: Sequence[str],
-        *,
-        images: int,
-        seconds: float,
-        entropy: float | None = None,
-        unpredicted: int = 0,
-    ) -> Self:
-        """Score int64 (K + 1, K) counts; raises `DataError` for an ignored class that does not exist."""
-        return cls(
-            counts=tuple(tuple(row) for row in counts.tolist()),
-            scores=scores(counts, names, ignore=ignore),
-            images=images,
-            seconds=seconds,
-            entropy=entropy,
-            unpredicted=unpredicted,
-        )
-
-    @property
-    def matrix(self) -> NDArray[np.int64]:
-        """int64 (K, K) of labeled pixels, [target, prediction]."""
-        return np.array(self.counts[:-1], np.int64)
 
 
 @dataclass(frozen=True)
@@ -204,23 +153,6 @@ def evaluate(
     own = segmenter.calibration
     found = collector.finish(None if own is None else own.temperatures, own.fitted_on if own else "", device)
     return result.model_copy(update={"details": found})
-
-
-def save_evaluation(result: Evaluation, file: Path) -> None:
-    """Write an evaluation as JSON; raises `MachineError` if the folder cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"{file.parent}: cannot be written: {error}. Free some space.") from None
-    write_text(file, result.model_dump_json() + "\n")
-
-
-def load_evaluation(file: Path) -> Evaluation:
-    """Read what `save_evaluation` wrote; raises `DataError` for a damaged file."""
-    try:
-        return Evaluation.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise DataError(f"{file}: not a readable evaluation: {error}. Make it again with `rsseg eval`.") from None
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rsseg.errors import DataError
 from rsseg.evaluation.details import Scorer, details_of
-from rsseg.evaluation.model import Advance, Evaluation
+from rsseg.evaluation.model import Advance
+from rsseg.evaluation.result import Evaluation
 from rsseg.metrics import ConfusionMatrix
 from rsseg.raster import Raster, Window
 from rsseg.task import IGNORE_INDEX, Task

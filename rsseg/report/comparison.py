@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rsseg.errors import DataError, UsageError
 from rsseg.evaluation.details import Difference, ImageScores, Scorer, paired_differences
-from rsseg.evaluation.model import Evaluation, load_evaluation
+from rsseg.evaluation.result import Evaluation, load_evaluation
 from rsseg.runs import RunFolder
 
 

@@ -76,6 +76,9 @@ def line_chart(
             axes.axvline(best, color=_INK, linewidth=0.8, linestyle=":")
         if log and all(v > 0 for _, values in lines.values() for v in values):
             axes.set_yscale("log")
+            # The default formatter writes powers as mathematics.
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
         axes.set_title(title)
         axes.set_xlabel(x)
         if len(lines) > 1:

@@ -8,8 +8,10 @@ import torch
 from rsseg import distributed
 from rsseg.checkpoint import read_header, write_model
 from rsseg.data.sources import Source
+from rsseg.errors import Interrupted
 from rsseg.evaluation.collector import DetailOptions
-from rsseg.evaluation.model import evaluate, save_evaluation
+from rsseg.evaluation.model import evaluate
+from rsseg.evaluation.result import save_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.methods.base import Calibration
 from rsseg.recipe import Recipe
@@ -27,17 +29,16 @@ def evaluate_shipped(
     *,
     stop: Callable[[], bool],
 ) -> str:
-    """Score the shipped model, fit its temperatures and store both; return a summary. All ranks must call it.
-
-    Raises:
-        Interrupted: `stop` returned True.
-    """
+    """Score the shipped model, fit its temperatures and store both; return a summary. All ranks must call it."""
     if distributed.max_over_ranks(int(not run.model.is_file())):
         return f"no final evaluation: {run.model} is not visible to all processes"
     segmenter = load_segmenter(run.model, device=str(device))
     where = describe_validation(recipe, plan, validation, streams)
     options = DetailOptions(fit=recipe.eval.calibrate, fitted_on=where, examples=run.evaluation("val").with_suffix(""))
-    result = evaluate(segmenter, recipe, validation, device=device, stop=stop, details=options)
+    try:
+        result = evaluate(segmenter, recipe, validation, device=device, stop=stop, details=options)
+    except Interrupted:
+        return f"interrupted before the calibration; the model is complete: rsseg eval --model {run.path}"
     calibration = result.details.calibration if result.details is not None else None
     if distributed.current_ranks().is_main:
         save_evaluation(result.model_copy(update={"seen": "selection"}), run.evaluation("val"))

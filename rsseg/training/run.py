@@ -135,19 +135,18 @@ def train(
             if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
                 device = str(built.hardware.device)
                 ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
+            calibration = ""
             if built.validation is not None and recipe.trainer.monitor != "entropy" and not reason.startswith("SIG"):
-                listener.on_message(
-                    evaluate_shipped(
-                        run,
-                        recipe,
-                        plan,
-                        built.validation,
-                        built.streams,
-                        built.hardware.device,
-                        stop=lambda: signals.received is not None,
-                    )
+                calibration = evaluate_shipped(
+                    run,
+                    recipe,
+                    plan,
+                    built.validation,
+                    built.streams,
+                    built.hardware.device,
+                    stop=lambda: signals.received is not None,
                 )
-        result = _result(run, recipe, counters, reason, recorder)
+        result = _result(run, recipe, counters, reason, recorder).model_copy(update={"calibration": calibration})
         listener.on_end(result)
         if result.state == "interrupted":
             raise Interrupted(

@@ -14,7 +14,7 @@ from rsseg.cli import run
 from rsseg.evaluation.calibration import PixelSample, fit_temperatures, sample_positions, score_calibration
 from rsseg.evaluation.collector import choose_examples
 from rsseg.evaluation.details import Scorer, boundary_labels, count_boundaries, details_of, paired_differences
-from rsseg.evaluation.model import load_evaluation
+from rsseg.evaluation.result import load_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.runs import RunFolder

@@ -13,7 +13,7 @@ import yaml
 
 from rsseg.cli import run
 from rsseg.evaluation.details import Scorer, details_of
-from rsseg.evaluation.model import Evaluation, load_evaluation, save_evaluation
+from rsseg.evaluation.result import Evaluation, load_evaluation, save_evaluation
 from rsseg.report.figures import line_chart
 from rsseg.report.page import write_report
 from rsseg.runs import RunFolder
