@@ -1,4 +1,4 @@
-# One command each: demo, test, check, bench, bench-accuracy, clean.
+# One command each: demo, test, check, bench, bench-accuracy, docs, clean.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ RSSEG := $(BIN)/rsseg
 DEMO ?= demo-output
 CUT_NOISE := --quiet --disable-pip-version-check --root-user-action=ignore
 
-.PHONY: demo test check bench bench-predict bench-accuracy clean
+.PHONY: demo test check bench bench-predict bench-accuracy docs clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsseg needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -63,5 +63,10 @@ bench-predict: $(VENV)/.installed-dev
 bench-accuracy: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.accuracy $(ACCURACY)
 
+# The documentation site, in docs/_build. A broken link or reference is an error.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
 clean:
-	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) docs/_build docs/reference build dist .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.data.streams import Batch, Samples
-from rsseg.inference.device import keep_heap
+from rsseg.inference.machine import keep_heap
 from rsseg.layers.blocks import resize
 from rsseg.layers.decoders import SegFormerHead
 from rsseg.layers.losses import cross_entropy

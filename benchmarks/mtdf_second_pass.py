@@ -4,7 +4,7 @@ From a run whose teachers use `student_pass: resized`: scores on its test split,
 
 - the model as it is, with both passes;
 - the same weights with `student_pass: shared`, not trained any further;
-- these after a short distillation: `start_from` the run, `student_pass: shared`, a few steps at a fraction of the rate.
+- these after a short distillation: `start` the run, `student_pass: shared`, a few steps at a fraction of the rate.
 
     python benchmarks/mtdf_second_pass.py RUN [--steps 60] [--lr-scale 0.25] [--threads 2]
 """
@@ -25,7 +25,7 @@ from rsseg.methods.base import Segmenter
 from rsseg.methods.mtdf.method import build_method
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import recipe_from_dict
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def shortened(recipe: MTDFRecipe, model: Path, *, steps: int, lr_scale: float) -
     return recipe.model_copy(
         update={
             "name": "one-pass",
-            "start_from": model,
+            "start": model,
             "teachers": tuple(t.model_copy(update={"student_pass": "shared"}) for t in recipe.teachers),
             "optimizers": {"main": main.model_copy(update={"lr": lr_scale * main.lr, "schedule": schedule})},
             "trainer": recipe.trainer.model_copy(update=trainer),
@@ -89,11 +89,11 @@ def main() -> None:
     print(f"test mIoU, two passes: {score(two, recipe):.4f}", flush=True)
     print(f"test mIoU, one pass, same weights: {score(one, recipe):.4f}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(short, output=Path(folder), progress=Silent())
+        result = train(short, output=Path(folder), progress=Progress())
         one = load_segmenter(result.model)
         print(f"test mIoU, one pass after {arguments.steps} steps: {score(one, recipe):.4f}", flush=True)
         two_passes = short.model_copy(update={"teachers": recipe.teachers})
-        longer = load_segmenter(train(two_passes, output=Path(folder), progress=Silent()).model)
+        longer = load_segmenter(train(two_passes, output=Path(folder), progress=Progress()).model)
         print(f"test mIoU, two passes after the same {arguments.steps} steps: {score(longer, recipe):.4f}", flush=True)
     compare_speed(two, one, recipe.data.augment.crop_size)
 

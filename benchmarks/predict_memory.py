@@ -1,9 +1,10 @@
 """Peak memory of predicting a scene, above what importing the libraries takes. Linux only.
 
-    python benchmarks/predict_memory.py [--sides 5000 10000] [--stub] [--blend crop] [--tile N] [--limit-mb 500]
+    python benchmarks/predict_memory.py [--sides 5000 10000] [--stub] [--blend crop] [--tile N] [--max-memory-mb 500]
 
 Each scene is predicted in a process of its own. With `--stub` the network does nothing, so that scenes may be large.
-Exits with 1 if a scene needs more than the limit, or the last one more than the first, 40 MB and 200 bytes per column.
+`--max-memory-mb` limits the prediction. Exits with 1 if a scene needs more, or the last one more than the first, 40 MB
+and 200 bytes per column.
 """
 
 import argparse
@@ -35,7 +36,13 @@ def predict(scene: Path, arguments: argparse.Namespace) -> None:
     floor = memory_mb("VmRSS")
     segmenter = StubSegmenter(make_task(arguments.classes)) if arguments.stub else make_segmenter(arguments.classes)
     model = memory_mb("VmRSS")
-    options = SceneOptions(tile=arguments.tile, blend=arguments.blend, device="cpu", dtype=arguments.dtype)
+    options = SceneOptions(
+        tile=arguments.tile,
+        blend=arguments.blend,
+        device="cpu",
+        dtype=arguments.dtype,
+        max_memory=int(arguments.max_memory_mb * 2**20),
+    )
     result = predict_scene(segmenter, scene, scene.with_name("out.tif"), options)
     measured = {
         "floor": floor,
@@ -56,7 +63,7 @@ def main() -> None:
     parser.add_argument("--blend", default="crop")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit-mb", type=float, default=500)
+    parser.add_argument("--max-memory-mb", type=float, default=500)
     parser.add_argument("--scene", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scene:
@@ -76,8 +83,8 @@ def main() -> None:
         print(f"{side} | {m['peak']:.0f} | {m['model']:.0f} | {m['floor']:.0f} | {m['seconds']:.1f} | {m['dtype']}")
     growth, allowed = peaks[-1] - peaks[0], 40 + 200 * arguments.sides[-1] / 2**20
     print(f"from the first to the last: {growth:+.0f} MB; 40 MB and 200 bytes per column would be {allowed:.0f} MB")
-    if max(peaks) > arguments.limit_mb:
-        sys.exit(f"{max(peaks):.0f} MB is above the limit of {arguments.limit_mb:.0f} MB")
+    if max(peaks) > arguments.max_memory_mb:
+        sys.exit(f"{max(peaks):.0f} MB is above the limit of {arguments.max_memory_mb:.0f} MB")
     if growth > allowed:
         sys.exit("memory grows with the scene")
 

@@ -49,7 +49,6 @@ def main() -> None:
     from rsseg.config import EvalConfig
     from rsseg.inference.image import predict_image
     from rsseg.inference.predict import choose_tiling
-    from rsseg.inference.tiling import plan_tiles
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=2700)
@@ -65,15 +64,13 @@ def main() -> None:
     whole = predict_image(segmenter, image, None, EvalConfig(tile=2 * arguments.side), device="cpu")
     print(f"accuracy of the whole image: {(whole == classes).mean():.4f}")
     print("merge | tile | overlap | compute | pixels that differ")
-    for blend in ("crop", "hann", "mean"):
-        config = EvalConfig(blend=blend, batch_size=1)
-        tiling = choose_tiling(segmenter, None, None, blend)
-        plan = plan_tiles(
-            arguments.side, arguments.side, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple
-        )
+    for blend, tile in (("crop", None), ("crop", 1024), ("hann", None), ("mean", None)):
+        config = EvalConfig(blend=blend, tile=tile, batch_size=1)
+        tiling = choose_tiling(segmenter, tile, None, blend)
+        plan = tiling.plan(arguments.side, arguments.side)
         tiled = predict_image(segmenter, image, None, config, device="cpu")
         print(
-            f"{blend} | {tiling.tile} | {tiling.overlap} | {plan.redundancy:.2f} | {(tiled != whole).mean():.4%}",
+            f"{blend} | {plan.rows.tile} | {plan.overlap} | {plan.redundancy:.2f} | {(tiled != whole).mean():.4%}",
             flush=True,
         )
 

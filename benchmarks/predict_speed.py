@@ -48,10 +48,13 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     from benchmarks.scenes import make_segmenter, write_scene
-    from rsseg.inference.device import keep_heap, resolve_precision
+    from rsseg.inference.device import resolve_precision
+    from rsseg.inference.machine import keep_heap
     from rsseg.inference.network import ready_to_predict
+    from rsseg.scene.memory import prepare_network
     from rsseg.scene.options import SceneOptions
-    from rsseg.scene.predict import plan_scene, predict_scene
+    from rsseg.scene.plan import prepare_scene
+    from rsseg.scene.predict import predict_scene
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=5000)
@@ -73,8 +76,9 @@ def main() -> None:
         runs = [(scene, "gtiff"), (scene, "cog")]
         if arguments.large:
             runs.append((write_scene(Path(folder) / "large.tif", arguments.large), "cog"))
-        plan = plan_scene(segmenter, scene, output, SceneOptions(**choices))
-        batch = torch.rand(plan.batch_size, 3, plan.tile, plan.tile).contiguous(memory_format=torch.channels_last)
+        options = SceneOptions(**choices)
+        plan = prepare_scene(prepare_network(segmenter, options), scene, output, options).describe()
+        batch = torch.rand(plan.batch_size, 3, *plan.tile).contiguous(memory_format=torch.channels_last)
         forward_rate(network, batch, dtype, plan.parallel_batches)
         print(plan.text())
         print(

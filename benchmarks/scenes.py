@@ -49,8 +49,8 @@ class StubSegmenter(Segmenter):
         return images[:, torch.arange(self.task.num_classes) % 3]
 
 
-def write_scene(path: Path, side: int, *, texture: int = 16) -> Path:
-    """A deflate-compressed RGB scene with texture (0: none, written faster), written in rows of blocks."""
+def write_scene(path: Path, side: int, *, texture: int = 16, compress: str = "deflate") -> Path:
+    """An RGB scene in tiles of 512 px with texture (0: none, written faster), written in rows of blocks."""
     rng = np.random.default_rng(0)
     profile = {
         "driver": "GTiff",
@@ -63,10 +63,10 @@ def write_scene(path: Path, side: int, *, texture: int = 16) -> Path:
         "tiled": True,
         "blockxsize": 512,
         "blockysize": 512,
-        "compress": "deflate",
-        "predictor": 2,
         "photometric": "rgb",
     }
+    if compress != "none":
+        profile |= {"compress": compress, "predictor": 2}
     with rasterio.open(path, "w", **profile) as dataset:
         for top in range(0, side, 512):
             height = min(512, side - top)

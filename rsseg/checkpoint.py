@@ -5,6 +5,7 @@ start fast.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from rsseg.errors import MachineError, WeightsError
+from rsseg.errors import WeightsError
+from rsseg.files import replaced
 from rsseg.task import Task
 from rsseg.text import load_json, shortened
 
@@ -74,18 +76,13 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
         # safetensors refuses memory that two tensors share.
         owned[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
         storages.add(plain.untyped_storage().data_ptr())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced(path, SafetensorError) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(owned, temporary, dict(metadata))
         temporary.chmod(mode)  # safetensors creates files that other users cannot read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error}. Free some space or choose another --output.") from None
 
 
 def read_header(path: Path) -> ModelHeader:
@@ -119,6 +116,28 @@ def read_header(path: Path) -> ModelHeader:
         raise WeightsError(
             f"{path}: damaged header: {where[:200]}: {first['msg']}. Train or import the model again."
         ) from None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures of a network's probabilities, one per class, and the images that they were fitted on, in words."""
+
+    temperatures: tuple[float, ...]
+    fitted_on: str
+
+
+def calibration_of(header: ModelHeader, path: Path) -> Calibration | None:
+    """The temperatures in a header, if there are any; raises `WeightsError` if they are damaged."""
+    if (stored := header.training.get("calibration")) is None:
+        return None
+    try:
+        calibration = TypeAdapter(Calibration).validate_python(stored)
+        values = calibration.temperatures
+        if len(values) == header.task.num_classes and all(0 < value < math.inf for value in values):
+            return calibration
+    except ValidationError:
+        pass
+    raise WeightsError(f"{path}: damaged header: calibration. Train or import the model again.")
 
 
 def find_model(path: Path) -> Path:

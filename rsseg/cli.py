@@ -18,6 +18,7 @@ from rsseg.commands import (
     dataset,
     doctor,
     evaluate,
+    export,
     info,
     predict,
     recipe,
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("sample")(assess.sample)
 app.command("assess")(assess.assess)

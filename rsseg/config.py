@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rsseg.fields import Batch, Count, Index, Positive, Probability, Range, Side, Strict, Whole, ascending
+from rsseg.fields import Batch, Count, Index, ModelPath, Positive, Probability, Range, Side, Strict, Whole, ascending
 
 
 class BackboneConfig(Strict):
@@ -96,8 +96,9 @@ class TrainerConfig(Strict):
 
     steps: Count = 20000
     """Optimizer steps."""
-    batch_size: Batch = 8
-    """Samples per stream, per process and micro-step."""
+    batch_size: Batch | Literal["auto"] = 8
+    """Samples per stream, per process and micro-step. `auto`: as many as fit into memory, 2 to 256; the run's recipe
+    then has the number. Learning rates and steps are not adapted to it."""
     stream_batch_sizes: Mapping[str, Batch] = {}
     """Exceptions to `batch_size` by stream name."""
     grad_accum_steps: Batch = 1
@@ -109,6 +110,8 @@ class TrainerConfig(Strict):
     eval_every: Count = 1000
     checkpoint_every: Count = 1000
     log_every: Count = 20
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to report to besides the run folder's tables; each needs the extra of its name."""
     keep_checkpoints: Count = 1
     """Newest checkpoints kept beside the best; above 1, `step-*.safetensors` are kept and the newest is also `last`."""
     patience: Count | None = None
@@ -122,12 +125,24 @@ class TrainerConfig(Strict):
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
     """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
-    compile: bool = False
-    """Compile the method with torch.compile: faster steps after a first one of minutes."""
+    sync_batch_norm: bool = False
+    """Compute batch-norm statistics over the batches of all GPUs, for batches that are small on each."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Capture the training step of a GPU as CUDA graphs after some steps, which saves the launches of single kernels:
+    small networks train much faster. `auto`: with one process, if the step can be captured; `on`: or an error."""
+    tf32: bool = True
+    """Let a GPU compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), which is several times
+    as fast. Not with `deterministic`."""
     deterministic: bool = False
-    """Use torch's deterministic kernels on a GPU too (those of the CPU always are)."""
+    """Use torch's deterministic kernels on a GPU too (those of the CPU always are). A kernel without a deterministic
+    form is an error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    def batch_of(self, stream: str) -> int:
+        """Samples of a stream per process and micro-step; 2 for `auto`, the least that it may become."""
+        size = self.stream_batch_sizes.get(stream, self.batch_size)
+        return 2 if size == "auto" else size
 
 
 class LossConfig(Strict):
@@ -314,9 +329,7 @@ class EvalConfig(Strict):
     ignore_classes: tuple[str, ...] = ()
     """Classes excluded from the scores: their labeled pixels are not counted."""
     calibrate: Literal["none", "temperature", "per_class"] = "temperature"
-    """Fit temperatures for the probabilities of the shipped network to the validation images, since networks are surer
-    than they are right (arXiv 1706.04599); classes do not change. `per_class`: one for each predicted class, where
-    classes differ in this. `none`: probabilities as trained."""
+    """Temperature of the probabilities, fitted to the validation images (arXiv 1706.04599); classes do not change."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
@@ -335,6 +348,9 @@ class BaseRecipe(Strict):
     reference: str = ""
     """Paper and table row that this recipe reproduces, and the score to expect."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    start: ModelPath | None = None
+    """Model file or run folder of any method, for the same classes and bands, that initializes the parts of the network
+    that it has as well. Pseudo-labels of an untrained decoder mislead the student; those of a tuned one help."""
     data: DataConfig
     loss: LossConfig = LossConfig()
     optimizers: Mapping[str, OptimizerConfig] = {"main": OptimizerConfig()}
@@ -356,6 +372,12 @@ class BaseRecipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _named_optimizers(self) -> Self:
+        if set(self.optimizers) != set(wanted := self.optimizer_names()):
+            raise ValueError(f"optimizers: this recipe needs {sorted(wanted)}; it has {sorted(self.optimizers)}")
+        return self
+
+    @model_validator(mode="after")
     def _one_size(self) -> Self:
         augments = [self.data.augment, *(s.augment for s in self.data.streams.values() if s.augment is not None)]
         squeezed = any(augment.fit == "squeeze" for augment in augments)
@@ -368,6 +390,10 @@ class BaseRecipe(Strict):
     def trainer_averages(self) -> bool:
         """Whether the trainer keeps the moving average that ships; False where the method keeps its own."""
         return self.ship == "average"
+
+    def optimizer_names(self) -> tuple[str, ...]:
+        """Names of the optimizers of this recipe's method."""
+        return ("main",)
 
     @abstractmethod
     def stream_names(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""Base class and bounded numbers of recipe models."""
+"""Base classes of models, and bounded numbers of recipes."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -11,6 +12,14 @@ def ascending(pair: tuple[float, float]) -> tuple[float, float]:
         raise ValueError("the first value of a range must not be larger than the second")
     return pair
 
+
+def _without_link(path: Path) -> Path:
+    """The run that `runs/latest` names now, as later it names the run that the recipe starts."""
+    return path.parent / path.readlink() if path.is_symlink() else path
+
+
+ModelPath = Annotated[Path, AfterValidator(_without_link)]
+"""Model file or run folder; a link such as `runs/latest` is replaced by what it names."""
 
 # Upper limits keep a typing error from exhausting the memory.
 Positive = Annotated[float, Field(gt=0, le=1e9)]
@@ -28,6 +37,12 @@ Index = Annotated[int, Field(ge=0, lt=64)]
 """Level of a pyramid or block of a ViT, from 0."""
 Scale = Annotated[float, Field(gt=0, le=100)]
 Range = Annotated[tuple[Scale, Scale], AfterValidator(ascending)]
+
+
+class Result(BaseModel):
+    """Base of everything that is computed and reported: immutable."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class Strict(BaseModel):

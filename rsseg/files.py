@@ -1,4 +1,4 @@
-"""Small text files, written atomically: JSON, CSV, logs."""
+"""Files written atomically, logs and tables, checks of outputs, names of temporary files."""
 
 import csv
 import hashlib
@@ -8,22 +8,44 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rsseg.errors import MachineError, UsageError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file through a temporary name; raise `MachineError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn an `OSError`, or another of `errors`, into a `MachineError` that names the file."""
+    kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
+        yield
+    except kinds as error:
+        reason = str(error.__cause__ or error).strip().rstrip(".")
+        raise MachineError(
+            f"{path}: cannot be written: {reason}. Free some space or choose another --output."
+        ) from None
+
+
+@contextmanager
+def replaced(path: Path, *errors: type[Exception], ending: str = "") -> Iterator[Path]:
+    """A temporary file beside `path` that replaces it if the block succeeds, else is removed; see `writing`."""
+    temporary = temporary_path(path, ending)
+    try:
+        with writing(path, *errors):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file; raise `MachineError` if it cannot be written."""
+    with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error}. Free some space or choose another --output.") from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -33,11 +55,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a log; raise `MachineError` if the disk is full."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error}. Free some space or choose another --output.") from None
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -86,18 +105,12 @@ def publish(source: Path, target: Path) -> None:
     Raises:
         MachineError: neither is possible.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with replaced(target) as temporary:
+        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    except OSError as error:
-        raise MachineError(
-            f"{target}: cannot be written: {error}. Free some space or choose another --output."
-        ) from None
 
 
 PRODUCT_ENDING = "_rsseg"
@@ -186,7 +199,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove files named by `temporary_path` whose processes on this machine have ended."""
     made = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.tmp.*")
     for path in folder.glob(".*.tmp*"):
-        if (match := made.fullmatch(path.name)) and not _is_running(int(match[1])):
+        if (match := made.fullmatch(path.name)) and not is_running(int(match[1])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -194,7 +207,8 @@ def _host() -> str:
     return socket.gethostname().partition(".")[0]
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process of this machine exists; True where the system cannot tell."""
     if os.name == "nt":  # os.kill would end the process there
         return True
     try:

@@ -1,38 +1,35 @@
 """An integer confusion matrix, and the scores derived from it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rsseg.errors import DataError
-from rsseg.task import IGNORE_INDEX
+from rsseg.fields import Result
 
 
 class ConfusionMatrix:
-    """Counts of (labeled class, predicted class), kept on one device.
+    """Counts of (labeled class, predicted class), in host memory.
 
     `counts` is int64 (K + 1, K): row = labeled class, column = predicted class; the last row counts the predictions on
     unlabeled pixels, which only the `*_all_predictions` variants use.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64)
         # The narrowest index type, because memory traffic limits the speed.
         self._index_type = torch.int16 if (num_classes + 1) * num_classes <= 2**15 - 1 else torch.int32
 
-    def update(self, prediction: Tensor, target: Tensor, *, valid: Tensor | None = None) -> None:
+    def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add the pixels of some images.
 
         Args:
             prediction: uint8 or int64 class indices < K, any shape.
             target: uint8 or int64 class indices of the same shape; 255 has no label.
-            valid: bool of the same shape, False where the pixel has no label. None: all valid.
 
         Raises:
             DataError: shapes differ, or the prediction holds an index >= K.
@@ -47,27 +44,14 @@ class ConfusionMatrix:
                 f"the prediction holds class index {largest}, the task has {self.num_classes} classes. "
                 "Predict with a model of this task."
             )
-        if valid is not None:
-            target = target.masked_fill(~valid, IGNORE_INDEX)
         # Unlabeled pixels go to the extra row, which avoids boolean indexing.
         rows = target.clamp(max=self.num_classes).to(self._index_type)
         index = rows.mul_(self.num_classes).add_(prediction.to(self._index_type))
         self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
-    def merge(self, other: Self) -> None:
-        """Add the counts of another matrix of the same classes."""
-        self.counts += other.counts.to(self.counts.device)
 
-    @property
-    def matrix(self) -> Tensor:
-        """int64 (K, K) of labeled pixels, [target, prediction]."""
-        return self.counts[:-1]
-
-
-class ClassScores(BaseModel):
+class ClassScores(Result):
     """Scores of one class, 0..1; None where the denominator is 0."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     iou: float | None
@@ -84,10 +68,8 @@ class ClassScores(BaseModel):
     """Predicted pixels among the labeled ones."""
 
 
-class Scores(BaseModel):
+class Scores(Result):
     """Scores of a confusion matrix, 0..1. Means are over the classes whose entry is not None."""
-
-    model_config = ConfigDict(frozen=True)
 
     classes: tuple[ClassScores, ...]
     """Ignored classes are not listed."""

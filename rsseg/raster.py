@@ -40,6 +40,11 @@ class Window(NamedTuple):
     height: int
     width: int
 
+    def within(self, row: int = 0, col: int = 0) -> tuple[slice, slice]:
+        """Index of these pixels in an array whose first pixel is given."""
+        top, left = self.row - row, self.col - col
+        return slice(top, top + self.height), slice(left, left + self.width)
+
 
 @dataclass(frozen=True)
 class RasterInfo:
@@ -113,7 +118,6 @@ class Raster:
         bands: Sequence[int] | None = None,
         nodata: float | None = None,
         zero_collar: bool = False,
-        threads: int = 1,
         columns: int | None = None,
     ) -> None:
         """Open for reading.
@@ -123,8 +127,7 @@ class Raster:
             bands: 1-based bands in the order to return, counted through all files; None reads all but alpha. An alpha
                 band listed here is data.
             nodata: value without data in every band, instead of what the files declare; NaN is added to it.
-                zero_collar: treat pixels that are 0 in every band as nodata.
-            threads: decompression threads of GDAL.
+            zero_collar: treat pixels that are 0 in every band as nodata.
             columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
 
         Raises:
@@ -133,7 +136,7 @@ class Raster:
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         self.name = " | ".join(str(file) for file in files)
         self._zero_collar = zero_collar
-        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": threads, **gdal.STRICT}
+        self._options: dict[str, Any] = {"GDAL_NUM_THREADS": 1, **gdal.STRICT}
         self._stack = ExitStack()
         try:
             datasets = [self._stack.enter_context(gdal.open_dataset(file, self._options)) for file in files]

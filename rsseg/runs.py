@@ -1,18 +1,20 @@
 """Run folders: their files, their manifests, and how to find one."""
 
-import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rsseg.checkpoint import MODEL_NAME, find_model
 from rsseg.errors import MachineError, UsageError, WeightsError
-from rsseg.files import read_rows, write_json, write_text
+from rsseg.fields import Result
+from rsseg.files import is_running, read_rows, replaced, write_json, write_text, writing
 
 ExitState = Literal["running", "finished", "failed", "interrupted"]
 
@@ -20,10 +22,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
-class Manifest(BaseModel):
+class Manifest(Result):
     """Inputs and outcome of a run."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     method: str
@@ -185,20 +185,15 @@ def create_run(output: Path, *, method: str, name: str) -> RunFolder:
     """
     safe = "".join(c if c.isalnum() or c in "-." else "-" for c in name)
     prefix = f"{datetime.now().astimezone():%Y-%m-%d}_{method}_{safe}_"
-    number = 1
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        while True:
+        for number in count(1):
             path = output / f"{prefix}{number:03d}"
-            try:
+            with suppress(FileExistsError):
                 path.mkdir()
                 break
-            except FileExistsError:
-                number += 1
         for part in ("checkpoints", "confusion"):
             (path / part).mkdir()
-    except OSError as error:
-        raise MachineError(f"{output}: cannot be written: {error}. Choose another --output.") from None
     _point_latest(output, path.name)
     return RunFolder(path)
 
@@ -276,21 +271,12 @@ def _short(cell: str) -> str:
 
 def _point_latest(output: Path, name: str) -> None:
     link = output / LATEST
-    temporary = output / f".{LATEST}.{os.getpid()}.tmp"
     try:
-        temporary.symlink_to(name, target_is_directory=True)
-        temporary.replace(link)
-    except OSError:
+        with replaced(link) as temporary:
+            temporary.symlink_to(name, target_is_directory=True)
+    except MachineError:
         write_text(link, name + "\n")
 
 
 def _is_dead(manifest: Manifest) -> bool:
-    if manifest.state != "running" or manifest.host != socket.gethostname() or os.name != "posix":
-        return False
-    try:
-        os.kill(manifest.pid, 0)  # signal 0 only asks whether the process exists
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return manifest.state == "running" and manifest.host == socket.gethostname() and not is_running(manifest.pid)

@@ -1,6 +1,7 @@
 """Classes, bands and scaling of a segmentation task. Free of torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -87,6 +88,17 @@ class Task(BaseModel):
         if not valid.all():
             image[~valid] = np.array(fill, np.float32)
         return image
+
+
+@dataclass(frozen=True)
+class TileHint:
+    """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
+
+    size: int
+    """Of a convolutional network the largest side: tiles are fitted to the image."""
+    overlap: int
+    flexible: bool
+    """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
 
 
 def task_with_bands(task: Task, bands: Sequence[str]) -> Task:

@@ -1,4 +1,4 @@
-"""Decode and parse untrusted text under limits on size and nesting, so that no file or argument takes long."""
+"""Text: untrusted text decoded and parsed under limits on size and nesting, and values formatted for messages."""
 
 import codecs
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rsseg.errors import RssegError
+from rsseg.errors import DataError, RssegError
 
 MAX_BYTES = 1 << 18
 """Of a recipe or class file."""
@@ -55,6 +55,19 @@ def read_text(path: Path, error: type[RssegError], *, limit: int = MAX_BYTES) ->
     if "\0" in text:
         raise error(f"{path}: is not a text file. Save it as UTF-8.")
     return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a list of images or scenes, except empty ones and those that begin with #; raises `DataError`."""
+    lines = (line.strip() for line in read_text(path, DataError, limit=LIST_BYTES).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def duration(seconds: float) -> str:
+    """Text such as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

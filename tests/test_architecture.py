@@ -1,6 +1,7 @@
 """Imports point one way: a module may import only from units on lines below its own."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,22 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from rsseg.commands.launch import wait_passively
+
 PACKAGE = Path(__file__).parents[1] / "rsseg"
 
 LAYERS = """
 cli
 commands
-training | scene | report | export
+report | export
+training | scene
 evaluation | datasets
 inference
 methods.registry
 recipe
 methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
+methods.plain
 methods.importing
 methods.base
+methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster
+foreign | raster | picture
 task | config | files | distributed | gdal | text
 fields
 errors
@@ -128,3 +134,26 @@ def test_help_validate_info_and_runs_do_not_import_torch() -> None:
     code = f"import sys, rsseg, rsseg.cli, rsseg.recipe, rsseg.runs; sys.exit(', '.join({heavy}) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"imported at start: {result.stderr}"
+
+
+def test_loading_a_network_imports_neither_torchs_compiler_nor_changes_it() -> None:
+    code = (
+        "import sys, rsseg.inference.network; assert 'torch._dynamo' not in sys.modules; "
+        "import torch, torchvision; from torch._dynamo import utils; "
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; "
+        "known = torchvision.ops.roi_align.__globals__['is_compile_supported']; "
+        "assert known('cpu') == utils.is_compile_supported('cpu')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_openmp_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

@@ -2,8 +2,10 @@
 
     python -m benchmarks.accuracy --quick
     python -m benchmarks.accuracy --profile cpu --data DATA --weights WEIGHTS --jobs 2 --hours 8
+    python -m benchmarks.accuracy --setting dubai-10 --arm lite0-mtdf-recommended --data DATA --weights WEIGHTS
 
 Writes docs/results.md with its table (CSV) and figures. Cells that are done are not run again.
+`--setting` and `--arm`, also several, choose what is run. Arms that these need are run too; the page shows all cells.
 """
 
 import argparse
@@ -12,8 +14,9 @@ from pathlib import Path
 
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.run import Table, run_table
-from benchmarks.accuracy.table import PROFILES
+from benchmarks.accuracy.table import PROFILES, SETTINGS
 
+ARMS = {arm.name for setting in SETTINGS.values() for arm in setting.arms}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -21,6 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", choices=sorted(PROFILES), default="cpu")
     parser.add_argument("--quick", action="store_true", help="three tiny cells, to see that all works")
+    parser.add_argument("--setting", action="append", default=[], choices=sorted(SETTINGS), help="run only this table")
+    parser.add_argument("--arm", action="append", default=[], choices=sorted(ARMS), help="run only this arm")
     parser.add_argument("--data", type=Path, help="folder with dubai/ and l8biome_cloud/; or RSSEG_ACCURACY_DATA")
     parser.add_argument("--weights", type=Path, help="folder with NAME.safetensors; or RSSEG_ACCURACY_WEIGHTS")
     parser.add_argument("--output", type=Path, default=Path("accuracy-output"), help="cells and datasets")
@@ -38,6 +43,8 @@ def main() -> None:
         weights=args.weights or _path("RSSEG_ACCURACY_WEIGHTS"),
         output=output,
         any_code=args.any_code,
+        only_settings=args.setting,
+        only_arms=args.arm,
     )
     for line in table.left_out:
         print(f"left out: {line}", flush=True)

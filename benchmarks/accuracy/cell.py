@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.accuracy.table import TEACHERS
+from benchmarks.accuracy.table import NEEDED
 from rsseg.data.sources import Datasets
 from rsseg.errors import Interrupted, RssegError
 from rsseg.evaluation.model import evaluate_model, read_samples
@@ -29,7 +29,7 @@ from rsseg.inference.image import predict_image
 from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, load_recipe
 from rsseg.runs import RunFolder, list_runs
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
 PANELS = 2
@@ -66,7 +66,7 @@ def main(folder: Path) -> int:
         return 130
     except RssegError as error:
         result = job | {"error": str(error)}
-    if job["score"] and job["arm"] in TEACHERS and "error" not in result:
+    if job["score"] and job["arm"] in NEEDED and "error" not in result:
         shutil.copyfile(run.model, folder / "model.safetensors")  # other arms learn from it
     write_json(folder / "result.json", result | {"date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}"})
     shutil.rmtree(folder / "runs", ignore_errors=True)  # weights and optimizer state of hundreds of cells
@@ -83,7 +83,7 @@ def _train(recipe: Recipe, runs: Path) -> tuple[RunFolder, float | None, float |
     if before and before[-1].manifest().steps >= recipe.trainer.steps:
         return before[-1], None, None
     started = time.process_time()
-    result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Silent())
+    result = train(recipe, output=runs, resume=before[-1].path if before else None, progress=Progress())
     return RunFolder(result.run), result.seconds, None if before else time.process_time() - started
 
 

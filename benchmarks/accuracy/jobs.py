@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 import rsseg
-from benchmarks.accuracy.table import Arm, Profile, Setting
+from benchmarks.accuracy.table import NEEDED, Arm, Profile, Setting
 from rsseg.backbones.weights import check_weights
 from rsseg.errors import WeightsError
 from rsseg.recipe import Recipe, recipe_from_dict
@@ -47,6 +48,19 @@ class Job:
         return self.folder / "result.json"
 
     @property
+    def model(self) -> Path:
+        """Kept if another arm needs it."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result, and the model if another arm needs it."""
+        if not self.result.is_file():
+            return False
+        needed = self.score and self.arm.name in NEEDED and "error" not in json.loads(self.result.read_text())
+        return not needed or self.model.is_file()
+
+    @property
     def name(self) -> str:
         what = f"seed {self.seed}" if self.score else f"rate x{self.rate:g}"
         return f"{self.setting.name}  {self.arm.name}  {what}"
@@ -63,7 +77,7 @@ def make_job(
     rate: float,
     score: bool,
     weights: Path | None,
-    teacher: Path | None = None,
+    models: Mapping[str, Path] = MappingProxyType({}),
     any_code: bool = False,
 ) -> Job:
     """The job of a cell, or of one rate of its sweep.
@@ -74,7 +88,7 @@ def make_job(
         output: holds all jobs.
         seed, rate, score: see `Job`.
         weights: folder with weights by backbone name.
-        teacher: model of the arm's teacher.
+        models: by recipe key, the model of another arm; see `Arm.needs`.
         any_code: take a result of another version of the code, if there is one.
 
     Raises:
@@ -91,8 +105,8 @@ def make_job(
                 found[role] = _sha256(local)
             elif (file := check_weights(config)) is not None:
                 found[role] = file.sha256
-    if teacher is not None:
-        values["task_teacher"] |= {"model": str(teacher)}
+    for role, model in models.items():
+        _set(values, role, str(model))
     recipe = recipe_from_dict(values, arm.name)
     # Places do not count, nor do values that are the code's own, which has a key of its own.
     plain = recipe.model_dump(mode="json", exclude_defaults=True) | {"title": ""}
@@ -102,8 +116,8 @@ def make_job(
     for stream in plain["data"]["streams"].values():
         stream |= {"items": Path(stream["items"]).name} if "items" in stream else {}
     facts = {"recipe": plain, "weights": found, "data": (dataset / "digest.txt").read_text()}
-    if teacher is not None:
-        plain["task_teacher"]["model"] = teacher.parent.name
+    for role, model in models.items():
+        _set(plain, role, model.parent.name)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
     kind = f"seed{seed}" if score else f"rate{rate:g}"
     arm_folder = output / "cells" / setting.name / arm.name
@@ -136,7 +150,7 @@ def _merged(
 ) -> dict[str, Any]:
     """The arm's recipe with the images of the setting and the training of the profile."""
     values: dict[str, Any] = yaml.safe_load(arm.recipe.read_text())
-    steps = profile.steps if score else profile.sweep_steps
+    steps = arm.lengths * profile.steps if score else profile.sweep_steps
     every = max(steps // profile.evaluations, 1)
     needed = recipe_from_dict(values, arm.name).stream_names()
     own = values["data"]

@@ -21,8 +21,11 @@ This page is made by `python -m benchmarks.accuracy`; no number in it was typed.
 
 - Within a table all arms train for the same number of steps, on crops of the same size, in batches of the same size,
   with the same augmentation. What a method adds (teachers, pseudo-labels) costs it time, which is shown.
+- An arm that starts from the model of another arm, or learns from it as its teacher, uses that model of the same
+  setting and seed. The steps of that model come on top. An arm called *twice as long* is plain training with as many
+  steps as a plain run and an arm that starts from it have together; the difference to it is given below the table.
 - Each arm's learning rate is chosen by the same sweep on the validation images: per dataset, with one seed and fewer
-  steps.
+  steps. Single switches of a method's stronger mode, and runs of twice the length, take the rate of the arm they vary.
 - The weights that are scored are those with the best validation mIoU. They score the test images once.
 - *mIoU* is the mean over all classes of the intersection over union on the test images, from one confusion matrix.
 - *against plain* is the mean over seeds of the difference to plain training of the same network with the same seed,
@@ -143,6 +146,7 @@ def _section(table: Table, ready: Ready, results: Sequence[Result], figures: Seq
     head = ["arm", "mIoU", "against plain", *(f"seed {s}" for s in seeds), "val. mIoU", "rate", "training"]
     rows = [_row(results, setting.name, arm.name, arm.plain, seeds) for arm in ready.arms]
     lines += [_markdown([[*head, "M param.", "Mpx/s"], *rows])]
+    lines += _needs(results, ready)
     classes = _classes(results, setting.name, [arm.name for arm in ready.arms])
     lines += ["\nIoU by class, mean over seeds:\n", _markdown(classes)] if len(classes) > 1 else []
     lines += [f"\n![{setting.title}](results/{name})" for name in figures]
@@ -157,7 +161,7 @@ def _row(results: Sequence[Result], setting: str, arm: str, plain: str | None, s
     by_seed = {r["seed"]: f"{r['test']['miou']:.3f}" for r in cells}
     seconds = [r["cpu_seconds"] or r["seconds"] for r in cells if r.get("cpu_seconds") or r.get("seconds")]
     return [
-        cells[0]["title"] if cells else arm,
+        _title(results, setting, arm),
         spread([r["test"]["miou"] for r in cells]),
         spread(paired(results, setting, arm, plain), sign=True) if plain else "plain",
         *(by_seed.get(seed, "-") for seed in seeds),
@@ -167,6 +171,25 @@ def _row(results: Sequence[Result], setting: str, arm: str, plain: str | None, s
         f"{cells[0]['parameters'] / 1e6:.1f}" if cells else "-",
         f"{statistics.median(r['megapixels_per_s'] for r in cells):.2f}" if cells else "-",
     ]
+
+
+def _needs(results: Sequence[Result], ready: Ready) -> list[str]:
+    """Which models arms build on, and what remains against plain training with as many steps in all."""
+    titles = {arm.name: _title(results, ready.setting.name, arm.name) for arm in ready.arms}
+    lines = []
+    for arm in ready.arms:
+        for key, name in arm.needs:
+            text = f"- {titles[arm.name]}: `{key}` is the model of {titles.get(name, name)}"
+            if key == "start":
+                difference = spread(paired(results, ready.setting.name, arm.name, arm.long), sign=True)
+                text += f"; against {titles.get(arm.long or '', arm.long)}, with as many steps in all: {difference}"
+            lines.append(text)
+    return ["\nSteps of another arm come on top of those of its table row:\n", *lines] if lines else []
+
+
+def _title(results: Sequence[Result], setting: str, arm: str) -> str:
+    cells = cells_of(results, setting, arm)
+    return str(cells[0]["title"]) if cells else arm
 
 
 def _classes(results: Sequence[Result], setting: str, arms: Sequence[str]) -> list[list[str]]:

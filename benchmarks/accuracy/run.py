@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,21 @@ class Table:
     """The cells of a profile and where they are kept."""
 
     def __init__(
-        self, profile: Profile, *, data: Path | None, weights: Path | None, output: Path, any_code: bool = False
+        self,
+        profile: Profile,
+        *,
+        data: Path | None,
+        weights: Path | None,
+        output: Path,
+        any_code: bool = False,
+        only_settings: Sequence[str] = (),
+        only_arms: Sequence[str] = (),
     ) -> None:
-        """Prepare the datasets and look for the weights; `left_out` says what cannot be run, and why."""
+        """Prepare the datasets and look for the weights; `left_out` says what cannot be run, and why.
+
+        `only_settings` and `only_arms` restrict what is run, with the arms that these need; the page shows all.
+        """
+        self.only_settings, self.only_arms = set(only_settings), set(only_arms)
         self.profile, self.weights, self.output, self.any_code = profile, weights, output, any_code
         self.left_out: list[str] = []
         self._jobs: dict[tuple[str, Arm, int, float, bool], Job] = {}
@@ -61,15 +73,20 @@ class Table:
                     yield from ((ready, arm, seed) for arm in ready.arms if arm.switch == switch)
 
     def sweep(self, ready: Ready, arm: Arm) -> list[Job | None]:
-        """One short run per rate with the first seed, on the setting whose sweep is used; None: no teacher yet."""
-        used = next((r for r in self.ready if r.setting.name == ready.setting.rates and arm in r.arms), ready)
+        """One short run per rate with the first seed, on the setting whose sweep is used; None: a model is missing."""
+        used, arm = self._swept(ready, arm)
         return [
             self._job(used, arm, self.profile.seeds[0], rate, score=False)
             for rate in (self.profile.rates if len(self.profile.rates) > 1 else ())
         ]
 
+    def _swept(self, ready: Ready, arm: Arm) -> tuple[Ready, Arm]:
+        """Setting and arm whose sweep chooses the rate."""
+        arm = _named(ready, arm.rate_of) or arm
+        return next((r for r in self.ready if r.setting.name == ready.setting.rates and arm in r.arms), ready), arm
+
     def cell(self, ready: Ready, arm: Arm, seed: int) -> Job | None:
-        """The job of a cell at the rate that its sweep chose; None while the sweep or the teacher is not done."""
+        """The job of a cell at the rate that its sweep chose; None while the sweep or a needed model is missing."""
         rates = [(_read(job) if job else None, job.rate if job else 1.0) for job in self.sweep(ready, arm)]
         if any(result is None for result, _ in rates):
             return None
@@ -79,19 +96,28 @@ class Table:
     def pending(self) -> Iterator[Job]:
         """Jobs that can start now, the most wanted first; each may be yielded more than once."""
         for ready, arm, seed in self.cells():
-            job = self.cell(ready, arm, seed)
-            for wanted in self.sweep(ready, arm) if job is None else [job]:
-                if wanted is not None and not wanted.result.is_file():
-                    yield wanted
+            if ready.setting.name in (self.only_settings or {ready.setting.name}):
+                yield from self._towards(ready, arm, seed) if arm.name in (self.only_arms or {arm.name}) else ()
+
+    def _towards(self, ready: Ready, arm: Arm, seed: int) -> Iterator[Job]:
+        """The cell, or what it waits for: its sweep, and the arms whose models it or its sweep needs."""
+        job, sweep = self.cell(ready, arm, seed), self.sweep(ready, arm)
+        yield from (known for known in (sweep if job is None else [job]) if known is not None and not known.done)
+        if job is None:
+            used, swept = self._swept(ready, arm)
+            blocked = (used, swept, self.profile.seeds[0]) if None in sweep else (ready, arm, seed)
+            for _, name in blocked[1].needs:
+                if other := _named(blocked[0], name):
+                    yield from self._towards(blocked[0], other, blocked[2])
 
     def _job(self, ready: Ready, arm: Arm, seed: int, rate: float, *, score: bool) -> Job | None:
-        teacher = None
-        if arm.teacher is not None:
-            by_name = {other.name: other for other in ready.arms}
-            lesson = self.cell(ready, by_name[arm.teacher], seed) if arm.teacher in by_name else None
-            teacher = lesson.folder / "model.safetensors" if lesson else None
-            if teacher is None or not teacher.is_file():
+        models = {}
+        for key, name in arm.needs:
+            other = _named(ready, name)
+            job = self.cell(ready, other, seed) if other else None
+            if job is None or not job.model.is_file():
                 return None
+            models[key] = job.model
         known = (ready.setting.name, arm, seed, rate, score)
         if known not in self._jobs:
             self._jobs[known] = make_job(
@@ -104,10 +130,15 @@ class Table:
                 rate=rate,
                 score=score,
                 weights=self.weights,
-                teacher=teacher,
+                models=models,
                 any_code=self.any_code,
             )
         return self._jobs[known]
+
+
+def _named(ready: Ready, name: str | None) -> Arm | None:
+    """The arm of this name, if its weights are there."""
+    return next((arm for arm in ready.arms if arm.name == name), None)
 
 
 def run_table(table: Table, *, jobs: int, hours: float | None, threads: int, say: Any = print) -> None:

@@ -18,13 +18,19 @@ class Arm:
 
     name     of its recipe in `recipes/`
     plain    arm that it is compared with: plain supervised training of the same network
-    teacher  arm whose model of the same setting and seed is its `task_teacher.model`
-    switch   True: one setting of a recipe that is tried on top of plain training; run after all others
+    needs    pairs of a recipe key and an arm, whose model of the same setting and seed is the key's value
+    long     plain arm that trains as many steps as this one and its `start` model together
+    lengths  training length as a multiple of the profile's steps
+    rate_of  arm whose sweep chooses the learning rate; None: its own
+    switch   True: one setting of a recipe that is tried on top of another arm; run after all others
     """
 
     name: str
     plain: str | None = None
-    teacher: str | None = None
+    needs: tuple[tuple[str, str], ...] = ()
+    long: str | None = None
+    lengths: int = 1
+    rate_of: str | None = None
     switch: bool = False
 
     @property
@@ -82,27 +88,61 @@ class Profile:
 LITE0 = (Arm("lite0-plain"), Arm("lite0-ktda", "lite0-plain"))
 DINO = (Arm("dinov2s-full"), Arm("dinov2s-frozen", "dinov2s-full"), Arm("dinov2s-lora", "dinov2s-full"))
 SEMI = (Arm("dinov2s-fixmatch", "dinov2s-full"), Arm("dinov2s-mtdf", "dinov2s-full"))
-TAUGHT = (
-    Arm("lite0-ktda-side", "lite0-plain"),
-    Arm("lite0-taught", "lite0-plain", teacher="dinov2s-full"),
-    Arm("lite0-taught-unlabeled", "lite0-plain", teacher="dinov2s-full"),
+TAUGHT_BY = (("task_teacher.model", "dinov2s-full"),)
+TAUGHT = (Arm("lite0-ktda-side", "lite0-plain"), Arm("lite0-taught", "lite0-plain", TAUGHT_BY))
+
+
+def _started(name: str, plain: str, *, varies: str | None = None) -> Arm:
+    """An arm that starts from its plain arm; `varies`: it is a single switch of that arm, whose rate it takes."""
+    start = (("start", plain),)
+    return Arm(name, plain, start, long=f"{plain}-long", rate_of=varies, switch=varies is not None)
+
+
+RECOMMENDED = (
+    Arm("lite0-ktda-recommended", "lite0-plain", TAUGHT_BY),
+    _started("lite0-mtdf-recommended", "lite0-plain"),
+    Arm("lite0-plain-long", "lite0-plain", lengths=2, rate_of="lite0-plain"),
+)
+FIRST = (*LITE0, *DINO, *RECOMMENDED)
+DINO_RECOMMENDED = (
+    _started("dinov2s-mtdf-recommended", "dinov2s-full"),
+    Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
+)
+MTDF_SWITCHES = (
+    _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
+    _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
+    Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
 )
 SWITCHES = tuple(
     Arm(f"lite0-{switch}", "lite0-plain", switch=True)
     for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
 )
-TARGET = (Arm("lite0-source"), Arm("lite0-target-statistics", "lite0-source"))
+TARGET = (
+    Arm("lite0-source"),
+    Arm("lite0-target-statistics", "lite0-source"),
+    Arm("lite0-dasegnet", "lite0-source"),
+    _started("lite0-dasegnet-recommended", "lite0-source"),
+    Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
+    _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-own-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
+)
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
+
+
+ALL = 45
+"""Training images of Dubai. Where all are labeled, the same ones are the images without labels."""
 
 
 def _dubai(labeled: int, arms: tuple[Arm, ...], *, rates: str | None = "dubai-10") -> Setting:
     items = {"split": "train", "items": f"labeled-{labeled}.txt"}
+    rest = {"split": "train"} if labeled == ALL else items | {"complement": True}
     return Setting(
         name=f"dubai-{labeled}",
         title=f"Dubai land cover, {labeled} labeled images",
         dataset="dubai",
         arms=arms,
-        streams={"labeled": items, "unlabeled": items | {"complement": True}},
+        streams={"labeled": items, "unlabeled": rest},
         rates=rates,
     )
 
@@ -110,14 +150,16 @@ def _dubai(labeled: int, arms: tuple[Arm, ...], *, rates: str | None = "dubai-10
 SETTINGS = {
     setting.name: setting
     for setting in (
-        _dubai(10, (*LITE0, *DINO, *SEMI, *TAUGHT, *SWITCHES), rates=None),
-        _dubai(45, (*LITE0, *DINO, *TAUGHT[:2])),
+        _dubai(
+            10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MTDF_SWITCHES), rates=None
+        ),
+        _dubai(45, (*FIRST, *TAUGHT)),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
             dataset="l8biome",
-            arms=(*LITE0, *DINO),
-            streams={"labeled": {"split": "train"}},
+            arms=FIRST,
+            streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
         _dubai(20, (*LITE0, *DINO, *SEMI)),
@@ -165,7 +207,7 @@ SETTINGS = {
     )
 }
 
-TEACHERS = {arm.teacher for setting in SETTINGS.values() for arm in setting.arms}
+NEEDED = {name for setting in SETTINGS.values() for arm in setting.arms for _, name in arm.needs}
 """Arms whose models are kept, for others to learn from."""
 
 PROFILES = {

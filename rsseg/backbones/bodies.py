@@ -1,7 +1,7 @@
 """Feature maps of timm networks: levels of a pyramid, or token maps of a vision transformer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -60,7 +60,28 @@ class LayerNorm2d(nn.LayerNorm):
         return normed.permute(0, 3, 1, 2)
 
 
-class Pyramid(nn.Module):
+class _Body(nn.Module):
+    """A network whose frozen parts have no gradients and always stay in eval mode."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self._frozen: tuple[nn.Module, ...] = ()
+
+    def _freeze(self, parts: Iterable[nn.Module]) -> None:
+        self._frozen = tuple(parts)
+        for part in self._frozen:
+            part.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but the frozen parts."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+
+class Pyramid(_Body):
     """Levels of a network, optionally each with its own LayerNorm.
 
     The norm acts on the returned map only; the next stage gets the map without it.
@@ -84,21 +105,14 @@ class Pyramid(nn.Module):
             normed: levels that get a LayerNorm.
             stages: the parts of `network` that compute level 0 (with the stem), then level 1, and so on.
         """
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.indices = dict(indices)
         self.norms = nn.ModuleDict({str(level): LayerNorm2d(channels[level]) for level in indices if level in normed})
         self._stages = tuple(tuple(parts) for parts in stages)
-        self._frozen: tuple[nn.Module, ...] = ()
 
     def freeze(self, stages: int) -> None:
-        """Freeze stem and first `stages` levels: no gradients, always in eval mode.
-
-        The norms of the levels still train, as in mmpretrain's ConvNeXt.
-        """
-        self._frozen = tuple(part for parts in self._stages[:stages] for part in parts)
-        for part in self._frozen:
-            part.requires_grad_(False).eval()
+        """Freeze stem and first `stages` levels; the norms of the levels still train, as in mmpretrain's ConvNeXt."""
+        self._freeze(part for parts in self._stages[:stages] for part in parts)
 
     def parameters_by_depth(self) -> list[list[nn.Parameter]]:
         """One list per level; the stem counts with the first, a level's own norm with its level."""
@@ -106,13 +120,6 @@ class Pyramid(nn.Module):
         for level, norm in self.norms.items():
             levels[int(level)] += norm.parameters()
         return levels
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but the frozen stages."""
-        super().train(mode)
-        for part in self._frozen:
-            part.eval()
-        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalized images (B, C, H, W) -> NCHW maps, one per level."""
@@ -126,7 +133,7 @@ class Pyramid(nn.Module):
         return self.norms[key](plain) if key in self.norms else plain
 
 
-class TokenMaps(nn.Module):
+class TokenMaps(_Body):
     """Blocks of a ViT, with the network's final norm where asked; class and register tokens are dropped."""
 
     def __init__(
@@ -140,12 +147,10 @@ class TokenMaps(nn.Module):
             normed: those of them that pass the final norm.
             position: resampling of the position table; None leaves positions to the network.
         """
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.out_indices = tuple(out_indices)
         self.normed = frozenset(normed)
         self.position = position
-        self._frozen: tuple[nn.Module, ...] = ()
 
     @property
     def position_prefix(self) -> int:
@@ -162,9 +167,7 @@ class TokenMaps(nn.Module):
             parts.append(network.norm)
         for parameter in network.parameters(recurse=False):  # position table, class and register tokens
             parameter.requires_grad_(False)
-        self._frozen = tuple(parts)
-        for part in self._frozen:
-            part.requires_grad_(False).eval()
+        self._freeze(parts)
 
     def parameters_by_depth(self) -> list[list[nn.Parameter]]:
         """Embedding, then one list per block; the final norm counts with the last block."""
@@ -173,13 +176,6 @@ class TokenMaps(nn.Module):
         blocks[-1] += last.parameters()
         later = {id(p) for block in blocks for p in block}
         return [[p for p in self.network.parameters() if id(p) not in later], *blocks]
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but the frozen blocks."""
-        super().train(mode)
-        for part in self._frozen:
-            part.eval()
-        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalized images (B, C, H, W), sides multiples of the patch -> (B, D, H / patch, W / patch) per index."""

@@ -1,19 +1,56 @@
 """The only module that imports timm: networks of the zoo without heads, and timm's facts about them."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
-import timm
 import torch
-from timm.models import eva, swin_transformer, vision_transformer_sam
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from rsseg.backbones.bodies import PositionMode, Pyramid, TokenMaps, resample_positions
 from rsseg.backbones.table import OutNorm
 from rsseg.errors import RecipeError
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Stand in for torch's compiler, which timm and torchvision import for a few marks that are not used here.
+
+    Importing it takes longer than importing torch. If it is imported already, or later, nothing changes.
+    """
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    if names[0] in sys.modules:
+        yield
+        return
+    compiler, utilities = (ModuleType(name) for name in names)
+    compiler.__path__ = []  # a package
+    compiler.disable = lambda function=None, *_, **__: function or (lambda f: f)  # type: ignore[attr-defined]
+    utilities.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    sys.modules |= dict(zip(names, (compiler, utilities), strict=True))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        if vars(torch).get("_dynamo") is compiler:
+            del torch._dynamo
+
+
+def _is_compile_supported(device: str) -> bool:
+    from torch._dynamo.utils import is_compile_supported
+
+    return bool(is_compile_supported(device))
+
+
+with _without_compiler():
+    import timm
+    from timm.layers import Conv2dSame as Conv2dSame
+    from timm.layers import convert_sync_batchnorm
+    from timm.models import eva, swin_transformer, vision_transformer_sam
+    from timm.models.vision_transformer import VisionTransformer
 
 _Conversion = Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
 _CONVERSIONS: Mapping[type[nn.Module], _Conversion] = MappingProxyType(
@@ -55,6 +92,12 @@ class Built:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     first_conv: str
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Let all batch norms inside a module compute their statistics over all processes; in place."""
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child))
 
 
 def build_pyramid(

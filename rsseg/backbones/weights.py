@@ -89,20 +89,19 @@ def is_cached(entry: ZooEntry) -> bool:
     return entry.hub is not None and _cached(entry) is not None
 
 
-def pull_weights(entry: ZooEntry, *, announce: Callable[[str], None], offline: bool = False) -> WeightsFile:
-    """Download an entry's pretrained weights unless they are cached.
+def pull_weights(entry: ZooEntry, *, announce: Callable[[str], None]) -> WeightsFile:
+    """Download an entry's pretrained weights unless they are cached; never if RSSEG_OFFLINE is set.
 
     Args:
         entry: of the zoo.
         announce: called with file, size and licence before the download; may raise to prevent it.
-        offline: forbid the download; so does a non-empty RSSEG_OFFLINE, and huggingface_hub's own HF_HUB_OFFLINE.
 
     Raises:
         WeightsError: offline, unreachable, or refused by the hub.
     """
     repository = _repository(entry)
     if _cached(entry) is None:
-        if offline or os.environ.get("RSSEG_OFFLINE"):
+        if os.environ.get("RSSEG_OFFLINE"):
             raise WeightsError(
                 f"the weights of {entry.name} are not on this machine, and downloads are disabled. "
                 f"Run `rsseg weights pull {entry.name}` without --offline or RSSEG_OFFLINE, or set "

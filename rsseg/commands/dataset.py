@@ -23,7 +23,10 @@ Folder = Annotated[Path, typer.Argument(help="Folder made by `rsseg dataset prep
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads.")]
 Stretch = Literal["none", "minmax"]
 By = Literal["scene", "block"]
-OWN = "Only for `folder`"
+Touched = Literal["centre", "all"]
+OWN = "Only for `folder` and `vectors`"
+FOLDER = "Only for `folder`"
+VECTORS = "Only for `vectors`"
 KNOWN = "Not for `folder`"
 _GAP = 2
 """Columns between two pictures."""
@@ -66,7 +69,39 @@ def prepare(
         str, typer.Option("--scale", help="auto, or fixed:LOW,HIGH: values that become 0 and 1.")
     ] = "auto",
     split: Annotated[str | None, typer.Option("--split", help=f"{KNOWN}: split rule, see `dataset list NAME`.")] = None,
-    labels: Annotated[str | None, typer.Option("--labels", help=f"{KNOWN}: labels, see `dataset list NAME`.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="`vectors`: FILE or FILE:LAYER. Known datasets: see `dataset list NAME`."),
+    ] = None,
+    field: Annotated[str | None, typer.Option("--field", help=f"{VECTORS}: attribute with the class.")] = None,
+    labels_crs: Annotated[
+        str | None, typer.Option("--labels-crs", help=f"{VECTORS}: of a file that states none, such as EPSG:25832.")
+    ] = None,
+    extent: Annotated[
+        str | None,
+        typer.Option("--extent", help=f"{VECTORS}: FILE or FILE:LAYER of areas that are labeled; the rest is ignored."),
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option("--background", help=f"{VECTORS}: class of unlabeled pixels (default: ignored).")
+    ] = None,
+    touched: Annotated[
+        Touched | None, typer.Option("--touched", help=f"{VECTORS}: pixels by centre (default), or all touched.")
+    ] = None,
+    buffer: Annotated[
+        float | None, typer.Option("--buffer", help=f"{VECTORS}: widen polygons, in metres; -0.5 narrows them.")
+    ] = None,
+    width: Annotated[float | None, typer.Option("--width", help=f"{VECTORS}: of lines and points, in metres.")] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option("--priority", help=f"{VECTORS}: classes drawn over others, uppermost first."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help=f"{VECTORS}: defects of the labels are errors.")] = False,
+    split_field: Annotated[
+        str | None, typer.Option("--split-field", help=f"{VECTORS}: attribute with the split.")
+    ] = None,
+    split_block: Annotated[
+        int | None, typer.Option("--split-block", help=f"{VECTORS}: draw splits by squares of this side, in pixels.")
+    ] = None,
     ignore_class: Annotated[
         list[str] | None, typer.Option("--ignore-class", help="Class whose pixels are ignored.")
     ] = None,
@@ -80,9 +115,9 @@ def prepare(
     images: Annotated[
         str | None, typer.Option("--images", help=f"{OWN}: pattern such as '{{split}}/images/*.jpg'.")
     ] = None,
-    masks: Annotated[str | None, typer.Option("--masks", help=f"{OWN}: pattern of the masks.")] = None,
+    masks: Annotated[str | None, typer.Option("--masks", help=f"{FOLDER}: pattern of the masks.")] = None,
     unlabeled: Annotated[
-        list[str] | None, typer.Option("--unlabeled", help=f"{OWN}: split whose masks are never opened.")
+        list[str] | None, typer.Option("--unlabeled", help=f"{FOLDER}: split whose masks are never opened.")
     ] = None,
     split_as: Annotated[
         list[str] | None, typer.Option("--split-as", help=f"{OWN}: FOUND=SPLIT or FOUND=SPLIT:DOMAIN.")
@@ -104,16 +139,18 @@ def prepare(
 ) -> None:
     """Prepare a checked dataset from a publisher's archive or from your own folders.
 
-    Example: rsseg dataset prepare cloud --src cloud.zip
+    Examples: rsseg dataset prepare cloud --src cloud.zip
+              rsseg dataset prepare vectors --src scenes --labels labels.gpkg --field class
     """
     import os
 
     from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.prepare.options import parse_ignored, parse_options, parse_pairs, parse_scale
+    from rsseg.datasets.prepare.options import parse_ignored, parse_layer, parse_options, parse_pairs, parse_scale
     from rsseg.datasets.prepare.run import prepare as prepare_dataset
     from rsseg.datasets.prepare.run import unfinished
 
+    drawn = name == "vectors"
     own = {
         "classes": classes,
         "images": images,
@@ -121,7 +158,20 @@ def prepare(
         "unlabeled": unlabeled,
         "split_as": parse_pairs("--split-as", split_as or []),
         "split_lists": parse_pairs("--split-list", split_list or []),
+        "field": field,
+        "labels_crs": labels_crs,
+        "background": background,
+        "touched": touched,
+        "buffer": buffer,
+        "width": width,
+        "priority": priority.split(",") if priority else None,
+        "strict": strict,
+        "split_field": split_field,
+        "split_block": split_block,
+        **parse_layer("labels", labels if drawn else None),
+        **parse_layer("extent", extent),
     }
+    given = {key: value for key, value in own.items() if value not in (None, (), {}, False)}
     options = parse_options(
         name,
         {
@@ -138,12 +188,13 @@ def prepare(
             "split": split,
             "split_ratio": parse_pairs("--split-ratio", split_ratio or []),
             "subset": subset,
-            "labels": labels,
+            "labels": None if drawn else labels,
             "seed": seed,
             "ignore_classes": ignore_class or (),
             "ignore": parse_ignored(ignore or []),
             "stretch": stretch,
-            "folder": {key: value for key, value in own.items() if value} or None,
+            "folder": given or None,
+            "vectors": given or None,
         },
     )
     try:
@@ -179,6 +230,15 @@ def verify(
     else:
         rows = [(s.split, s.domain, s.images, s.masks, s.ignored) for s in report.splits]
         print_table(("split", "domain", "images", "masks", "ignored pixels"), rows)
+        drawn = any(c.features is not None for c in report.classes)
+        columns = ("class", *(("features",) if drawn else ()), "polygons", "pixels", "hectares", "scenes", "splits")
+        places = [
+            (c.name, *((c.features,) if drawn else ()), c.polygons, c.pixels, c.ha, c.scenes, ", ".join(c.splits))
+            for c in report.classes
+        ]
+        print_table(columns, places)
+        for warning in report.warnings:
+            print_note(f"warning: {warning}")
         if report.problems:
             print_table(("file", "split", "problem"), [(p.file, p.split, p.reason) for p in report.problems])
     if not report.ok:

@@ -13,6 +13,15 @@ from rsseg.commands.console import print_error
 from rsseg.errors import Interrupted
 
 
+def wait_passively() -> None:
+    """Make OpenMP threads sleep while they wait, unless the user's environment says how; call before importing torch.
+
+    Spinning threads take the cores from the other threads and programs that they wait for.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def start_workers(gpus: int) -> int:
     """Run this command once per GPU under torchrun; return the exit code of the first process that failed, or 0.
 

@@ -11,13 +11,14 @@ import typer
 from pydantic import ValidationError
 
 from rsseg.commands.console import print_error, print_json, print_note, print_result, print_table
-from rsseg.commands.launch import silent, start_workers
+from rsseg.commands.launch import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
-    from rsseg.methods.base import Calibration
+    from rsseg.checkpoint import Calibration
     from rsseg.scene.batch import Outcome, Target
     from rsseg.scene.options import SceneOptions
+    from rsseg.scene.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -58,6 +59,9 @@ def predict(
         str | None, typer.Option("--max-memory", help="Memory limit without the libraries, such as 2GiB.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[
+        str, typer.Option("--engine", help="torch, onnx, openvino or auto: program that runs the network.")
+    ] = "torch",
     file_format: Annotated[str, typer.Option("--format", help="cog or gtiff.")] = "cog",
     confidence: Annotated[
         bool, typer.Option("--confidence", help="Also STEM_confidence.tif: probability of the class.")
@@ -99,12 +103,11 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
+    wait_passively()
     from rsseg.commands.progress import stage_bar
-    from rsseg.inference.device import own_device
-    from rsseg.inference.network import load_segmenter
     from rsseg.runs import choose_model
     from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
-    from rsseg.scene.memory import prepare_network
+    from rsseg.scene.memory import prepare_model
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
@@ -120,6 +123,7 @@ def predict(
         batch_size=batch_size,
         max_memory=_bytes(max_memory),
         device=device,
+        engine=engine,
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
@@ -141,14 +145,13 @@ def predict(
     file = choose_model(model, runs)
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
-    own = own_device(device, int(os.environ["LOCAL_RANK"]) if share.count > 1 else None)
-    options = options.model_copy(update={"device": str(own)})
+    options = options.model_copy(update={"device": _own_device(device, share)})
     inputs: list[Path | str] = [file, *scenes, *found]
     outcomes: list[Outcome] = []
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        network = prepare_network(load_segmenter(file), options)
-        _note_calibration(options, network.network.calibration)
+        network = prepare_model(file, options)
+        _note_calibration(options, network.calibration)
         if dry_run:
             check_targets(network, targets, options, inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
@@ -185,6 +188,15 @@ def predict(
         _print(outcomes)
     if failed := [outcome.scene for outcome in outcomes if outcome.status == "failed"]:
         raise PartialFailure(f"{len(failed)} of {len(outcomes)} scenes failed: {', '.join(failed)}.")
+
+
+def _own_device(name: str, share: "Share") -> str:
+    """The device of this process: one of several takes the GPU of its number."""
+    if share.count == 1:
+        return name
+    from rsseg.inference.device import own_device
+
+    return str(own_device(name, int(os.environ["LOCAL_RANK"])))
 
 
 def _print(outcomes: "list[Outcome]") -> None:

@@ -23,10 +23,15 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the recipe.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (trainer.steps).")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="trainer.batch_size")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="A number, or auto: what fits into memory (trainer.batch_size).")
+    ] = None,
     grad_accum_steps: Annotated[int | None, typer.Option("--grad-accum-steps", help="trainer.grad_accum_steps")] = None,
     amp_dtype: Annotated[str | None, typer.Option("--amp-dtype", help="auto, bf16, fp16 or none.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Trackers: tensorboard, wandb or both (trainer.log).")
+    ] = None,
     max_hours: Annotated[float | None, typer.Option("--max-hours", help="trainer.max_hours")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
@@ -57,6 +62,7 @@ def train(
         "trainer.amp_dtype": amp_dtype,
         "trainer.device": device,
         "trainer.max_hours": max_hours,
+        "trainer.log": None if log is None else [name.strip() for name in log.split(",")],
         "seed": seed,
     }
     settings = [*(overrides or ()), *((key, value) for key, value in flags.items() if value is not None)]

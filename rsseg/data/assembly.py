@@ -131,12 +131,8 @@ class RareClassOrder:
         self._probabilities = weights / weights.sum()
         self._items = [np.flatnonzero(counts[:, k]) for k in present]
 
-    def __getitem__(self, position: int) -> int:
-        """A pure function of seed, stream and position."""
-        return self.draw(position)[0]
-
     def draw(self, position: int) -> tuple[int, int]:
-        """Item number, and the class that it was drawn for."""
+        """Item number, and the class that it was drawn for; a pure function of seed, stream and position."""
         rng = np.random.default_rng([self._seed, self._key, position, 2])
         drawn = rng.choice(len(self._items), p=self._probabilities)
         return int(rng.choice(self._items[drawn])), int(self._present[drawn])
@@ -150,12 +146,12 @@ class Order:
         self._seed, self._stream, self._count = seed, stream, count
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
-    def __getitem__(self, position: int) -> int:
-        """`permutation(seed, stream, position // count)[position % count]`."""
+    def draw(self, position: int) -> tuple[int, None]:
+        """`permutation(seed, stream, position // count)[position % count]`; no class is wanted."""
         epoch, place = divmod(position, self._count)
         if epoch != self._epoch:
             self._epoch, self._permutation = epoch, permutation(self._seed, self._stream, epoch, self._count)
-        return int(self._permutation[place])
+        return int(self._permutation[place]), None
 
 
 class StreamReader:
@@ -175,9 +171,7 @@ class StreamReader:
     def crop(self, position: int) -> Crop:
         """The augmented sample at a position."""
         plan = self.plan
-        number, wanted = self._order[position], None
-        if isinstance(self._order, RareClassOrder):
-            number, wanted = self._order.draw(position)
+        number, wanted = self._order.draw(position)
         item = plan.items[number]
         rng = sample_generator(plan.seed, plan.name, position)
         geometry, mask = self._geometry(rng, item, wanted)

@@ -85,9 +85,9 @@ class SampleReader:
             with self._open(item) as raster:
                 pixels, valid = raster.read(window)
             return _native(pixels), valid
-        rows, cols = _slices(window)
-        pixels = np.asarray(cached.pixels[rows, cols]).transpose(2, 0, 1)
-        valid = np.ones(pixels.shape[1:], np.bool_) if cached.valid is None else np.asarray(cached.valid[rows, cols])
+        inside = _index(window)
+        pixels = np.asarray(cached.pixels[inside]).transpose(2, 0, 1)
+        valid = np.ones(pixels.shape[1:], np.bool_) if cached.valid is None else np.asarray(cached.valid[inside])
         return pixels, valid
 
     def sample(
@@ -111,7 +111,7 @@ class SampleReader:
             )
         cached = self._cached_mask(item, file)
         if cached is not None:
-            return np.asarray(cached[_slices(window)])
+            return np.asarray(cached[_index(window)])
         return self._read_mask(item, file, window)
 
     def _open(self, item: IndexItem) -> Raster:
@@ -150,7 +150,7 @@ class SampleReader:
         """Class indices of the mask from the cache, stored there first if needed; None without a cache."""
         if item.image not in self._masks:
             variant = f"mask {self._index.label_map.model_dump_json()} {self._index.task.num_classes}"
-            arrays = self._cached([file], variant, lambda: self._mask_pages(item, file))
+            arrays = self._cached([file], variant, lambda: [_page(self._read_mask(item, file, None))])
             if arrays is None:
                 return None
             _remember(self._masks, item.image, arrays[0][..., 0])
@@ -195,9 +195,6 @@ class SampleReader:
             if not valid.all():
                 yield _page(valid)
 
-    def _mask_pages(self, item: IndexItem, file: Path) -> Iterator[Page]:
-        yield _page(self._read_mask(item, file, None))
-
     def _read_mask(self, item: IndexItem, file: Path, window: Window | None) -> NDArray[np.uint8]:
         """Class indices from the file; only the values in the window are checked."""
         with Raster(file) as raster:
@@ -225,7 +222,5 @@ def _native(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels if pixels.dtype.name in _NATIVE else pixels.astype(np.float32)
 
 
-def _slices(window: Window | None) -> tuple[slice, slice]:
-    if window is None:
-        return slice(None), slice(None)
-    return slice(window.row, window.row + window.height), slice(window.col, window.col + window.width)
+def _index(window: Window | None) -> tuple[slice, slice]:
+    return (slice(None), slice(None)) if window is None else window.within()

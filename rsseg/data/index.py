@@ -1,8 +1,6 @@
 """The index of a prepared dataset: a JSON file that lists images, masks and splits and defines the labels."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -11,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rsseg.config import MergeConfig
 from rsseg.errors import DataError
+from rsseg.files import write_json
 from rsseg.task import IGNORE_INDEX, ClassInfo, Color, Task
 
 INDEX_NAME = "rsseg-index.json"
@@ -64,6 +63,8 @@ class SegmentationIndex(BaseModel):
     """Name of the rule that assigned the splits."""
     mixes_scenes: bool = False
     """The published rule distributes the tiles of a scene over several splits."""
+    source_features: Mapping[str, int] = {}
+    """Class -> features of the vector file that the masks were drawn from; empty for other datasets."""
     items: tuple[IndexItem, ...]
     root: Path = Field(default=Path(), exclude=True)
     """Folder of the index; set by `load`."""
@@ -86,12 +87,10 @@ class SegmentationIndex(BaseModel):
         return index.model_copy(update={"root": file.parent})
 
     def save(self, folder: Path) -> Path:
-        """Write the index into `folder` under a temporary name, then rename; returns the file."""
+        """Write the index into `folder`, replacing an old one; returns the file. Raises `MachineError`."""
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / INDEX_NAME
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_json(file, self.model_dump(mode="json"))
         return file
 
     def image_files(self, item: IndexItem) -> tuple[Path, ...]:

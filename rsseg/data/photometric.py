@@ -237,5 +237,5 @@ def box_mask(box: Window | None, crop: int) -> NDArray[np.bool_]:
     """bool `(crop, crop)`, True inside the box."""
     mask = np.zeros((crop, crop), np.bool_)
     if box is not None:
-        mask[box.row : box.row + box.height, box.col : box.col + box.width] = True
+        mask[box.within()] = True
     return mask

@@ -11,7 +11,7 @@ from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex, match_classes, merge_classes
 from rsseg.errors import DataError
 from rsseg.task import Task, task_with_bands
-from rsseg.text import LIST_BYTES, read_text
+from rsseg.text import read_lines
 
 
 class Source(NamedTuple):
@@ -134,8 +134,7 @@ def select_items(index: SegmentationIndex, select: SelectConfig, *, split: str, 
 
 def _listed(file: Path, index: SegmentationIndex) -> set[str]:
     """Image names listed in a file; each must be in the index."""
-    lines = read_text(file, DataError, limit=LIST_BYTES).splitlines()
-    names = {line.strip() for line in lines if line.strip()}
+    names = set(read_lines(file))
     unknown = sorted(names - {item.image for item in index.items})
     if unknown:
         raise DataError(

@@ -2,7 +2,7 @@
 
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Self
@@ -36,6 +36,13 @@ class Samples:
     masks: Tensor | None = None
     strong: Tensor | None = None
     mix: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The masks of a labeled stream; raises `ValueError` for another."""
+        if self.masks is None:
+            raise ValueError("the stream came without masks; its StreamSpec must require them")
+        return self.masks
 
 
 Batch = Mapping[str, Samples]
@@ -77,6 +84,15 @@ class Scaling(NamedTuple):
         return cls(*values[:, :, None, None])
 
 
+def open_streams(recipe: BaseRecipe, specs: Sequence[StreamSpec], task: Task, datasets: Datasets) -> dict[str, Source]:
+    """The images of every training stream; raises `DataError` for a stream without images."""
+    selects = recipe.data.streams
+    return {
+        spec.name: datasets.open(selects.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
+        for spec in specs
+    }
+
+
 def training_batches(
     recipe: BaseRecipe,
     specs: Sequence[StreamSpec],
@@ -110,17 +126,13 @@ def training_batches(
     """
     device = torch.device(device)
     if sources is None:
-        datasets, streams = Datasets(recipe.data, recipe.seed), recipe.data.streams
-        sources = {
-            spec.name: datasets.open(streams.get(spec.name, SelectConfig()), spec.split, task, masks=spec.masks)
-            for spec in specs
-        }
+        sources = open_streams(recipe, specs, task, Datasets(recipe.data, recipe.seed))
     dataset = _MicroBatches([_stream_reader(recipe, spec, sources[spec.name]) for spec in specs], rank, world_size)
     scalings = {spec.name: Scaling.of(sources[spec.name].task, spec.fill, device) for spec in specs}
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=_From(start_step * recipe.trainer.grad_accum_steps),
+        sampler=count(start_step * recipe.trainer.grad_accum_steps),
         num_workers=recipe.trainer.workers,
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
@@ -168,7 +180,7 @@ def _stream_reader(recipe: BaseRecipe, spec: StreamSpec, source: Source) -> Stre
         masks=spec.masks,
         strong_views=spec.strong_views,
         rare_classes=recipe.data.rare_class_sampling if spec.masks else None,
-        batch_size=recipe.trainer.stream_batch_sizes.get(spec.name, recipe.trainer.batch_size),
+        batch_size=recipe.trainer.batch_of(spec.name),
         augment=augment,
         strong=recipe.data.strong,
         space=ColorSpace.of(own.bands, own.scale, own.offset),
@@ -199,16 +211,6 @@ class _MicroBatches(Dataset[_HostBatch | Exception]):
             return error
         except Exception:  # A bug: its traceback would be lost on the way to the main process.
             return RuntimeError(traceback.format_exc())
-
-
-class _From:
-    """Endless sampler: start, start + 1, ..."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return count(self._start)
 
 
 def _unchanged(batch: Any) -> Any:

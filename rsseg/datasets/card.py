@@ -78,7 +78,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """One dataset. `folder` stands for your own images, and has no variants."""
+    """One dataset. `folder` and `vectors` stand for your own images, and have no variants."""
 
     name: str
     title: str
@@ -172,7 +172,7 @@ class DatasetCard:
 
     def row(self) -> tuple[str, ...]:
         """Name, title, classes, size, licence and source: a row of a table."""
-        how = {"demo": "generated", "folder": "yours"}.get(
+        how = {"demo": "generated", "folder": "yours", "vectors": "yours"}.get(
             self.name, "--download" if self.download_url() else "--src only"
         )
         return (self.name, self.title, str(len(self.classes) or "any"), self.size, self.license, how)

@@ -47,8 +47,17 @@ _FOLDER = DatasetCard(
     notes="Needs --src, --classes and --images; docs/examples has class files.",
 )
 
+_VECTORS = DatasetCard(
+    name="vectors",
+    title="your own scenes, labels drawn as polygons",
+    size="-",
+    license="yours",
+    notes="Needs --src, --labels and --field; docs/qgis.md shows the way from QGIS and back.",
+)
+
 _ALL = (
     _DEMO, GRASS, CLOUD, L8BIOME, LOVEDA, POTSDAM, VAIHINGEN, DEEPGLOBE, GID5, LANDCOVERNET_S2, CITY_OSM, _FOLDER,
+    _VECTORS,
 )  # fmt: skip
 
 CARDS: Mapping[str, DatasetCard] = MappingProxyType({card.name: card for card in _ALL})
@@ -59,5 +68,5 @@ def find_card(name: str) -> DatasetCard:
     if name not in CARDS:
         nearest = difflib.get_close_matches(name, CARDS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(CARDS)}."
-        raise UsageError(f"there is no dataset {name!r}; {hint} Use `folder` for your own images.")
+        raise UsageError(f"there is no dataset {name!r}; {hint} Use `folder` or `vectors` for your own.")
     return CARDS[name]

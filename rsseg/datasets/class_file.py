@@ -1,10 +1,13 @@
 """The class file of your own dataset (`classes.yaml`)."""
 
+import colorsys
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rsseg.data.index import LabelMap
@@ -23,6 +26,7 @@ def _color(value: Any) -> Any:
     return value
 
 
+_MOST_CLASSES = 254
 _MOST_LINES = 20
 """Maximum number of problems listed in an error."""
 MaskValue = Annotated[int, Field(ge=-(1 << 31), lt=1 << 32)]
@@ -45,6 +49,8 @@ class ClassEntry(_Part):
     """Further mask values of the class."""
     also_colors: tuple[HexColor, ...] = ()
     """Further mask colours of the class."""
+    also_names: tuple[str, ...] = ()
+    """Further attribute values of the class in vector labels."""
 
 
 class ClassFile(_Part):
@@ -59,6 +65,8 @@ class ClassFile(_Part):
     """Mask values without a class."""
     ignore_colors: tuple[HexColor, ...] = ()
     """Mask colours without a class."""
+    ignore_names: tuple[str, ...] = ()
+    """Attribute values of vector labels that are drawn as ignored pixels."""
     bands: tuple[str, ...] | None = None
     """Band names in file order; by default those of the files."""
     gsd_m: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -106,6 +114,60 @@ class ClassFile(_Part):
         _check_unique([value for value, _ in values])
         return LabelMap(values=dict(values))
 
+    def attribute_values(self) -> dict[str, int]:
+        """Attribute value of vector labels as text (names, numbers) -> class index; raises `DataError` if ambiguous."""
+        found: dict[str, int] = {}
+        names = [(name, i) for i, entry in enumerate(self.classes) for name in (entry.name, *entry.also_names)]
+        numbers = [(str(v), i) for i, e in enumerate(self.classes) for v in (e.value, *e.also) if v is not None]
+        ignored = [(str(name), IGNORE_INDEX) for name in (*self.ignore_names, *self.ignore)]
+        for text, index in (*names, *numbers, *ignored):
+            if found.setdefault(text, index) != index:
+                raise DataError(f"the class file gives the attribute value {text!r} two meanings.")
+        return found
+
+
+def classes_from(values: Iterable[str], name: str, background: str | None = None) -> ClassFile:
+    """A class file for the values of an attribute, in order, with distinct colours.
+
+    Args:
+        values: attribute values as text; numbers are also the mask values if all are in 0..254.
+        name: of the dataset.
+        background: name of a further, first class.
+
+    Raises:
+        DataError: more values than a dataset can have classes.
+    """
+    found = sorted(set(values) - {"", background or ""}, key=lambda text: (not text.isdecimal(), len(text), text))
+    if not all(text.isdecimal() for text in found):
+        found.sort()
+    names = [*([background] if background is not None else []), *found]
+    if len(names) > _MOST_CLASSES:
+        raise DataError(
+            f"the field has {len(names)} different values, too many for classes, such as {', '.join(names[:3])}. "
+            "Choose another one with --field, or give --classes."
+        )
+    by_number = background is None and all(text.isdecimal() and int(text) <= 254 for text in names)
+    entries = [
+        {"name": text, "value": int(text) if by_number else i, "color": _distinct_color(i)}
+        for i, text in enumerate(names)
+    ]
+    return _validated({"name": re.sub(r"[^\w .-]|^\W", "_", name)[:100], "classes": entries}, "--field")
+
+
+def class_file_text(classes: ClassFile) -> str:
+    """The YAML of a class file."""
+    content = classes.model_dump(mode="json", exclude_defaults=True)
+    for entry, own in zip(content["classes"], classes.classes, strict=True):
+        entry["color"] = "#{:02x}{:02x}{:02x}".format(*own.color)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _distinct_color(number: int) -> Color:
+    """Colours far apart on the colour wheel, in three shades."""
+    saturation, brightness = ((0.75, 0.85), (0.5, 0.95), (0.9, 0.6))[number % 3]
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, saturation, brightness)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
 
 def _check_unique(keys: list[Any]) -> None:
     twice = [key for key in keys if keys.count(key) > 1]
@@ -120,10 +182,14 @@ def load_classes(path: Path) -> ClassFile:
         raise DataError(
             f"{path}: expected a table with `name` and `classes`. docs/examples/dubai-classes.yaml shows one."
         )
+    return _validated(content, str(path))
+
+
+def _validated(content: dict[str, Any], what: str) -> ClassFile:
     try:
         return ClassFile.model_validate(content)
     except ValidationError as error:
-        raise DataError("\n".join(f"{path}: {line}" for line in _lines(error))) from None
+        raise DataError("\n".join(f"{what}: {line}" for line in _lines(error))) from None
 
 
 def _lines(error: ValidationError) -> Iterable[str]:

@@ -124,6 +124,8 @@ class Layout:
     """Patterns of files to exclude from images and masks."""
     beside: tuple[str, ...] = ()
     """Patterns of further files to extract from archives."""
+    masks_later: bool = False
+    """Masks are made after the files are found, as from vector labels."""
     subset: bool = False
     """Leave out masks without an image and images without a mask; otherwise they are errors."""
 
@@ -193,8 +195,11 @@ class Layout:
             yield from sorted(self._listed(located), key=lambda item: item.image)
         elif self.split_ratio:
             check_shares("--split-ratio", self.split_ratio)
-            drawn = draw(sorted({one.group for one in located}), self.split_ratio, self.seed)
-            yield from (_item(one, drawn[one.group], self.domain_as) for one in located)
+            # with a split of its own for images without masks, only the labeled ones are drawn
+            rest = next((split for split in self.unlabeled if split not in self.split_ratio), None)
+            drawn = draw(sorted({one.group for one in located if one.mask or not rest}), self.split_ratio, self.seed)
+            for one in located:
+                yield _item(one, drawn[one.group] if one.mask or not rest else rest, self.domain_as)
         elif "split" in located[0].values:
             for one in located:
                 folder = one.values["split"]
@@ -236,7 +241,7 @@ class Layout:
         lost = [item for item in hidden if item.mask is None and item.split not in self.unlabeled]
         if self.subset and self.masks and len(lost) < len(hidden):
             return tuple(item for item in hidden if item not in lost)
-        if lost:
+        if lost and not self.masks_later:
             name, split = lost[0].image, lost[0].split
             remedy = (
                 "Add the masks, pass --unlabeled SPLIT for a split without masks, or --subset to omit these images."

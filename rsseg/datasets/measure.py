@@ -137,8 +137,18 @@ def _is_jpeg(path: Path) -> bool:
         return file.driver == "JPEG" or str(file.profile.get("compress")).lower() == "jpeg"
 
 
+Seen = Callable[[NDArray[np.uint8], Window], None]
+"""Called with class indices (h, w) of each strip of a mask, 255 where ignored or without image data."""
+
+
 def measure_item(
-    raster: Raster, mask: Path | None, labels: LabelTable, num_classes: int, *, samples: int = 0
+    raster: Raster,
+    mask: Path | None,
+    labels: LabelTable,
+    num_classes: int,
+    *,
+    samples: int = 0,
+    seen: Seen | None = None,
 ) -> tuple[Moments, NDArray[np.int64] | None]:
     """Statistics of a whole image, and class counts of its mask where the image has data.
 
@@ -148,6 +158,7 @@ def measure_item(
         labels: meaning of its values.
         num_classes: K.
         samples: approximate number of pixels to keep as a sample.
+        seen: gets the class indices strip by strip.
 
     Returns:
         Statistics, and int64 `(K + 1,)`: pixels with data per class index, ignored ones last; None without a mask.
@@ -165,7 +176,7 @@ def measure_item(
             values = pixels.reshape(info.count, -1) if valid.all() else pixels[:, valid]
             total = total.joined(_moments(values, step if samples else 0))
             if stored is not None:
-                counts += _count(stored, window, labels, valid)
+                counts += _count(stored, window, labels, valid, seen)
     return total, None if mask is None else _of_classes(counts, num_classes)
 
 
@@ -182,12 +193,14 @@ def _moments(values: NDArray[Any], step: int) -> Moments:
     return Moments(pixels, sums, squares, low, high, samples)
 
 
-def count_classes(mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None) -> NDArray[np.int64]:
+def count_classes(
+    mask: Path, labels: LabelTable, num_classes: int, grid: RasterInfo | None, *, seen: Seen | None = None
+) -> NDArray[np.int64]:
     """Class counts of a mask whose image is not read; see `open_mask` and `measure_item`."""
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
     with open_mask(mask, grid) as raster:
         for window in strips(raster.info):
-            counts += _count(raster, window, labels, None)
+            counts += _count(raster, window, labels, None, seen)
     return _of_classes(counts, num_classes)
 
 
@@ -195,9 +208,13 @@ def _of_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
 
 
-def _count(mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+def _count(
+    mask: Raster, window: Window, labels: LabelTable, valid: NDArray[np.bool_] | None, seen: Seen | None
+) -> NDArray[np.int64]:
     with mask_errors():
         indices = labels.read(mask, window)
+    if seen is not None:
+        seen(indices if valid is None else np.where(valid, indices, np.uint8(IGNORE_INDEX)), window)
     return histogram(indices if valid is None or valid.all() else indices[valid])
 
 

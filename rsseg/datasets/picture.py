@@ -1,21 +1,20 @@
 """Draw a sample of a prepared dataset: image, mask in class colours, legend."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.datasets.prepare.stage import output_errors
 from rsseg.errors import DataError, UsageError
+from rsseg.files import replaced
+from rsseg.picture import draw_sheet, stretched
 from rsseg.task import IGNORE_INDEX
 
-_MARGIN = 12
-_ROW = 28
 _IGNORED = (200, 200, 200)
 _RGB = ("red", "green", "blue")
 
@@ -41,7 +40,7 @@ def sample_colors(index: SegmentationIndex, item: IndexItem, side: int) -> tuple
     shown = _RGB if set(_RGB) <= set(bands) else (bands[:3] if len(bands) > 2 else bands[:1])
     reader = SampleReader(index, shown, cache=False)
     pixels, valid = reader.image(item)
-    image = np.broadcast_to(_stretched(pixels, valid), (3, *valid.shape)).transpose(1, 2, 0)
+    image = np.where(valid[..., None], stretched(pixels, valid), np.uint8(255))
     step = max(-(-max(valid.shape) // side), 1)
     pictures = [np.ascontiguousarray(image[::step, ::step])]
     if item.mask is not None:
@@ -57,23 +56,7 @@ def draw_sample(index: SegmentationIndex, item: IndexItem, side: int = 700) -> I
     pictures = [Image.fromarray(colors) for colors in sample_colors(index, item, side)]
     factor = max(side // max(pictures[0].size), 1)
     pictures = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in pictures]
-    font = ImageFont.load_default(size=16)
-    lines = legend(index, item)
-    width = 50 + max(int(font.getlength(text)) for _, text in lines)
-    height = max(pictures[0].height, _ROW * (len(lines) + 1))
-    sheet = Image.new(
-        "RGB", (sum(p.width + _MARGIN for p in pictures) + width + _MARGIN, height + 2 * _MARGIN), "white"
-    )
-    left = _MARGIN
-    for picture in pictures:
-        sheet.paste(picture, (left, _MARGIN))
-        left += picture.width + _MARGIN
-    draw = ImageDraw.Draw(sheet)
-    for row, (color, text) in enumerate(lines):
-        top = _MARGIN + _ROW * row
-        draw.rectangle((left, top, left + 22, top + 18), fill=color, outline="black")
-        draw.text((left + 32, top), text, fill="black", font=font)
-    return sheet
+    return draw_sheet(pictures, legend(index, item))
 
 
 def save_sample(index: SegmentationIndex, item: IndexItem, out: Path, *, overwrite: bool) -> None:
@@ -91,12 +74,8 @@ def save_sample(index: SegmentationIndex, item: IndexItem, out: Path, *, overwri
         if out.is_dir() or ((out.exists() or out.is_symlink()) and not overwrite):
             raise UsageError(f"{out} exists already. Pass --overwrite to replace a file, or another --out.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{os.getpid()}.tmp")
-        try:
+        with replaced(out) as partial:
             draw_sample(index, item).save(partial, "PNG")
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[int, int, int], str]]:
@@ -105,12 +84,3 @@ def legend(index: SegmentationIndex, item: IndexItem) -> Sequence[tuple[tuple[in
     shares = [f"  {count / total:.1%}" if total else "" for count in item.classes or (0,) * index.task.num_classes]
     classes = [(info.color, f"{info.name}{share}") for info, share in zip(index.task.classes, shares, strict=True)]
     return [*classes, (_IGNORED, "ignored")]
-
-
-def _stretched(pixels: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    values = pixels.astype(np.float32)
-    if valid.any():
-        low, high = np.percentile(values[:, valid], (2, 98), axis=1)[..., None, None]
-        values = (values - low) / np.maximum(high - low, 1e-6)
-    shown = (values.clip(0, 1) * 255).astype(np.uint8)
-    return np.where(valid, shown, np.uint8(255))

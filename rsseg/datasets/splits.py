@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rsseg.data.index import IndexItem, SegmentationIndex
@@ -17,6 +18,7 @@ RATIO = {"train": 0.6, "val": 0.2, "test": 0.2}
 """Default shares of the splits."""
 SHARES = (0.01, 0.05, 0.1)
 """Label fractions of the published semi-supervised experiments."""
+TRAIN = "train"
 UNUSED = "unused"
 """Split of tiles that overlap blocks of two splits."""
 
@@ -77,9 +79,8 @@ def drawn_tiles(shares: Mapping[str, float], *, per_domain: bool = False) -> Ass
 
     def assign(items: Sequence[IndexItem], seed: int) -> Sequence[IndexItem]:
         split_of: dict[str, str] = {}
-        for domain in sorted({(item.domain or "") if per_domain else "" for item in items}):
-            names = [item.image for item in items if not per_domain or (item.domain or "") == domain]
-            split_of |= draw(names, shares, seed, whole=math.floor)
+        for group in _domains(items) if per_domain else [items]:
+            split_of |= draw([item.image for item in group], shares, seed, whole=math.floor)
         return [_in_split(item, split_of[item.image]) for item in items]
 
     return assign
@@ -151,9 +152,9 @@ def labeled_lists(items: Sequence[IndexItem], shares: Sequence[float], seed: int
     """
     lists: dict[float, list[str]] = {share: [] for share in shares}
     train = [item for item in items if item.split == "train" and item.mask is not None]
-    for domain in sorted({item.domain or "" for item in train}):
-        order = sorted(item.image for item in train if (item.domain or "") == domain)
-        random.Random(f"{seed} {domain}").shuffle(order)
+    for group in _domains(train):
+        order = sorted(item.image for item in group)
+        random.Random(f"{seed} {group[0].domain or ''}").shuffle(order)
         for share in shares:
             lists[share] += order[: int(share * len(order) + 1e-6)]
     return lists
@@ -195,7 +196,7 @@ def resplit(
     else:
         split_of = {}
         for group in _domains(labeled):
-            split_of |= _by_block(index, group, shares, block, seed)
+            split_of |= by_block(index.root, index.task.bands, group, shares, block, seed)
     items = tuple(_in_split(item, split_of.get(item.image, item.split)) for item in index.items)
     rule = f"{by}, seed {seed}" if block is None else f"blocks of {block} pixels, seed {seed}"
     # blocks of one scene are in several splits intentionally
@@ -216,10 +217,16 @@ class _Place(NamedTuple):
         return {(self.area, row // block, col // block) for row in rows for col in cols}
 
 
-def _by_block(
-    index: SegmentationIndex, items: Sequence[IndexItem], shares: Mapping[str, float], block: int, seed: int
+def by_block(
+    folder: Path,
+    bands: Sequence[str] | None,
+    items: Sequence[IndexItem],
+    shares: Mapping[str, float],
+    block: int,
+    seed: int,
 ) -> dict[str, str]:
-    places = {item.image: _place(index, item) for item in items}
+    """Split of each image of a prepared folder, by squares of `block` pixels; see `resplit`."""
+    places = {item.image: _place(folder, bands, item) for item in items}
     for image, place in places.items():
         if max(place.height, place.width) > block:
             raise UsageError(f"--block {block}: {image} is larger, {place.height} x {place.width} pixels.")
@@ -232,9 +239,9 @@ def _by_block(
     return result
 
 
-def _place(index: SegmentationIndex, item: IndexItem) -> _Place:
+def _place(folder: Path, bands: Sequence[str] | None, item: IndexItem) -> _Place:
     """Position of an image in pixels of its scene or of its coordinate system; raises `DataError` if unknown."""
-    with open_image(index.image_files(item), index.task.bands) as raster:
+    with open_image([folder / part for part in item.image.split("|")], bands) as raster:
         info = raster.info
     if item.origin is not None:
         return _Place(scene_of(item), *item.origin, info.height, info.width)

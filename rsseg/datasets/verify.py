@@ -3,28 +3,27 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
+from rsseg.datasets.splits import UNUSED, scene_of
+from rsseg.datasets.survey import Survey
 from rsseg.errors import DataError
+from rsseg.fields import Result
 from rsseg.raster import Raster
 
 Progress = Callable[[str, int, int], None]
+_LEAST_PLACES = 3
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Problem(_Result):
+class Problem(Result):
     """One defect of a prepared dataset."""
 
     file: str
@@ -33,7 +32,7 @@ class Problem(_Result):
     reason: str
 
 
-class SplitCount(_Result):
+class SplitCount(Result):
     """Images of a split, and the class areas of their masks."""
 
     split: str
@@ -46,14 +45,36 @@ class SplitCount(_Result):
     """Mask pixels without a class."""
 
 
-class VerifyReport(_Result):
+class ClassPlaces(Result):
+    """How often and where a class is labeled."""
+
+    name: str
+    pixels: int
+    ha: float | None
+    """Area on the ground; None if the size of the pixels is unknown."""
+    polygons: int
+    """4-connected components of all masks; one that is cut by tiles counts once per tile."""
+    features: int | None
+    """Features of the vector file that the masks were drawn from; None for other datasets."""
+    scenes: int
+    splits: tuple[str, ...]
+
+    @property
+    def places(self) -> int:
+        """Features, else polygons."""
+        return self.polygons if self.features is None else self.features
+
+
+class VerifyReport(Result):
     """Result of `verify`."""
 
     path: Path
     images: int
     masks: int
     splits: tuple[SplitCount, ...]
+    classes: tuple[ClassPlaces, ...]
     problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -61,7 +82,7 @@ class VerifyReport(_Result):
         return not self.problems
 
 
-class BandStatistics(_Result):
+class BandStatistics(Result):
     """One band over the valid pixels of a split; stored values, after scale and offset tags."""
 
     name: str
@@ -71,7 +92,7 @@ class BandStatistics(_Result):
     high: float
 
 
-class ClassArea(_Result):
+class ClassArea(Result):
     """Area of a class in a split."""
 
     name: str
@@ -83,7 +104,7 @@ class ClassArea(_Result):
     ha: float | None
 
 
-class SplitStatistics(_Result):
+class SplitStatistics(Result):
     """One split (and domain)."""
 
     split: str
@@ -96,7 +117,7 @@ class SplitStatistics(_Result):
     ignored: ClassArea
 
 
-class DatasetStatistics(_Result):
+class DatasetStatistics(Result):
     """Result of `statistics`."""
 
     path: Path
@@ -106,6 +127,7 @@ class DatasetStatistics(_Result):
 
 class _Checked(NamedTuple):
     counts: NDArray[np.int64] | None
+    survey: Survey | None
     problems: tuple[Problem, ...]
 
 
@@ -123,19 +145,23 @@ def verify(path: Path, *, pixels: bool = True, jobs: int = 1, progress: Progress
     """
     index = SegmentationIndex.load(path)
     labels = LabelTable(index.label_map, index.task.num_classes)
-
-    def check(item: IndexItem) -> _Checked:
-        return _check(index, item, labels, pixels=pixels)
-
-    report = None if progress is None else lambda done, total: progress("verify", done, total)
-    checked = list(in_order(check, index.items, jobs, report))
+    check = partial(_check, index, labels, pixels=pixels)
+    checked = list(in_order(check, index.items, jobs, progress and partial(progress, "verify")))
     groups = _groups(index)
+    classes = _places(index, checked)
     return VerifyReport(
         path=path,
         images=len(index.items),
         masks=sum(item.mask is not None for item in index.items),
         splits=tuple(_split_count(index, key, [checked[i].counts for i in where]) for key, where in groups.items()),
+        classes=classes,
         problems=tuple(problem for one in checked for problem in one.problems) + find_leaks(index),
+        warnings=tuple(
+            f"the class {one.name} is labeled in {one.places} place(s): fewer than {_LEAST_PLACES} cannot be in train, "
+            "val and test."
+            for one in classes
+            if one.places < _LEAST_PLACES and any(item.mask for item in index.items)
+        ),
     )
 
 
@@ -153,8 +179,7 @@ def statistics(path: Path, *, jobs: int = 1, progress: Progress | None = None) -
             moments, counts = measure_item(raster, index.mask_file(item), labels, index.task.num_classes)
         return moments, np.zeros(index.task.num_classes + 1, np.int64) if counts is None else counts
 
-    report = None if progress is None else lambda done, total: progress("measure", done, total)
-    measured = list(in_order(measure, index.items, jobs, report))
+    measured = list(in_order(measure, index.items, jobs, progress and partial(progress, "measure")))
     splits = []
     for (split, domain), where in _groups(index).items():
         moments = reduce(Moments.joined, [measured[i][0] for i in where])
@@ -176,27 +201,31 @@ def find_leaks(index: SegmentationIndex) -> tuple[Problem, ...]:
     return (*_images(index), *_copies(index), *(() if index.mixes_scenes else _scenes(index)))
 
 
-def _check(index: SegmentationIndex, item: IndexItem, labels: LabelTable, *, pixels: bool) -> _Checked:
+def _check(index: SegmentationIndex, labels: LabelTable, item: IndexItem, *, pixels: bool) -> _Checked:
     """All problems of one item; a damaged image does not hide those of its mask."""
     problems, classes, mask = [], index.task.num_classes, index.mask_file(item)
-    grid, counts = None, None
+    grid, counts, survey = None, None, None
     try:
         with _open(index, item) as raster:
             info = grid = raster.info
             if info.dtype != index.task.dtype:
                 raise DataError(f"{raster.name}: the pixels are {info.dtype}, those of the dataset {index.task.dtype}.")
-            if pixels:
-                _, counts = measure_item(raster, mask, labels, classes)
+            if pixels and mask is not None:
+                survey = Survey(grid, classes, index.task.gsd_m)
+                _, counts = measure_item(raster, mask, labels, classes, seen=survey.add)
+            elif pixels:
+                measure_item(raster, mask, labels, classes)
     except DataError as error:
         file = item.image if item.mask is None or not isinstance(error, MaskError) else item.mask
         problems.append(Problem(file=file, split=item.split, reason=str(error)))
         mask = None if file == item.mask else mask
     if mask is not None and counts is None:
+        survey = Survey(grid, classes, index.task.gsd_m)
         try:
-            counts = count_classes(mask, labels, classes, grid)
+            counts = count_classes(mask, labels, classes, grid, seen=survey.add)
         except DataError as error:
             problems.append(Problem(file=item.mask or "", split=item.split, reason=str(error)))
-    return _Checked(counts, tuple(problems))
+    return _Checked(counts, None if counts is None else survey, tuple(problems))
 
 
 def _open(index: SegmentationIndex, item: IndexItem) -> Raster:
@@ -225,6 +254,27 @@ def _split_count(
         pixels={name: int(count) for name, count in zip(index.task.class_names, total[:-1], strict=True)},
         ignored=int(total[-1]),
     )
+
+
+def _places(index: SegmentationIndex, checked: Sequence[_Checked]) -> tuple[ClassPlaces, ...]:
+    found = [(item, one) for item, one in zip(index.items, checked, strict=True) if one.survey is not None]
+    areas = [one.survey.hectares for _, one in found if one.survey is not None]
+    places = []
+    for number, name in enumerate(index.task.class_names):
+        here = [item for item, one in found if one.counts is not None and one.counts[number]]
+        known = [float(area[number]) for area in areas if area is not None]
+        places.append(
+            ClassPlaces(
+                name=name,
+                pixels=sum(int(one.counts[number]) for _, one in found if one.counts is not None),
+                ha=sum(known) if len(known) == len(areas) and areas else None,
+                polygons=sum(int(one.survey.polygons[number]) for _, one in found if one.survey is not None),
+                features=index.source_features.get(name, 0) if index.source_features else None,
+                scenes=len({(item.domain, scene_of(item)) for item in here}),
+                splits=tuple(dict.fromkeys(item.split for item in here)),
+            )
+        )
+    return tuple(places)
 
 
 def _bands(index: SegmentationIndex, moments: Moments) -> tuple[BandStatistics, ...]:
@@ -279,10 +329,12 @@ def _scenes(index: SegmentationIndex) -> Iterator[Problem]:
     seen: dict[tuple[str | None, str], IndexItem] = {}
     reported = set()
     for item in index.items:
-        if item.scene is None:
+        if item.scene is None or item.split == UNUSED:
             continue
         key = item.domain, item.scene
         other = seen.setdefault(key, item)
+        if "train" in (other.split, item.split) and None in (other.mask, item.mask):
+            continue  # labeled and unlabeled tiles of a training scene
         if other.split != item.split and other.image != item.image and (*key, item.split) not in reported:
             reported.add((*key, item.split))
             yield _problem(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from rsseg.errors import DataError
+from rsseg.fields import Result
 
 Z_95 = 1.959964
 """Half width of a 95 % interval of the normal distribution, in standard errors."""
@@ -37,10 +37,8 @@ class Sample:
     area: NDArray[np.float64]
 
 
-class Estimate(BaseModel):
+class Estimate(Result):
     """A value with its standard error and 95 % interval, in the same unit; None where the sample cannot give it."""
-
-    model_config = ConfigDict(frozen=True)
 
     value: float | None
     se: float | None
@@ -59,10 +57,8 @@ class Estimate(BaseModel):
         )
 
 
-class ClassAssessment(BaseModel):
+class ClassAssessment(Result):
     """Estimates for one class."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     points: int
@@ -77,10 +73,8 @@ class ClassAssessment(BaseModel):
     """None if the map has no coordinates."""
 
 
-class Assessment(BaseModel):
+class Assessment(Result):
     """Accuracy and areas of a map."""
-
-    model_config = ConfigDict(frozen=True)
 
     points: int
     overall_accuracy: Estimate

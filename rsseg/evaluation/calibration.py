@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+
+from rsseg.fields import Result
 
 BINS = 15
 """Bins of equal width over the confidence, 0..1."""
@@ -21,10 +22,8 @@ LEAST_OF_CLASS = 1000
 _COLDEST, _HOTTEST = 0.05, 20.0
 
 
-class ReliabilityBin(BaseModel):
+class ReliabilityBin(Result):
     """Pixels whose confidence lies in one bin."""
-
-    model_config = ConfigDict(frozen=True)
 
     pixels: int
     confidence: float | None
@@ -33,10 +32,8 @@ class ReliabilityBin(BaseModel):
     """Share of the pixels whose class is right."""
 
 
-class CalibrationError(BaseModel):
+class CalibrationError(Result):
     """How far confidences are from accuracies."""
-
-    model_config = ConfigDict(frozen=True)
 
     ece: float | None
     """Expected calibration error: mean over the bins of |accuracy - confidence|, weighted by their pixels."""
@@ -45,10 +42,8 @@ class CalibrationError(BaseModel):
     bins: tuple[ReliabilityBin, ...]
 
 
-class CalibrationScores(BaseModel):
+class CalibrationScores(Result):
     """Calibration of a model on a split, on a seeded random sample of its labeled pixels."""
-
-    model_config = ConfigDict(frozen=True)
 
     pixels: int
     temperatures: tuple[float, ...] | None

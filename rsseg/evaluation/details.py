@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from rsseg.errors import UsageError
 from rsseg.evaluation.calibration import CalibrationScores
+from rsseg.fields import Result
 from rsseg.metrics import ConfusionMatrix, Scores, scores
 from rsseg.task import IGNORE_INDEX
 
@@ -24,10 +24,8 @@ INTERIOR = "(interior)"
 Counts = tuple[tuple[int, ...], ...]
 
 
-class ImageScores(BaseModel):
+class ImageScores(Result):
     """One image. Means are None where no class is present."""
-
-    model_config = ConfigDict(frozen=True)
 
     image: str
     scene: str
@@ -46,10 +44,8 @@ class ImageScores(BaseModel):
     """IoU of each class that is not ignored."""
 
 
-class GroupScores(BaseModel):
+class GroupScores(Result):
     """The images of a domain or scene together."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     images: int
@@ -57,29 +53,23 @@ class GroupScores(BaseModel):
     boundary_miou: float | None
 
 
-class Interval(BaseModel):
+class Interval(Result):
     """95 % interval."""
-
-    model_config = ConfigDict(frozen=True)
 
     low: float
     high: float
 
 
-class Example(BaseModel):
+class Example(Result):
     """Pictures `NAME-input.jpg`, `NAME-truth.png`, `NAME-prediction.png` and `NAME-error.png` of an image."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     """`best-1`, `median-2`, `worst-3`: by mIoU of the image."""
     image: str
 
 
-class Details(BaseModel):
+class Details(Result):
     """Everything about an evaluation beyond the sum of its matrices."""
-
-    model_config = ConfigDict(frozen=True)
 
     images: tuple[ImageScores, ...]
     domains: tuple[GroupScores, ...]
@@ -310,10 +300,8 @@ def _weighted_sums(weights: NDArray[np.int64], matrices: NDArray[np.int64]) -> N
     return product.astype(np.int64).reshape(-1, *matrices.shape[1:])
 
 
-class Difference(BaseModel):
+class Difference(Result):
     """Score of a second evaluation minus that of a first one on the same images."""
-
-    model_config = ConfigDict(frozen=True)
 
     first: float | None
     second: float | None

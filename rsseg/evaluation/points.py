@@ -3,6 +3,7 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,13 @@ import pyogrio
 import rasterio
 import shapely
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from pyogrio.errors import DataLayerError, DataSourceError, FieldError
 from rasterio.crs import CRS
 
-from rsseg.errors import DataError, MachineError, UsageError
+from rsseg.errors import DataError, UsageError
 from rsseg.evaluation.assessment import Assessment, Sample, Strata, allocate, assess, sample_size
-from rsseg.files import check_outputs, temporary_path
+from rsseg.fields import Result
+from rsseg.files import check_outputs, replaced
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
 from rsseg.vector.style import add_style, form_style
@@ -33,10 +34,8 @@ _LISTED = 5
 """Maximum number of points listed in an error."""
 
 
-class Drawn(BaseModel):
+class Drawn(Result):
     """A written sample: points and valid pixels per stratum."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     seed: int
@@ -214,21 +213,9 @@ class _Rasters:
                     "of integers."
                 )
         ours, theirs = classes.info, strata.info
-        if (ours.height, ours.width, ours.transform, ours.crs) != (
-            theirs.height,
-            theirs.width,
-            theirs.transform,
-            theirs.crs,
-        ):
+        if any(getattr(ours, key) != getattr(theirs, key) for key in ("height", "width", "transform", "crs")):
             raise DataError(f"{strata.name} is not on the grid of {classes.name}. Warp it to that grid.")
         self.class_names, self.stratum_names = class_names(classes), class_names(strata)
-
-    def __enter__(self) -> "_Rasters":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.classes.close()
-        self.strata.close()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -245,13 +232,11 @@ class _Rasters:
             yield _Block(top, strata[0].astype(np.int64), values[0].astype(np.int64), valid & known)
 
 
-def _opened(source: Path, strata: Path | None) -> _Rasters:
-    classes = Raster(source)
-    try:
-        return _Rasters(classes, classes if strata is None else Raster(strata))
-    except BaseException:
-        classes.close()
-        raise
+@contextmanager
+def _opened(source: Path, strata: Path | None) -> Iterator[_Rasters]:
+    with ExitStack() as stack:
+        classes = stack.enter_context(Raster(source))
+        yield _Rasters(classes, classes if strata is None else stack.enter_context(Raster(strata)))
 
 
 def class_names(raster: Raster) -> dict[int, str]:
@@ -295,8 +280,7 @@ def _places(block: _Block, ranks: dict[int, NDArray[np.int64]]) -> NDArray[np.in
 def _write(output: Path, grid: Grid, places: NDArray[np.int64], choices: Sequence[str]) -> None:
     centres = grid.to_ground(places[:, 1::-1].astype(np.float64) + 0.5)
     empty = np.full(len(places), None, object)
-    temporary = temporary_path(output, output.suffix)
-    try:
+    with replaced(output, sqlite3.Error, DataSourceError, ending=output.suffix) as temporary:
         output.parent.mkdir(parents=True, exist_ok=True)
         pyogrio.raw.write(
             temporary,
@@ -309,13 +293,6 @@ def _write(output: Path, grid: Grid, places: NDArray[np.int64], choices: Sequenc
             crs=None if grid.crs is None else grid.crs.to_wkt(),
         )
         add_style(temporary, LAYER, form_style({TRUTH: choices} if choices else {}, hidden=("row", "col", STRATUM)))
-        temporary.replace(output)
-    except (OSError, sqlite3.Error, DataSourceError) as error:
-        raise MachineError(
-            f"{output}: cannot be written: {error}. Free some disk space or choose another file."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(

@@ -58,7 +58,7 @@ def evaluate_rasters(
     for done, (predicted, true) in enumerate(pairs, start=1):
         one = ConfusionMatrix(_NONE + 1)
         _compare(predicted, true, one)
-        confusion.merge(one)
+        confusion.counts += one.counts
         flat = one.counts[: _NONE + 1].flatten().numpy()
         tables.append((np.flatnonzero(flat), flat[flat > 0]))
         if progress is not None:

@@ -6,18 +6,17 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from rsseg.errors import DataError, MachineError
 from rsseg.evaluation.details import Details
+from rsseg.fields import Result
 from rsseg.files import write_text
 from rsseg.metrics import Scores, scores
 
 
-class Evaluation(BaseModel):
+class Evaluation(Result):
     """A confusion matrix and the scores derived from it."""
-
-    model_config = ConfigDict(frozen=True)
 
     counts: tuple[tuple[int, ...], ...]
     """(K + 1) rows of K: [target, prediction]; the last row counts the predictions on unlabeled pixels."""

@@ -1,34 +1,23 @@
-"""Devices: choice of device and precision, memory of the heap, and the cost of a tile."""
+"""Devices of torch: choice of device and precision, and the cost of a tile."""
 
-import ctypes
-import os
-import platform
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rsseg.errors import MachineError, UsageError, machine_error
+from rsseg.errors import MachineError, UsageError
+from rsseg.inference.machine import NO_MEMORY, Cost, memory_errors
 from rsseg.methods.base import Segmenter
 
 Precision = Literal["auto", "float32", "bfloat16"]
-KEEP_HEAP_VARIABLE = "RSSEG_KEEP_HEAP"
-"""Environment variable; 0 keeps the allocator's settings."""
 _PROBE = 512
 """Largest tile side that is measured for a convolutional network; larger tiles are extrapolated."""
 _ATTENTION_PROBE = 1024
 """The same for a network of fixed size."""
-NO_MEMORY = (
-    "{device} has too little memory for the network and its tiles. Give a smaller --tile or --batch-size "
-    "(in a recipe eval.tile or eval.batch_size), or --device cpu."
-)
 _OVERHEAD = 1.6
 """Memory of a forward pass relative to its tensors: fragmentation and scratch space of kernels (measured)."""
 
@@ -79,77 +68,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if native else torch.float32
 
 
-@contextmanager
-def memory_errors(message: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into `MachineError` with this message."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if machine_error(error) is None:
-            raise
-        raise MachineError(message) from None
-
-
-def keep_heap() -> None:
-    """Make glibc keep freed memory. By default it returns each large activation to the kernel and faults it in again.
-
-    Saves up to half the time of a forward pass with large tensors. Affects the whole process; does nothing with another
-    C library or if `RSSEG_KEEP_HEAP=0`.
-    """
-    if (library := _allocator()) is None:
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    # One heap for all threads: otherwise reader and writer each keep their own, of the size of their peak.
-    library.mallopt(arena_max, 1)
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, 2**31 - 1)
-    library.mallopt(top_pad, 64 << 20)
-
-
-class HeapGuard:
-    """Returns free memory of the heap to the system once the process has grown too large.
-
-    The heap of `keep_heap` grows slowly by fragmentation. Returned memory must be faulted in again, so nothing is
-    returned before that is needed.
-    """
-
-    def __init__(self, most: int) -> None:
-        """`most` bytes may be resident before anything is returned."""
-        self._most, self._library = most, _allocator()
-
-    def check(self) -> None:
-        """Return memory if too much is resident; cheap to call often. Does nothing where `keep_heap` does nothing."""
-        if self._library is not None and resident_bytes() > self._most:
-            self._library.malloc_trim(0)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where there is no /proc."""
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _allocator() -> ctypes.CDLL | None:
-    """The C library if it is glibc and the user allows changing its settings."""
-    if platform.libc_ver()[0] != "glibc" or os.environ.get(KEEP_HEAP_VARIABLE) == "0":
-        return None
-    return ctypes.CDLL(None)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one tile in a forward pass, without test-time augmentation.
-
-    peak_bytes: estimated peak memory of a forward pass, without the weights
-    """
-
-    seconds: float
-    peak_bytes: int
-
-
 @torch.inference_mode()
 def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: torch.dtype) -> Cost:
     """Measure memory and time of a small tile, and scale both by the number of pixels.
@@ -174,7 +92,7 @@ def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: t
         if device.type == "cuda":
             peak = _peak_on_gpu(forward, device)
         else:
-            with _LiveBytes() as live:
+            with LiveBytes() as live:
                 forward()
             peak = live.peak
         seconds = []
@@ -201,7 +119,7 @@ def _peak_on_gpu(forward: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tracks the bytes of all live storages that operations allocate, and their peak."""
 
     def __init__(self) -> None:

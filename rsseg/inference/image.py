@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsseg.config import EvalConfig
-from rsseg.inference.blend import CLASSES_ONLY, Decision, PixelOutputs, Tile, blend_logits, decide
-from rsseg.inference.device import NO_MEMORY, memory_errors
+from rsseg.inference.blend import CLASSES_ONLY, Decision, PixelOutputs, Tile, blend_logits
+from rsseg.inference.machine import NO_MEMORY, memory_errors
 from rsseg.inference.predict import (
     Compute,
-    Forward,
     choose_tiling,
     extended,
     predict_strips,
     predict_tile_logits,
 )
-from rsseg.inference.tiling import TilePlan, plan_tiles
+from rsseg.inference.tiling import TilePlan
+from rsseg.inference.torch_network import TorchNetwork, decide
 from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
@@ -90,8 +90,9 @@ def _strips(
     """Rows of the image from top to bottom; all at once where the whole image passes through the network."""
     views = _views_of(config)
     if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
-        plan, tiles, compute = _tiles_of(segmenter, pixels, config, device)
-        for strip in predict_strips(segmenter, tiles, plan, config.blend, compute, outputs=outputs):
+        plan, tiles, compute = _tiles_of(segmenter, pixels, config)
+        network = TorchNetwork(segmenter, torch.device(device))
+        for strip in predict_strips(network, tiles, plan, config.blend, compute, outputs=outputs):
             yield strip.decision
     elif len(views) == 1:
         yield decide(_view_logits(segmenter, pixels, views[0], config, device), outputs)
@@ -133,23 +134,21 @@ def _mean_probabilities(segmenter: Segmenter, pixels: Tensor, config: EvalConfig
     return total / len(views)  # type: ignore[no-any-return]
 
 
-def _tiles_of(
-    segmenter: Segmenter, image: Tensor, config: EvalConfig, device: torch.device | str
-) -> tuple[TilePlan, Iterator[Tile], Compute]:
+def _tiles_of(segmenter: Segmenter, image: Tensor, config: EvalConfig) -> tuple[TilePlan, Iterator[Tile], Compute]:
     tiling = choose_tiling(segmenter, config.tile, config.overlap, config.blend)
     height, width = image.shape[1:]
-    plan = plan_tiles(height, width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+    plan = tiling.plan(height, width)
     image = extended(image, plan.rows.covered, plan.cols.covered)
     tiles = (
         Tile(row, col, partial(_cut, image, top, left, plan))
         for row, top in enumerate(plan.rows.origins)
         for col, left in enumerate(plan.cols.origins)
     )
-    return plan, tiles, Compute(torch.device(device), batch_size=config.batch_size, least=tiling.least)
+    return plan, tiles, Compute(config.batch_size, tiling.least)
 
 
-def _cut(image: Tensor, top: int, left: int, plan: TilePlan) -> Tensor:
-    return image[:, top : top + plan.rows.tile, left : left + plan.cols.tile]
+def _cut(image: Tensor, top: int, left: int, plan: TilePlan) -> NDArray[np.float32]:
+    return image[:, top : top + plan.rows.tile, left : left + plan.cols.tile].cpu().numpy()
 
 
 @torch.inference_mode()
@@ -157,7 +156,7 @@ def _view_logits(
     segmenter: Segmenter, image: Tensor, view: View, config: EvalConfig, device: torch.device | str
 ) -> Tensor:
     """float32 logits (H, W, K) of one view of the image, at the image's own size."""
-    size = (image.shape[1], image.shape[2])
+    size, network = (image.shape[1], image.shape[2]), TorchNetwork(segmenter, torch.device(device))
     seen = image.flip(-1) if view.flip else image
     if config.mode == "resized":
         side = choose_tiling(segmenter, config.tile, 0, config.blend).tile
@@ -166,12 +165,12 @@ def _view_logits(
         inner, corners = _scaled_size(size, view.scale, config.resize_multiple), config.resize_multiple is not None
     seen = resize(seen[None], inner, align_corners=corners)[0]
     if config.mode == "tiled" and config.resize_multiple is None:
-        plan, tiles, compute = _tiles_of(segmenter, seen, config, device)
-        of_tiles = predict_tile_logits(segmenter, tiles, compute)
+        plan, tiles, compute = _tiles_of(segmenter, seen, config)
+        of_tiles = predict_tile_logits(network, tiles, compute)
         strips = blend_logits(of_tiles, plan, config.blend, segmenter.task.num_classes)
-        logits = torch.cat([strip.logits for strip in strips]).permute(2, 0, 1)
+        logits = torch.from_numpy(np.concatenate([strip.logits for strip in strips], axis=1))
     else:
-        logits = Forward(segmenter, Compute(torch.device(device)))(seen[None])[0].whole()
+        logits = network.of(seen[None], Compute())[0].tensor()
     logits = resize(logits[None], size, align_corners=corners)[0]
     return (logits.flip(-1) if view.flip else logits).permute(1, 2, 0)
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-from rsseg.inference.device import memory_errors, resolve_device, trial_side
+from rsseg.backbones.timm_adapter import Conv2dSame
+from rsseg.inference.device import resolve_device, trial_side
+from rsseg.inference.machine import memory_errors
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model
 

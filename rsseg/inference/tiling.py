@@ -101,8 +101,12 @@ class TilePlan:
         return self.count * self.rows.tile * self.cols.tile / (self.rows.length * self.cols.length)
 
 
-def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: int = 1) -> TilePlan:
+def plan_tiles(
+    height: int, width: int, *, tile: int, overlap: int, multiple: int = 1, fitted: bool = False
+) -> TilePlan:
     """Cover an image with square tiles; along an axis shorter than `tile`, tiles have the length of the axis.
+
+    The plan depends on nothing but these arguments, so that two runs have the same tiles.
 
     Args:
         height: of the image.
@@ -111,12 +115,18 @@ def plan_tiles(height: int, width: int, *, tile: int, overlap: int, multiple: in
         overlap: pixels that neighbours share.
         multiple: the network's total stride. If tile and tile distance are multiples of it, the last tile is aligned to
             it too and may extend beyond the image; otherwise it is shifted inwards.
+        fitted: `tile` is the largest side; along each axis, choose the sides and the number of tiles that compute the
+            fewest pixels. Sides and distances are multiples of `multiple`, the overlap is at least `overlap`.
 
     Raises:
         UsageError: the overlap is not smaller than the tile.
     """
     if not 0 <= overlap < tile:
         raise UsageError(f"an overlap of {overlap} pixels does not fit tiles of {tile}; choose 0 to {tile - 1}.")
+    shared = -(-overlap // multiple) * multiple
+    if fitted and shared + multiple <= tile:
+        rows, cols = (_fit_axis(length, tile, shared, multiple) for length in (height, width))
+        return TilePlan(rows, cols, shared)
     step = 1 if tile % multiple or overlap % multiple else multiple
     rows, cols = (_plan_axis(length, tile, tile - overlap, step) for length in (height, width))
     return TilePlan(rows, cols, overlap)
@@ -167,6 +177,20 @@ def _panel(plan: TilePlan, first: int, end: int, *, shared: bool) -> Panel:
     left = used[0]
     axis = AxisPlan(min(used[-1] + cols.tile, cols.length) - left, cols.tile, tuple(o - left for o in used))
     return Panel(TilePlan(plan.rows, axis, plan.overlap), left, Span(kept.start - left, kept.stop - left))
+
+
+def _fit_axis(length: int, most: int, overlap: int, step: int) -> AxisPlan:
+    """Equally spaced tiles of at most `most` pixels that compute the fewest pixels."""
+    if length <= most:
+        return AxisPlan(length, length, (0,))
+
+    def stride(count: int) -> int:
+        return -(-(length - overlap) // (count * step)) * step
+
+    fewest = next(count for count in range(2, length) if stride(count) + overlap <= most)
+    # More tiles share more pixels, but may need less rounding.
+    count = min(range(fewest, fewest + 3), key=lambda count: count * (stride(count) + overlap))
+    return AxisPlan(length, stride(count) + overlap, tuple(i * stride(count) for i in range(count)))
 
 
 def _plan_axis(length: int, tile: int, stride: int, step: int) -> AxisPlan:

@@ -50,13 +50,30 @@ class UPerNet(nn.Module):
 
     def _pool(self, last: Tensor) -> Tensor:
         pooled = [
-            self._resize(conv(nn.functional.adaptive_avg_pool2d(last, scale)), last)
+            self._resize(conv(_pool_to(last, scale)), last)
             for conv, scale in zip(self.pools, self.pool_scales, strict=True)
         ]
         return self.pyramid(torch.cat([last, *pooled], dim=1))  # type: ignore[no-any-return]
 
     def _resize(self, maps: Tensor, like: Tensor) -> Tensor:
         return resize(maps, like.shape[-2:], align_corners=self.align_corners)
+
+
+def _pool_to(maps: Tensor, side: int) -> Tensor:
+    """Adaptive average pooling, (B, C, H, W) -> (B, C, side, side)."""
+    if not torch.onnx.is_in_onnx_export():
+        return F.adaptive_avg_pool2d(maps, side)
+    # ONNX has no counterpart for sides that do not divide the map: average by two matrices, of the same cells.
+    rows, columns = (_cell_means(length, side, maps) for length in maps.shape[-2:])
+    return rows @ maps @ columns.transpose(0, 1)
+
+
+def _cell_means(length: int, cells: int, like: Tensor) -> Tensor:
+    """(cells, length): weights of the pixels of each cell of adaptive pooling, which may overlap."""
+    pixels, cell = torch.arange(length, device=like.device), torch.arange(cells, device=like.device)[:, None]
+    first, end = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
+    inside = ((pixels >= first) & (pixels < end)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
 
 
 class SegFormerHead(nn.Module):

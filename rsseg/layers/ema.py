@@ -87,6 +87,16 @@ class Frozen(nn.Module):
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Store weights of matrix products and convolutions in the type that autocast converts them to at each call.
+
+        Under autocast to that type the outputs stay the same; without it, the module no longer works.
+        """
+        for part in self.module.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                for parameter in part.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -24,7 +24,6 @@ def cross_entropy(
     pixel_weights: Tensor | None = None,
     divisor: Literal["all", "valid"] = "valid",
     focal_gamma: float = 0.0,
-    align_corners: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits resized to the target. Weights do not affect the divisor.
 
@@ -36,15 +35,16 @@ def cross_entropy(
         divisor: `valid` averages over labeled pixels; `all` divides their sum by the number of all pixels, the default
             of common code bases.
         focal_gamma: factor (1 - p)^gamma of each pixel, p the probability of its class; see `LossConfig`.
-        align_corners: of the resize.
     Returns:
         Scalar; exactly 0 for a batch without labeled pixels.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
+        resized = resize_logits(logits, target.shape[-2:])
         per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
         if focal_gamma:
-            plain = per_pixel if class_weights is None else _plain_cross_entropy(resized, target)
+            plain = per_pixel
+            if class_weights is not None:
+                plain = F.cross_entropy(resized, target, ignore_index=IGNORE_INDEX, reduction="none")
             per_pixel = per_pixel * (-torch.expm1(-plain)).clamp(min=_SMALL) ** focal_gamma
         if pixel_weights is not None:
             per_pixel = per_pixel * pixel_weights
@@ -53,23 +53,18 @@ def cross_entropy(
         return per_pixel.sum() / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def _plain_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
-
-
-def dice_loss(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """One minus the Dice overlap of probabilities and labels over the batch, mean over the classes that are labeled.
 
     Args:
         logits: float (B, K, h, w), resized bilinearly.
         target: int64 (B, H, W), IGNORE_INDEX where there is no label; such pixels do not count.
-        align_corners: of the resize.
 
     Returns:
         Scalar from 0 to 1; exactly 0 for a batch without labeled pixels.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
+        resized = resize_logits(logits, target.shape[-2:])
         labeled = target != IGNORE_INDEX
         shown = F.one_hot(torch.where(labeled, target, 0), resized.shape[1]).movedim(-1, 1) * labeled[:, None]
         probabilities = resized.softmax(dim=1) * labeled[:, None]
@@ -131,10 +126,10 @@ def class_weights_of(pixels: Sequence[int]) -> Tensor:
     return torch.where(shares > 0, 1.0 / (roots * roots.sum()), 1.0).float()
 
 
-def pixel_accuracy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
+def pixel_accuracy(logits: Tensor, target: Tensor) -> Tensor:
     """Percentage of labeled pixels whose largest resized logit is the target; 0 without labels. Detached."""
     with torch.no_grad():
-        resized = resize_logits(logits, target.shape[-2:], align_corners=align_corners)
+        resized = resize_logits(logits, target.shape[-2:])
         labeled = target != IGNORE_INDEX
         correct = torch.where(labeled, resized.argmax(dim=1) == target, False).sum()
         return 100.0 * correct / labeled.sum().clamp(min=1)

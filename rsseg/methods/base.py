@@ -2,9 +2,10 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rsseg.backbones.backbone import Backbone
+from rsseg.checkpoint import Calibration
 from rsseg.data.streams import Batch, StreamSpec
-from rsseg.errors import MachineError
+from rsseg.errors import MachineError, RecipeError
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
+from rsseg.task import TileHint as TileHint
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,6 @@ class ParamGroup:
     params: Sequence[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class TileHint:
-    """Preferred tiling of a scene: side and overlap in pixels, and whether other sides work as well."""
-
-    size: int
-    overlap: int
-    flexible: bool
-    """True for convolutional networks, which benefit from larger tiles; False if bound to the training size."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Temperatures of a network's probabilities, one per class, and the images that they were fitted on, in words."""
-
-    temperatures: tuple[float, ...]
-    fitted_on: str
 
 
 class Segmenter(nn.Module, ABC):
@@ -91,6 +77,13 @@ class Segmenter(nn.Module, ABC):
         A network whose decoder works below the images' resolution returns its output before that last resize.
         """
         return self(images)  # type: ignore[no-any-return]
+
+    def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
+        """Role -> parts that another network's part of that role can initialize; see `start_from`.
+
+        The first one of each role initializes others. Empty by default.
+        """
+        return {}
 
     def fold(self) -> None:
         """Merge layers that are separate only for training; called once, on a copy used for prediction only.
@@ -152,6 +145,62 @@ def backbone_infos(segmenter: Segmenter) -> dict[str, dict[str, Any]]:
     return {name: asdict(part.info) for name, part in segmenter.named_modules() if isinstance(part, Backbone)}
 
 
+LoadModel = Callable[[Path], Segmenter]
+"""Model file or run folder -> its network, on the CPU."""
+
+
+def start_from(segmenter: Segmenter, path: Path | None, load_model: LoadModel | None) -> None:
+    """Copy the weights of a trained model into the parts of a network that has the same ones, of any method.
+
+    Parts that the model does not have, such as feature translators, keep their weights.
+
+    Raises:
+        RecipeError: the model has other classes or bands, or a part of another architecture; both sides are named.
+        WeightsError: there is no model.
+    """
+    if path is None:
+        return
+    if load_model is None:
+        raise ValueError("a start model needs a function that loads it")
+    model = load_model(path)
+    check_same_task("start", path, model.task, segmenter.task)
+    theirs, pairs = model.start_parts(), []
+    for role, parts in segmenter.start_parts().items():
+        for part in parts if role in theirs else ():
+            other = theirs[role][0]
+            if _shapes(part) != _shapes(other):
+                raise RecipeError(
+                    f"start: the {role} of {path} is {_described(other)}, that of this recipe is {_described(part)}. "
+                    "Give a model with the same network, or change the recipe to its."
+                )
+            pairs.append((part, other))
+    for part, other in pairs:
+        part.load_state_dict(other.state_dict())
+
+
+def check_same_task(key: str, model: Path, theirs: Task, ours: Task) -> None:
+    """Raise `RecipeError` unless a model has the classes, bands and scaling of the recipe's dataset."""
+    for what, a, b in (
+        ("classes", theirs.class_names, ours.class_names),
+        ("bands", theirs.bands, ours.bands),
+        ("scaling", (theirs.scale, theirs.offset), (ours.scale, ours.offset)),
+    ):
+        if a != b:
+            raise RecipeError(
+                f"{key}: {model} has the {what} {', '.join(map(str, a))}, {ours.name} has {', '.join(map(str, b))}. "
+                "Give a model trained on this dataset, with the same order of classes and bands."
+            )
+
+
+def _shapes(part: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.state_dict().items()}
+
+
+def _described(part: nn.Module) -> str:
+    name = part.info.name if isinstance(part, Backbone) else type(part).__name__
+    return f"{name} ({sum(p.numel() for p in part.parameters()) / 1e6:.3g} M parameters)"
+
+
 class Method(nn.Module, ABC):
     """The training module: a Segmenter plus teachers, discriminators and averages.
 
@@ -166,7 +215,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def training_step(self, batch: Batch, step: int) -> StepOutput:
-        """Losses of one micro-step; `step` counts optimizer steps from 0."""
+        """Losses of one micro-step; `step` counts optimizer steps from 0.
+
+        Numbers that depend on it are tensors that `before_step` sets.
+        """
 
     @abstractmethod
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
@@ -176,9 +228,20 @@ class Method(nn.Module, ABC):
     def deployable(self) -> Segmenter:
         """The module whose weights are written to model.safetensors."""
 
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """Frozen networks that run under autocast in `training_step` only; none by default."""
+        return ()
+
+    def before_step(self, step: int) -> None:
+        """Set the tensors that depend on the step; called before every `training_step`. Does nothing by default.
+
+        A captured `training_step` repeats its kernels with the numbers of the step in which it was captured.
+        """
+
     def after_optimizer_step(self, step: int) -> None:
         """Update averages; called once after all optimizers have stepped. Does nothing by default."""
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
-        """`training_step`, so that DistributedDataParallel can wrap the whole method."""
+        """`before_step` and `training_step`, so that DistributedDataParallel can wrap the whole method."""
+        self.before_step(step)
         return self.training_step(batch, step)

@@ -11,7 +11,7 @@ from rsseg.task import Task
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import ModelHeader
-    from rsseg.methods.base import Calibration, Method, Segmenter
+    from rsseg.methods.base import Method, Segmenter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,6 +47,10 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
 
             return build_mtdf(recipe, task)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_segmenter as build_single
+
+                return build_single(recipe, task)
             from rsseg.methods.dasegnet.network import build_segmenter as build_dasegnet
 
             return build_dasegnet(recipe, task)
@@ -58,7 +62,7 @@ def load_model(path: Path) -> "Segmenter":
     Raises:
         WeightsError: there is no model, or it is damaged, foreign, or of another version.
     """
-    from rsseg.checkpoint import find_model, load_tensors, read_header
+    from rsseg.checkpoint import calibration_of, find_model, load_tensors, read_header
 
     file = find_model(path)
     header = read_header(file)
@@ -68,29 +72,8 @@ def load_model(path: Path) -> "Segmenter":
         made_with = header.made_with.get("rsseg", "another version")
         raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
     load_tensors(segmenter, file)
-    segmenter.calibration = _calibration(header, file)
+    segmenter.calibration = calibration_of(header, file)
     return segmenter.eval()
-
-
-def _calibration(header: "ModelHeader", file: Path) -> "Calibration | None":
-    """The temperatures in a header; raises `WeightsError` if they are damaged."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from rsseg.methods.base import Calibration
-
-    if (stored := header.training.get("calibration")) is None:
-        return None
-    try:
-        calibration = TypeAdapter(Calibration).validate_python(stored)
-    except ValidationError:
-        calibration = None
-    if (
-        calibration is None
-        or len(calibration.temperatures) != header.task.num_classes
-        or not all(0 < value < float("inf") for value in calibration.temperatures)
-    ):
-        raise WeightsError(f"{file}: damaged header: calibration. Train or import the model again.")
-    return calibration
 
 
 @_bounded
@@ -113,7 +96,7 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "supervised":
             from rsseg.methods.supervised.method import build_method as build_supervised
 
-            return build_supervised(recipe, task)
+            return build_supervised(recipe, task, load_model)
         case "ktda":
             from rsseg.methods.ktda.method import build_method
 
@@ -121,11 +104,15 @@ def _method_for(recipe: Recipe, task: Task) -> "Method":
         case "mtdf":
             from rsseg.methods.mtdf.method import build_method as build_mtdf
 
-            return build_mtdf(recipe, task)
+            return build_mtdf(recipe, task, load_model)
         case "dasegnet":
+            if recipe.single is not None:
+                from rsseg.methods.dasegnet.single import build_method as build_single
+
+                return build_single(recipe, task, load_model)
             from rsseg.methods.dasegnet.method import build_method as build_dasegnet
 
-            return build_dasegnet(recipe, task)
+            return build_dasegnet(recipe, task, load_model)
 
 
 @_bounded

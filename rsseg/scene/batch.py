@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rsseg.errors import DataError, RssegError, UsageError
+from rsseg.errors import RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder
 from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
@@ -17,7 +17,7 @@ from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
-from rsseg.text import LIST_BYTES, read_text
+from rsseg.text import read_lines
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -67,7 +67,7 @@ def find_scenes(names: Sequence[str]) -> list[str]:
             inside = sorted(str(p) for p in files if p.is_file() or (p.is_symlink() and not p.exists()))
             what = f"no raster in this folder (looked for {', '.join(SUFFIXES)})"
         elif path.suffix.lower() == ".txt" and is_file(path):
-            inside = [line if not is_local(line) else str(path.parent / line) for line in read_list(path)]
+            inside = [line if not is_local(line) else str(path.parent / line) for line in read_lines(path)]
             what = "no scene in this list"
         elif any(c in name for c in "*?[") and not is_file(path):
             inside = sorted(glob.glob(_pattern(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
@@ -81,16 +81,6 @@ def find_scenes(names: Sequence[str]) -> list[str]:
     if not scenes:
         raise UsageError(f"{found[0]}: an output of an earlier prediction, not a scene. Give other files.")
     return scenes
-
-
-def read_list(path: Path) -> list[str]:
-    """Lines of a text file in UTF-8, with or without byte order mark, except empty ones and those that begin with #.
-
-    Raises:
-        DataError: another encoding.
-    """
-    lines = read_text(path, DataError, limit=LIST_BYTES).splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, int] = (1, 1)) -> list[Target]:

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import tifffile
-from pydantic import BaseModel, ConfigDict
 
 from rsseg.errors import DataError
+from rsseg.fields import Result
 from rsseg.files import is_file
 
 _BLOCK = 512
@@ -19,10 +19,8 @@ _HEAD_BYTES = 300
 """A first directory from this byte on is too late, unless GDAL's structural block precedes it."""
 
 
-class CogReport(BaseModel):
+class CogReport(Result):
     """Result of a check. `errors` break the rules; `warnings` slow down readers."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: Path
     height: int

@@ -1,29 +1,25 @@
 """Choose tiles, batches and panels that fit into memory."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from rsseg.checkpoint import Calibration, calibration_of, read_header
 from rsseg.errors import MachineError, UsageError
-from rsseg.inference.device import (
-    Cost,
-    keep_heap,
-    measure_tile,
-    memory_errors,
-    resident_bytes,
-    resolve_device,
-    resolve_precision,
-)
-from rsseg.inference.network import ready_to_predict
-from rsseg.inference.predict import Tiling, choose_tiling
-from rsseg.inference.tiling import Panel, TilePlan, plan_tiles, split_panels
-from rsseg.methods.base import Segmenter
+from rsseg.inference.engines import open_engine
+from rsseg.inference.machine import Cost, free_bytes, keep_heap, memory_errors, resident_bytes
+from rsseg.inference.predict import Network, NetworkFacts, Tiling, choose_tiling
+from rsseg.inference.tiling import Panel, TilePlan, split_panels
 from rsseg.raster import RasterInfo
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.writer import Product
+
+if TYPE_CHECKING:
+    from rsseg.methods.base import Segmenter
 
 _BATCH_PIXELS = 1024 * 1024
 """Pixels of a batch on a CPU: larger batches are not faster and take more memory."""
@@ -32,11 +28,18 @@ _GPU_BATCH = 16
 _GPU_SHARE = 0.5
 """Share of a GPU's total (not free) memory for a batch, so that the batch does not depend on other programs."""
 _BUFFER_BYTES = 32 << 20
-"""Memory for rows of the scene, input and output together; wider scenes are computed in panels."""
+"""Memory for rows of the scene, input and output together; wider scenes are computed in panels.
+
+Free memory has no influence on it: rows that are kept for resuming belong to one division into panels.
+"""
 _BASE_BYTES = 96 << 20
 """Constant part of the memory: caches of GDAL, kernels, threads."""
-_USUAL_BYTES = 500 << 20
-"""Memory limit for parallel batches where `max_memory` is not set."""
+_FREE_SHARE = 4
+"""Parallel batches take one n-th of the free memory where `max_memory` is not set."""
+_MOST_BYTES = 4 << 30
+"""They take no more than this."""
+_PROBE = 512
+"""Side in pixels at which the cost of larger tiles of a convolutional network is measured."""
 OUT_OF_MEMORY = (
     "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
 )
@@ -49,41 +52,93 @@ _MOST_REDUNDANCY = 64
 class PreparedNetwork:
     """A network on its device, for any number of scenes.
 
-    network: in eval mode
+    network: see `Network`
     model: hash of the weights that it was made from
+    weights_bytes: memory of the weights
+    measure: side of a square tile -> its time and memory
     held_before: bytes that the process held before
+    gpu_bytes: total memory of the GPU, 0 for a CPU
+    calibration: of the model's probabilities
     """
 
-    network: Segmenter
-    device: torch.device
-    dtype: torch.dtype
+    network: Network
     model: str
+    weights_bytes: int
+    measure: Callable[[int], Cost]
     held_before: int
+    gpu_bytes: int = 0
+    calibration: Calibration | None = None
     _costs: dict[int, Cost] = field(default_factory=dict)
 
-    def cost(self, side: int) -> Cost:
-        """Time and memory of a square tile."""
+    def cost(self, height: int, width: int) -> Cost:
+        """Time and memory of a tile; both are proportional to the pixels of a convolutional network."""
+        side = max(height, width)
+        if not self.network.tile.flexible:
+            return self._measured(side)
+        side, multiple = min(side, _PROBE), self.network.input_multiple
+        computed = [-(-length // multiple) * multiple for length in (height, width, side)]
+        return self._measured(side).scaled(computed[0] * computed[1] / computed[2] ** 2)
+
+    def _measured(self, side: int) -> Cost:
         if side not in self._costs:
-            self._costs[side] = measure_tile(self.network, side, self.device, self.dtype)
+            self._costs[side] = self.measure(side)
         return self._costs[side]
 
 
-def prepare_network(segmenter: Segmenter, options: SceneOptions) -> PreparedNetwork:
-    """Copy a network, which is not changed, to the device of the options.
+def prepare_network(segmenter: "Segmenter", options: SceneOptions) -> PreparedNetwork:
+    """Copy a network, which is not changed, to the device of the options, to be run by torch.
 
     Raises:
         MachineError: the device does not exist, or has too little memory.
     """
+    import torch
+
+    from rsseg.inference.device import measure_tile, resolve_device, resolve_precision
+    from rsseg.inference.network import ready_to_predict
+    from rsseg.inference.torch_network import TorchNetwork
+
     keep_heap()
     held = resident_bytes()
     device = resolve_device(options.device)
     with memory_errors(OUT_OF_MEMORY):
         network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
-    return PreparedNetwork(network, device, dtype, identify_model(segmenter), held)
+    return PreparedNetwork(
+        network=TorchNetwork(network, device, dtype),
+        model=identify_model(segmenter),
+        weights_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+        measure=lambda side: measure_tile(network, side, device, dtype),
+        held_before=held,
+        gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+        calibration=segmenter.calibration,
+    )
 
 
-def identify_model(segmenter: Segmenter) -> str:
+def prepare_model(model: Path, options: SceneOptions) -> PreparedNetwork:
+    """Prepare the network of a model file for the engine of the options.
+
+    Once the network has been exported, another engine than torch needs neither torch nor timm.
+
+    Raises:
+        WeightsError: there is no model, or it is damaged.
+        UsageError: the engine cannot run this network, or not on this device.
+        MachineError: the engine is not installed, or there is no such device.
+    """
+    keep_heap()
+    held = resident_bytes()
+    if (ready := open_engine(model, options.engine, options.device, options.dtype)) is not None:
+        calibration = calibration_of(read_header(model), model)
+        return PreparedNetwork(
+            ready.network, ready.model, ready.weights_bytes, ready.measure, held, calibration=calibration
+        )
+    from rsseg.inference.network import load_segmenter
+
+    return prepare_network(load_segmenter(model), options)
+
+
+def identify_model(segmenter: "Segmenter") -> str:
     """Hash of the weights, the classes and the type of the network."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(segmenter).__qualname__} {segmenter.tile} {segmenter.fill}".encode())
     digest.update(segmenter.task.model_dump_json().encode())
@@ -108,17 +163,22 @@ class Fit:
 
 
 def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[Product], options: SceneOptions) -> Fit:
-    """The usual choice; with `max_memory` the largest that fits: fewer parallel batches, one tile, smaller tiles."""
-    network, device = prepared.network, prepared.device
+    """The usual choice; with `max_memory` the largest that fits: fewer parallel batches, one tile, smaller tiles.
+
+    Free memory decides how many batches run in parallel and nothing else, so that it cannot change a class.
+    """
+    network = prepared.network
     tile, batch = options.tile, options.batch_size
+    limit = options.max_memory or min(_MOST_BYTES, free_bytes() // _FREE_SHARE)
     warnings: tuple[str, ...] = ()
+    usual = choose_tiling(network, tile, options.overlap, options.blend)
+    tiling = usual
     while True:
-        tiling = choose_tiling(network, tile, options.overlap, options.blend)
-        plan = plan_tiles(info.height, info.width, tile=tiling.tile, overlap=tiling.overlap, multiple=tiling.multiple)
+        plan = tiling.plan(info.height, info.width)
         _check_redundancy(tiling)
         side = max(plan.rows.tile, plan.cols.tile)
-        cost = prepared.cost(side)
-        size = batch or _batch_size(side, cost, device)
+        cost = prepared.cost(plan.rows.tile, plan.cols.tile)
+        size = batch or _batch_size(side, cost, prepared.gpu_bytes)
         # A row is split into equal batches: full ones with a small remainder would be no faster.
         columns = len(plan.cols.origins)
         size = -(-columns // -(-columns // size))
@@ -129,22 +189,24 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
         pixels = plan.rows.tile * plan.cols.tile
         per_batch = size * (cost.peak_bytes + 4 * pixels * _values_per_pixel(info, network, options))
         fixed, parallel = _BASE_BYTES + buffers, 1
-        if device.type == "cpu":
-            fixed += _weights(network)
-            fitting = ((options.max_memory or _USUAL_BYTES) - fixed) // per_batch
-            parallel = max(1, min(torch.get_num_threads(), fitting))
+        if not prepared.gpu_bytes:
+            fixed += prepared.weights_bytes
+            batches = len(plan.rows.origins) * -(-columns // size)
+            parallel = max(1, min(network.threads(), (limit - fixed) // per_batch, batches))
         fit = Fit(tiling, plan, panels, size, parallel, cost, fixed + parallel * per_batch, warnings)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit
         if size > 1 and options.batch_size is None:
             batch = 1
-        elif network.tile.flexible and options.tile is None and side // 2 >= _LEAST_TILE:
-            tile = max(side // 2 // network.input_multiple, 1) * network.input_multiple
-            usual = choose_tiling(network, None, options.overlap, options.blend).tile
-            warnings = (f"--max-memory makes the tiles {tile} instead of {usual} pixels, which can change classes",)
+        elif network.tile.flexible and options.tile is None and side * 3 // 4 >= _LEAST_TILE:
+            tile = max(side * 3 // 4 // network.input_multiple, 1) * network.input_multiple
+            tiling = replace(choose_tiling(network, tile, options.overlap, options.blend), fitted=usual.fitted)
+            warnings = (
+                f"--max-memory makes the tiles at most {tile} instead of {usual.tile} pixels, which can change classes",
+            )
         else:
             raise MachineError(
-                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {tiling.tile}; "
+                f"the prediction needs about {fit.memory_bytes / 2**20:.0f} MB with tiles of {side}; "
                 f"{options.max_memory / 2**20:.0f} MB are allowed. Raise --max-memory or give a smaller --tile."
             )
 
@@ -159,18 +221,17 @@ def _check_redundancy(tiling: Tiling) -> None:
         )
 
 
-def _batch_size(side: int, cost: Cost, device: torch.device) -> int:
-    if device.type == "cpu":
+def _batch_size(side: int, cost: Cost, gpu_bytes: int) -> int:
+    if not gpu_bytes:
         return max(1, _BATCH_PIXELS // side**2)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(_GPU_BATCH, int(total * _GPU_SHARE) // max(cost.peak_bytes, 1)))
+    return max(1, min(_GPU_BATCH, int(gpu_bytes * _GPU_SHARE) // max(cost.peak_bytes, 1)))
 
 
 def _bytes_per_column(
     plan: TilePlan,
     info: RasterInfo,
     products: Sequence[Product],
-    network: Segmenter,
+    network: NetworkFacts,
     options: SceneOptions,
 ) -> int:
     """Memory of all buffers per column of a panel: a row of tiles, two finished strips, a row of blocks per output."""
@@ -181,13 +242,9 @@ def _bytes_per_column(
     return read + finished + canvas
 
 
-def _values_per_pixel(info: RasterInfo, network: Segmenter, options: SceneOptions) -> int:
+def _values_per_pixel(info: RasterInfo, network: NetworkFacts, options: SceneOptions) -> int:
     """Float32 values per pixel of a tile besides the forward pass: the image, and the logits where all are kept."""
     classes = network.task.num_classes
     if options.tta != "none":
         return info.count + 3 * classes  # logits of a view, their softmax, the sum over views
     return info.count + (0 if options.blend == "crop" else classes)
-
-
-def _weights(network: Segmenter) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from rsseg.fields import Result
+from rsseg.text import duration
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
 
@@ -20,7 +23,7 @@ def _known_device(name: str) -> str:
 class SceneOptions(BaseModel):
     """Options of a scene prediction. None chooses a value for the network and the machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tile: Annotated[int, Field(ge=16, le=32768)] | None = None
     """Side in pixels."""
@@ -40,6 +43,8 @@ class SceneOptions(BaseModel):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 where the hardware supports it, and float32 elsewhere."""
+    engine: Literal["torch", "onnx", "openvino", "auto"] = "torch"
+    """Program that runs the network. `auto` takes openvino or onnx on a CPU if installed and able, else torch."""
     tta: Literal["none", "flip", "d4"] = "none"
     """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
@@ -61,7 +66,8 @@ class SceneOptions(BaseModel):
     preview: Path | None = None
     """Also draw scene, classes and legend to this PNG file; an extension as for `polygons`."""
     max_memory: Annotated[int, Field(ge=1)] | None = None
-    """Memory limit in bytes, libraries excluded; parallel batches, then the batch, then the tile are reduced to fit."""
+    """Memory limit in bytes, libraries excluded; parallel batches, then the batch, then the tile are reduced to fit.
+    None: parallel batches take a quarter of the free memory, at most 4 GB."""
     resume: bool = False
     """Keep finished rows in `.NAME.resume` beside the output until it is complete, and continue from there."""
     format: Literal["cog", "gtiff"] = "cog"
@@ -75,10 +81,8 @@ class SceneOptions(BaseModel):
         return self.confidence or self.probabilities != "none" or self.min_confidence > 0
 
 
-class ClassArea(BaseModel):
+class ClassArea(Result):
     """Area of one class in a scene."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     value: int
@@ -91,10 +95,8 @@ class ClassArea(BaseModel):
     hectares: float | None
 
 
-class SceneResult(BaseModel):
+class SceneResult(Result):
     """The outputs of a prediction and their statistics."""
-
-    model_config = ConfigDict(frozen=True)
 
     output: Path
     height: int
@@ -110,6 +112,7 @@ class SceneResult(BaseModel):
     """Pixels of the scene, overlap not counted."""
     device: str
     dtype: str
+    engine: str
     resumed: float
     """Share of the rows that an earlier run had finished, 0..1."""
     polygons: int | None
@@ -119,10 +122,8 @@ class SceneResult(BaseModel):
     warnings: tuple[str, ...]
 
 
-class ScenePlan(BaseModel):
+class ScenePlan(Result):
     """Inputs, outputs, tiling and cost of a prediction."""
-
-    model_config = ConfigDict(frozen=True)
 
     scene: str
     output: Path
@@ -130,7 +131,8 @@ class ScenePlan(BaseModel):
     width: int
     bands: tuple[tuple[str, str], ...]
     """Each band of the model and the band of the file for it."""
-    tile: int
+    tile: tuple[int, int]
+    """Height and width."""
     overlap: int
     tiles: int
     redundancy: float
@@ -141,6 +143,7 @@ class ScenePlan(BaseModel):
     """Batches that a CPU computes in parallel."""
     device: str
     dtype: str
+    engine: str
     views: int
     """Forward passes per tile."""
     panels: int
@@ -155,23 +158,18 @@ class ScenePlan(BaseModel):
     def text(self) -> str:
         """Summary in a few lines."""
         bands = ", ".join(wanted if wanted == found else f"{wanted} = {found}" for wanted, found in self.bands)
+        tile = " x ".join(str(side) for side in dict.fromkeys(reversed(self.tile)))
         lines = [
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
-            f"  {self.tiles} tiles of {self.tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
+            f"  {self.tiles} tiles of {tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
             f"blend {self.blend}, batches of {self.batch_size}"
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
-            f"  {self.dtype} on {self.device}, about {self.memory_bytes / 2**20:.0f} MB besides the libraries, "
+            f"  {self.dtype} on {self.device} with {self.engine}, about {self.memory_bytes / 2**20:.0f} MB "
+            f"besides the libraries, "
             f"about {duration(self.seconds)}",
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Text such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rsseg.checkpoint import Calibration
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
 from rsseg.inference.blend import CLASSES_ONLY, PixelOutputs
-from rsseg.inference.device import memory_errors
-from rsseg.inference.predict import Compute, Tiling, poses_of
+from rsseg.inference.machine import memory_errors
+from rsseg.inference.predict import Compute, Network, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
-from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
@@ -32,8 +32,8 @@ class PreparedScene:
 
     files: everything that is read for the scene, the area of interest included
     region: the area of interest
-    network: on the device, in eval mode
-    model: hash of its weights
+    calibration: of the model's probabilities
+    model: hash of the network's weights
     panels: of `plan`
     products: final name and content of each raster, the class raster first
     polygons, preview: final names, None if not asked for
@@ -48,10 +48,10 @@ class PreparedScene:
     info: RasterInfo
     bands: tuple[int, ...]
     region: Region | None
-    network: Segmenter
+    network: Network
+    calibration: Calibration | None
     model: str
     compute: Compute
-    tiling: Tiling
     plan: TilePlan
     panels: tuple[Panel, ...]
     products: tuple[tuple[Path, Product], ...]
@@ -71,7 +71,7 @@ class PreparedScene:
     @property
     def pixel_outputs(self) -> PixelOutputs:
         """Values to compute for each pixel."""
-        options, calibration = self.options, self.network.calibration
+        options, calibration = self.options, self.calibration
         return PixelOutputs(
             options.confidence,
             options.probabilities,
@@ -93,15 +93,17 @@ class PreparedScene:
     def identity(self) -> str:
         """Hash of everything that can change a pixel of the outputs: equal hashes, equal outputs.
 
-        The batch size is left out: it changes the last digits of logits at most.
+        Tiles are included: they follow from the size of the scene, the network and the options. Batch size and free
+        memory are left out: they change the last digits of logits at most.
         """
         names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
         settings = self.options.model_dump(mode="json", include=names) | {
             "bands": self.bands,
-            "tile": self.tiling.tile,
-            "overlap": self.tiling.overlap,
-            "dtype": str(self.compute.dtype),
-            "device": self.compute.device.type,
+            "tile": (self.plan.rows.tile, self.plan.cols.tile),
+            "overlap": self.plan.overlap,
+            "dtype": self.network.dtype,
+            "device": self.network.device.partition(":")[0],
+            "engine": self.network.engine,
         }
         if self.pixel_outputs != CLASSES_ONLY:
             settings |= asdict(self.pixel_outputs)
@@ -117,15 +119,16 @@ class PreparedScene:
             height=self.info.height,
             width=self.info.width,
             bands=tuple(zip(self.network.task.bands, self.info.band_names, strict=True)),
-            tile=self.tiling.tile,
-            overlap=self.tiling.overlap,
+            tile=(self.plan.rows.tile, self.plan.cols.tile),
+            overlap=self.plan.overlap,
             tiles=self.tiles,
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,
             batch_size=self.compute.batch_size,
             parallel_batches=self.parallel_batches,
-            device=str(self.compute.device),
-            dtype=str(self.compute.dtype).removeprefix("torch."),
+            device=self.network.device,
+            dtype=self.network.dtype,
+            engine=self.network.engine,
             views=len(self.compute.poses),
             panels=len(self.panels),
             memory_bytes=self.memory_bytes,
@@ -186,9 +189,9 @@ def prepare_scene(
         bands=bands,
         region=region,
         network=network,
+        calibration=prepared.calibration,
         model=prepared.model,
-        compute=Compute(prepared.device, fit.batch_size, prepared.dtype, fit.tiling.least, poses, fit.parallel_batches),
-        tiling=fit.tiling,
+        compute=Compute(fit.batch_size, fit.tiling.least, poses, fit.parallel_batches),
         plan=fit.plan,
         panels=fit.panels,
         products=products,

@@ -6,20 +6,19 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsseg.errors import MachineError
 from rsseg.inference.blend import Strip, Tile
-from rsseg.inference.device import HeapGuard, memory_errors
+from rsseg.inference.machine import HeapGuard, memory_errors
 from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
-from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster
 from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
-from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
+from rsseg.scene.options import ClassArea, Progress, SceneOptions, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.preview import draw_preview
 from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
@@ -29,22 +28,17 @@ from rsseg.task import NODATA, Task
 from rsseg.vector.grid import Grid
 from rsseg.vector.write import write_polygons
 
+if TYPE_CHECKING:
+    from rsseg.methods.base import Segmenter
+
 _TILES_AHEAD = 2
 """Tiles that the reader may read ahead."""
 _STRIPS_BEHIND = 1
 """Strips that the writer may be behind the network."""
 
 
-def plan_scene(
-    segmenter: Segmenter, scene: Path | str, output: Path | str, options: SceneOptions | None = None
-) -> ScenePlan:
-    """Plan `predict_scene` without reading a pixel or writing a file. Raises its errors for bad input."""
-    options = options or SceneOptions()
-    return prepare_scene(prepare_network(segmenter, options), scene, Path(output), options).describe()
-
-
 def predict_scene(
-    segmenter: Segmenter,
+    segmenter: "Segmenter",
     scene: Path | str,
     output: Path | str,
     options: SceneOptions | None = None,
@@ -106,8 +100,9 @@ def predict_prepared(
         tiles=prepared.tiles,
         seconds=seconds,
         megapixels_per_second=pixels / 1e6 / seconds,
-        device=str(prepared.compute.device),
-        dtype=str(prepared.compute.dtype).removeprefix("torch."),
+        device=prepared.network.device,
+        dtype=prepared.network.dtype,
+        engine=prepared.network.engine,
         resumed=sink.resumed,
         polygons=count,
         extra_outputs=(*(name for name, _ in prepared.products[1:]), *extra),

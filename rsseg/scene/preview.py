@@ -5,20 +5,19 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 
-from rsseg.errors import DataError, MachineError
-from rsseg.files import temporary_path
+from rsseg.errors import DataError
+from rsseg.files import replaced
+from rsseg.picture import draw_sheet, stretched
 from rsseg.scene.source import TAG
 from rsseg.task import Task
 
 SIDE = 900
 """Longest side of each of the two pictures in pixels."""
-MARGIN = 12
-_CLEAR = (0, 0, 0, 0)
 
 
 def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> Path:
@@ -36,36 +35,20 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
         DataError: a raster cannot be read.
         MachineError: the PNG cannot be written.
     """
-    picture = Image.fromarray(_scene_colors(_read(scene)))
-    values = _read(classes, nearest=True)[0][0]
+    pixels, valid = _read(scene)
+    valid &= np.isfinite(pixels).all(axis=0)
+    picture = np.dstack([stretched(pixels, valid), np.where(valid, np.uint8(255), np.uint8(0))])
     palette = np.zeros((256, 4), np.uint8)
     for info in task.classes:
         palette[info.value] = (*info.color, 255)
-    painted = Image.fromarray(palette[values.astype(np.uint8)])
-    font = ImageFont.load_default(size=18)
-    legend_width = 60 + max(int(font.getlength(name)) for name in task.class_names)
-    height = max(picture.height, 30 * task.num_classes)
-    sheet = Image.new("RGBA", (2 * picture.width + legend_width + 4 * MARGIN, height + 2 * MARGIN), _CLEAR)
-    sheet.paste(picture, (MARGIN, MARGIN))
-    sheet.paste(painted, (picture.width + 2 * MARGIN, MARGIN))
-    draw = ImageDraw.Draw(sheet)
-    left = 2 * picture.width + 3 * MARGIN
-    # Opaque white behind the letters: they would be unreadable on a dark page otherwise.
-    draw.rectangle((left - MARGIN // 2, 0, sheet.width, sheet.height), fill="white")
-    for row, info in enumerate(task.classes):
-        top = MARGIN + 30 * row
-        draw.rectangle((left, top, left + 24, top + 20), fill=info.color, outline="black")
-        draw.text((left + 34, top), info.name, fill="black", font=font)
-    temporary = temporary_path(output, ".png")
+    painted = palette[_read(classes, nearest=True)[0][0].astype(np.uint8)]
+    legend = [(info.color, info.name) for info in task.classes]
+    sheet = draw_sheet([Image.fromarray(picture), Image.fromarray(painted)], legend)
     about = PngInfo()
     about.add_text(TAG, "preview")  # so that it is not mistaken for a scene
-    try:
+    with replaced(output, ending=".png") as temporary:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(temporary, pnginfo=about)
-        temporary.replace(output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{output}: cannot be written: {error.strerror or error}. Choose another place.") from None
     return output
 
 
@@ -88,16 +71,3 @@ def _shown_bands(colors: list[ColorInterp]) -> list[int]:
     if all(color in colors for color in wanted):
         return [colors.index(color) + 1 for color in wanted]
     return [1, 2, 3] if len(colors) >= 3 else [1]
-
-
-def _scene_colors(read: tuple[NDArray[np.float32], NDArray[np.bool_]]) -> NDArray[np.uint8]:
-    pixels, valid = read
-    valid = valid & np.isfinite(pixels).all(axis=0)
-    stretched = np.zeros((*valid.shape, 4), np.uint8)
-    stretched[..., 3] = np.where(valid, 255, 0)
-    for channel in range(3):
-        band = pixels[min(channel, len(pixels) - 1)]
-        low, high = np.percentile(band[valid], (2, 98)) if valid.any() else (0.0, 1.0)
-        scaled = np.clip((np.nan_to_num(band) - low) / max(high - low, 1e-6), 0, 1)
-        stretched[..., channel] = np.where(valid, 255 * scaled, 0)
-    return stretched

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from rsseg import errors
 from rsseg.errors import MachineError, RssegError, UsageError
-from rsseg.files import hidden_path
+from rsseg.files import hidden_path, writing
 from rsseg.inference.tiling import Span
 
 _PAUSE = 0.05
@@ -57,7 +56,7 @@ class StripLog:
         """
         self.path = path
         self._head = _MAGIC + identity.encode() + b"\n"
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
             if self._file.read(len(self._head)) != self._head:
@@ -67,15 +66,11 @@ class StripLog:
                 self._file.truncate()
                 self._file.write(self._head)
                 self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def strips(self) -> Iterator[LoggedStrip]:
@@ -98,12 +93,10 @@ class StripLog:
         """
         body = b"".join(_packed(array) for array in strip.arrays)
         head = _RECORD.pack(strip.panel, strip.row, len(strip.arrays), len(body), zlib.crc32(body))
-        try:
+        with writing(self.path):
             self._file.write(head + body)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from None
 
     def _next(self) -> LoggedStrip | None:
         head = self._file.read(_RECORD.size)
@@ -121,9 +114,6 @@ class StripLog:
             arrays.append(pixels.reshape(shape))
             at += length
         return LoggedStrip(panel, row, arrays)
-
-    def _failure(self, error: OSError) -> MachineError:
-        return MachineError(f"{self.path}: cannot be written: {error.strerror}. Make room on the disk.")
 
 
 def _packed(array: NDArray[np.generic]) -> bytes:
@@ -173,7 +163,7 @@ class Share:
 
     def log(self, output: Path) -> Path:
         """Log of this process's finished rows."""
-        return hidden_path(output, f"{self._part()}.resume")
+        return hidden_path(output, f"{self._part(self.number)}.resume")
 
     @contextmanager
     def of_scene(self, output: Path, *, resume: bool) -> Iterator[None]:
@@ -232,7 +222,7 @@ class Share:
 
     def _tidy(self, output: Path, *, resume: bool) -> None:
         """Use or remove the files of this process's part that an earlier start left."""
-        start = hidden_path(output, f"{self._part()}.").name
+        start = hidden_path(output, f"{self._part(self.number)}.").name
         for left in output.parent.glob(f"{glob.escape(start)}*.*"):
             if left.suffix == ".rows" and resume:
                 left.replace(self.log(output))
@@ -256,8 +246,7 @@ class Share:
             for kind in ("rows", "failed"):
                 self._named(output, number, kind).unlink(missing_ok=True)
 
-    def _part(self, number: int | None = None) -> str:
-        number = self.number if number is None else number
+    def _part(self, number: int) -> str:
         return f".{number + 1}-of-{self.count}" if self.count > 1 else ""
 
     def _named(self, output: Path, number: int, kind: str) -> Path:

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import rasterio
-import torch
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError
 from rsseg.files import is_file
 from rsseg.inference.blend import Tile
+from rsseg.inference.predict import NetworkFacts
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
-from rsseg.methods.base import Segmenter
 from rsseg.raster import Raster, Window
 from rsseg.scene.options import SceneOptions
 from rsseg.vector.aoi import Region
@@ -123,21 +122,21 @@ class _Rows(NamedTuple):
 
 
 def read_tiles(
-    raster: Raster, panel: Panel, segmenter: Segmenter, *, rows: Span, region: Region | None = None
+    raster: Raster, panel: Panel, network: NetworkFacts, *, rows: Span, region: Region | None = None
 ) -> Iterator[Tile]:
     """Yield the tiles of a panel, row by row, in scaled units and filled where there is no data.
 
     Args:
         raster: opened with the task's bands in the task's order.
         panel: of the raster.
-        segmenter: gives scale, offset and fill.
+        network: gives scale, offset and fill.
         rows: rows of tiles.
         region: tiles without a pixel of it are empty and not read; pixels outside it in the others are context.
     """
-    task, tile = segmenter.task, panel.plan.cols.tile
+    task, tile = network.task, panel.plan.cols.tile
 
-    def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> torch.Tensor:
-        return torch.from_numpy(task.scaled(raw, good, segmenter.fill)).permute(2, 0, 1)
+    def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> NDArray[np.float32]:
+        return task.scaled(raw, good, network.fill).transpose(2, 0, 1)
 
     for row in _read_rows(raster, panel, rows, region):
         for col, left in enumerate(panel.plan.cols.origins):
@@ -151,7 +150,7 @@ def read_tiles(
                 yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted)
 
 
-def _not_loaded(row: int, col: int) -> torch.Tensor:
+def _not_loaded(row: int, col: int) -> NDArray[np.float32]:
     raise AssertionError(f"tile {row}, {col} is empty")
 
 

@@ -9,11 +9,10 @@ import os
 import shutil
 import xml.etree.ElementTree as ET
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -24,7 +23,7 @@ from rasterio.errors import RasterioError
 
 import rsseg
 from rsseg.errors import MachineError
-from rsseg.files import remove_leftovers, temporary_path
+from rsseg.files import remove_leftovers, temporary_path, writing
 from rsseg.inference.blend import FULL
 from rsseg.raster import RasterInfo
 from rsseg.task import NODATA, Task
@@ -120,7 +119,7 @@ class SceneWriter:
         self._panels: list[_Written] = []
         remove_leftovers(output.parent)
         try:
-            with self._writing():
+            with writing(output, RasterioError):
                 output.parent.mkdir(parents=True, exist_ok=True)
                 self._dataset = _create(self._file, info, product, tags)
         except BaseException:
@@ -130,9 +129,7 @@ class SceneWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -166,7 +163,7 @@ class SceneWriter:
             return
         panel, height = self._panels[-1], self._held.shape[1]
         panel.checksum = zlib.crc32(self._stored(self._held), panel.checksum)
-        with self._writing():
+        with writing(self._output, RasterioError):
             window = ((panel.rows, panel.rows + height), (panel.left, panel.left + panel.width))
             self._dataset.write(self._held, window=window)
         panel.rows += height
@@ -178,12 +175,13 @@ class SceneWriter:
 
     def _finish(self) -> None:
         self._flush()
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), self._writing():
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), writing(self._output, RasterioError):
             self._dataset.close()
             if self._cloud_optimized:
                 self._file = self._to_cog(self._file)
             self._check()
-            _flush_to_disk(self._file)
+            with self._file.open("rb") as file:
+                os.fsync(file.fileno())
             # GDAL's side file holds what GeoTIFF keys cannot, such as some coordinate systems.
             side = _side_file(self._file)
             if self._product.value_names:
@@ -235,16 +233,6 @@ class SceneWriter:
     def _remove(self) -> None:
         for file in self._output.parent.glob(f"{glob.escape(temporary_path(self._output).name)}*"):
             file.unlink(missing_ok=True)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (RasterioError, OSError) as error:
-            reason = str(error.__cause__ or error).strip().rstrip(".")
-            raise MachineError(
-                f"{self._output}: cannot be written: {reason}. Make room on the disk or choose another --output."
-            ) from None
 
 
 @dataclass
@@ -316,8 +304,3 @@ def _add_category_names(side: Path, value_names: Mapping[int, str]) -> None:
 
 def _side_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.aux.xml")
-
-
-def _flush_to_disk(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())

@@ -6,14 +6,13 @@ from dataclasses import asdict, replace
 import torch
 
 from rsseg import distributed
-from rsseg.checkpoint import read_header, write_model
+from rsseg.checkpoint import Calibration, read_header, write_model
 from rsseg.data.sources import Source
 from rsseg.errors import Interrupted
 from rsseg.evaluation.collector import DetailOptions
 from rsseg.evaluation.model import evaluate
 from rsseg.evaluation.result import save_evaluation
 from rsseg.inference.network import load_segmenter
-from rsseg.methods.base import Calibration
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder
 from rsseg.training.plan import TrainPlan

@@ -1,57 +1,27 @@
 """The plan of a run: device, weights and images, looked up before anything is built."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from rsseg.backbones.weights import WeightsFile, check_weights
-from rsseg.config import BackboneConfig, SelectConfig, TrainerConfig
+from rsseg.config import BackboneConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec
 from rsseg.distributed import Ranks
 from rsseg.errors import DataError
-from rsseg.inference.device import own_device, resolve_precision
+from rsseg.fields import Result
 from rsseg.methods.base import Method
 from rsseg.recipe import Recipe
 from rsseg.task import Task
+from rsseg.training.device import Hardware
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """Device of the tensors and autocast type; None computes in float32."""
-
-    device: torch.device
-    amp_dtype: torch.dtype | None = None
-
-
-def choose_hardware(config: TrainerConfig, ranks: Ranks) -> Hardware:
-    """Resolve `auto` for device and autocast type; each process gets its own GPU.
-
-    Raises:
-        MachineError: the device does not exist here.
-        UsageError: several processes would share a device.
-    """
-    device = own_device(config.device, ranks.local if ranks.world_size > 1 else None)
-    match config.amp_dtype:
-        case "none":
-            return Hardware(device)
-        case "fp16":
-            return Hardware(device, torch.float16)
-        case "bf16":
-            return Hardware(device, torch.bfloat16)
-        case "auto":
-            native = resolve_precision("auto", device) == torch.bfloat16
-            return Hardware(device, torch.bfloat16 if native else None)
-
-
-class SplitPlan(BaseModel):
+class SplitPlan(Result):
     """Images of a training stream or of the validation."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     split: str
@@ -62,10 +32,8 @@ class SplitPlan(BaseModel):
     """Samples per process and micro-step; for validation: tiles."""
 
 
-class TrainPlan(BaseModel):
+class TrainPlan(Result):
     """Everything known about a run before its first step."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str
     name: str
@@ -169,13 +137,6 @@ def open_validation(recipe: Recipe, task: Task, datasets: Datasets) -> Source | 
         raise DataError(f"{error} Without validation images, set trainer.monitor: last.") from None
 
 
-def open_streams(recipe: Recipe, method: Method, task: Task, datasets: Datasets) -> dict[str, Source]:
-    """The images of every training stream; raises `DataError` for a stream without images."""
-    return {
-        spec.name: datasets.open(_select(recipe, spec), spec.split, task, masks=spec.masks) for spec in method.streams
-    }
-
-
 def class_pixels(method: Method, streams: Mapping[str, Source]) -> list[int]:
     """Pixels of each class in the images of the labeled streams, as counted when their dataset was prepared.
 
@@ -240,7 +201,7 @@ def make_plan(
                 _select(recipe, spec),
                 spec.split,
                 streams[spec.name],
-                batch_size=config.stream_batch_sizes.get(spec.name, config.batch_size),
+                batch_size=config.batch_of(spec.name),
             )
             for spec in method.streams
         },

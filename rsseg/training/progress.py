@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from rsseg.evaluation.result import Evaluation
+from rsseg.fields import Result
 from rsseg.metrics import Scores
 from rsseg.runs import ExitState
+from rsseg.text import duration
 from rsseg.training.plan import TrainPlan
 
 INTERVAL_S = 10.0
 
 
-class StepReport(BaseModel):
+class StepReport(Result):
     """Mean losses, rates and speed since the previous report."""
-
-    model_config = ConfigDict(frozen=True)
 
     step: int
     """Optimizer steps done."""
@@ -50,10 +49,8 @@ class EvaluationReport(Evaluation):
     improved: bool
 
 
-class TrainResult(BaseModel):
+class TrainResult(Result):
     """How a run ended."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: Path
     state: ExitState
@@ -80,7 +77,7 @@ class TrainResult(BaseModel):
 
 
 class Progress:
-    """Listener to a run. The methods do nothing by default; only the main process calls them."""
+    """Listener to a run. This one does nothing; only the main process calls it."""
 
     def on_start(self, plan: TrainPlan) -> None:
         """Before the first step."""
@@ -97,9 +94,8 @@ class Progress:
     def on_end(self, result: TrainResult) -> None:
         """After the last file was written."""
 
-
-class Silent(Progress):
-    """Prints nothing."""
+    def on_error(self, error: BaseException) -> None:
+        """The run ends early."""
 
 
 class LineProgress(Progress):
@@ -180,10 +176,3 @@ def evaluation_line(report: EvaluationReport) -> str:
     values = "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in named)
     best = "  (best)" if report.improved and report.score is not None else ""
     return f"step {report.step}/{report.total}  validation of {report.images} images: {values}{best}"
-
-
-def duration(seconds: float) -> str:
-    """Format as `1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

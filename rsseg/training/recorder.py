@@ -126,6 +126,7 @@ class Recorder(Progress):
             self._event("error", {"text": reason})
         except RssegError:
             pass
+        self._listener.on_error(error)
 
     def _drop_after(self, step: int) -> None:
         for name in ("steps.csv", "metrics.csv"):

@@ -12,11 +12,12 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import distributed
+from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.data.sources import Datasets, Source
-from rsseg.data.streams import training_batches
+from rsseg.data.streams import open_streams, training_batches
 from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
-from rsseg.inference.device import keep_heap
+from rsseg.inference.machine import keep_heap
 from rsseg.inference.network import load_segmenter
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
@@ -24,24 +25,24 @@ from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, create_run, find_run
 from rsseg.task import Task
+from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
 from rsseg.training.final import evaluate_shipped
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
-    Hardware,
     TrainPlan,
     absent_classes,
-    choose_hardware,
     class_pixels,
     find_weights,
     make_plan,
-    open_streams,
     open_validation,
 )
-from rsseg.training.progress import LineProgress, Progress, Silent, TrainResult
+from rsseg.training.progress import LineProgress, Progress, TrainResult
 from rsseg.training.recorder import Recorder
 from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
+from rsseg.training.trackers import require_trackers, with_trackers
 from rsseg.training.trainer import Evaluate, Trainer
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -95,17 +96,21 @@ def train(
             recorder.on_error(MachineError(message))
 
     with _session(recipe, record) as ranks:
+        recipe = _sized(recipe, ranks)
         built = _build(recipe, ranks)
         parts, identity = _parts(recipe, built), _identity(recipe, built)
+        if built.hardware.amp_dtype is not None:
+            for teacher in built.method.frozen_teachers():
+                teacher.store_as(built.hardware.amp_dtype)
         warnings = absent_classes(built.method, built.streams, built.task)
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
-        listener: Progress = Silent()
+        listener = Progress()
         if ranks.is_main:
-            listener = recorder = Recorder(
-                run, recipe, built.task.class_names, LineProgress() if progress is None else progress
-            )
+            console = LineProgress() if progress is None else progress
+            console = with_trackers(run, recipe, console, start_step=counters.step)
+            listener = recorder = Recorder(run, recipe, built.task.class_names, console)
             recorder.begin(plan, identity.frozen, built.datasets.index(), source=source, resumed=resume is not None)
         with _recorded_failure(recorder), distributed.StopSignals() as signals:
             trainer = Trainer(
@@ -159,7 +164,7 @@ def train(
 def plan(recipe: Recipe) -> TrainPlan:
     """What `train` would do: looks up every file and builds the networks, writes nothing. Same errors."""
     with _session(recipe) as ranks:
-        return _build(recipe, ranks).plan
+        return _build(_sized(recipe, ranks), ranks).plan
 
 
 def check(recipe: Recipe) -> str:
@@ -174,7 +179,7 @@ def check(recipe: Recipe) -> str:
     )
     # All processes share the main process's folder; the others leave it before it is removed.
     with _session(recipe) as ranks, tempfile.TemporaryDirectory(prefix="rsseg-check-") as folder:
-        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Silent())
+        result = train(shortened, output=Path(distributed.broadcast_from_main(folder)), progress=Progress())
         parameters = 0
         if ranks.is_main:
             parameters = sum(p.numel() for p in load_segmenter(result.model).parameters())
@@ -195,8 +200,9 @@ def _session(recipe: Recipe, on_peer_failure: Callable[[str], None] = lambda _: 
     device_type = "cuda" if torch.cuda.is_available() and recipe.trainer.device != "cpu" else "cpu"
     with distributed.process_group(device_type, on_peer_failure) as ranks:
         torch.use_deterministic_algorithms(before or recipe.trainer.deterministic)
+        tf32 = device_type == "cuda" and recipe.trainer.tf32 and not recipe.trainer.deterministic
         try:
-            with _explained():
+            with float32_products(tf32=tf32), _explained():
                 yield ranks
         finally:
             torch.use_deterministic_algorithms(before)
@@ -208,6 +214,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise MachineError(
+                f"{reason}. Choose a smaller batch (trainer.batch_size, with more trainer.grad_accum_steps, or auto), "
+                "smaller crops (data.augment.crop_size), trainer.amp_dtype: bf16, or a smaller network."
+            ) from None
         if (machine := machine_error(error)) is not None:
             raise machine from None
         if _NOT_DETERMINISTIC in str(error):
@@ -219,17 +231,30 @@ def _explained() -> Iterator[None]:
         raise
 
 
+def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
+    """The recipe with a number for `trainer.batch_size: auto`."""
+    if recipe.trainer.batch_size != "auto":
+        return recipe
+    task = Datasets(recipe.data, recipe.seed).task
+    size = largest_batch(recipe, task, choose_hardware(recipe.trainer, ranks))
+    return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"batch_size": size})})
+
+
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
+    require_trackers(recipe)
     hardware = choose_hardware(recipe.trainer, ranks)
     datasets = Datasets(recipe.data, recipe.seed)
     task = datasets.task
     weights, validation = find_weights(recipe), open_validation(recipe, task, datasets)
     torch.manual_seed(recipe.seed)
     method = method_for(recipe, task).to(hardware.device)
+    if recipe.trainer.sync_batch_norm and ranks.world_size > 1:
+        check_gpu(hardware, "trainer.sync_batch_norm", "Set it to false")
+        synchronize_batch_norms(method)
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    streams = open_streams(recipe, method, task, datasets)
+    streams = open_streams(recipe, method.streams, task, datasets)
     if recipe.loss.class_weights == "auto":
         method.label_loss.weigh(class_pixels(method, streams), hardware.device)
     statistics = open_statistics(recipe, method.deployable(), task, datasets)

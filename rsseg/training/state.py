@@ -25,7 +25,7 @@ from rsseg.methods.base import Method
 
 FREE_KEYS = (
     "name", "title", "reference", "data.path", "data.cache", "trainer.steps", "trainer.eval_every",
-    "trainer.checkpoint_every", "trainer.log_every", "trainer.keep_checkpoints", "trainer.patience",
+    "trainer.checkpoint_every", "trainer.log", "trainer.log_every", "trainer.keep_checkpoints", "trainer.patience",
     "trainer.max_hours", "trainer.workers", "trainer.device", "eval.batch_size",
 )  # fmt: skip
 """Recipe values that may change on resume; images are compared by name, not by `data.path`."""

@@ -2,15 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Protocol, cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 
 from rsseg import distributed
 from rsseg.config import BaseRecipe
@@ -20,10 +18,12 @@ from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware, prefetched
+from rsseg.training.graphs import make_step
 from rsseg.training.optimizers import lr_at
-from rsseg.training.plan import Hardware
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
+from rsseg.training.step import MicroStep, RunningStatistics, set_rate
 
 MAX_SKIPPED = 3
 """Consecutive steps with a non-finite loss after which a run ends."""
@@ -73,9 +73,7 @@ class Trainer:
         self.parts = parts
         self.counters = counters
         self.ranks = distributed.current_ranks()
-        self.model: nn.Module = distributed.wrap(parts.method, hardware.device)
-        if self.config.compile:
-            self.model = cast(nn.Module, torch.compile(self.model))
+        self.step = make_step(parts, recipe, hardware, progress.on_message)
         self.means = LossMeans()
         self.bad_losses: list[str] = []
         self._running = RunningStatistics(parts.method)
@@ -98,7 +96,7 @@ class Trainer:
             MachineError: a checkpoint cannot be written.
         """
         # Loader processes must end before the interpreter exits, also after an error.
-        with closing(self.batches_from(self.counters.step)) as batches:
+        with closing(prefetched(self.batches_from(self.counters.step), self.hardware.device)) as batches:
             return self._loop(batches)
 
     def _loop(self, batches: Iterator[Batch]) -> str:
@@ -126,46 +124,32 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
         self._set_learning_rates(step)
-        parts, accumulate, amp_dtype = self.parts, self.config.grad_accum_steps, self.hardware.amp_dtype
+        parts = self.parts
         self._running.keep()
         micro_steps = []
-        for micro in range(accumulate):
-            seed_everything(self.recipe.seed, self.ranks.rank, step, micro)
+        for micro in range(self.config.grad_accum_steps):
             batch = self._arranged(next(batches))
-            last = micro == accumulate - 1
-            with distributed.gradient_sync(self.model, on=last):
-                with torch.autocast(self.hardware.device.type, amp_dtype, enabled=amp_dtype is not None):
-                    output = self.model(batch, step)
-                    loss = torch.stack(list(output.losses.values())).sum() / accumulate
-                micro_steps.append(MicroStep(batch, output.losses, loss))
-                parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self.means.add(output)
+            micro_steps.append(self.step.gradients(batch, step, micro))
+            self.means.add(micro_steps[-1].output)
             self.samples += sum(len(samples.images) for samples in batch.values())
         broken = [micro_step for micro_step in micro_steps if not micro_step.is_finite()]
         if distributed.max_over_ranks(int(bool(broken))):
             self._skip(broken)
             return
         self.counters.skipped_in_row = 0
-        for optimizer in parts.optimizers.values():
-            parts.scaler.unscale_(optimizer)
-            if self.config.clip_grad is not None:
-                clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.config.clip_grad)
-            parts.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        parts.scaler.update()
+        self.step.update()
         parts.method.after_optimizer_step(step)
         if parts.ema is not None:
             parts.ema.update(parts.method.deployable())
 
-    def _skip(self, broken: "list[MicroStep]") -> None:
+    def _skip(self, broken: list[MicroStep]) -> None:
         """Undo a step with a non-finite loss; raise after `MAX_SKIPPED` consecutive ones."""
         counters = self.counters
-        for optimizer in self.parts.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        self.step.discard()
         self._running.restore()
         counters.skipped += 1
         counters.skipped_in_row += 1
-        names = [name for micro in broken for name, value in micro.losses.items() if not bool(value.isfinite())]
+        names = [name for micro in broken for name, value in micro.output.losses.items() if not bool(value.isfinite())]
         self.bad_losses = list(dict.fromkeys([*self.bad_losses, *names]))
         if counters.skipped_in_row == MAX_SKIPPED:
             saved = [self.checkpoints.save_batch(micro.batch, self.ranks.rank) for micro in broken[:1]]
@@ -176,7 +160,7 @@ class Trainer:
     def _set_learning_rates(self, step: int) -> None:
         for name, optimizer in self.parts.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate(name, step, scale=group["lr_scale"])
+                set_rate(group, self._learning_rate(name, step, scale=group["lr_scale"]))
 
     def _learning_rate(self, optimizer: str, step: int, *, scale: float = 1.0) -> float:
         """Rate of a group; `scale` does not apply to `min_lr`."""
@@ -294,46 +278,6 @@ class Trainer:
         self.clock = now
         self.checkpoints.save_last(self.shipped, self.parts, self.counters)
         self._restart_speed()
-
-
-def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
-    """Seed torch by counters, so that randomness does not depend on earlier steps."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
-
-
-class MicroStep:
-    """Batch and losses of one micro-step; their check is copied to the host while the backward pass runs."""
-
-    def __init__(self, batch: Batch, losses: Mapping[str, Tensor], total: Tensor) -> None:
-        self.batch = batch
-        self.losses = {name: loss.detach() for name, loss in losses.items()}
-        self._finite = total.detach().isfinite().to("cpu", non_blocking=True)
-        self._copied = torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None
-
-    def is_finite(self) -> bool:
-        """Whether the sum of the losses is finite; waits for the forward pass only."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._finite)
-
-
-class RunningStatistics:
-    """The batch-norm statistics of a module before a step, since a forward pass changes them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        self._live = [buffer for name, buffer in module.named_buffers() if name.endswith(names)]
-        self._kept = [buffer.clone() for buffer in self._live]
-
-    def keep(self) -> None:
-        """Store the current values."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
-
-    def restore(self) -> None:
-        """Restore the stored values."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
 
 
 class LossMeans:

@@ -1,31 +1,25 @@
 """Areas of interest: polygons of a vector file, as a mask of a scene's pixels."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyogrio
 import shapely
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 
 from rsseg.errors import DataError
-from rsseg.files import is_file, is_folder
 from rsseg.raster import RasterInfo, Window
-from rsseg.vector.grid import Grid, Points, reproject, transformed
-from rsseg.vector.write import VECTOR_ERRORS
+from rsseg.vector.grid import Grid
+from rsseg.vector.place import place, polygon_parts
+from rsseg.vector.read import find_layer, layer_crs, spatial_layers, vector_errors
 
 Polygons = NDArray[np.object_]
 """Shapely polygons and multipolygons."""
-_PIECES = 256
-"""Segments along a scene that are short enough to stay straight in another coordinate system."""
-_MARGIN = 0.02
-"""Margin of the box around a scene, relative to its size."""
 _ROWS = 512
 
 
@@ -56,20 +50,27 @@ class Region:
         return tuple(shapely.bounds(self.polygons).T)
 
 
-def read_region(path: Path, info: RasterInfo) -> Region:
+def read_region(path: Path, info: RasterInfo, *, layer: str | None = None, must_meet: bool = True) -> Region:
     """Read the polygons of all layers of a vector file in pixel coordinates of a scene.
+
+    Args:
+        path: vector file.
+        info: the scene.
+        layer: only this layer.
+        must_meet: raise if no pixel of the scene lies in the region.
 
     Raises:
         DataError: the file is missing or unreadable, holds no polygon, lies outside the scene, or cannot be converted
                 to the scene's coordinate system.
     """
     grid = Grid(info)
-    layers = _read_layers(path)
+    names = spatial_layers(path) if layer is None else [find_layer(path, layer)]
+    layers = [_read_layer(path, name) for name in names]
     if not any(len(polygons) for _, polygons in layers):
         raise DataError(f"{path}: the file has no polygon. Draw the area as polygons.")
-    placed = np.concatenate([_placed(polygons, crs, grid, path) for crs, polygons in layers if len(polygons)])
-    region = Region(placed)
-    if not region.has_pixels(info.height, info.width):
+    placed = [place(polygons, crs, grid, str(path)).shapes for crs, polygons in layers if len(polygons)]
+    region = Region(polygon_parts(np.concatenate(placed))[0])
+    if must_meet and not region.has_pixels(info.height, info.width):
         raise DataError(
             f"{path}: no pixel of the scene lies in this area. Check its location and its coordinate system."
         )
@@ -83,96 +84,11 @@ def region_files(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in path.parent.iterdir() if file.stem == path.stem))
 
 
-def _read_layers(path: Path) -> list[tuple[CRS | None, Polygons]]:
-    if not (is_file(path) or is_folder(path)):
-        raise DataError(f"{path}: there is no such file.")
-    try:
-        names = [name for name, geometry in pyogrio.list_layers(path) if geometry is not None]
-        return [_read_layer(path, name) for name in names]
-    except (*VECTOR_ERRORS, shapely.GEOSException) as error:
-        reason = str(error).split("; ")[0].rstrip(".").removeprefix(f"{path}: ")
-        raise DataError(
-            f"{path}: not a readable vector file: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
-            "that no other program has open."
-        ) from None
-    except CRSError as error:
-        raise DataError(f"{path}: its coordinate system is unknown: {error}.") from None
-
-
 def _read_layer(path: Path, layer: str) -> tuple[CRS | None, Polygons]:
-    about, _, wkb, _ = pyogrio.raw.read(path, layer=layer, columns=[], force_2d=True)
-    shapes = shapely.from_wkb(wkb)
-    parts = shapely.get_parts(shapely.get_parts(shapes[~shapely.is_missing(shapes)]))
-    polygons = parts[(shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(parts)]
+    with vector_errors(path):
+        about, _, wkb, _ = pyogrio.raw.read(path, layer=layer, columns=[], force_2d=True)
+        shapes = shapely.from_wkb(wkb)
+    polygons, _ = polygon_parts(shapes[~shapely.is_missing(shapes)])
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
         raise DataError(f"{path}: some of its coordinates are not finite. Correct them.")
-    return None if about["crs"] is None else CRS.from_user_input(about["crs"]), polygons
-
-
-def _placed(polygons: Polygons, crs: CRS | None, grid: Grid, path: Path) -> Polygons:
-    """The polygons in columns and rows of the scene."""
-    if grid.crs is None and crs is not None and not grid.is_located:
-        raise DataError(f"{path}: the scene has no coordinates, so the area cannot be located in it.")
-    if crs is None or grid.crs is None:
-        return _mapped(polygons, grid.to_pixels)
-    box, turn = _box_around(grid, crs, str(path))
-    near = _near(polygons, box, turns=crs.is_geographic)
-    if (shapely.area(near) > (1 - 1e-9) * shapely.area(box)).any():
-        # The corners of a box around a view of the whole globe may lie off the globe.
-        return np.array([shapely.box(0, 0, grid.info.width, grid.info.height)], np.object_)
-    middle = grid.middle[0]
-
-    def to_scene(points: Points) -> Points:
-        assert grid.crs is not None
-        moved = reproject(points, crs, grid.crs, str(path))
-        if grid.crs.is_geographic:
-            # Longitudes can differ from the scene's by multiples of 360 degrees.
-            expected = points[:, 0] + turn if crs.is_geographic else middle
-            moved = np.stack([expected + (moved[:, 0] - expected + 180) % 360 - 180, moved[:, 1]], axis=1)
-        return grid.to_pixels(moved)
-
-    return _mapped(near, to_scene)
-
-
-def _mapped(polygons: Polygons, function: Any) -> Polygons:
-    return np.asarray(shapely.transform(polygons, function), np.object_)
-
-
-def _box_around(grid: Grid, crs: CRS, what: str) -> tuple[Any, float]:
-    """Box around a scene in another coordinate system, and the offset of the scene's own longitudes from the box's.
-
-    Longitudes of the box continue beyond 180 degrees.
-    """
-    assert grid.crs is not None
-    points = transformed(grid.to_ground(grid.lattice(33)), grid.crs, crs, what)
-    points = points[np.isfinite(points).all(axis=1)]
-    if not len(points):
-        return shapely.Polygon(), 0.0
-    turn = 0.0
-    if crs.is_geographic:
-        middle = points[len(points) // 2, 0]
-        points[:, 0] = middle + (points[:, 0] - middle + 180) % 360 - 180
-        turn = 360.0 * round((grid.middle[0] - middle) / 360) if grid.crs.is_geographic else 0.0
-    low, high = points.min(0), points.max(0)
-    margin = (high - low) * _MARGIN
-    low, high = low - margin, high + margin
-    if crs.is_geographic:
-        low[1], high[1] = max(low[1], -90.0), min(high[1], 90.0)
-    return shapely.box(*low, *high), turn
-
-
-def _near(polygons: Polygons, box: Any, *, turns: bool) -> Polygons:
-    """The polygons clipped to the box, with added vertices; `turns`: also after a shift by 360 degrees either way."""
-    if shapely.is_empty(box):
-        return polygons[:0]
-    low_x, low_y, high_x, high_y = shapely.bounds(box)
-    step = max(high_x - low_x, high_y - low_y) / _PIECES
-    found = []
-    for shift in (-360.0, 0.0, 360.0) if turns else (0.0,):
-        moved = shapely.transform(polygons, partial(np.add, (shift, 0)))
-        moved = moved[shapely.intersects(shapely.box(*shapely.bounds(moved).T), box)]
-        cut = shapely.intersection(shapely.make_valid(moved), box)
-        found.append(cut)
-    parts = shapely.get_parts(np.concatenate(found))
-    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
-    return np.asarray(shapely.segmentize(parts, step), np.object_)
+    return layer_crs(path, about["crs"]), polygon_parts(shapely.make_valid(polygons))[0]

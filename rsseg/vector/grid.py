@@ -58,7 +58,10 @@ class Grid:
         """Areas on the ellipsoid; None without a known ellipsoid, and for RPCs, which need heights."""
         if self.crs is None or not (self._has_transform or self.info.gcps):
             return None
-        rows, cols = (_edges(length) for length in (self.info.height, self.info.width))
+        rows, cols = (
+            np.linspace(0, length, min(length, _CELLS) + 1).astype(np.int64)
+            for length in (self.info.height, self.info.width)
+        )
         # The area at the middle of each cell, from the diagonals of a small quadrangle.
         half_rows, half_cols = np.diff(rows) / 16, np.diff(cols) / 16
         x, y = (edges[:-1] + np.diff(edges) / 2 for edges in (cols, rows))
@@ -76,6 +79,17 @@ class Grid:
             return None
         return PixelAreas(rows, cols, np.nan_to_num(density, posinf=0, neginf=0))
 
+    def pixel_sizes(self, points: Points) -> NDArray[np.float64] | None:
+        """Metres on the ground per column and per row at positions in pixels, float64 (n, 2); see `pixel_areas`."""
+        if self.crs is None or not (self._has_transform or self.info.gcps):
+            return None
+        steps = np.array([(-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
+        around = self.to_ground((points + steps[:, None]).reshape(-1, 2))
+        if (places := _geocentric(around, self.crs)) is None:
+            return None
+        left, right, above, below = places.reshape(4, len(points), 3)
+        return np.asarray(np.linalg.norm(np.stack([right - left, below - above], axis=1), axis=2))
+
     @property
     def _has_transform(self) -> bool:
         return not self.info.transform.is_identity and not self.info.gcps
@@ -84,8 +98,7 @@ class Grid:
         """Convert pixels to ground coordinates."""
         cols, rows = points[:, 0], points[:, 1]
         if self._has_transform or not self.is_located:
-            t = self.info.transform
-            return np.stack([t.a * cols + t.b * rows + t.c, t.d * cols + t.e * rows + t.f], axis=1)
+            return np.stack(self.info.transform * (cols, rows), axis=1)
         with self._transformer() as transformer:
             return np.stack(transformer.xy(rows, cols, self._heights(len(points)), offset="ul"), axis=1)
 
@@ -93,8 +106,7 @@ class Grid:
         """Convert ground coordinates to pixels, not rounded."""
         x, y = points[:, 0], points[:, 1]
         if self._has_transform or not self.is_located:
-            t = ~self.info.transform
-            return np.stack([t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f], axis=1)
+            return np.stack(~self.info.transform * (x, y), axis=1)
         with self._transformer() as transformer:
             rows, cols = transformer.rowcol(x, y, self._heights(len(points)), op=np.asarray)
         return np.stack([cols, rows], axis=1).astype(np.float64)
@@ -176,10 +188,6 @@ class PixelAreas:
             np.pad(per_col.cumsum(0), above)[:-1],
             np.pad(per_row.cumsum(1), before)[:, :-1],
         )
-
-
-def _edges(length: int) -> NDArray[np.int64]:
-    return np.linspace(0, length, min(length, _CELLS) + 1).astype(np.int64)
 
 
 def _cells(edges: NDArray[np.int64]) -> NDArray[np.int64]:

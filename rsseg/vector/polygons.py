@@ -123,7 +123,7 @@ def _pieces(pixels: NDArray[np.uint8], top: int, corners: NDArray[np.bool_] | No
         piece = _Piece(int(value), rings)
         for number, points in enumerate(shape["coordinates"]):
             ring = [(int(x), int(y)) for x, y in points]
-            if (_area(ring) > 0) != (number == 0):
+            if (_doubled_area(ring) > 0) != (number == 0):
                 ring.reverse()
             if corners is not None:
                 ring = _split_at(ring, corners, top)
@@ -157,14 +157,14 @@ def _polygon(
     piece: _Piece, simplify: float, area_of: Callable[[NDArray[np.int64]], float] | None
 ) -> Iterator[PixelPolygon]:
     rings = _relinked(piece.rings, piece.seams, piece.corners) if piece.seams else piece.rings
-    rings.sort(key=_area, reverse=True)
-    pixels = sum(_area(ring) for ring in rings)
+    rings.sort(key=_doubled_area, reverse=True)
+    pixels = sum(_doubled_area(ring) for ring in rings) // 2
     area = None if area_of is None else sum(area_of(np.array(ring, np.int64)) for ring in rings)
     if simplify:
         rings = [short for ring in rings if (short := _simplified(ring, piece.corners, simplify))]
-        if not rings or _area(rings[0]) <= 0:
+        if not rings or _doubled_area(rings[0]) <= 1:
             return
-    yield PixelPolygon(piece.value, int(pixels), area, tuple(rings))
+    yield PixelPolygon(piece.value, pixels, area, tuple(rings))
 
 
 def _relinked(rings: list[Ring], seams: set[int], corners: set[Vertex]) -> list[Ring]:
@@ -221,19 +221,16 @@ def _continues(follow: dict[Vertex, list[Vertex]], ring: Ring) -> bool:
     return any((e[0] - x1) * dy - (e[1] - y1) * dx > 0 for e in ends)
 
 
-def _area(ring: Ring) -> int:
-    """Pixels within the ring; positive for an outer ring."""
-    points = np.array(ring, np.int64)
-    x, y = points[:, 0], points[:, 1]
-    return int((x[:-1] * y[1:] - x[1:] * y[:-1]).sum()) // 2
+def _doubled_area(ring: Ring) -> int:
+    """Twice the pixels within the ring; positive for an outer ring."""
+    x, y = np.array(ring, np.int64).T
+    return int((x[:-1] * y[1:] - x[1:] * y[:-1]).sum())
 
 
-def _junctions_of(
-    read: Callable[[int, int], NDArray[np.uint8]], top: int, bottom: int, height: int, width: int
-) -> NDArray[np.bool_]:
+def _junctions_of(read: ReadRows, top: int, bottom: int, height: int, width: int) -> NDArray[np.bool_]:
     """bool (bottom - top + 1, width + 1): pixel corners at which three or more areas meet.
 
-    `read` returns rows; the row above and the row below the band are read too.
+    The row above and the row below the band are read too.
     """
     rows = np.full((bottom - top + 2, width + 2), _OUTSIDE, np.int16)
     first, last = max(top - 1, 0), min(bottom + 1, height)
@@ -333,7 +330,3 @@ def _distances(
     length = float(along @ along)
     share = np.clip(((points - start) @ along) / length, 0, 1) if length else np.zeros(len(points))
     return np.asarray(np.hypot(*(points - start - share[:, None] * along).T))
-
-
-def _doubled_area(ring: list[Vertex]) -> int:
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise(ring))

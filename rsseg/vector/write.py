@@ -12,7 +12,6 @@ import numpy as np
 import pyogrio
 import shapely
 from numpy.typing import NDArray
-from pyogrio._err import CPLE_BaseError  # what GDAL's own errors are raised as; it has no public name
 
 from rsseg.errors import MachineError, UsageError
 from rsseg.files import check_outputs, remove_leftovers, temporary_path
@@ -20,6 +19,7 @@ from rsseg.raster import Raster, Window
 from rsseg.task import NODATA, Task
 from rsseg.vector.grid import LONGITUDE_LATITUDE, Grid, reproject
 from rsseg.vector.polygons import PixelPolygon, trace_polygons
+from rsseg.vector.read import VECTOR_ERRORS
 
 # GDAL's warnings, with lines of source code, and those of missing coordinates, which are normal here. Once for the
 # process: a filter around a call leaks between threads.
@@ -29,7 +29,6 @@ warnings.filterwarnings("ignore", message="'crs' was not provided", category=Use
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf", ".shp": "ESRI Shapefile", ".parquet": ""}
 """GDAL's name of each format that is written; GeoParquet is written by pyarrow."""
 SHAPEFILE_PARTS = (".shp", ".shx", ".dbf", ".prj", ".cpg")
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
 _BATCH = 2000
 """Polygons per batch that is georeferenced and written."""
 _CHECKED = 100_000

@@ -86,6 +86,18 @@ def tarred(folder: Path, archive: Path, within: str, mode: str = "w:gz") -> Path
     return archive
 
 
+def own_folder(root: Path) -> Path:
+    """A user's folder: ten images, masks for six of them, and the class file."""
+    for number in range(10):
+        classes = scene(f"own{number}", 3)
+        write_tif(root / "images" / f"{number}.tif", pixels(classes).transpose(2, 0, 1), photometric="RGB")
+        if number < 6:
+            write_png(root / "masks" / f"{number}.png", classes.astype(np.uint8))
+    rows = "\n".join(f"  - {{name: class{value}, value: {value}, color: '#0000{value}0'}}" for value in range(3))
+    (root / "classes.yaml").write_text(f"name: own\nbands: [red, green, blue]\nclasses:\n{rows}\n")
+    return root
+
+
 def shipped(card: str, root: Path) -> Path:
     """`img_dir` and `ann_dir` of KTDA's authors."""
     for split in CARDS[card].splits:

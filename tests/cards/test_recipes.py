@@ -10,9 +10,21 @@ from rsseg.config import SelectConfig
 from rsseg.data.sources import Datasets
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.recipe import load_recipe, packaged_recipes
-from tests.cards.miniatures import city_osm, deepglobe, gid, landcovernet, loveda, potsdam, shipped, vaihingen, zipped
+from tests.cards.miniatures import (
+    city_osm,
+    deepglobe,
+    gid,
+    landcovernet,
+    loveda,
+    own_folder,
+    potsdam,
+    shipped,
+    vaihingen,
+    zipped,
+)
 
 SOURCES = {
+    "FOLDER": own_folder,
     "LOVEDA": loveda,
     "POTSDAM": potsdam,
     "VAIHINGEN": vaihingen,
@@ -49,7 +61,7 @@ class Workshop:
             path = self.root / f"{command[source]}.path"
             if not path.is_file():
                 path.write_text(str(SOURCES[command[source]](made)))
-            typed = [*command[:source], path.read_text(), *command[source + 1 :]]
+            typed = [word.replace(command[source], path.read_text()) for word in command]
             small = ["--tile", "16"] if command[2] not in ("grass", "cloud") else []
             monkeypatch.chdir(place)
             assert run([*typed, *small]) == 0

@@ -16,7 +16,6 @@ from rsseg.checkpoint import read_header
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.index import SegmentationIndex
-from rsseg.recipe import load_recipe
 from tests.conftest import rgb_task, write_tif
 from tests.unit.mtdf_models import PYRAMID, TAUGHT, TEACHERS
 from tests.unit.test_mtdf_importer import checkpoint
@@ -55,7 +54,7 @@ def without_pretrained(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         ("complementary_dropout=true", 3, "set strong_views to 2"),
         ("only_teachers=[clip]", 3, "only_teachers names 'clip'"),
         ("confidance=0.9", 3, "Did you mean 'confidence'"),
-        ("start_from=nowhere", 5, "nowhere: no such file or folder"),
+        ("start=nowhere", 5, "nowhere: no such file or folder"),
     ],
 )
 def test_bad_values_end_with_their_exit_code_and_one_message(
@@ -155,11 +154,3 @@ def predict(model: Path, folder: Path) -> None:
     with rasterio.open(classes) as raster:
         assert raster.shape == (50, 70)
         assert set(np.unique(raster.read(1))) <= {0, 1, 2, 255}
-
-
-def test_recommended_recipe_is_packaged_and_claims_no_publication() -> None:
-    recipe = load_recipe("mtdf-recommended")
-    assert recipe.method == "mtdf"
-    assert recipe.strong_views == 2
-    assert recipe.complementary_dropout
-    assert "not published" in recipe.title

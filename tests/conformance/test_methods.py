@@ -5,21 +5,22 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.checkpoint import load_tensors, write_model
 from rsseg.config import LossConfig
 from rsseg.data.streams import Batch, training_batches
 from rsseg.distributed import wrap
 from rsseg.errors import Interrupted
-from rsseg.layers.blocks import resize_logits
+from rsseg.layers.blocks import has_batch_norm, resize_logits
 from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for, segmenter_for
@@ -27,12 +28,15 @@ from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.checkpoints import model_header
+from rsseg.training.device import Hardware
+from rsseg.training.graphs import WARM_UP, make_step
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
-from rsseg.training.state import frozen_hashes
-from rsseg.training.trainer import seed_everything
+from rsseg.training.state import Parts, frozen_hashes
+from rsseg.training.step import RunningStatistics, seed_everything, set_rate
 from tests.conformance.cases import Case, make_case, methods_covered, recipe_files
+from tests.training.replaying import CpuRecorder, NoSynchronization
 
 
 @pytest.fixture(scope="module", params=recipe_files(), ids=lambda path: path.stem)
@@ -86,19 +90,6 @@ def test_crops_without_a_label_have_no_segmentation_loss_and_finite_gradients(
     assert losses["seg"].item() == 0.0
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
-
-
-class NoSynchronization(TorchDispatchMode):
-    """Refuses operations that make the host wait for a GPU: reading values, shapes that depend on values, constants."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "lift_fresh")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert name not in self.WAITING, f"{func} waits for the device"
-        assert not masks, f"{func} by a mask waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_step_does_not_wait_for_the_device(method: Method, batches: Iterator[Batch]) -> None:
@@ -184,22 +175,84 @@ def test_saved_network_gives_the_same_logits_and_holds_nothing_else(case: Case, 
     assert sum(t.numel() for t in stored.values()) == sum(t.numel() for t in segmenter.state_dict().values())
 
 
-class _StopAfter(Silent):
+class _StopAfter(Progress):
     def on_step(self, report: StepReport) -> None:
         if report.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_resumed_run_equals_an_unbroken_one(case: Case, tmp_path: Path) -> None:
-    unbroken = RunFolder(train(case.recipe, output=tmp_path / "unbroken", progress=Silent()).run)
+    unbroken = RunFolder(train(case.recipe, output=tmp_path / "unbroken", progress=Progress()).run)
     with pytest.raises(Interrupted):
         train(case.recipe, output=tmp_path / "broken", progress=_StopAfter())
     broken = find_run(None, tmp_path / "broken")
-    train(case.recipe, output=tmp_path / "broken", resume=broken.path, progress=Silent())
+    train(case.recipe, output=tmp_path / "broken", resume=broken.path, progress=Progress())
     for a, b in ((unbroken.state, broken.state), (unbroken.model, broken.model)):
         first, second = load_file(a), load_file(b)
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def _trained(case: Case, recorder: CpuRecorder | None, steps: int) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """Weights and losses after some steps, eager or recorded."""
+    torch.manual_seed(0)
+    trainer = case.recipe.trainer.model_copy(update={"graphs": "off" if recorder is None else "on", "clip_grad": 1.0})
+    recipe = case.recipe.model_copy(update={"trainer": trainer})
+    method = method_for(recipe, case.task).train()
+    parts = Parts(method, None, build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=False))
+    step = make_step(parts, recipe, Hardware(torch.device("cpu")), pytest.fail, recorder)
+    losses = []
+    batches = training_batches(recipe, method.streams, case.task, device="cpu", start_step=0)
+    for number in range(steps):
+        for optimizer in parts.optimizers.values():
+            for group in optimizer.param_groups:
+                set_rate(group, 2.0 ** -(9 + number))  # exact in float32
+        micro = step.gradients(next(batches), number, 0)
+        losses.append([float(value) for value in micro.output.losses.values()])
+        step.update()
+        method.after_optimizer_step(number)
+    batches.close()
+    return method.state_dict(), losses
+
+
+def test_recorded_steps_equal_eager_ones(case: Case) -> None:
+    recorder = CpuRecorder()
+    steps = WARM_UP + 3
+    weights, losses = _trained(case, recorder, steps)
+    assert (recorder.recorded, recorder.replays) == (3, 9)
+    expected, eager = _trained(case, None, steps)
+    assert losses == eager
+    assert [name for name, tensor in expected.items() if not torch.equal(weights[name], tensor)] == []
+
+
+def test_teachers_stored_in_half_precision_teach_the_same(method: Method, batches: Iterator[Batch]) -> None:
+    batch = next(batches)
+    statistics = RunningStatistics(method)
+
+    def losses() -> dict[str, Tensor]:
+        statistics.restore()
+        with torch.autocast("cpu", torch.bfloat16):
+            return backward(method, batch)
+
+    before = losses()
+    for teacher in method.frozen_teachers():
+        teacher.store_as(torch.bfloat16)
+    stored = {p.dtype for teacher in method.frozen_teachers() for p in teacher.module.parameters()}
+    assert stored in (set(), {torch.float32, torch.bfloat16})
+    after = losses()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_synchronized_batch_norms_change_no_name_or_tensor(method: Method) -> None:
+    tensors = {id(tensor) for tensor in (*method.parameters(), *method.buffers())}
+    names, shipped = method.state_dict().keys(), method.deployable().state_dict().keys()
+    has = has_batch_norm(method)
+    synchronize_batch_norms(method)
+    assert (method.state_dict().keys(), method.deployable().state_dict().keys()) == (names, shipped)
+    assert {id(tensor) for tensor in (*method.parameters(), *method.buffers())} == tensors
+    norms = [m for part in (method, method.deployable()) for m in part.modules() if isinstance(m, _BatchNorm)]
+    assert bool(norms) == has
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
 @pytest.fixture

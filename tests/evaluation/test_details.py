@@ -18,7 +18,7 @@ from rsseg.evaluation.result import load_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 from tests.conftest import write_png
 from tests.training.recipes import tiny_recipe
@@ -180,7 +180,7 @@ def test_examples_are_the_extremes_and_the_middle_without_repeats() -> None:
 def finished(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3})
-    return RunFolder(train(recipe, output=tmp_path / "runs", progress=Silent()).run)
+    return RunFolder(train(recipe, output=tmp_path / "runs", progress=Progress()).run)
 
 
 def test_training_calibrates_the_shipped_model_and_keeps_its_evaluation(finished: RunFolder) -> None:
@@ -212,7 +212,7 @@ def test_calibration_is_a_switch_of_the_recipe(
 
     monkeypatch.setattr("rsseg.evaluation.collector.fit_temperatures", fit)
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1}, eval={"calibrate": choice})
-    segmenter = load_segmenter(train(recipe, output=tmp_path, progress=Silent()).model)
+    segmenter = load_segmenter(train(recipe, output=tmp_path, progress=Progress()).model)
     if choice == "none":
         assert segmenter.calibration is None
     else:
@@ -283,7 +283,7 @@ def test_damaged_calibration_is_refused(finished: RunFolder, capsys: pytest.Capt
 def test_calibration_on_the_source_of_an_adaptation_is_said(
     rgb_dataset: Path, tmp_path: Path, domain: str, elsewhere: bool
 ) -> None:
-    result = train(recipe_for(rgb_dataset, val=domain, trainer={"steps": 1}), output=tmp_path, progress=Silent())
+    result = train(recipe_for(rgb_dataset, val=domain, trainer={"steps": 1}), output=tmp_path, progress=Progress())
     calibration = load_segmenter(result.model).calibration
     assert calibration is not None
     assert ("the source domain" in calibration.fitted_on) == elsewhere

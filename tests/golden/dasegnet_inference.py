@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rsseg.inference.blend import Tile, blend_logits
 from rsseg.inference.predict import Compute, predict_tile_logits
 from rsseg.inference.tiling import plan_tiles, tile_origins
+from rsseg.inference.torch_network import TorchNetwork
 from rsseg.layers.blocks import resize_logits
 from rsseg.methods.dasegnet.network import DASegNet
 from tests.golden.builders import images_of
@@ -195,15 +197,16 @@ def check_tiling(case: Case, net: DASegNet, images: Tensor, window: Window) -> N
     plan = plan_tiles(*images.shape[-2:], tile=side, overlap=side - stride)
     maps = []
     for image in images:
-        scored = predict_tile_logits(net, _tiles(image, plan), Compute(torch.device("cpu")))
-        maps.append(torch.cat([strip.logits for strip in blend_logits(scored, plan, "mean", net.task.num_classes)]))
-    blended = torch.stack(maps).permute(0, 3, 1, 2)
+        scored = predict_tile_logits(TorchNetwork(net), _tiles(image, plan), Compute())
+        strips = blend_logits(scored, plan, "mean", net.task.num_classes)
+        maps.append(torch.from_numpy(np.concatenate([strip.logits for strip in strips], axis=1)))
+    blended = torch.stack(maps)
     case.close("windows blended by the product", blended, slide(net, images, window), "logits")
 
 
 def _tiles(image: Tensor, plan: Any) -> list[Tile]:
-    def cut(top: int, left: int) -> Tensor:
-        return image[:, top : top + plan.rows.tile, left : left + plan.cols.tile]
+    def cut(top: int, left: int) -> np.ndarray:
+        return image[:, top : top + plan.rows.tile, left : left + plan.cols.tile].numpy()
 
     return [
         Tile(row, col, partial(cut, top, left))

@@ -19,7 +19,7 @@ from rsseg.methods.dasegnet.importer import (
 )
 from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
 from rsseg.methods.dasegnet.network import build_decoder
-from rsseg.methods.dasegnet.recipe import SelfTrainingConfig, TeacherConfig
+from rsseg.methods.dasegnet.recipe import NeckConfig, SelfTrainingConfig, TeacherConfig
 from rsseg.methods.dasegnet.self_training import AVERAGED, Teacher, pseudo_labels
 from tests.golden.builders import check_loss, grad_of, gradients, load_exactly, norm
 from tests.golden.case import Case
@@ -67,18 +67,14 @@ def check_neck(case: Case, module: nn.Module, rename: Rename) -> None:
 
 def check_level(case: Case) -> None:
     config = case.meta["module"]
-    module = DisentangledLevel(
-        config["in_channels"],
-        universal=config["type"] == "DS2Neck",
-        reduction=config.get("r", 8),
-        min_width=config.get("L", 8),
-    )
+    settings = NeckConfig(reduction=config.get("r", 8), min_width=config.get("L", 8))
+    module = DisentangledLevel(config["in_channels"], settings, universal=config["type"] == "DS2Neck")
     check_neck(case, module, rename_neck_level)
 
 
 def check_levels(case: Case) -> None:
     config = case.meta["module"]
-    check_neck(case, DisentangledNeck(plain(config["in_channels"]), **neck_values(config)), rename_neck)
+    check_neck(case, DisentangledNeck(plain(config["in_channels"]), NeckConfig(**neck_values(config))), rename_neck)
 
 
 def check_discriminator(case: Case) -> None:

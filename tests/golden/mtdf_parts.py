@@ -15,6 +15,7 @@ from rsseg.layers.dpt import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator
+from rsseg.methods.mtdf.recipe import TeacherConfig
 from tests.golden.builders import as_precise, make_task
 from tests.golden.case import Case
 from tests.golden.settings import Settings, plain
@@ -78,7 +79,10 @@ def recorded_teacher(tokens: Tensor, grid: Sequence[int], **options: Any) -> Tea
     """Teacher that returns recorded tokens; a single row is repeated over the batch."""
     target = tokens_to_map(tokens, grid)
     backbone = recorded_backbone(lambda images: (target.expand(len(images), -1, -1, -1),), [target.shape[1]])
-    return Teacher(backbone, student_normalized=True, **options)
+    config = TeacherConfig(
+        name="recorded", backbone={"name": "recorded"}, teacher_input="student_normalized", **options
+    )
+    return Teacher(backbone, config)
 
 
 def recorded_teachers(case: Case, grid: Sequence[int]) -> dict[str, Teacher]:

@@ -16,7 +16,7 @@ from rsseg.layers.losses import cross_entropy
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
-from rsseg.methods.mtdf.method import Settings as MethodSettings
+from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.optimizers import build_optimizers, lr_at
@@ -185,16 +185,17 @@ def _check_steps(case: Case, name: str) -> None:
 
 def _method(case: Case) -> MTDFMethod:
     hyper = case.meta["hyper_parameters"]
-    settings = MethodSettings(
-        labeled_weight=1 / 3,
-        pseudo_weight=1 / 3,
-        distill_weight=1 / 3,
+    recipe = MTDFRecipe(
+        method="mtdf",
+        name="golden",
+        data={"path": "unused"},
+        student={"name": "vit_small_patch14_dinov2"},
         confidence=hyper["conf_thresh"],
         ema_decay=published_decay(),
         head_lr_scale=hyper["lr_other"] / hyper["lr_backbone"],
     )
     student = make_student(hyper, case.group("start"))
-    method = MTDFMethod(student, recorded_teachers(case, grid_of(hyper)), settings)
+    method = MTDFMethod(recipe, student, recorded_teachers(case, grid_of(hyper)))
     method.train()
     return method
 

@@ -19,9 +19,9 @@ seeds = st.integers(0, 2**31 - 1)
 def test_order_is_the_permutation_of_its_epoch_from_any_start(seed: int, count: int, start: int) -> None:
     order = Order(seed, "labeled", count)
     for k in range(start, start + 2 * count):
-        assert order[k] == permutation(seed, "labeled", k // count, count)[k % count]
+        assert order.draw(k)[0] == permutation(seed, "labeled", k // count, count)[k % count]
     epoch = -(-start // count)
-    assert sorted(order[k] for k in range(epoch * count, (epoch + 1) * count)) == list(range(count))
+    assert sorted(order.draw(k)[0] for k in range(epoch * count, (epoch + 1) * count)) == list(range(count))
 
 
 @given(micro=st.integers(0, 9), batch=st.integers(1, 6), world=st.integers(1, 4))

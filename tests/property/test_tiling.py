@@ -61,3 +61,27 @@ def test_tile_plan_counts_what_is_computed() -> None:
 def test_overlap_that_does_not_fit_the_tile_is_refused(overlap: int) -> None:
     with pytest.raises(UsageError, match="choose 0 to 31"):
         plan_tiles(64, 64, tile=32, overlap=overlap)
+
+
+FITTED = {"tile": 1280, "overlap": 128, "multiple": 32, "fitted": True}
+
+
+@given(length=st.integers(512, 40000))
+def test_fitted_tiles_compute_few_pixels_on_the_grid_of_the_network(length: int) -> None:
+    axis = plan_tiles(length, 512, **FITTED).rows
+    computed = len(axis.origins) * -(-axis.tile // 32) * 32
+    assert (computed / length) ** 2 <= 1.35
+    assert axis.tile <= 1280
+    assert axis.origins[-1] + axis.tile >= length
+    if len(axis.origins) > 1:
+        strides = set(np.diff(axis.origins))
+        assert len(strides) == 1
+        assert axis.tile % 32 == strides.copy().pop() % 32 == 0
+        assert axis.tile - strides.pop() >= 128
+    assert [p for span in axis.kept for p in (span.start, span.stop)][1:-1:2] == [s.stop for s in axis.kept[:-1]]
+    assert all(span.length > 0 for span in axis.kept)
+
+
+def test_fitted_tiles_of_a_square_of_2048() -> None:
+    plan = plan_tiles(2048, 2048, **FITTED)
+    assert (plan.count, plan.rows.tile, round(plan.redundancy, 2)) == (4, 1088, 1.13)

@@ -17,7 +17,7 @@ from rsseg.evaluation.result import Evaluation, load_evaluation, save_evaluation
 from rsseg.report.figures import line_chart
 from rsseg.report.page import write_report
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 from tests.training.recipes import tiny_recipe, tiny_values
 
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def finished(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.chdir(tmp_path)
-    return RunFolder(train(tiny_recipe(rgb_dataset), output=tmp_path / "runs", progress=Silent()).run)
+    return RunFolder(train(tiny_recipe(rgb_dataset), output=tmp_path / "runs", progress=Progress()).run)
 
 
 def test_training_ends_with_a_report(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from rsseg.inference.image import predict_image
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.scene.options import SceneOptions
+from rsseg.scene.memory import prepare_network
+from rsseg.scene.options import SceneOptions, ScenePlan
+from rsseg.scene.plan import prepare_scene
 from tests.toys import ConvSegmenter, make_task
 
 RECIPE = """
@@ -30,6 +32,11 @@ EXACT = {"tile": 64, "overlap": 8, "dtype": "float32", "device": "cpu"}
 
 def options(**changes: Any) -> SceneOptions:
     return SceneOptions.model_validate({**EXACT, **changes})
+
+
+def plan_scene(segmenter: Segmenter, scene: Path | str, output: Path, options: SceneOptions) -> ScenePlan:
+    """What `predict_scene` would do, without reading a pixel."""
+    return prepare_scene(prepare_network(segmenter, options), scene, output, options).describe()
 
 
 def random_pixels(height: int, width: int, bands: int = 3) -> np.ndarray:

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import rasterio
 
-from rsseg.checkpoint import read_header, write_model
+from rsseg.checkpoint import Calibration, read_header, write_model
 from rsseg.cli import run
 from rsseg.errors import UsageError
 from rsseg.inference.network import load_segmenter
-from rsseg.methods.base import Calibration
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import options, random_pixels, read_classes, write_tiny_model

@@ -19,9 +19,16 @@ from rsseg.errors import UsageError
 from rsseg.files import check_outputs
 from rsseg.scene.batch import Target, choose_targets, find_scenes, predict_scenes
 from rsseg.scene.memory import prepare_network
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_png, write_tif
-from tests.scene.helpers import files_in, options, random_pixels, read_classes, write_tiny_model
+from tests.scene.helpers import (
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+    write_tiny_model,
+)
 from tests.toys import ConvSegmenter, make_task
 
 

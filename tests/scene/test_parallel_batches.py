@@ -6,9 +6,21 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.methods.base import TileHint
+from rsseg.scene.memory import prepare_network
+from rsseg.scene.options import SceneOptions
+from rsseg.scene.plan import prepare_scene
+from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
-from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes, threads
+from tests.scene.helpers import (
+    StoppingSegmenter,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+    threads,
+)
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -20,7 +32,8 @@ def test_parallel_batches_give_the_pixels_of_single_ones(tmp_path: Path, blend: 
     pixels[:, :100, :200] = 0
     scene = write_tif(tmp_path / "scene.tif", pixels, nodata=0)
     choices = options(blend=blend, confidence=True, batch_size=2)
-    assert plan_scene(segmenter, scene, tmp_path / "many.tif", choices).parallel_batches == 3
+    # A single batch has all threads.
+    assert plan_scene(segmenter, scene, tmp_path / "many.tif", choices).parallel_batches == (3 if size[0] > 64 else 1)
     predict_scene(segmenter, scene, tmp_path / "many.tif", choices)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
@@ -47,3 +60,24 @@ def test_failure_in_one_of_several_batches_ends_all_and_leaves_nothing(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         predict_scene(StoppingSegmenter(5), scene, tmp_path / "out.tif", options())
     assert files_in(tmp_path) == ["scene.tif"]
+
+
+def test_free_memory_decides_nothing_but_how_many_batches_run_in_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter = ConvSegmenter(make_task(), tile=TileHint(64, 8, flexible=True))
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(300, 420))
+    choices = SceneOptions(device="cpu", dtype="float32", batch_size=2)
+    monkeypatch.setattr("rsseg.scene.memory.free_bytes", lambda: 0)
+    with threads(3):
+        scarce = prepare_scene(prepare_network(segmenter, choices), scene, tmp_path / "out.tif", choices)
+        monkeypatch.setattr("rsseg.scene.memory.free_bytes", lambda: 64 << 30)
+        plenty = prepare_scene(prepare_network(segmenter, choices), scene, tmp_path / "out.tif", choices)
+    assert (scarce.parallel_batches, plenty.parallel_batches) == (1, 3)
+    assert (scarce.plan, scarce.panels, scarce.compute.batch_size) == (
+        plenty.plan,
+        plenty.panels,
+        plenty.compute.batch_size,
+    )
+    assert scarce.identity() == plenty.identity()
+    assert plenty.memory_bytes <= 4 << 30

@@ -19,11 +19,18 @@ from rsseg.raster import Raster, Window
 from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
-from rsseg.scene.predict import plan_scene, predict_scene
+from rsseg.scene.predict import predict_scene
 from rsseg.scene.preview import draw_preview
 from rsseg.vector.write import write_polygons
 from tests.conftest import write_png, write_tif
-from tests.scene.helpers import expected_values, files_in, options, random_pixels, read_classes
+from tests.scene.helpers import (
+    expected_values,
+    files_in,
+    options,
+    plan_scene,
+    random_pixels,
+    read_classes,
+)
 from tests.toys import ConvSegmenter, make_task
 
 
@@ -64,13 +71,15 @@ def test_test_time_views_average_the_poses_of_each_tile(tmp_path: Path, views: s
     predict_scene(segmenter, scene, tmp_path / "out.tif", options(tta=views))
     image = torch.from_numpy(pixels.astype(np.float32) / 255)
     with torch.inference_mode():
-        shares = sum(p.undo(segmenter.predict_logits(p.apply(image)[None])[0].softmax(0)) for p in poses_of(views))
+        shares = sum(
+            p.undo(segmenter.predict_logits(p.apply(image, torch)[None])[0].softmax(0), torch) for p in poses_of(views)
+        )
     assert_array_equal(read_classes(tmp_path / "out.tif"), 10 * shares.argmax(0).numpy() + 1)
 
 
 def test_eight_poses_are_different_and_can_be_undone() -> None:
     tile = torch.arange(12.0).reshape(1, 3, 4)
-    seen = [pose.apply(tile) for pose in poses_of("d4")]
+    seen = [pose.apply(tile, torch) for pose in poses_of("d4")]
     assert len({tuple(map(tuple, s[0].tolist())) for s in seen}) == 8
     for pose, view in zip(poses_of("d4"), seen, strict=True):
         assert torch.equal(pose.undo(view), tile)

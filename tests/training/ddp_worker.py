@@ -19,9 +19,9 @@ from rsseg.methods.base import Method, Segmenter
 from rsseg.metrics import scores
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import Hardware
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
@@ -69,7 +69,7 @@ def domains(number: int) -> Batch:
 CASES: Mapping[str, Callable[[dict[str, Any]], Made]] = MappingProxyType({"toy": toy, "dasegnet": dasegnet})
 
 
-class Losses(Silent):
+class Losses(Progress):
     def __init__(self) -> None:
         self.seen: dict[str, list[float]] = {}
 

@@ -17,9 +17,9 @@ from rsseg.distributed import StopSignals, process_group
 from rsseg.errors import DataError
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import Hardware
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
@@ -62,7 +62,7 @@ def stop_training(folder: Path) -> None:
             batches_from=batches,  # type: ignore[arg-type]
             evaluate=None,
             checkpoints=Checkpoints(RunFolder(folder), recipe, identity, used={}, writes=False),
-            progress=Silent(),
+            progress=Progress(),
             signals=signals,
         )
         reason = trainer.fit()

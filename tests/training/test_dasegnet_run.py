@@ -20,7 +20,7 @@ from rsseg.files import read_rows
 from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import plan, train
 from tests.conftest import write_tif
 from tests.training.test_run import Listening, assert_same_tensors
@@ -66,9 +66,9 @@ def poison(data: Path, domain: str) -> None:
 
 def test_target_masks_are_never_opened_by_a_run(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = recipe_for(rgb_dataset)
-    clean = train(recipe, output=tmp_path / "clean", progress=Silent())
+    clean = train(recipe, output=tmp_path / "clean", progress=Progress())
     poison(rgb_dataset, "north")
-    poisoned = train(recipe, output=tmp_path / "poisoned", progress=Silent())
+    poisoned = train(recipe, output=tmp_path / "poisoned", progress=Progress())
     assert_same_tensors(clean.model, poisoned.model)
 
 
@@ -98,7 +98,7 @@ def test_manifest_says_whose_labels_chose_the_weights(
 ) -> None:
     recipe = recipe_for(rgb_dataset, val=domain, trainer={"monitor": monitor, "steps": 1})
     assert selection in plan(recipe).text()
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     assert RunFolder(result.run).manifest().selection == selection
 
 
@@ -117,7 +117,7 @@ def test_exploding_discriminator_ends_the_run_and_leaves_the_last_good_checkpoin
 ) -> None:
     recipe = exploding(recipe_for(rgb_dataset, optimizers=EXPLODING))
     with pytest.raises(RecipeError, match=r"training diverged: .* not finite by step 2\..*last\.safetensors"):
-        train(recipe, output=tmp_path, progress=Silent())
+        train(recipe, output=tmp_path, progress=Progress())
     (path,) = tmp_path.glob("*_dasegnet_*")
     assert all(tensor.isfinite().all() for tensor in load_file(RunFolder(path).last).values())
     assert RunFolder(path).manifest().state == "failed"
@@ -127,7 +127,7 @@ def test_adversarial_losses_that_are_not_finite_are_named(rgb_dataset: Path, tmp
     rarely = {"log_every": 3, "eval_every": 3, "checkpoint_every": 3}
     recipe = exploding(recipe_for(rgb_dataset, optimizers=EXPLODING, trainer=rarely))
     with pytest.raises(RecipeError, match=r"diverged: the loss\w* .*disc_source.* not finite by step 3.*No checkpoint"):
-        train(recipe, output=tmp_path, progress=Silent())
+        train(recipe, output=tmp_path, progress=Progress())
 
 
 def with_other_classes(data: Path) -> None:
@@ -151,7 +151,7 @@ def with_other_classes(data: Path) -> None:
         ("data.streams.target.bands=[nir, red, green]", 4, ("'nir'", "red", "`bands`")),
         ("data.streams.target.bands=[red]", 4, ("1 bands are chosen (red)", "the task has 3")),
         ("data.match_gsd=true", 4, ("has no ground sampling distance", "gsd_m")),
-        ("optimizers={main: {}}", 3, ("'disc_source' is missing",)),
+        ("optimizers={main: {}}", 3, ("needs ['disc_source', 'disc_target', 'main']",)),
     ],
 )
 def test_bad_recipe_is_refused_before_a_run_begins(
@@ -178,7 +178,7 @@ def test_bad_recipe_is_refused_before_a_run_begins(
 def test_shipped_file_alone_predicts_a_target_scene(
     rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = train(recipe_for(rgb_dataset, trainer={"steps": 1}), output=tmp_path / "runs", progress=Silent())
+    result = train(recipe_for(rgb_dataset, trainer={"steps": 1}), output=tmp_path / "runs", progress=Progress())
     names = load_file(result.model)
     assert not any(word in name for name in names for word in ("disc", "teacher", "averages"))
     model = shutil.copy(result.model, tmp_path / "alone.safetensors")

@@ -18,7 +18,7 @@ from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.evaluation.model import evaluate, evaluate_model
 from rsseg.evaluation.rasters import evaluate_rasters
 from rsseg.inference.network import load_segmenter
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import plan, train
 from tests.conftest import rgb_task, write_png, write_tif
 from tests.training.recipes import tiny_recipe, tiny_values
@@ -26,7 +26,7 @@ from tests.training.recipes import tiny_recipe, tiny_values
 
 def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 3})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     told: list[tuple[int, int]] = []
     test = evaluate_model(result.model, device="cpu", progress=lambda done, total: told.append((done, total)))
     assert test.images == 1
@@ -47,7 +47,7 @@ def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path
 
 def test_ignored_classes_are_left_out(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1}, eval={"ignore_classes": ["water"]})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     segmenter = load_segmenter(result.model)
     source = Datasets(recipe.data).open(SelectConfig(), "val", segmenter.task, masks=True)
     scored = evaluate(segmenter, recipe, source, device=torch.device("cpu"))
@@ -153,7 +153,7 @@ def test_run_parses_the_dataset_index_once(rgb_dataset: Path, tmp_path: Path, mo
     parsed: list[bytes] = []
     original = SegmentationIndex.model_validate_json
     monkeypatch.setattr(SegmentationIndex, "model_validate_json", lambda text: parsed.append(text) or original(text))
-    train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Silent())
+    train(tiny_recipe(rgb_dataset, trainer={"steps": 2, "eval_every": 1}), output=tmp_path, progress=Progress())
     assert len(parsed) == 1
 
 

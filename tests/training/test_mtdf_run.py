@@ -22,7 +22,7 @@ from rsseg.errors import DataError, Interrupted, WeightsError
 from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe, RecipeSource, parse_recipe
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import plan, train
 from tests.training.test_run import SignalAt, assert_same_ends, assert_same_tensors
 from tests.unit.mtdf_models import TAUGHT
@@ -34,7 +34,7 @@ VALUES: dict[str, Any] = TAUGHT | {
 }
 
 
-class Messages(Silent):
+class Messages(Progress):
     """Keeps what is said."""
 
     def __init__(self) -> None:
@@ -58,17 +58,17 @@ def recipe_for(data: Path, *, count: int = 2, **changes: Any) -> Recipe:
 
 def test_stopped_and_resumed_run_ends_as_the_unbroken_one(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = recipe_for(rgb_dataset)
-    whole = train(recipe, output=tmp_path / "a", progress=Silent())
+    whole = train(recipe, output=tmp_path / "a", progress=Progress())
     with pytest.raises(Interrupted):
         train(recipe, output=tmp_path / "b", progress=SignalAt(2))
     (broken,) = (tmp_path / "b").glob("*_mtdf_*")
-    resumed = train(recipe, output=tmp_path / "b", resume=broken, progress=Silent())
+    resumed = train(recipe, output=tmp_path / "b", resume=broken, progress=Progress())
     assert_same_ends(RunFolder(whole.run), RunFolder(resumed.run))
 
 
 def test_masks_beside_unlabeled_images_are_never_opened(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = recipe_for(rgb_dataset)
-    clean = train(recipe, output=tmp_path / "clean", progress=Silent())
+    clean = train(recipe, output=tmp_path / "clean", progress=Progress())
     shutil.rmtree(rgb_dataset / CACHE_NAME)
     index = SegmentationIndex.load(rgb_dataset)
     unlabeled = select_items(index, recipe.data.streams["unlabeled"], split="train", seed=recipe.seed)
@@ -77,14 +77,14 @@ def test_masks_beside_unlabeled_images_are_never_opened(rgb_dataset: Path, tmp_p
         file = index.mask_file(item)
         assert file is not None
         file.write_bytes(b"poison")
-    poisoned = train(recipe, output=tmp_path / "poisoned", progress=Silent())
+    poisoned = train(recipe, output=tmp_path / "poisoned", progress=Progress())
     assert_same_tensors(clean.model, poisoned.model)
 
 
 def test_shipped_model_predicts_without_teachers(
     rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = train(recipe_for(rgb_dataset, ship="average"), output=tmp_path, progress=Silent())
+    result = train(recipe_for(rgb_dataset, ship="average"), output=tmp_path, progress=Progress())
     assert not any("teacher" in name or "average" in name for name in load_file(result.model))
     monkeypatch.setattr(socket, "socket", None)  # no network
     segmenter = load_segmenter(result.model)

@@ -13,7 +13,7 @@ from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from tests.conftest import rgb_task
 from tests.toys import ConvSegmenter, make_task
@@ -21,7 +21,7 @@ from tests.training.recipes import tiny_recipe
 from tests.unit.dasegnet_models import BATCH_NORM, make_method
 
 
-class Losses(Silent):
+class Losses(Progress):
     def __init__(self) -> None:
         self.seen: list[float] = []
         self.deterministic: set[bool] = set()
@@ -29,17 +29,6 @@ class Losses(Silent):
     def on_step(self, report: StepReport) -> None:
         self.seen.append(sum(report.losses.values()))
         self.deterministic.add(torch.are_deterministic_algorithms_enabled())
-
-
-def test_compile_wraps_the_method_that_trains(
-    rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    for wanted in (False, True):
-        trainer = {"steps": 1, "monitor": "last", "compile": wanted}
-        train(tiny_recipe(rgb_dataset, trainer=trainer), output=tmp_path / str(wanted), progress=Silent())
-        assert len(compiled) == wanted
 
 
 @pytest.mark.parametrize("wanted", [False, True])

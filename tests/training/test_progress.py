@@ -1,7 +1,8 @@
 import io
 
 from rsseg.metrics import scores
-from rsseg.training.progress import EvaluationReport, LineProgress, StepReport, duration, evaluation_line
+from rsseg.text import duration
+from rsseg.training.progress import EvaluationReport, LineProgress, StepReport, evaluation_line
 
 
 def step(number: int) -> StepReport:
@@ -42,7 +43,7 @@ def test_lines_come_once_per_interval_and_at_the_end() -> None:
     progress.on_message("note")
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 3/3", "step 2/3", "note"]
-    assert "loss 0.75 (seg 0.5 distill 0.25)  lr 0.001  12.3 images/s  100 MB  1:02:03 left" in lines[0]
+    assert "loss 0.75 (seg 0.5 distill 0.25)  lr 0.001  12.3 images/s  100 MB  62 min left" in lines[0]
     assert lines[2].endswith("validation of 4 images: mIoU 0.3750  mF1 0.4286  OA 0.7500  (best)")
 
 
@@ -51,5 +52,5 @@ def test_evaluation_without_a_score_is_not_called_best() -> None:
     assert "best" not in evaluation_line(evaluation().model_copy(update={"score": None}))
 
 
-def test_duration_is_short_below_an_hour() -> None:
-    assert (duration(65.4), duration(3600)) == ("1:05", "1:00:00")
+def test_duration_has_a_unit_that_suits_it() -> None:
+    assert (duration(65.4), duration(3600), duration(12_600)) == ("65 s", "60 min", "3.5 h")

@@ -19,14 +19,14 @@ from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.runs import RunFolder, choose_model, find_run, list_runs
-from rsseg.training.progress import EvaluationReport, Silent, StepReport
+from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
 
-QUIET = Silent()
+QUIET = Progress()
 
 
-class SignalAt(Silent):
+class SignalAt(Progress):
     """Sends this process a signal when a step is reported."""
 
     def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
@@ -37,7 +37,7 @@ class SignalAt(Silent):
             os.kill(os.getpid(), self.number)
 
 
-class Listening(Silent):
+class Listening(Progress):
     def __init__(self) -> None:
         self.steps: list[StepReport] = []
         self.evaluations: list[EvaluationReport] = []
@@ -273,7 +273,7 @@ def test_misfit_of_the_evaluation_is_found_before_training(rgb_dataset: Path) ->
         tiny_recipe(rgb_dataset, eval={"tile": 8, "overlap": 9})
 
 
-class OutOfMemory(Silent):
+class OutOfMemory(Progress):
     def on_step(self, report: StepReport) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
@@ -284,7 +284,7 @@ def test_gpu_out_of_memory_is_a_machine_error(rgb_dataset: Path, tmp_path: Path)
     assert "Choose a smaller batch" in find_run(None, tmp_path).manifest().reason
 
 
-class Scatters(Silent):
+class Scatters(Progress):
     """Runs a kernel that has no deterministic form."""
 
     def on_step(self, report: StepReport) -> None:

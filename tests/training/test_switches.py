@@ -13,10 +13,10 @@ from rsseg.errors import DataError, RecipeError
 from rsseg.layers.losses import LabelLoss, class_weights_of
 from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import plan, train
 
-QUIET = Silent()
+QUIET = Progress()
 
 
 def recipe_of(data: Path, **changes: Any) -> Recipe:

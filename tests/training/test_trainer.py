@@ -14,9 +14,9 @@ from rsseg.distributed import StopSignals
 from rsseg.errors import RecipeError
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.device import Hardware
 from rsseg.training.optimizers import build_optimizers
-from rsseg.training.plan import Hardware
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
@@ -32,7 +32,7 @@ class NormMethod(ToyMethod):
         self.double()
 
 
-class Messages(Silent):
+class Messages(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
 

@@ -25,6 +25,9 @@ class ToyRecipe(BaseRecipe):
     def stream_names(self) -> tuple[str, ...]:
         return ("labeled",)
 
+    def optimizer_names(self) -> tuple[str, ...]:
+        return ("body", "head")
+
 
 class ToySegmenter(Segmenter):
     def __init__(self) -> None:

@@ -147,16 +147,95 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_arm_with_a_teacher_waits_for_it_and_names_its_model(dataset: Path, weights: Path, tmp_path: Path) -> None:
-    setting = replace(DEMO, arms=(ARMS["mini-plain"], replace(ARMS["lite0-taught"], teacher="mini-plain")))
+    taught = replace(ARMS["lite0-taught"], needs=(("task_teacher.model", "mini-plain"),))
+    setting = replace(DEMO, arms=(ARMS["mini-plain"], taught))
     table = Table(replace(QUICK, settings=(), rates=(1.0,)), data=None, weights=weights, output=tmp_path / "out")
     table.ready = [Ready(setting, dataset, setting.arms)]
-    (teacher,) = table.pending()
+    teacher, *again = table.pending()
+    assert {job.folder for job in again} <= {teacher.folder}
     finish(teacher)
     assert list(table.pending()) == []  # scored, but its model was not kept
-    (teacher.folder / "model.safetensors").touch()
-    (taught,) = table.pending()
-    assert taught.recipe.task_teacher.model == teacher.folder / "model.safetensors"
-    assert taught.recipe.stream_names() == ("labeled",)
+    teacher.model.touch()
+    (job,) = table.pending()
+    assert job.recipe.task_teacher.model == teacher.folder / "model.safetensors"
+    assert job.recipe.stream_names() == ("labeled",)
+
+
+def started_table(dataset: Path, output: Path, weights: Path, **changes: Any) -> tuple[Table, Arm, Arm]:
+    """`mini-plain`, and `lite0-mtdf-recommended` that starts from it."""
+    started = replace(ARMS["lite0-mtdf-recommended"], plain="mini-plain", needs=(("start", "mini-plain"),), long=None)
+    setting = replace(DEMO, arms=(ARMS["mini-plain"], started, ARMS["mini-ktda"]))
+    table = Table(
+        replace(QUICK, settings=(), rates=(1.0,)), data=None, weights=weights, output=output, any_code=True, **changes
+    )
+    table.ready = [Ready(setting, dataset, setting.arms)]
+    return table, ARMS["mini-plain"], started
+
+
+def test_filter_of_arms_runs_those_and_what_they_need(dataset: Path, weights: Path, tmp_path: Path) -> None:
+    changes = {"only_arms": ["lite0-mtdf-recommended"], "only_settings": ["demo-4"]}
+    table, plain, started = started_table(dataset, tmp_path / "out", weights, **changes)
+    (first,) = table.pending()
+    assert first.arm == plain
+    finish(first)
+    first.model.touch()
+    (second,) = table.pending()
+    assert second.arm == started
+    assert second.recipe.start == first.model
+    table.only_settings = {"dubai-10"}
+    assert list(table.pending()) == []
+
+
+def test_key_of_a_started_arm_changes_with_its_start_model_only(dataset: Path, weights: Path, tmp_path: Path) -> None:
+    def key(folder: str) -> str:
+        models = {"start": tmp_path / folder / "model.safetensors"}
+        return job_of(dataset, "lite0-mtdf-recommended", weights=weights, models=models).folder.name
+
+    assert key("a/seed0-x") == key("b/seed0-x") != key("a/seed0-y")
+
+
+def test_cell_whose_model_was_not_kept_is_run_again_where_an_arm_needs_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(dataset, output=tmp_path)
+    finish(job)
+    assert job.done
+    monkeypatch.setattr(jobs, "NEEDED", {"mini-plain"})
+    assert not job.done
+    job.model.touch()
+    assert job.done
+    failed = job_of(dataset, "mini-ktda", output=tmp_path)
+    finish(failed, error="diverged")
+    monkeypatch.setattr(jobs, "NEEDED", {"mini-ktda"})
+    assert failed.done
+
+
+def test_long_arm_trains_twice_as_long_at_the_rate_of_its_plain_arm(dataset: Path, tmp_path: Path) -> None:
+    long = replace(ARMS["mini-plain"], lengths=2, rate_of="mini-plain", plain="mini-plain")
+    table = table_of(dataset, tmp_path / "out")
+    ready = table.ready[0]
+    for job in table.sweep(ready, ARMS["mini-plain"]):
+        assert job is not None
+        finish(job, miou=0.1 * job.rate)
+    cell = table.cell(ready, long, 0)
+    assert cell is not None
+    assert (cell.rate, cell.recipe.trainer.steps) == (3.0, 2 * QUICK.steps)
+
+
+def test_page_gives_the_difference_to_plain_training_of_as_many_steps(
+    dataset: Path, weights: Path, tmp_path: Path
+) -> None:
+    table, plain, started = started_table(dataset, tmp_path / "out", weights)
+    ready = replace(table.ready[0], arms=(plain, replace(started, long="mini-ktda"), ARMS["mini-ktda"]))
+    table.ready = [ready]
+    for arm, miou in zip(ready.arms, (0.5, 0.6, 0.57), strict=True):
+        cell = table.cell(ready, arm, 0)
+        assert cell is not None
+        finish(cell, miou)
+        cell.model.touch()
+    page = report.write_report(table, tmp_path / "docs").read_text()
+    assert "from the plain run: `start` is the model of a small ResNet from scratch, plain; against" in page
+    assert "with as many steps in all: +0.030" in page
 
 
 def test_switch_of_an_arm_stays_in_its_recipe(dataset: Path, weights: Path) -> None:

@@ -13,7 +13,7 @@ from rsseg.layers.losses import cross_entropy
 from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, smallest_map
 from rsseg.methods.dasegnet.method import check_class_weights, check_crops
 from rsseg.methods.dasegnet.neck import DisentangledNeck, UniversalExtraction
-from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe, NeckConfig, SelfTrainingConfig
 from rsseg.methods.dasegnet.self_training import class_weight_table, pseudo_labels
 from rsseg.recipe import RecipeSource as Source
 from rsseg.recipe import load_recipe, packaged_recipes, parse_recipe
@@ -49,7 +49,7 @@ def test_mean_energies_do_not_depend_on_the_size_of_the_map() -> None:
     torch.manual_seed(0)
     maps = torch.randn(2, 1, 16, 6, 6)
     for energies, same in (("sum", False), ("mean", True)):
-        dum = UniversalExtraction(16, energies=energies)  # type: ignore[arg-type]
+        dum = UniversalExtraction(16, NeckConfig(energies=energies))  # type: ignore[arg-type]
         for conv in (dum.common, dum.reduce_source, dum.reduce_target):
             conv.weight.data[..., [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0.0  # each pixel by itself
         small, large = dum(*maps), dum(*(torch.cat([m, m], -1) for m in maps))
@@ -119,10 +119,10 @@ def test_published_sizes_of_modules() -> None:
     with torch.device("meta"):
         assert millions(PatchDiscriminator(512, convs=2)) == 1_184_193
         assert millions(PatchDiscriminator(2048, convs=3)) == 4_858_817
-        neck = DisentangledNeck((64, 128, 320, 512))
+        neck = DisentangledNeck((64, 128, 320, 512), NeckConfig())
         assert millions(neck) == 3_096_320
         assert neck.out_channels == (64, 128, 320, 576)
-        wide = DisentangledNeck((256, 512, 1024, 2048))
+        wide = DisentangledNeck((256, 512, 1024, 2048), NeckConfig())
         assert millions(wide) == 49_285_600
         assert millions(SeparableASPPHead(wide.out_channels, 6)) == 18_355_062
 
@@ -169,7 +169,7 @@ def test_teacher_in_eval_mode_needs_averaged_statistics() -> None:
 
 
 def test_discriminators_need_their_optimizers() -> None:
-    with pytest.raises(ValidationError, match="'disc_source' is missing"):
+    with pytest.raises(ValidationError, match="this recipe needs"):
         make_recipe(optimizers={"main": {}})
 
 

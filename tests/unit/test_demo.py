@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from rsseg.data.index import LabelMap
-from rsseg.datasets.demo.dataset import CARD, PARTS, demo_scene, demo_tile, write_demo
-from rsseg.datasets.prepare.finish import Subject, finish_index
+from rsseg.datasets.demo.dataset import PARTS, demo_scene, demo_tile, write_demo
+from rsseg.datasets.prepare.finish import finish_index
+from rsseg.datasets.prepare.options import PrepareOptions
+from rsseg.datasets.prepare.plan import make_plan
 from rsseg.datasets.verify import verify
 
 
@@ -79,8 +80,8 @@ def test_all_domains_splits_masks_and_a_georeferenced_scene_are_written(tmp_path
     parts = [part._replace(tiles=2) for part in PARTS]
     items = write_demo(tmp_path, 2, quiet, parts=parts, size=64, scene_shape=(96, 128))
     assert {(i.domain, i.split, i.mask is not None) for i in items} == {(p.domain, p.split, p.masks) for p in PARTS}
-    subject = Subject(CARD.name, CARD.classes, LabelMap(values={i: i for i in range(6)}), CARD.bands)
-    index = finish_index(tmp_path, subject, items, scale="auto", jobs=2, progress=lambda *_: None)
+    plan = make_plan("demo", PrepareOptions())
+    index = finish_index(tmp_path, plan, None, items, scale="auto", jobs=2, progress=lambda *_: None)
     index.save(tmp_path)
     assert verify(tmp_path, pixels=True).ok
     with rasterio.open(tmp_path / "scene/scene.tif") as scene, rasterio.open(tmp_path / "scene/truth.tif") as truth:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """
 import torch
-from rsseg.inference.device import HeapGuard, keep_heap, resident_bytes
+from rsseg.inference.machine import HeapGuard, keep_heap, resident_bytes
 
 keep_heap()
 blocks, pins = [], []

@@ -17,7 +17,7 @@ from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import recipe_from_dict
 from rsseg.task import Task
 from rsseg.training.checkpoints import model_header
-from rsseg.training.progress import Silent
+from rsseg.training.progress import Progress
 from rsseg.training.run import train
 from tests.conftest import rgb_task
 from tests.unit.ktda_models import PLAIN, TASK, batch_of, method_of, recipe_of
@@ -170,8 +170,8 @@ def test_one_run_teaches_the_next(rgb_dataset: Path, tmp_path: Path) -> None:
     shared = {"data": {"path": str(rgb_dataset), "augment": {"crop_size": 32}, "cache": False}}
     shared |= {"trainer": {"steps": 2, "batch_size": 2, "workers": 0, "eval_every": 2, "checkpoint_every": 1}}
     first = {"method": "supervised", "name": "t", "backbone": PLAIN["student"], "decoder": {"channels": 8}}
-    teacher = train(recipe_from_dict(first | shared, "t"), output=tmp_path, progress=Silent()).run
+    teacher = train(recipe_from_dict(first | shared, "t"), output=tmp_path, progress=Progress()).run
     second = PLAIN | shared | {"task_teacher": {"model": str(teacher), "unlabeled": True}}
     second["data"] = shared["data"] | {"streams": {"unlabeled": {"split": "val"}}}
-    result = train(recipe_from_dict(second, "s"), output=tmp_path, progress=Silent())
+    result = train(recipe_from_dict(second, "s"), output=tmp_path, progress=Progress())
     assert result.state == "finished"

@@ -116,6 +116,16 @@ def test_drawn_splits_depend_on_the_seed_only_and_keep_groups_together(tmp_path:
     assert sorted(split for _, split in groups) == ["test"] * 2 + ["train"] * 6 + ["val"] * 2
 
 
+def test_only_labeled_images_are_drawn_where_those_without_masks_have_a_split(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"images/{n}.tif" for n in range(8)), *(f"masks/{n}.png" for n in range(4)))
+    layout = Layout(
+        "images/*.tif", "masks/*.png", unlabeled=("unlabeled",), split_ratio={"train": 0.5, "val": 0.5}, seed=1
+    )
+    split = {Path(item.image).stem: (item.split, item.mask is not None) for item in layout.items(tmp_path)}
+    assert {split[n] for n in "4567"} == {("unlabeled", False)}
+    assert sorted(split[n] for n in "0123") == [("train", True)] * 2 + [("val", True)] * 2
+
+
 def test_every_split_gets_an_image_where_there_are_enough(tmp_path: Path) -> None:
     tree(tmp_path, "a.tif", "b.tif", "c.tif")
     ratio = {"train": 0.9, "val": 0.05, "test": 0.05}

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
-from rsseg.errors import WeightsError
+from rsseg.errors import RecipeError
 from rsseg.inference.network import ready_to_predict
 from rsseg.layers.blocks import resize
 from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
+from rsseg.methods.registry import load_model
 from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TAUGHT, TEACHERS, VIT, batch_of, method_of, recipe_of
 
 
@@ -71,10 +72,10 @@ def test_every_ablation_has_its_losses_and_a_gradient_for_every_trainable_parame
 
 
 def test_losses_share_the_weight_equally_unless_the_recipe_says_otherwise() -> None:
-    assert method_of().settings.labeled_weight == pytest.approx(1 / 3)
-    assert method_of(FIXMATCH).settings.pseudo_weight == pytest.approx(1 / 2)
-    assert method_of(FIXMATCH, unlabeled=False).settings.labeled_weight == 1.0
-    assert method_of(distill_weight=0.1).settings.distill_weight == 0.1
+    assert method_of().loss_weights["seg"] == pytest.approx(1 / 3)
+    assert method_of(FIXMATCH).loss_weights["pseudo"] == pytest.approx(1 / 2)
+    assert method_of(FIXMATCH, unlabeled=False).loss_weights["seg"] == 1.0
+    assert method_of(distill_weight=0.1).loss_weights["distill"] == 0.1
 
 
 def test_batch_without_labels_or_data_gives_exactly_zero() -> None:
@@ -165,12 +166,12 @@ def test_student_can_start_from_the_model_of_another_run(tmp_path: Path) -> None
     write_model(file, first.state_dict(), header)
     shared = [TEACHERS[0], TEACHERS[1] | {"student_pass": "shared"}]
     torch.manual_seed(9)
-    second = build_method(recipe_of(teachers=shared, start_from=str(tmp_path)), TASK)
+    second = build_method(recipe_of(teachers=shared, start=str(tmp_path)), TASK, load_model)
     assert second.average is not None
     for network in (second.student, second.average.module):
         assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in network.state_dict().items())
-    with pytest.raises(WeightsError, match="does not fit the network"):
-        method_of(start_from=str(file), translator_width=13)
+    with pytest.raises(RecipeError, match=r"the translators of .* that of this recipe"):
+        build_method(recipe_of(start=str(file), translator_width=13), TASK, load_model)
 
 
 def test_any_size_can_be_predicted() -> None:
@@ -262,7 +263,8 @@ def test_divisor_confident_leaves_out_the_doubtful_pixels() -> None:
 
 
 def test_complementary_masks_split_the_channels_of_half_of_the_pairs() -> None:
-    masks = complementary_masks(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    masks = complementary_masks(5, 64)
     assert (masks[:5] + masks[5:] == 2).all()
     kept = (masks[:5] == 1).all(dim=1)
     assert int(kept.sum()) == 2

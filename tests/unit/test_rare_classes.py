@@ -18,7 +18,7 @@ PIXELS = [(90, 10, 0), (100, 0, 0), (100, 0, 0), (95, 0, 5)]
 def test_images_with_rare_classes_come_more_often_the_lower_the_temperature() -> None:
     def share(temperature: float) -> float:
         order = RareClassOrder(0, "source", PIXELS, temperature=temperature)
-        drawn = Counter(order[k] for k in range(2000))
+        drawn = Counter(order.draw(k)[0] for k in range(2000))
         return (drawn[0] + drawn[3]) / 2000
 
     assert share(100.0) == pytest.approx(0.83, abs=0.05)  # two of three classes, and half of the common one's images
@@ -27,8 +27,10 @@ def test_images_with_rare_classes_come_more_often_the_lower_the_temperature() ->
 
 def test_order_is_a_function_of_seed_stream_and_position() -> None:
     first, second = (RareClassOrder(3, "source", PIXELS, temperature=0.5) for _ in range(2))
-    assert [first[k] for k in range(50)] == [second[k] for k in reversed(range(50))][::-1]
-    assert [first[k] for k in range(50)] != [RareClassOrder(4, "source", PIXELS, temperature=0.5)[k] for k in range(50)]
+    assert [first.draw(k)[0] for k in range(50)] == [second.draw(k)[0] for k in reversed(range(50))][::-1]
+    assert [first.draw(k)[0] for k in range(50)] != [
+        RareClassOrder(4, "source", PIXELS, temperature=0.5).draw(k)[0] for k in range(50)
+    ]
 
 
 def test_index_without_class_counts_is_refused(rgb_dataset: Path) -> None:
@@ -67,5 +69,5 @@ def test_labeled_streams_of_every_method_can_draw_images_and_crops_that_show_rar
 def test_class_that_an_image_was_drawn_for_is_in_it() -> None:
     order = RareClassOrder(0, "source", PIXELS, temperature=0.5)
     drawn = [order.draw(k) for k in range(50)]
-    assert [item for item, _ in drawn] == [order[k] for k in range(50)]
+    assert [item for item, _ in drawn] == [order.draw(k)[0] for k in range(50)]
     assert all(PIXELS[item][k] > 0 for item, k in drawn)

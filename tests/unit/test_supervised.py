@@ -12,6 +12,7 @@ from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
+from rsseg.methods.plain_recipe import DecoderConfig
 from rsseg.methods.registry import import_checkpoint
 from rsseg.methods.supervised.method import SupervisedMethod, build_method
 from rsseg.methods.supervised.network import build_segmenter
@@ -25,7 +26,7 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "segformer": {"channels": 8},
     "upernet": {"channels": 8},
     "dpt": {"channels": 8, "widths": [4, 4, 8, 8]},
-    "deeplabv3plus": {"channels": 8, "dilations": [1, 2], "low_channels": 4},
+    "deeplabv3plus": {"channels": 8, "dilations": [1, 2]},
     "linear": {},
 }
 
@@ -86,7 +87,7 @@ def test_one_image_per_batch_is_refused_where_a_norm_would_see_one_value() -> No
 
 
 def test_linear_head_classifies_the_stack_of_normalized_maps() -> None:
-    head = method_of(PYRAMID, "linear").decoder.eval()
+    head = method_of(PYRAMID, "linear").network.decoder.eval()
     maps = [torch.rand(1, c, 16 >> i, 16 >> i) for i, c in enumerate((16, 32, 64, 96))]
     up = [
         torch.nn.functional.interpolate(n(m), (16, 16), mode="bilinear") for n, m in zip(head.norms, maps, strict=True)
@@ -102,8 +103,8 @@ def test_frozen_backbone_stays_and_is_not_in_the_state() -> None:
     train(method)
     after = method.deployable().state_dict()
     assert all(torch.equal(after[f"backbone.{name}"], tensor) for name, tensor in before.items())
-    assert {name.partition(".")[0] for name in method.state_dict()} == {"decoder"}
-    assert not method.frozen.module.training
+    assert {name.split(".")[1] for name in method.state_dict()} == {"decoder"}
+    assert not method.network.frozen.module.training
 
 
 def test_lora_trains_few_values_and_ships_a_plain_network() -> None:
@@ -155,11 +156,11 @@ def test_unknown_linear_layer_names_those_there_are() -> None:
 def test_rates_fall_towards_the_input_and_the_head_has_its_own() -> None:
     method = method_of(layer_decay=0.5, head_lr_scale=10.0)
     rate = {id(p): group.lr_scale for group in method.param_groups()["main"] for p in group.params}
-    network = method.backbone.body.network
+    network = method.network.backbone.body.network
     assert rate[id(network.pos_embed)] == 0.5**4
     assert [rate[id(block.attn.qkv.weight)] for block in network.blocks] == [0.125, 0.25, 0.5, 1.0]
     assert rate[id(network.norm.weight)] == 1.0
-    assert {rate[id(p)] for p in method.decoder.parameters()} == {10.0}
+    assert {rate[id(p)] for p in method.network.decoder.parameters()} == {10.0}
 
 
 SEVERAL_KINDS = """
@@ -189,3 +190,13 @@ def test_rates_by_depth_need_a_backbone_that_trains() -> None:
 def test_there_is_nothing_to_import(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no published checkpoints"):
         import_checkpoint(tmp_path / "x.pth", recipe_of(), TASK, output=tmp_path / "y")
+
+
+def test_options_of_the_decoders_reach_them() -> None:
+    shown = {"type": "upernet", "channels": 8, "pool_scales": [2], "dropout": 0.5}
+    upernet = build_method(
+        recipe_of(PYRAMID).model_copy(update={"decoder": DecoderConfig(**shown)}), TASK
+    ).network.decoder
+    assert (upernet.pool_scales, upernet.classifier.dropout.p) == ((2,), 0.5)
+    dpt = method_of(decoder="dpt").network.decoder
+    assert [projection.out_channels for projection in dpt.project] == [4, 4, 8, 8]

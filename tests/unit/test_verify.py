@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import rasterio
@@ -11,8 +12,10 @@ from PIL import Image
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
 from rsseg.datasets.prepare.run import prepare
+from rsseg.datasets.survey import Survey
 from rsseg.datasets.verify import statistics, verify
 from rsseg.errors import DataError
+from rsseg.raster import Window
 from tests.conftest import write_png, write_tif
 from tests.unit.test_prepare import own_options, own_source, quiet
 
@@ -127,3 +130,40 @@ def test_a_copy_of_an_image_in_another_split_is_a_leak(prepared: Path) -> None:
     (problem,) = verify(prepared).problems
     assert (problem.file, problem.split) == ("val/images/copy.tif", "val")
     assert "the same as train/images/1.tif in train" in problem.reason
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_polygons_are_counted_across_strips(rows: int) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        indices = rng.choice(np.array([0, 1, 255], np.uint8), (12, 17), p=(0.55, 0.35, 0.1))
+        whole = [cv2.connectedComponents((indices == i).astype(np.uint8), connectivity=4)[0] - 1 for i in (0, 1)]
+        survey = Survey(None, 2, 10.0)
+        for row in range(0, 12, rows):
+            part = indices[row : row + rows]
+            survey.add(part, Window(row, 0, *part.shape))
+        assert survey.polygons.tolist() == whole
+        assert survey.hectares is not None
+        assert survey.hectares.tolist() == pytest.approx([(indices == i).sum() / 100 for i in (0, 1)])
+
+
+def test_verify_counts_places_per_class_and_warns_of_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = own_source(tmp_path / "src")
+    mask = np.zeros((24, 20), np.uint8)
+    mask[2:8, 2:8], mask[12:20, 2:8] = 1, 1
+    for path in source.rglob("masks/*.png"):
+        write_png(path, mask)
+    mask[10, 10] = 2
+    write_png(source / "val/masks/0.png", mask)
+    report = verify(prepare("folder", own_options(source, tmp_path / "out"), quiet))
+    land, sea = report.classes
+    assert (land.polygons, land.pixels, land.scenes, land.splits) == (8, 4 * 84, 4, ("train", "val"))
+    assert (sea.polygons, sea.pixels, sea.scenes, sea.splits, sea.features) == (1, 1, 1, ("val",), None)
+    assert land.ha == pytest.approx(4 * 84 / 100, rel=0.01)  # pixels of 10 m
+    assert len(report.warnings) == 1
+    assert "the class sea is labeled in 1 place(s)" in report.warnings[0]
+    assert report.ok
+    assert run(["dataset", "verify", str(tmp_path / "out")]) == 0
+    answer = capsys.readouterr()
+    assert "hectares" in answer.out
+    assert "warning: the class sea" in answer.err

@@ -2,15 +2,6 @@
 
 No two tiles show the same place, so splits share nothing. The label map is the identity; no image pixel is 0.
 
-    domain  split       tiles  masks
-    north   train       40     yes
-    north   unlabeled   32     no
-    north   val         8      yes
-    north   test        12     yes
-    south   unlabeled   40     no
-    south   val         8      yes
-    south   test        12     yes
-
 `scene/scene.tif` is a scene of the north with a nodata collar, `scene/truth.tif` its ground truth.
 """
 

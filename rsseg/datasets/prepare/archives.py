@@ -6,8 +6,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -175,13 +174,15 @@ def unpack(
         MachineError: not enough disk space.
     """
     extraction = _Extraction(archive, folder, limits or UnpackLimits(), place or str, known or {})
-    with _readable(archive):
+    try:
         if zipfile.is_zipfile(archive):
             _unpack_zip(archive, extraction, progress)
         elif tarfile.is_tarfile(archive):
             _unpack_tar(archive, extraction, progress)
         else:
             raise DataError(f"{archive}: neither a zip nor a tar archive. Unpack it and pass the folder as --src.")
+    except _DAMAGED as error:
+        raise DataError(f"{archive}: the archive is damaged or incomplete ({error}). Download it again.") from None
 
 
 class _Extraction:
@@ -229,14 +230,6 @@ class _Extraction:
                 f"{self.archive}: unpacks to more than {self._limits.ratio:g} times its size, refused as a "
                 "decompression bomb. If you trust it, unpack it yourself and pass the folder as --src."
             )
-
-
-@contextmanager
-def _readable(archive: Path) -> Iterator[None]:
-    try:
-        yield
-    except _DAMAGED as error:
-        raise DataError(f"{archive}: the archive is damaged or incomplete ({error}). Download it again.") from None
 
 
 def _unpack_zip(archive: Path, extraction: _Extraction, progress: Callable[[int, int], None]) -> None:

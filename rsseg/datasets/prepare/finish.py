@@ -10,30 +10,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.datasets.measure import Moments, in_order, measure_item, open_image
+from rsseg.datasets.prepare.plan import Plan
+from rsseg.datasets.prepare.transfer import Transfer
+from rsseg.datasets.splits import TRAIN
 from rsseg.errors import DataError
-from rsseg.task import ClassInfo, Task
+from rsseg.task import Task
 
-TRAIN = "train"
 _SAMPLES = 4_000_000
 """Total number of sampled pixels for percentiles."""
 _LEAST_STD = 1e-6
 """Lower bound of the standard deviation, for constant bands."""
-
-
-class Subject(NamedTuple):
-    """Properties of a dataset that are known before its files are opened."""
-
-    name: str
-    classes: tuple[ClassInfo, ...]
-    label_map: LabelMap
-    bands: tuple[str, ...] | None
-    """None uses those of the images."""
-    gsd_m: float | None = None
-    nodata: float | None = None
-    ignore_zero_collar: bool = False
 
 
 class _Facts(NamedTuple):
@@ -45,7 +34,8 @@ class _Facts(NamedTuple):
 
 def finish_index(
     folder: Path,
-    subject: Subject,
+    plan: Plan,
+    how: Transfer | None,
     items: Sequence[IndexItem],
     *,
     scale: Literal["auto"] | tuple[float, float],
@@ -56,7 +46,8 @@ def finish_index(
 
     Args:
         folder: the items' paths are relative to it.
-        subject: classes, labels and bands.
+        plan: classes, labels and bands.
+        how: conversions of the files; None for generated ones.
         items: images with splits, without class counts.
         scale: see `PrepareOptions.scale`.
         jobs: threads.
@@ -67,24 +58,34 @@ def finish_index(
             pixel types, an undeclared mask value.
     """
     basis = _reference_split(items)
-    labels = LabelTable(subject.label_map, len(subject.classes))
+    label_map = plan.labels.label_map if how is None else how.label_map
+    labels = LabelTable(label_map, len(plan.labels.classes))
+    bands = plan.bands or (plan.card.bands if how is None else how.variant.bands) or None
+    nodata = None if plan.stretch else plan.nodata
     samples = max(_SAMPLES // len(items), 64)
 
     def read(item: IndexItem) -> _Facts:
-        return _read(folder, item, subject, labels, samples if item.split == basis else 0)
+        files = [folder / part for part in item.image.split("|")]
+        mask = None if item.mask is None else folder / item.mask
+        with open_image(files, bands, nodata=nodata, zero_collar=plan.zero_collar) as raster:
+            wanted = samples if item.split == basis else 0
+            moments, found = measure_item(raster, mask, labels, len(plan.labels.classes), samples=wanted)
+        counts = None if found is None else tuple(int(count) for count in found[:-1])
+        return _Facts(bands or _distinct(raster.info.band_names), raster.info.dtype, counts, moments)
 
     facts = list(in_order(read, items, jobs, lambda done, total: progress("check images and masks", done, total)))
     _check_alike(items, facts)
     measured = [fact for item, fact in zip(items, facts, strict=True) if item.split == basis]
-    task = _task(subject, facts[0], reduce(Moments.joined, [fact.moments for fact in measured]), scale)
-    for note in _check_labels(subject, basis, [fact.counts for fact in measured if fact.counts is not None]):
+    task = _task(plan, facts[0], reduce(Moments.joined, [fact.moments for fact in measured]), scale)
+    for note in _check_labels(plan, basis, [fact.counts for fact in measured if fact.counts is not None]):
         progress(note, 1, 1)
     counted = [item.model_copy(update={"classes": fact.counts}) for item, fact in zip(items, facts, strict=True)]
     return SegmentationIndex(
         task=task,
-        label_map=subject.label_map,
-        ignore_zero_collar=subject.ignore_zero_collar,
-        nodata=subject.nodata,
+        label_map=label_map,
+        ignore_zero_collar=plan.zero_collar,
+        nodata=nodata,
+        source_features={} if plan.drawing is None else plan.drawing.counts(),
         items=tuple(counted),
         root=folder,
     )
@@ -106,7 +107,7 @@ def _reference_split(items: Sequence[IndexItem]) -> str:
     return TRAIN if TRAIN in splits else next(iter(splits))
 
 
-def _check_labels(subject: Subject, split: str, counts: Sequence[tuple[int, ...]]) -> list[str]:
+def _check_labels(plan: Plan, split: str, counts: Sequence[tuple[int, ...]]) -> list[str]:
     """Notes about classes without a labeled pixel; raises `DataError` if no pixel of the masks has a class."""
     if not counts:
         return []
@@ -116,19 +117,8 @@ def _check_labels(subject: Subject, split: str, counts: Sequence[tuple[int, ...]
             f"no labeled pixel in {len(counts)} mask(s) of the split {split!r}: all are ignored or without image data. "
             "Check the mask values, the ignored ones and the nodata value."
         )
-    missing = [info.name for info, count in zip(subject.classes, total, strict=True) if not count]
+    missing = [info.name for info, count in zip(plan.labels.classes, total, strict=True) if not count]
     return [f"no labeled pixel in the split {split!r}: {', '.join(missing)}"] if missing else []
-
-
-def _read(folder: Path, item: IndexItem, subject: Subject, labels: LabelTable, samples: int) -> _Facts:
-    files = [folder / part for part in item.image.split("|")]
-    nodata, collar = subject.nodata, subject.ignore_zero_collar
-    with open_image(files, subject.bands, nodata=nodata, zero_collar=collar) as raster:
-        bands = subject.bands or _distinct(raster.info.band_names)
-        mask = None if item.mask is None else folder / item.mask
-        moments, found = measure_item(raster, mask, labels, len(subject.classes), samples=samples)
-    counts = None if found is None else tuple(int(count) for count in found[:-1])
-    return _Facts(bands, raster.info.dtype, counts, moments)
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -145,7 +135,7 @@ def _check_alike(items: Sequence[IndexItem], facts: Sequence[_Facts]) -> None:
             )
 
 
-def _task(subject: Subject, first: _Facts, train: Moments, scale: Literal["auto"] | tuple[float, float]) -> Task:
+def _task(plan: Plan, first: _Facts, train: Moments, scale: Literal["auto"] | tuple[float, float]) -> Task:
     if not train.pixels:
         raise DataError("no pixel of the images has data. Check the nodata value.")
     low, high = _limits(first.dtype, train, scale)
@@ -153,15 +143,15 @@ def _task(subject: Subject, first: _Facts, train: Moments, scale: Literal["auto"
     shift = -low * factor
     mean, std = train.mean() * factor + shift, np.maximum(train.std() * factor, _LEAST_STD)
     return Task(
-        name=subject.name,
-        classes=subject.classes,
+        name=plan.name,
+        classes=plan.labels.classes,
         bands=first.bands,
         dtype=first.dtype,
         scale=_numbers(factor),
         offset=_numbers(shift),
         mean=_numbers(mean),
         std=_numbers(std),
-        gsd_m=subject.gsd_m,
+        gsd_m=plan.gsd_m,
     )
 
 

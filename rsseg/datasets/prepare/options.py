@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from rsseg.errors import UsageError
 from rsseg.task import Color
+from rsseg.vector.read import split_layer
 
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -35,6 +36,62 @@ class FolderOptions(BaseModel):
     """Match of `{split}` -> `SPLIT` or `SPLIT:DOMAIN`."""
     split_lists: Mapping[str, Path] = {}
     """`SPLIT` or `SPLIT:DOMAIN` -> text file with one image per line, as a path below the source or a name."""
+
+
+class VectorOptions(BaseModel):
+    """How to draw the labels of a vector file on scenes; see `rsseg.vector.labels`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    labels: Path
+    """Vector file."""
+    layer: str | None = None
+    """Layer of the file; None takes the only one."""
+    field: str | None = None
+    """Attribute with the class, as name or number."""
+    classes: Path | None = None
+    """Class file (YAML); None takes the values of the attribute as classes."""
+    labels_crs: str | None = None
+    """Coordinate system of a file that states none."""
+    extent: Path | None = None
+    """Vector file with polygons in which the labels are complete; pixels outside them are ignored."""
+    extent_layer: str | None = None
+    """Its layer; None takes the polygons of all layers."""
+    background: str | None = None
+    """Class of unlabeled pixels; None ignores them."""
+    touched: Literal["centre", "all"] = "centre"
+    """Pixels of a polygon: those whose centre lies inside, or all that it touches."""
+    buffer: Bound = 0.0
+    """Metres by which polygons are widened, or narrowed if negative."""
+    width: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Metres, of lines and points."""
+    priority: tuple[str, ...] = ()
+    """Classes that cover others, the uppermost first; the others lie below in the order of the file."""
+    strict: bool = False
+    """Defects of the labels are errors."""
+    images: str | None = None
+    """Pattern of the scenes; None takes every raster below the source."""
+    split_field: str | None = None
+    """Attribute with the split."""
+    split_block: Side | None = None
+    """Side in pixels of square blocks, which are distributed over the splits."""
+    split_as: Mapping[str, str] = {}
+    """Match of `{split}` or value of `split_field` -> `SPLIT` or `SPLIT:DOMAIN`."""
+    split_lists: Mapping[str, Path] = {}
+    """As for `folder`."""
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Self:
+        ways = {
+            "--split-field": self.split_field,
+            "--split-block": self.split_block,
+            "--split-list": self.split_lists,
+            "{split} in --images": self.images is not None and "{split}" in self.images,
+        }
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")
+        return self
 
 
 class PrepareOptions(BaseModel):
@@ -82,6 +139,8 @@ class PrepareOptions(BaseModel):
     band, or a fixed pair for all bands."""
     folder: FolderOptions | None = None
     """For the card `folder` only."""
+    vectors: VectorOptions | None = None
+    """For the card `vectors` only."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -91,33 +150,47 @@ class PrepareOptions(BaseModel):
             raise ValueError("stride must not be larger than tile: pixels would be lost")
         if self.bands is not None and (not all(self.bands) or len(set(self.bands)) < len(self.bands)):
             raise ValueError(f"bands must be different names, not {','.join(self.bands)!r}")
+        if self.vectors is not None and self.vectors.split_block is not None:
+            if self.tile is None:
+                raise ValueError("split_block needs tile")
+            if self.vectors.split_block < self.tile:
+                raise ValueError("split_block must not be smaller than tile")
         if self.scale != "auto" and not self.scale[0] < self.scale[1]:
             raise ValueError(f"the low end of the scale must be below the high end, not {self.scale}")
         return self
 
 
+FOLDER_KEYS = frozenset(FolderOptions.model_fields)
+VECTOR_KEYS = frozenset(VectorOptions.model_fields)
+
+
 def parse_options(name: str, values: Mapping[str, Any]) -> PrepareOptions:
     """Validate options for a card; raises `UsageError` with one line per problem that names the option."""
-    if name != "folder" and values.get("folder") is not None:
-        raise UsageError(
-            "--classes, --images, --masks, --unlabeled, --split-as and --split-list are for `folder`; "
-            f"{name} defines its own."
-        )
+    own = {"folder": FOLDER_KEYS, "vectors": VECTOR_KEYS}
+    given = {key for kind in own for key in values.get(kind) or {}}
+    if foreign := sorted(given - own.get(name, frozenset())):
+        kinds = [f"`{kind}`" for kind, keys in own.items() if foreign[0] in keys]
+        flags = ", ".join(map(_flag, foreign))
+        raise UsageError(f"{flags}: {_flag(foreign[0])} is for {' and '.join(kinds)}; {name} has no such option.")
+    values = {key: value for key, value in values.items() if key not in own or key == name}
     try:
         return PrepareOptions.model_validate(values)
     except ValidationError as error:
         problems = [problem for problem in error.errors() if problem["type"] != "missing"]
         if len(problems) < error.error_count():
-            raise UsageError(
-                "`folder` needs --src DIR, --classes FILE and --images PATTERN; docs/datasets.md has examples."
-            ) from None
+            needed = "--labels FILE and --field NAME" if name == "vectors" else "--classes FILE and --images PATTERN"
+            raise UsageError(f"`{name}` needs --src DIR, {needed}; docs/datasets.md has examples.") from None
         raise UsageError("\n".join(_problem(problem) for problem in problems)) from None
 
 
 def _problem(problem: ErrorDetails) -> str:
-    names = [str(part) for part in problem["loc"] if part != "folder"]
-    option = "--" + names[0].replace("_", "-").replace("lists", "list") if names else ""
+    names = [str(part) for part in problem["loc"] if part not in ("folder", "vectors")]
+    option = _flag(names[0]) if names else ""
     return f"{option} {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r}).".strip()
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-").replace("lists", "list")
 
 
 def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:
@@ -131,6 +204,14 @@ def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:
         return float(low), float(high)
     except ValueError:
         raise UsageError(f"--scale {text}: expected auto or fixed:LOW,HIGH, such as fixed:0,10000.") from None
+
+
+def parse_layer(option: str, text: str | None) -> dict[str, Any]:
+    """`FILE` or `FILE:LAYER` of `--labels` or `--extent` as values of `VectorOptions`."""
+    if text is None:
+        return {}
+    path, layer = split_layer(text)
+    return {option: path, "layer" if option == "labels" else f"{option}_layer": layer}
 
 
 def parse_pairs(option: str, texts: tuple[str, ...] | list[str]) -> dict[str, str]:

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsseg.data.index import LabelMap
-from rsseg.data.labels import LabelTable
 from rsseg.datasets.card import DatasetCard, Labels, Variant
 from rsseg.datasets.cards import find_card
 from rsseg.datasets.class_file import load_classes
 from rsseg.datasets.layouts import Layout, find_prefix
-from rsseg.datasets.prepare.finish import Subject
+from rsseg.datasets.prepare.drawing import Drawing
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.transfer import Transfer
+from rsseg.datasets.prepare.vectors import vector_labels, vector_rule, vector_variant
 from rsseg.datasets.splits import SplitRule, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
-from rsseg.text import LIST_BYTES, read_text
+from rsseg.text import read_lines
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Plan:
     variants  usable layouts, best first
     rule      None: splits come from the layout
     bands     bands to keep, in order; None keeps all
+    stretch   scale each band of each image from its minimum and maximum to 8 bits
     """
 
     card: DatasetCard
@@ -42,42 +42,8 @@ class Plan:
     zero_collar: bool
     stretch: bool
     subset: bool
-
-    def subject(self, variant: Variant | None) -> Subject:
-        """Properties of the copied files of a layout; None: of generated files."""
-        found = self.card.bands if variant is None else variant.bands
-        return Subject(
-            name=self.name,
-            classes=self.labels.classes,
-            label_map=self.labels.label_map
-            if variant is None
-            else self.transfer(variant).label_map(self.labels.label_map),
-            bands=self.bands or found or None,
-            gsd_m=self.gsd_m,
-            nodata=None if self.stretch else self.nodata,
-            ignore_zero_collar=self.zero_collar,
-        )
-
-    def transfer(self, variant: Variant) -> Transfer:
-        """Conversions of the files of a layout."""
-        rule, chosen = self.rule, None
-        if self.bands is not None and self.bands != variant.bands:
-            chosen = tuple(variant.bands.index(band) for band in self.bands)
-        unknown = rule.unknown_label if rule is not None and rule.ignore_unknown else None
-        return Transfer(
-            grid=self.grid,
-            labels=LabelTable(self.labels.label_map, len(self.labels.classes), unknown=unknown),
-            classes=self.labels.classes,
-            colored=bool(self.labels.label_map.colors),
-            bands=variant.bands or None,
-            chosen=chosen,
-            stretch=self.stretch,
-            threshold=self.card.color_threshold,
-            first_mask_band=self.card.first_mask_band,
-            pad_label=IGNORE_INDEX if rule is None else rule.pad_label,
-            nodata=self.nodata,
-            zero_collar=self.zero_collar,
-        )
+    drawing: Drawing | None = None
+    """Labels to draw on the scenes; None: masks are files."""
 
     def find(self, files: Mapping[str, Path], where: Path) -> tuple[Variant, str]:
         """Find the matching layout and the folder below which it matches; raises `DataError` naming other labels."""
@@ -108,7 +74,9 @@ def make_plan(name: str, options: PrepareOptions) -> Plan:
     card = find_card(name)
     if card.name == "folder":
         return _own(card, options)
-    if options.folder is not None:
+    if card.name == "vectors":
+        return _drawn(card, options)
+    if options.folder is not None or options.vectors is not None:
         raise UsageError(f"patterns and a class file are for `folder`; {card.name} defines its own.")
     converted = options.tile or options.bands or options.split_ratio or options.stretch != "none"
     if card.name == "demo" and (options.src or converted):
@@ -159,6 +127,32 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
         zero_collar=classes.ignore_zero_collar,
         stretch=options.stretch == "minmax",
         subset=options.subset,
+    )
+
+
+def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
+    if options.vectors is None or options.src is None:
+        raise UsageError("`vectors` needs --src SCENES, --labels FILE and --field NAME; docs/qgis.md shows an example.")
+    if options.split or options.labels or options.ignore:
+        raise UsageError("--split and --ignore do not apply to `vectors`; it has --split-ratio and others.")
+    drawing = Drawing(options.vectors)
+    classes = drawing.classes
+    bands = options.bands or classes.bands or ()
+    lists = {target: _lines(path) for target, path in options.vectors.split_lists.items()}
+    return Plan(
+        card=card,
+        name=classes.name,
+        labels=_ignoring(vector_labels(classes), options),
+        variants=(vector_variant(options, bands, lists),),
+        rule=vector_rule(options),
+        grid=_grid(None, options),
+        bands=None,
+        gsd_m=classes.gsd_m,
+        nodata=classes.nodata,
+        zero_collar=classes.ignore_zero_collar,
+        stretch=options.stretch == "minmax",
+        subset=options.subset,
+        drawing=drawing,
     )
 
 
@@ -222,8 +216,6 @@ def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path, DataError, limit=LIST_BYTES).splitlines()]
-    names = [line for line in lines if line and not line.startswith("#")]
-    if not names:
-        raise DataError(f"{path}: the list is empty.")
-    return names
+    if names := read_lines(path):
+        return names
+    raise DataError(f"{path}: the list is empty.")

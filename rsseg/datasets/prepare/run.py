@@ -14,9 +14,11 @@ from typing import Any
 
 import rsseg
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
+from rsseg.data.labels import LabelTable
 from rsseg.datasets.layouts import Layout, list_files
 from rsseg.datasets.prepare.archives import gather, is_archive
-from rsseg.datasets.prepare.finish import Subject, finish_index
+from rsseg.datasets.prepare.drawing import Drawing
+from rsseg.datasets.prepare.finish import finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
 from rsseg.datasets.prepare.stage import (
@@ -28,7 +30,17 @@ from rsseg.datasets.prepare.stage import (
     staged_folder,
 )
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.transfer import transfer
+from rsseg.datasets.prepare.transfer import Transfer, transfer
+from rsseg.datasets.prepare.vectors import (
+    assign_splits,
+    draw_scenes,
+    report_issues,
+    require_scenes,
+    scene_files,
+    vector_inputs,
+    without_labels,
+    write_classes,
+)
 from rsseg.datasets.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
 
@@ -70,12 +82,14 @@ def _prepare(plan: Plan, options: PrepareOptions, out: Path, progress: Progress)
         progress(f"{out} is prepared already", 1, 1)
         return out
     with staged_folder(out, request, overwrite=options.overwrite) as stage, _errors_name(source or out, stage):
-        subject, items = (
-            _generate(plan, stage, options, progress)
-            if source is None
-            else _collect(plan, source, stage, options, progress)
-        )
-        index = finish_index(stage, subject, items, scale=options.scale, jobs=options.jobs, progress=progress)
+        how: Transfer | None = None
+        if source is None:
+            items = _generate(stage, options, progress)
+        elif plan.drawing is not None:
+            how, items = _draw(plan, plan.drawing, source, stage, out, options, progress)
+        else:
+            how, items = _collect(plan, source, stage, options, progress)
+        index = finish_index(stage, plan, how, items, scale=options.scale, jobs=options.jobs, progress=progress)
         if plan.rule is not None:
             update = {"split_rule": plan.rule.name, "mixes_scenes": plan.rule.tiles}
             index = index.model_copy(update=update)
@@ -116,6 +130,8 @@ def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progr
         options.src.stat()
     except OSError as error:
         raise DataError(f"--src {options.src}: {error.strerror}.") from None
+    if plan.drawing is not None and options.src.is_file() and not is_archive(options.src):
+        return options.src
     if not options.src.is_dir() and not is_archive(options.src):
         raise DataError(f"--src {options.src}: neither a folder nor a zip or tar archive (or it is damaged).")
     return options.src
@@ -123,8 +139,7 @@ def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progr
 
 def _check_apart(options: PrepareOptions, source: Path | None, out: Path) -> None:
     """Raise `UsageError` if replacing `out` could delete an input, or `out` would become part of its own source."""
-    own = options.folder
-    inputs = [*([source] if source else []), *([own.classes, *own.split_lists.values()] if own else [])]
+    inputs = [*([source] if source else []), *_own_inputs(options)]
     for place in (out.resolve(), partial_folder(out).resolve()):
         for path in inputs:
             if path.resolve() == place or place in path.resolve().parents:
@@ -137,29 +152,34 @@ def _request(plan: Plan, options: PrepareOptions, source: Path | None) -> dict[s
     """All inputs that determine the result: options, and the source's files by name, size and time."""
     asked = options.model_dump(mode="json", exclude={"out", "overwrite", "jobs", "download", "offline", "src"})
     files = [] if source is None else [source] if source.is_file() else [source / name for name in list_files(source)]
-    if options.folder is not None:
-        files += [options.folder.classes, *options.folder.split_lists.values()]
+    files += _own_inputs(options)
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(repr(states).encode()).hexdigest()
     request = {"dataset": plan.card.name, "options": asked, "source": source and str(source.resolve()), "files": digest}
     return request | {"made_with": rsseg.__version__}
 
 
-def _generate(
-    plan: Plan, stage: Path, options: PrepareOptions, progress: Progress
-) -> tuple[Subject, Sequence[IndexItem]]:
+def _own_inputs(options: PrepareOptions) -> list[Path]:
+    """Files besides the source that a request names."""
+    if options.vectors is not None:
+        return vector_inputs(options.vectors)
+    own = options.folder
+    return [] if own is None else [own.classes, *own.split_lists.values()]
+
+
+def _generate(stage: Path, options: PrepareOptions, progress: Progress) -> Sequence[IndexItem]:
     from rsseg.datasets.demo.dataset import write_demo
 
     require_free_disk(stage, 60_000_000)
     # generation takes seconds, so an interrupted call is not resumed
     for left in (path for path in stage.iterdir() if path.is_dir()):
         shutil.rmtree(left)
-    return plan.subject(None), write_demo(stage, options.jobs, partial(progress, "generate tiles"))
+    return write_demo(stage, options.jobs, partial(progress, "generate tiles"))
 
 
 def _collect(
     plan: Plan, source: Path, stage: Path, options: PrepareOptions, progress: Progress
-) -> tuple[Subject, Sequence[IndexItem]]:
+) -> tuple[Transfer, Sequence[IndexItem]]:
     layouts: list[Layout] = [variant.layout for variant in plan.variants]
     found = gather(source, stage / UNPACKED, layouts, {web.file: web.md5 for web in plan.card.web}, progress)
     variant, prefix = plan.find(found, source)
@@ -171,14 +191,54 @@ def _collect(
     if rule is not None and not rule.tiles:
         items = rule.assign(items, options.seed)
         _check_splits(plan, items)
-    how = plan.transfer(variant)
-    _check_disk_space(files, items, stage, how.grid)
-    what = "cut tiles" if how.grid is not None else "copy files"
+    how = Transfer(plan, variant)
+    _check_disk_space(files, items, stage, plan.grid)
+    what = "cut tiles" if plan.grid is not None else "copy files"
     copied: Sequence[IndexItem] = transfer(items, files, stage, how, options.jobs, partial(progress, what))
     if rule is not None and rule.tiles:
         copied = rule.assign(copied, options.seed)
         _check_splits(plan, copied)
-    return plan.subject(variant), copied
+    return how, copied
+
+
+def _draw(
+    plan: Plan, drawing: Drawing, source: Path, stage: Path, out: Path, options: PrepareOptions, progress: Progress
+) -> tuple[Transfer, Sequence[IndexItem]]:
+    """Draw masks for all scenes, then copy or cut them as those of a folder."""
+    (variant,) = plan.variants
+    if source.is_file() and not is_archive(source):
+        found = {source.name: source}
+    else:
+        found = gather(source, stage / UNPACKED, [variant.layout], {}, progress)
+    assert options.vectors is not None
+    files = scene_files(found, options.vectors)
+    if not files:
+        raise DataError(f"{source}: no raster is in this folder. Give the folder of the scenes as --src.")
+    how, bands, by_tile = Transfer(plan, variant), variant.bands or None, plan.grid is not None
+    items: Sequence[IndexItem] = variant.layout.items_of(files)
+    items, splits = draw_scenes(drawing, items, files, stage / UNPACKED, options, bands, plan.grid, progress)
+    report_issues(drawing, stage, out, strict=options.vectors.strict, progress=progress)
+    write_classes(drawing, stage, out, progress)
+    rule = plan.rule
+    if rule is not None and rule.name == "ratio":
+        require_scenes(items, rule.splits)
+        items = rule.assign(items, options.seed)
+    elif rule is not None and not by_tile:
+        items = assign_splits(items, options, stage, bands, splits, progress)
+    _check_disk_space(files, items, stage, plan.grid)
+    copied: Sequence[IndexItem] = transfer(
+        items, files, stage, how, options.jobs, partial(progress, "cut tiles" if by_tile else "copy files")
+    )
+    if by_tile:
+        table = LabelTable(how.label_map, len(plan.labels.classes))
+        copied = without_labels(copied, stage, table, len(plan.labels.classes), options.jobs, progress)
+        if rule is not None and rule.name != "ratio":
+            copied = assign_splits(copied, options, stage, bands, splits, progress)
+    if unlabeled := sum(item.mask is None for item in copied):
+        progress(
+            f"{unlabeled} image(s) have no labeled pixel: split 'unlabeled', or 'unused' in a scene for scoring", 1, 1
+        )
+    return how, copied
 
 
 def _check_splits(plan: Plan, items: Sequence[IndexItem]) -> None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,12 +19,15 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
+from rsseg.data.index import IndexItem
 from rsseg.errors import DataError, MachineError
+from rsseg.inference.tiling import tile_origins
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, ClassInfo
 
 _FULL_BYTES = 100 << 20
 """A disk with less free space counts as full, whatever error GDAL reports."""
+_MASK_BLOCK = 512
 _LEVEL = 1
 """Zstandard level: a third of deflate's time at the same size on aerial images."""
 
@@ -60,7 +63,7 @@ class Grid:
             return whole_tile_origins(length, self.tile, self.stride, step=self.step)
         if self.edge == "pad":
             return list(range(0, max(length - self.tile + self.stride, 1), self.stride))
-        return [0] if length <= self.tile else [*range(0, length - self.tile, self.stride), length - self.tile]
+        return tile_origins(length, self.tile, self.stride)
 
 
 def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None = None) -> list[int]:
@@ -77,6 +80,12 @@ def whole_tile_origins(length: int, tile: int, stride: int, *, step: int | None 
         return []
     count = (length - tile) // stride + 1
     return sorted({min(i * (step or stride), length - tile) for i in range(count)})
+
+
+def tile_name(item: IndexItem, window: Window) -> str:
+    """Path of a tile of an image below the dataset's folder."""
+    stem = PurePosixPath(item.image.split("|")[0]).with_suffix("")
+    return f"images/{stem}_{window.row:05d}_{window.col:05d}.tif"
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,35 @@ def write_tile(
         file.write(pixels)
         if valid is not None and metadata.masked:
             file.write_mask(valid)
+
+
+def write_mask(
+    path: Path, height: int, width: int, metadata: TileMetadata, strips: Iterable[tuple[Window, NDArray[np.uint8]]]
+) -> None:
+    """Write a mask of any size strip by strip, under a temporary name until it is complete.
+
+    Args:
+        path: file to write.
+        height: rows.
+        width: columns.
+        metadata: grid and colours.
+        strips: windows that cover the mask, whose rows begin at multiples of the block size, and class indices (h, w).
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    profile: dict[str, Any] = {
+        "driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "compress": "zstd",
+        "zstd_level": _LEVEL, "tiled": True, "blockxsize": _MASK_BLOCK, "blockysize": _MASK_BLOCK,
+        "bigtiff": "if_safer",
+    }  # fmt: skip
+    if metadata.crs is not None or metadata.transform != Affine.identity():
+        profile |= {"crs": metadata.crs, "transform": metadata.transform}
+    with writing(path), rasterio.open(partial, "w", **profile) as file:
+        file.write_colormap(1, dict(metadata.colormap))
+        for window, pixels in strips:
+            place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
+            file.write(pixels, 1, window=place)
+    partial.replace(path)
 
 
 def copy_as_tiff(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,57 +17,60 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, LabelMap
 from rsseg.data.labels import LabelTable
+from rsseg.datasets.card import Variant
 from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
+from rsseg.datasets.prepare.plan import Plan
 from rsseg.datasets.prepare.stage import Journal, require_free_disk
-from rsseg.datasets.prepare.tiles import Grid, TileMetadata, copy_as_tiff, write_tile
+from rsseg.datasets.prepare.tiles import TileMetadata, copy_as_tiff, tile_name, write_tile
 from rsseg.raster import Raster, RasterInfo, Window
-from rsseg.task import IGNORE_INDEX, ClassInfo
+from rsseg.task import IGNORE_INDEX
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Settings for copying and converting files.
+    """How the files of one layout are copied and converted."""
 
-    grid        None keeps images whole
-    labels      meaning of mask values or colours
-    bands       names of the files' bands; None uses the files' own
-    chosen      0-based bands to keep, in order; None keeps all
-    stretch     scale each band of each image from its minimum and maximum to 8 bits
-    threshold   mask colours are rounded to 0 or 255 at this value
-    first_mask_band  only the first band of masks holds classes
-    pad_label   class index beyond the edges of the image
-    """
+    plan: Plan
+    variant: Variant
 
-    grid: Grid | None
-    labels: LabelTable
-    classes: tuple[ClassInfo, ...]
-    colored: bool
-    bands: tuple[str, ...] | None = None
-    chosen: tuple[int, ...] | None = None
-    stretch: bool = False
-    threshold: int | None = None
-    first_mask_band: bool = False
-    pad_label: int = IGNORE_INDEX
-    nodata: float | None = None
-    zero_collar: bool = False
+    @property
+    def bands(self) -> tuple[str, ...] | None:
+        """Names of the files' bands; None uses the files' own."""
+        return self.variant.bands or None
+
+    @property
+    def chosen(self) -> tuple[int, ...] | None:
+        """0-based bands to keep, in order; None keeps all."""
+        kept = self.plan.bands
+        if kept is None or kept == self.variant.bands:
+            return None
+        return tuple(self.variant.bands.index(band) for band in kept)
 
     @property
     def rewrites_images(self) -> bool:
         """Whether images are rewritten."""
-        return self.grid is not None or self.chosen is not None or self.stretch
+        return self.plan.grid is not None or self.chosen is not None or self.plan.stretch
 
     @property
     def converts_masks(self) -> bool:
         """Whether masks are rewritten as class indices."""
-        return self.colored or self.first_mask_band or self.rewrites_images
+        return bool(self.plan.labels.label_map.colors) or self.plan.card.first_mask_band or self.rewrites_images
 
-    def label_map(self, given: LabelMap) -> LabelMap:
+    @cached_property
+    def labels(self) -> LabelTable:
+        """Meaning of the values or colours of the files' masks."""
+        rule, labels = self.plan.rule, self.plan.labels
+        unknown = rule.unknown_label if rule is not None and rule.ignore_unknown else None
+        return LabelTable(labels.label_map, len(labels.classes), unknown=unknown)
+
+    @property
+    def label_map(self) -> LabelMap:
         """Meaning of the copied masks."""
         if not self.converts_masks:
-            return given
-        return LabelMap(values={**{i: i for i in range(len(self.classes))}, IGNORE_INDEX: IGNORE_INDEX})
+            return self.plan.labels.label_map
+        return LabelMap(values={**{i: i for i in range(len(self.plan.labels.classes))}, IGNORE_INDEX: IGNORE_INDEX})
 
 
 class _Part(NamedTuple):
@@ -113,15 +117,15 @@ def transfer(
 
 def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_Part]:
     """One part per row of tiles if files allow random access, else one for the image: PNG and JPEG are sequential."""
-    if how.grid is None:
+    if how.plan.grid is None:
         return [_Part(item, None)]
     with _open(item, files, how) as raster:
         info = raster.info
-    windows = how.grid.windows(info.height, info.width)
+    windows = how.plan.grid.windows(info.height, info.width)
     if not windows:
         # smaller than a tile of a grid that drops remainders
         return []
-    if how.stretch or not all(name.lower().endswith((".tif", ".tiff", ".vrt")) for name in _names(item)):
+    if how.plan.stretch or not all(name.lower().endswith((".tif", ".tiff", ".vrt")) for name in _names(item)):
         return [_Part(item, tuple(windows))]
     rows = sorted({window.row for window in windows})
     return [_Part(item, tuple(window for window in windows if window.row == row)) for row in rows]
@@ -189,27 +193,28 @@ def _cut(
     with _open(item, files, how) as raster:
         info = raster.info
         # the stretch uses the range of the whole image, also outside the tiles
-        inside = Window(0, 0, info.height, info.width) if how.stretch else _clip(area, info)
+        inside = Window(0, 0, info.height, info.width) if how.plan.stretch else _clip(area, info)
         pixels, valid = _stored(raster, inside, how)
         require_free_disk(stage, pixels.nbytes)
         labels = None if item.mask is None else _labels(item.mask, files, info, inside, how)
         metadata = TileMetadata.of(info, how.bands, how.chosen)
-        metadata = metadata.stretched() if how.stretch else metadata
+        metadata = metadata.stretched() if how.plan.stretch else metadata
+        pad_label = IGNORE_INDEX if how.plan.rule is None else how.plan.rule.pad_label
         for window in windows:
-            cut = _slices(window, inside)
+            cut = window.within(inside.row, inside.col)
             if not valid[cut].any():
                 continue
-            name = f"{stem}_{window.row:05d}_{window.col:05d}.tif" if how.grid is not None else f"{stem}.tif"
+            name = tile_name(item, window).removeprefix("images/") if how.plan.grid is not None else f"{stem}.tif"
             data = _padded(valid[cut], window, False)
             write_tile(stage / "images" / name, _padded(pixels[:, *cut], window, 0), window, metadata, data)
             if labels is not None:
-                indices = _padded(labels[cut][None], window, how.pad_label)
-                write_tile(stage / "masks" / name, indices, window, metadata.for_masks(how.classes))
+                indices = _padded(labels[cut][None], window, pad_label)
+                write_tile(stage / "masks" / name, indices, window, metadata.for_masks(how.plan.labels.classes))
             update = {
                 "image": f"images/{name}",
                 "mask": None if labels is None else f"masks/{name}",
                 "scene": item.scene or item.image,
-                "origin": (window.row, window.col) if how.grid is not None else None,
+                "origin": (window.row, window.col) if how.plan.grid is not None else None,
             }
             tiles.append(item.model_copy(update=update))
     return tiles
@@ -221,7 +226,7 @@ def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any]
     pixels = raster.read_raw(window)
     if how.chosen is not None:
         pixels = pixels[list(how.chosen)]
-    if not how.stretch:
+    if not how.plan.stretch:
         return pixels, valid
     # truncated, not rounded, as in the published script
     low = pixels.min(axis=(1, 2), keepdims=True).astype(np.float64)
@@ -232,12 +237,14 @@ def _stored(raster: Raster, window: Window, how: Transfer) -> tuple[NDArray[Any]
 def _labels(name: str, files: Mapping[str, Path], info: RasterInfo, window: Window, how: Transfer) -> NDArray[np.uint8]:
     """Class indices of a window of a mask; raises `DataError` if the mask lies on another grid than its image."""
 
-    def edit(stored: NDArray[Any]) -> NDArray[Any]:
-        if how.threshold is not None and len(stored) == 3:
-            stored = np.where(stored >= how.threshold, 255, 0).astype(np.uint8)
-        return stored[:1] if how.first_mask_band else stored
+    card, threshold = how.plan.card, how.plan.card.color_threshold
 
-    with open_mask(files[name], info, jpeg=how.threshold is not None) as raster, mask_errors():
+    def edit(stored: NDArray[Any]) -> NDArray[Any]:
+        if threshold is not None and len(stored) == 3:
+            stored = np.where(stored >= threshold, 255, 0).astype(np.uint8)
+        return stored[:1] if card.first_mask_band else stored
+
+    with open_mask(files[name], info, jpeg=threshold is not None) as raster, mask_errors():
         return how.labels.read(raster, window, edit=edit)
 
 
@@ -246,12 +253,12 @@ def _convert_mask(item: IndexItem, files: Mapping[str, Path], target: Path, how:
         info = raster.info
     whole = Window(0, 0, info.height, info.width)
     indices = _labels(item.mask or "", files, info, whole, how)
-    write_tile(target, indices[None], whole, TileMetadata.of(info, None).for_masks(how.classes))
+    write_tile(target, indices[None], whole, TileMetadata.of(info, None).for_masks(how.plan.labels.classes))
 
 
 def _open(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> Raster:
     paths = [files[name] for name in _names(item)]
-    return open_image(paths, how.bands, nodata=how.nodata, zero_collar=how.zero_collar)
+    return open_image(paths, how.bands, nodata=how.plan.nodata, zero_collar=how.plan.zero_collar)
 
 
 def _names(item: IndexItem) -> list[str]:
@@ -267,12 +274,6 @@ def _bounds(windows: Sequence[Window]) -> Window:
 def _clip(window: Window, info: RasterInfo) -> Window:
     height, width = min(window.height, info.height - window.row), min(window.width, info.width - window.col)
     return Window(window.row, window.col, height, width)
-
-
-def _slices(window: Window, area: Window) -> tuple[slice, slice]:
-    """Index of a window in an array of `area`, clipped to it."""
-    row, col = window.row - area.row, window.col - area.col
-    return slice(row, row + window.height), slice(col, col + window.width)
 
 
 def _padded(array: NDArray[Any], window: Window, value: Any) -> NDArray[Any]:

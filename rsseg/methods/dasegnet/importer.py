@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rsseg.backbones.keys import mit_to_timm
 from rsseg.checkpoint import ModelHeader
-from rsseg.errors import WeightsError
+from rsseg.errors import RecipeError, WeightsError
 from rsseg.foreign import odd_tensors_refused, read_state_dict, rename
 from rsseg.methods.dasegnet.network import build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
@@ -85,6 +85,8 @@ def import_checkpoint(source: Path, recipe: DASegNetRecipe, task: Task, *, outpu
         task: classes in the checkpoint's order, bands red, green, blue.
         output: file to write, see `write_imported`.
     """
+    if recipe.single is not None:
+        raise RecipeError(f"{recipe.name}: the authors' checkpoints have two students; give a recipe without `single`.")
     state = read_state_dict(source)
     with odd_tensors_refused(source, _NETWORK):
         tensors = rename_tensors(state).segmenter

@@ -13,7 +13,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.base import Method, ParamGroup, StepOutput
+from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
 from rsseg.methods.dasegnet.adversarial import (
     Alignment,
     PatchDiscriminator,
@@ -22,8 +22,8 @@ from rsseg.methods.dasegnet.adversarial import (
     smallest_map,
 )
 from rsseg.methods.dasegnet.network import DASegNet, Styles, build_decoder, build_segmenter
-from rsseg.methods.dasegnet.recipe import DASegNetRecipe, SelfTrainingConfig
-from rsseg.methods.dasegnet.self_training import PseudoLabels, Teacher, class_mix, hide_patches, pseudo_labels
+from rsseg.methods.dasegnet.recipe import DASegNetRecipe
+from rsseg.methods.dasegnet.self_training import Teacher, WeightedLabels, hide_patches, pseudo_labels, strong_view
 from rsseg.task import Task
 
 
@@ -42,7 +42,7 @@ class PseudoLabeledView:
     name: str
     weight: float
     logits: Logits
-    pseudo: PseudoLabels
+    pseudo: WeightedLabels
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,11 @@ class DASegNetMethod(Method):
         the fraction of confident pixels.
         """
         source, target = batch["source"], batch.get("target")
-        if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must require them")
-        seg = self._label_losses(passes.logits, source.masks)
+        seg = self._losses(self.label_loss, passes.logits, source.labels)
         losses = {"seg": seg[0] + seg[1]}
         logs = {"seg_source": seg[0].detach(), "seg_target": seg[1].detach()}
         for view in passes.pseudo_views:
-            taught = self._cross_entropies(view.logits, view.pseudo)
+            taught = self._losses(cross_entropy, view.logits, view.pseudo.labels, pixel_weights=view.pseudo.weights)
             losses[view.name] = view.weight * (taught[0] + taught[1])
             logs |= {f"{view.name}_source": taught[0].detach(), f"{view.name}_target": taught[1].detach()}
             logs["pseudo_ratio"] = view.pseudo.ratio
@@ -178,7 +176,7 @@ class DASegNetMethod(Method):
         if same is not None:
             pseudo_views = [PseudoLabeledView("pseudo", config.weight, same, pseudo)]
         else:
-            images, mixed = _strong_view(source, target, pseudo, config)
+            images, mixed = strong_view(source, target, pseudo, config)
             pseudo_views = [
                 PseudoLabeledView("pseudo", config.weight, self._decode(*self.segmenter.styles(images)), mixed)
             ]
@@ -199,30 +197,15 @@ class DASegNetMethod(Method):
             self.segmenter.decoder_source(view.refined_source), self.segmenter.decoder_target(view.refined_target)
         )
 
-    def _label_losses(self, logits: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of both decoders on labels, source style first."""
+    def _losses(
+        self, loss: Callable[..., Tensor], logits: Logits, labels: Tensor, **options: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of both decoders, source style first."""
         divisor = self.recipe.loss_divisor
         return (
-            self.label_loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor),
-            self.label_loss(logits.target, labels, class_weights=self.class_weights_target, divisor=divisor),
+            loss(logits.source, labels, class_weights=self.class_weights_source, divisor=divisor, **options),
+            loss(logits.target, labels, class_weights=self.class_weights_target, divisor=divisor, **options),
         )
-
-    def _cross_entropies(self, logits: Logits, pseudo: PseudoLabels) -> tuple[Tensor, Tensor]:
-        """Losses of both decoders on pseudo-labels, source style first."""
-        source, target = (
-            cross_entropy(
-                maps,
-                pseudo.labels,
-                class_weights=by_class,
-                pixel_weights=pseudo.weights,
-                divisor=self.recipe.loss_divisor,
-            )
-            for maps, by_class in (
-                (logits.source, self.class_weights_source),
-                (logits.target, self.class_weights_target),
-            )
-        )
-        return source, target
 
 
 def split_norms(
@@ -245,27 +228,11 @@ def split_norms(
     return decayed, exempt
 
 
-def _strong_view(
-    source: Samples, target: Samples, pseudo: PseudoLabels, config: SelfTrainingConfig
-) -> tuple[Tensor, PseudoLabels]:
-    """Strong view of target images (B, C, H, W), with pasted source classes, and the matching labels."""
-    images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
-    if not config.class_mix or source.masks is None:
-        return images, pseudo
-    partner = torch.arange(len(images), device=images.device) % len(source.images)
-    pasted = class_mix(source.masks)[partner]
-    return torch.where(pasted[:, None], source.images[partner], images), PseudoLabels(
-        torch.where(pasted, source.masks[partner], pseudo.labels),
-        torch.where(pasted, 1.0, pseudo.weights),
-        pseudo.ratio,
-    )
-
-
 FreshPart = Callable[[str], nn.Module]
 """Name of a part of the student ("" for all of it) -> a new such module with random weights."""
 
 
-def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
+def build_method(recipe: DASegNetRecipe, task: Task, load_model: LoadModel | None = None) -> DASegNetMethod:
     """Build both students with the weights that the recipe names, everything else untrained.
 
     Raises:
@@ -274,6 +241,7 @@ def build_method(recipe: DASegNetRecipe, task: Task) -> DASegNetMethod:
     """
     check_class_weights(recipe, task)
     segmenter = build_segmenter(recipe, task, load_weights=True)
+    start_from(segmenter, recipe.start, load_model)
 
     def fresh(part: str) -> nn.Module:
         match part:
@@ -358,7 +326,7 @@ def check_batches(recipe: DASegNetRecipe) -> None:
     """Raise `RecipeError` for batches and crops that the decoder or ClassMix cannot use."""
     trainer = recipe.trainer
     used = recipe.stream_names() if recipe.uses_target else ("source",)
-    smallest = min(trainer.stream_batch_sizes.get(stream, trainer.batch_size) for stream in used)
+    smallest = min(trainer.batch_of(stream) for stream in used)
     if recipe.decoder.type == "deeplabv3plus" and smallest < 2:
         raise RecipeError(
             "trainer.batch_size: DeepLabV3+ pools each image to one value per channel, so its batch norm needs 2 or "

@@ -1,11 +1,12 @@
 """Domain disentangled module: features that two styles of one image share, and features distinct to each."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rsseg.methods.dasegnet.recipe import NeckConfig
 
 Pair = tuple[Tensor, Tensor]
 """Source style and target style of one image, same shape."""
@@ -17,9 +18,9 @@ class DistinctPurification(nn.Module):
     Source: ST-DASegNet's `DSKNeck`; its softmax over two logits is the sigmoid of their difference.
     """
 
-    def __init__(self, channels: int, *, reduction: int = 8, min_width: int = 8) -> None:
+    def __init__(self, channels: int, config: NeckConfig) -> None:
         super().__init__()
-        width = max(channels // reduction, min_width)
+        width = max(channels // config.reduction, config.min_width)
         self.squeeze = nn.Linear(channels, width)
         self.weigh_source = nn.Linear(width, channels)
         self.weigh_target = nn.Linear(width, channels)
@@ -40,12 +41,10 @@ class UniversalExtraction(nn.Module):
     as this does. Energies are sums over positions, which sharpen the attention on larger maps, or means.
     """
 
-    def __init__(
-        self, channels: int, *, reduction: int = 8, min_width: int = 8, energies: Literal["sum", "mean"] = "sum"
-    ) -> None:
+    def __init__(self, channels: int, config: NeckConfig) -> None:
         super().__init__()
-        self.energies = energies
-        self.out_channels = max(channels // reduction, min_width)
+        self.energies = config.energies
+        self.out_channels = max(channels // config.reduction, config.min_width)
         self.common = _conv(channels, channels)
         self.reduce_source = _conv(channels, self.out_channels)
         self.reduce_target = _conv(channels, self.out_channels)
@@ -69,20 +68,10 @@ class UniversalExtraction(nn.Module):
 class DisentangledLevel(nn.Module):
     """DSM, followed by the channels of a DUM if `universal`."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        universal: bool,
-        reduction: int = 8,
-        min_width: int = 8,
-        energies: Literal["sum", "mean"] = "sum",
-    ) -> None:
+    def __init__(self, channels: int, config: NeckConfig, *, universal: bool) -> None:
         super().__init__()
-        self.distinct = DistinctPurification(channels, reduction=reduction, min_width=min_width)
-        self.universal: UniversalExtraction | None = None
-        if universal:
-            self.universal = UniversalExtraction(channels, reduction=reduction, min_width=min_width, energies=energies)
+        self.distinct = DistinctPurification(channels, config)
+        self.universal = UniversalExtraction(channels, config) if universal else None
         self.out_channels = channels + (self.universal.out_channels if self.universal is not None else 0)
 
     def forward(self, source: Tensor, target: Tensor) -> Pair:
@@ -97,36 +86,18 @@ class DisentangledLevel(nn.Module):
 class DisentangledNeck(nn.Module):
     """One level module per used pyramid level; other levels are returned unchanged."""
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        *,
-        type: Literal["ds2", "dsk"] = "ds2",
-        reduction: int = 8,
-        min_width: int = 8,
-        energies: Literal["sum", "mean"] = "sum",
-        used: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], config: NeckConfig, *, used: Sequence[int] | None = None) -> None:
         """Build the levels.
 
         Args:
             in_channels: of each level.
-            type: `ds2` has the DUM at the last level, `dsk` none (the published code's names).
-            reduction: ratio of channels to reduced channels.
-            min_width: least number of reduced channels.
-            energies: of the DUM.
+            config: of all levels; `ds2` has the DUM at the last level only.
             used: levels that a decoder reads; None for all. Modules of other levels would never get gradients.
         """
         super().__init__()
         last = len(in_channels) - 1
         made = {
-            str(i): DisentangledLevel(
-                channels,
-                universal=type == "ds2" and i == last,
-                reduction=reduction,
-                min_width=min_width,
-                energies=energies,
-            )
+            str(i): DisentangledLevel(channels, config, universal=config.type == "ds2" and i == last)
             for i, channels in enumerate(in_channels)
             if used is None or i in used
         }

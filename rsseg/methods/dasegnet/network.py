@@ -1,6 +1,7 @@
 """The network that ships: two students, the disentangled neck, and two decoders whose logits are averaged."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class DASegNet(Segmenter):
 
         Args:
             task: classes and bands.
-                backbones: two backbones of the same architecture.
+            backbones: two backbones of the same architecture.
             decoders: refined maps of all levels -> logits.
             neck: None passes the students' maps to their decoders unchanged.
             tile: preferred tiling.
@@ -55,11 +56,16 @@ class DASegNet(Segmenter):
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
         self.backbone_source, self.backbone_target = backbones
         self.neck = neck
+        self.side_by_side = side_by_side
         self.decoder_source, self.decoder_target = decoders
         channels = backbones[0].info.channels
         self.decoder_channels: tuple[int, ...] = channels if neck is None else neck.out_channels
         self.batching = not has_batch_norm(backbones[0])
-        self.side_by_side = side_by_side
+
+    def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
+        """See `Segmenter.start_parts`. A plain network initializes both students, and without neck both decoders."""
+        parts = {"backbone": (self.backbone_source, self.backbone_target)}
+        return parts if self.neck is not None else parts | {"decoder": (self.decoder_source, self.decoder_target)}
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> mean logits of both decoders (B, K, H, W)."""
@@ -89,7 +95,7 @@ class DASegNet(Segmenter):
     def _students(self, images: Tensor) -> tuple[Maps, Maps]:
         if not (self.side_by_side and images.is_cuda):
             return self.backbone_source(images), self.backbone_target(images)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        main, side = torch.cuda.current_stream(), _side_stream(images.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             target = self.backbone_target(images)
@@ -99,6 +105,12 @@ class DASegNet(Segmenter):
         for level in target:
             level.record_stream(main)
         return source, target
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for the whole process: the allocator keeps memory by stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes: int) -> nn.Module:
@@ -119,11 +131,8 @@ def build_decoder(config: DecoderConfig, in_channels: Sequence[int], num_classes
 
 def build_segmenter(recipe: DASegNetRecipe, task: Task, *, load_weights: bool = False) -> DASegNet:
     """Build the network of a recipe; `load_weights` loads the students' pretrained weights, else all are random."""
-    backbones = (
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-        create_backbone(recipe.backbone, task, load_weights=load_weights),
-    )
-    return assemble(recipe, task, backbones)
+    source, target = (create_backbone(recipe.backbone, task, load_weights=load_weights) for _ in range(2))
+    return assemble(recipe, task, (source, target))
 
 
 def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Backbone]) -> DASegNet:
@@ -131,15 +140,8 @@ def assemble(recipe: DASegNetRecipe, task: Task, backbones: tuple[Backbone, Back
     channels = backbones[0].info.channels
     neck = None
     if recipe.neck is not None:
-        config = recipe.neck
-        neck = DisentangledNeck(
-            channels,
-            type=config.type,
-            reduction=config.reduction,
-            min_width=config.min_width,
-            energies=config.energies,
-            used=None if recipe.decoder.type == "segformer" else (0, len(channels) - 1),
-        )
+        used = None if recipe.decoder.type == "segformer" else (0, len(channels) - 1)
+        neck = DisentangledNeck(channels, recipe.neck, used=used)
     refined = channels if neck is None else neck.out_channels
     # the DUM's attention depends on the size of its map, so tiles are as large as crops unless configured
     side = recipe.eval.tile or recipe.data.augment_of("source").crop_size

@@ -6,9 +6,20 @@ from pydantic import Field, model_validator
 
 from rsseg.config import BaseRecipe, TrainedBackbone
 from rsseg.fields import Positive, Probability, Side, Strict, Width
+from rsseg.methods.plain_recipe import PlainConfig
 
 DISCRIMINATORS = ("disc_source", "disc_target")
 """Names of the discriminators' optimizers."""
+
+OF_THE_PAIR = (
+    "decoder",
+    "source_decoder_weights",
+    "target_decoder_weights",
+    "head_lr_scale",
+    "weight_decay_exempt",
+    "side_by_side",
+)
+"""Settings of the two students only; `single` has its own."""
 
 GanLoss = Literal["vanilla", "lsgan", "l1", "hinge", "wgan", "wgan-logistic-ns"]
 """Losses of the published code; only `vanilla` was used for published numbers."""
@@ -135,6 +146,11 @@ class DASegNetRecipe(BaseRecipe):
     method: Literal["dasegnet"]
     backbone: TrainedBackbone
     """Of both students, from the same weights."""
+    single: PlainConfig | None = None
+    """Train one plain network, with the source's labels and the pseudo-labels of its average on the target, in place of
+    the two students, neck and discriminators, for which the keys `decoder` to `side_by_side` below hold. A network that
+    was tuned on the source before (`start`) gains less from alignment than from good pseudo-labels, and one network
+    predicts twice as fast as two."""
     neck: NeckConfig | None = NeckConfig()
     decoder: DecoderConfig = DecoderConfig()
     adversarial: AdversarialConfig | None = AdversarialConfig()
@@ -151,7 +167,6 @@ class DASegNetRecipe(BaseRecipe):
     weight_decay_exempt: Literal["names_with_norm", "norms", "none"] = "names_with_norm"
     """Parameters of the students without weight decay. `names_with_norm` (published): layer norms except the one that
     ends each stage, whose name in the published code lacks the word; `norms`: every layer, group and batch norm."""
-
     side_by_side: bool = False
     """On a GPU, run the two students on two CUDA streams, for students too small to occupy it."""
 
@@ -174,6 +189,13 @@ class DASegNetRecipe(BaseRecipe):
 
     @model_validator(mode="before")
     @classmethod
+    def _single_has_no_pair(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("single") is None:
+            return values
+        return {"neck": None, "adversarial": None, **values}
+
+    @model_validator(mode="before")
+    @classmethod
     def _no_idle_optimizers(cls, values: Any) -> Any:
         """Drop the discriminators' optimizers without adversarial training, so that an ablation changes one key."""
         if not isinstance(values, dict) or values.get("adversarial", ...) is not None:
@@ -183,10 +205,21 @@ class DASegNetRecipe(BaseRecipe):
             return values
         return values | {"optimizers": {key: value for key, value in optimizers.items() if key not in DISCRIMINATORS}}
 
+    def optimizer_names(self) -> tuple[str, ...]:
+        """One for the students, neck and decoders, and one per discriminator."""
+        return ("main", *(DISCRIMINATORS if self.adversarial is not None else ()))
+
     @model_validator(mode="after")
-    def _optimizers(self) -> Self:
-        wanted = ["main", *(DISCRIMINATORS if self.adversarial is not None else ())]
-        missing = [name for name in wanted if name not in self.optimizers]
-        if missing:
-            raise ValueError(f"optimizers: {missing[0]!r} is missing; this recipe needs {wanted}")
+    def _single(self) -> Self:
+        if self.single is None:
+            return self
+        fields = type(self).model_fields
+        inert = [key for key in ("neck", "adversarial") if getattr(self, key) is not None]
+        inert += [key for key in OF_THE_PAIR if getattr(self, key) != fields[key].default]
+        if inert:
+            raise ValueError(f"{inert[0]}: belongs to the two students, which single replaces; leave it out")
+        teacher = None if self.self_training is None else self.self_training.teacher
+        if teacher is not None and (teacher.type != "whole" or teacher.start != "student"):
+            raise ValueError("self_training.teacher: single needs {type: whole, start: student}")
+        self.single.check_batch(self.trainer.batch_of("source"))
         return self

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsseg.data.streams import Samples
 from rsseg.layers.blocks import has_batch_norm, resize_logits
 from rsseg.layers.ema import Ema
 from rsseg.methods.dasegnet.network import DASegNet, Styles
@@ -20,7 +21,7 @@ UNSURE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class WeightedLabels:
     """Labels of target images.
 
     labels   int64 (B, H, W), IGNORE_INDEX where the image has no data
@@ -36,7 +37,7 @@ class PseudoLabels:
 @torch.no_grad()
 def pseudo_labels(
     logits: Tensor, image_size: Sequence[int], valid: Tensor | None, config: SelfTrainingConfig
-) -> PseudoLabels:
+) -> WeightedLabels:
     """The most probable class of each pixel, weighted by the fraction of confident pixels in the batch.
 
     Args:
@@ -60,7 +61,7 @@ def pseudo_labels(
         if in_place:
             sure &= weighted != 0  # published: weight 0 is replaced by that of a pixel below `rare_confidence`
         weights = torch.where(sure, weighted, ratio * UNSURE_WEIGHT)
-    return PseudoLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
+    return WeightedLabels(torch.where(valid, labels, IGNORE_INDEX), torch.where(valid, weights, 0.0), ratio)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +101,7 @@ AVERAGED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 class Teacher(nn.Module):
     """Averaged parts of the student and their update rule."""
 
-    def __init__(self, config: TeacherConfig, student: DASegNet, fresh: Callable[[str], nn.Module]) -> None:
+    def __init__(self, config: TeacherConfig, student: nn.Module, fresh: Callable[[str], nn.Module]) -> None:
         """Initialize the averages.
 
         Args:
@@ -139,7 +140,7 @@ class Teacher(nn.Module):
                 refined = student.refine(maps, self.averaged("backbone_target")(images))
                 return (student.decoder_source(refined[0]) + self.averaged("decoder_target")(refined[1])) / 2  # type: ignore[no-any-return]
 
-    def update(self, student: DASegNet, step: int) -> None:
+    def update(self, student: nn.Module, step: int) -> None:
         """Update all averages after optimizer step `step` (from 0).
 
         Equals the published update at the beginning of the following step.
@@ -173,6 +174,22 @@ def class_mix(masks: Tensor) -> Tensor:
     rank = scores.argsort(dim=1).argsort(dim=1)
     picked = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)
     return picked.gather(1, values).reshape(masks.shape)
+
+
+def strong_view(
+    source: Samples, target: Samples, pseudo: WeightedLabels, config: SelfTrainingConfig
+) -> tuple[Tensor, WeightedLabels]:
+    """Strong view of target images (B, C, H, W), with pasted source classes, and the matching labels."""
+    images = target.images if config.student_view == "same" or target.strong is None else target.strong[:, 0]
+    if not config.class_mix or source.masks is None:
+        return images, pseudo
+    partner = torch.arange(len(images), device=images.device) % len(source.images)
+    pasted = class_mix(source.masks)[partner]
+    return torch.where(pasted[:, None], source.images[partner], images), WeightedLabels(
+        torch.where(pasted, source.masks[partner], pseudo.labels),
+        torch.where(pasted, 1.0, pseudo.weights),
+        pseudo.ratio,
+    )
 
 
 def hide_patches(images: Tensor, fill: Sequence[float], *, patch: int, ratio: float) -> Tensor:

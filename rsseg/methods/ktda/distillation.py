@@ -21,6 +21,8 @@ _AXES = {"channel": 1, "height": 2, "width": 3}
 class Distillation(nn.Module):
     """Compares FAM's outputs with the maps of a frozen teacher on the same augmented batch."""
 
+    weight: Tensor
+
     def __init__(
         self,
         teacher: Backbone,
@@ -43,18 +45,23 @@ class Distillation(nn.Module):
         self.teacher = Frozen(teacher)
         self.settings, self.total_steps, self.fuse = settings, total_steps, fuse
         self._normalize = normalize or teacher.normalize
+        self.register_buffer("weight", torch.empty(()), persistent=False)
+        self.set_step(0)
 
-    def forward(self, images: Tensor, aligned: Sequence[Tensor], step: int) -> Tensor:
+    def set_step(self, step: int) -> None:
+        """Set the weight of an optimizer step, counted from 0."""
+        self.weight.fill_(weight_at(self.settings, step, self.total_steps))
+
+    def forward(self, images: Tensor, aligned: Sequence[Tensor]) -> Tensor:
         """Weighted loss of one micro-step.
 
         Args:
             images: float (B, C, H, W), scaled units.
             aligned: FAM's outputs, or only their sum if fused.
-            step: optimizer step, from 0.
         """
         maps = self.teacher_maps(images)
         loss = distillation_loss(aligned, [fused(maps)] if self.fuse else maps, self.settings)
-        return weight_at(self.settings, step, self.total_steps) * loss
+        return self.weight * loss
 
     def teacher_maps(self, images: Tensor) -> Sequence[Tensor]:
         """The teacher's maps of images (B, C, H, W) in scaled units, without gradients."""

@@ -1,7 +1,6 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -12,8 +11,17 @@ from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
+from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
-from rsseg.methods.base import Method, ParamGroup, Segmenter, StepOutput
+from rsseg.methods.base import (
+    LoadModel,
+    Method,
+    ParamGroup,
+    Segmenter,
+    StepOutput,
+    check_same_task,
+    start_from,
+)
 from rsseg.methods.ktda.distillation import Distillation, TaskTeacher
 from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, make_fam
 from rsseg.methods.ktda.parts import FeatureAlignment
@@ -59,11 +67,21 @@ class KTDAMethod(Method):
         if task_teacher is not None and task_teacher.settings.unlabeled:
             self.streams += (StreamSpec("unlabeled", "train", masks=False, fill=segmenter.fill, strong_views=1),)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """The teacher of maps and that of the task, where there are."""
+        if self.distillation is not None:
+            yield self.distillation.teacher
+        if self.task_teacher is not None:
+            yield self.task_teacher.frozen
+
+    def before_step(self, step: int) -> None:
+        """Set the weight of the distillation."""
+        if self.distillation is not None:
+            self.distillation.set_step(step)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
-        images, masks = batch["labeled"].images, batch["labeled"].masks
-        if masks is None:
-            raise ValueError("the stream 'labeled' came without masks")
+        images, masks = batch["labeled"].images, batch["labeled"].labels
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
         losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}
@@ -79,7 +97,7 @@ class KTDAMethod(Method):
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
-            losses["distill"] = self.distillation(images, aligned, step)
+            losses["distill"] = self.distillation(images, aligned)
         if self.task_teacher is not None:
             logits = self._at_size(student.logits, masks)
             losses["taught"] = self.task_teacher.loss(logits, images, batch["labeled"].valid)
@@ -125,13 +143,13 @@ class KTDAMethod(Method):
         return self.segmenter.to_size(logits, masks.shape[-2:])
 
 
-def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Segmenter] | None = None) -> KTDAMethod:
+def build_method(recipe: KTDARecipe, task: Task, load_model: LoadModel | None = None) -> KTDAMethod:
     """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Args:
         recipe: describes them.
         task: classes and bands.
-        load_model: model file or run folder -> network; needed for a task teacher.
+        load_model: needed for a task teacher or a start model.
 
     Raises:
         RecipeError: parts of the recipe do not fit together, or the task teacher has another task.
@@ -140,10 +158,11 @@ def build_method(recipe: KTDARecipe, task: Task, load_model: Callable[[Path], Se
     taught_by = None
     if recipe.task_teacher is not None and load_model is not None:
         taught_by = load_model(recipe.task_teacher.model)
-        _check_task(recipe.task_teacher.model, taught_by.task, task)
+        check_same_task("task_teacher.model", recipe.task_teacher.model, taught_by.task, task)
     student = create_backbone(recipe.student, task)
     teacher = create_backbone(recipe.teacher, task) if recipe.teacher else None
     segmenter = assemble_segmenter(recipe, task, student, teacher.info if teacher else None)
+    start_from(segmenter, recipe.start, load_model)
     return assemble_method(recipe, segmenter, teacher, taught_by)
 
 
@@ -172,24 +191,6 @@ def assemble_method(
         side=side,
         task_teacher=TaskTeacher(task_teacher, recipe.task_teacher) if task_teacher and recipe.task_teacher else None,
     )
-
-
-def _check_task(model: Path, theirs: Task, ours: Task) -> None:
-    """Raise `RecipeError` unless a teacher has the classes, bands and scaling of the student's task."""
-    for what, a, b in (
-        ("classes", theirs.class_names, ours.class_names),
-        ("bands", theirs.bands, ours.bands),
-        ("scaling", (theirs.scale, theirs.offset), (ours.scale, ours.offset)),
-    ):
-        if a != b:
-            raise RecipeError(
-                f"task_teacher.model: {model} has the {what} {_shown(a)}, {ours.name} has {_shown(b)}. "
-                "Give a model trained on this dataset, with the same order of classes and bands."
-            )
-
-
-def _shown(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def make_aux_head(config: AuxConfig, widths: Sequence[int], num_classes: int) -> AuxHead:

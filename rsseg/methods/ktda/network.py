@@ -1,6 +1,6 @@
 """The network that ships: student, FAM, neck, FMM and decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from rsseg.methods.ktda.parts import (
 from rsseg.methods.ktda.recipe import DecoderConfig, FamConfig, FmmConfig, KTDARecipe
 from rsseg.task import Task
 
-_FLEXIBLE_TILE = TileHint(size=1024, overlap=128, flexible=True)
+_FLEXIBLE_TILE = TileHint(size=1280, overlap=128, flexible=True)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class KTDASegmenter(Segmenter):
         """See `Segmenter.padded`. With a fixed grid, which spans the whole input, only tiny images are padded."""
         fixed = self.fam is not None and self.fam.grid is not None
         return images if fixed and min(images.shape[-2:]) >= self.input_multiple else super().padded(images)
+
+    def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
+        """See `Segmenter.start_parts`."""
+        between = {"fam": self.fam, "neck": self.neck, "fmm": self.fmm}
+        parts = {"backbone": self.student, "decoder": self.decoder} | {k: v for k, v in between.items() if v}
+        return {role: (part,) for role, part in parts.items()}
 
     def run(self, images: Tensor) -> StudentPass:
         """Forward pass with all tensors that losses need; images as in `forward`."""

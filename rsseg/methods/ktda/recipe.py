@@ -3,13 +3,12 @@
 Defaults follow the code that produced the published numbers; docstrings name the alternative.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
-from rsseg.fields import Depth, Index, Positive, Probability, Side, Strict, Width
+from rsseg.fields import Depth, Index, ModelPath, Positive, Probability, Side, Strict, Width
 
 
 class FamConfig(Strict):
@@ -122,7 +121,7 @@ class TaskTeacherConfig(Strict):
     probability of every class per pixel, also on images without labels.
     """
 
-    model: Path
+    model: ModelPath
     """Model file or run folder of any method, for the same classes, bands and scaling."""
     weight: Positive = 1.0
     """Weight of the divergence from the teacher's class probabilities (mean over valid pixels), added to the loss."""
@@ -181,8 +180,6 @@ class KTDARecipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"optimizers: ktda has exactly one, 'main'; found {sorted(self.optimizers)}")
         if self.fam is None and (self.teacher or self.fuse):
             raise ValueError("fam: 'teacher' and 'fuse' need feature alignment, 'fam: {}' takes its defaults")
         if self.side and (self.neck or self.fmm or self.fuse):
@@ -194,7 +191,7 @@ class KTDARecipe(BaseRecipe):
             raise ValueError("fam.path: side is for distillation only; give a teacher or task_teacher")
         if self.fam and not self.side and self.teacher is None and (self.fam.width is None or self.fam.grid == "auto"):
             raise ValueError("fam: without a teacher give 'width' and 'grid' as numbers")
-        batch = self.trainer.stream_batch_sizes.get("labeled", self.trainer.batch_size)
+        batch = self.trainer.batch_of("labeled")
         if self.decoder.type == "upernet" and 1 in self.decoder.pool_scales and batch == 1:
             raise ValueError(
                 "trainer.batch_size: the upernet decoder needs two samples, as the batch norm of pool scale 1 sees one "

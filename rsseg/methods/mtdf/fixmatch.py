@@ -1,11 +1,11 @@
-"""Pseudo-labels, CutMix and complementary dropout, after FixMatch and UniMatch V2."""
+"""Pseudo-labels, thresholds, CutMix and complementary dropout, after FixMatch and UniMatch V2."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,14 @@ class PseudoLabels:
         """The labels of the CutMix view; see `cutmix`."""
         return PseudoLabels(cutmix(self.labels, mix), cutmix(self.confidence, mix), cutmix(self.valid, mix))
 
-    def confident_ratio(self, threshold: float) -> Tensor:
-        """Fraction of valid pixels with a confidence of at least `threshold`; 0 without valid pixels."""
-        return (self.valid & (self.confidence >= threshold)).sum() / self.valid.sum().clamp(min=1)
+    def confident(self, threshold: float | Tensor) -> Tensor:
+        """bool (B, H, W): valid pixels of at least this confidence, one for all or float (K,) by class."""
+        limit = threshold[self.labels] if isinstance(threshold, Tensor) else threshold
+        return self.valid & (self.confidence >= limit)
+
+    def confident_ratio(self, threshold: float | Tensor) -> Tensor:
+        """Fraction of valid pixels that are confident; 0 without valid pixels."""
+        return self.confident(threshold).sum() / self.valid.sum().clamp(min=1)
 
 
 def cutmix(x: Tensor, mix: Tensor) -> Tensor:
@@ -48,44 +53,64 @@ def cutmix(x: Tensor, mix: Tensor) -> Tensor:
 
 
 def pseudo_label_loss(
-    logits: Tensor, pseudo: PseudoLabels, *, threshold: float, divisor: Literal["valid", "confident"] = "valid"
+    logits: Tensor, pseudo: PseudoLabels, *, threshold: float | Tensor, divisor: Literal["valid", "confident"] = "valid"
 ) -> Tensor:
     """Cross-entropy summed over confident valid pixels, divided according to `divisor`.
 
     Args:
         logits: float (B, K, H, W) of the view that `pseudo` was mixed for.
         pseudo: labels, confidence and valid area.
-        threshold: least confidence of a pixel that counts.
+        threshold: least confidence of a pixel that counts, one for all or float (K,) by class.
         divisor: divide by the number of `valid` pixels (the authors' code) or of `confident` ones.
 
     Returns:
         Scalar; exactly 0 if no pixel counts.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        confident = pseudo.valid & (pseudo.confidence >= threshold)
+        confident = pseudo.confident(threshold)
         per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
         count = (confident if divisor == "confident" else pseudo.valid).sum()
         return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
 
 
-def complementary_masks(
-    pairs: int, channels: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-) -> Tensor:
+class ClassThresholds(nn.Module):
+    """Confidence thresholds by class, from a running mean of the confidence of each class's pseudo-labels."""
+
+    running: Tensor
+
+    def __init__(self, num_classes: int, confidence: float, *, momentum: float = 0.95) -> None:
+        """Start with the threshold `confidence` for every class; the most certain class keeps it."""
+        super().__init__()
+        self.confidence, self.momentum = confidence, momentum
+        self.register_buffer("running", torch.ones(num_classes))
+
+    @torch.no_grad()
+    def forward(self, pseudo: PseudoLabels) -> Tensor:
+        """Record the pseudo-labels of one batch; returns the thresholds, float (K,)."""
+        classes = torch.arange(len(self.running), device=self.running.device)
+        shown = (pseudo.labels[..., None] == classes) & pseudo.valid[..., None]
+        count = shown.flatten(0, 2).sum(0)
+        mean = (shown * pseudo.confidence[..., None]).flatten(0, 2).sum(0) / count.clamp(min=1)
+        self.running.lerp_(torch.where(count > 0, mean, self.running), 1.0 - self.momentum)
+        return self.confidence * self.running / self.running.max()
+
+
+def complementary_masks(pairs: int, channels: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Channel factors for two views of the same samples: each channel is doubled in one and dropped in the other.
 
-    Half of the pairs (rounded down, drawn at random) keep every channel in both views.
+    Half of the pairs (rounded down, drawn at random) keep every channel in both views. The random source is torch's
+    global one, which the trainer seeds for every step.
 
     Args:
         pairs: samples per view.
         channels: of the maps.
-        device: of the result and of the generator.
-        generator: random source; None uses torch's global one, which the trainer seeds for every step.
+        device: of the result.
 
     Returns:
         float (2 * pairs, channels) of 0, 1 and 2; rows i and i + pairs sum to 2.
 
     Source: UniMatch V2 (arXiv 2410.10777).
     """
-    first = 2.0 * torch.randint(0, 2, (pairs, channels), device=device, generator=generator).float()
-    first.index_fill_(0, torch.randperm(pairs, device=device, generator=generator)[: pairs // 2], 1.0)
+    first = 2.0 * torch.randint(0, 2, (pairs, channels), device=device).float()
+    first.index_fill_(0, torch.randperm(pairs, device=device)[: pairs // 2], 1.0)
     return torch.cat([first, 2.0 - first])

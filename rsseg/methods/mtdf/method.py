@@ -1,8 +1,7 @@
 """Training of RS-MTDF: FixMatch with an averaged pseudo-labeller, and distillation from frozen teachers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,55 +9,40 @@ from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
-from rsseg.checkpoint import find_model, load_tensors
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
 from rsseg.layers.ema import Ema, Frozen
-from rsseg.methods.base import Method, ParamGroup, StepOutput
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
+from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
-from rsseg.methods.mtdf.recipe import MTDFRecipe
+from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task
 
 
 class Teacher(nn.Module):
     """A frozen backbone with its input preparation and its loss."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        input_size: int | None = None,
-        bands: Sequence[int] | None = None,
-        student_normalized: bool = False,
-        grid: Literal["teacher", "student"] = "teacher",
-        standardize: bool = False,
-        loss_weight: float = 1.0,
-    ) -> None:
-        """See `TeacherConfig` for the arguments; `bands` are positions in the task's bands."""
+    def __init__(self, backbone: Backbone, config: TeacherConfig, bands: Sequence[int] | None = None) -> None:
+        """Freeze the backbone; `bands` are its positions in the task's bands, None for all."""
         super().__init__()
-        self.frozen = Frozen(backbone)
-        self.input_size = input_size
+        self.frozen, self.config = Frozen(backbone), config
         self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
-        self.student_normalized = student_normalized
-        self.grid = grid
-        self.standardize = standardize
-        self.loss_weight = loss_weight
 
     @torch.no_grad()
     def forward(self, images: Tensor, student: Backbone) -> Tensor:
         """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without gradients."""
-        backbone = cast(Backbone, self.frozen.module)
-        if self.student_normalized:
+        backbone, size = cast(Backbone, self.frozen.module), self.config.input_size
+        student_normalized = self.config.teacher_input == "student_normalized"
+        if student_normalized:
             images = student.normalize(images)
         if self.bands is not None:
             images = images.index_select(1, cast(Tensor, self.bands))
-        if self.input_size is not None:
-            images = resize(images, (self.input_size, self.input_size), align_corners=True)
-        maps = backbone.forward_normalized(images) if self.student_normalized else backbone(images)
+        if size is not None:
+            images = resize(images, (size, size), align_corners=True)
+        maps = backbone.forward_normalized(images) if student_normalized else backbone(images)
         target = maps[-1].float()
-        if self.standardize:
+        if self.config.standardize:
             target = F.layer_norm(target.movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
         return target
 
@@ -66,62 +50,49 @@ class Teacher(nn.Module):
         """Mean squared error between the predicted and the teacher's map (B, D, h, w), on the configured grid."""
         with torch.autocast(translated.device.type, enabled=False):
             translated = translated.float()
-            if self.grid == "teacher":
+            if self.config.grid == "teacher":
                 translated = resize(translated, target.shape[-2:], align_corners=True)
             else:
                 target = resize(target, translated.shape[-2:], align_corners=True)
             return F.mse_loss(translated, target)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Options of the method; see the recipe's field of the same name."""
-
-    labeled_weight: float
-    pseudo_weight: float = 0.0
-    distill_weight: float = 0.0
-    unlabeled: bool = True
-    confidence: float = 0.95
-    loss_divisor: Literal["valid", "confident"] = "valid"
-    strong_views: int = 1
-    complementary_dropout: bool = False
-    ema_decay: float = 0.996
-    ship: Literal["student", "average"] = "student"
-    head_lr_scale: float = 40.0
-
-
 class MTDFMethod(Method):
     """The student, its average, which makes the pseudo-labels, and its teachers."""
 
-    def __init__(self, student: MTDFSegmenter, teachers: Mapping[str, Teacher], settings: Settings) -> None:
+    def __init__(self, recipe: MTDFRecipe, student: MTDFSegmenter, teachers: Mapping[str, Teacher]) -> None:
         """Store the parts.
 
         Args:
+            recipe: options of the method.
             student: the network that ships, with one translator per teacher.
             teachers: by translator name; empty without distillation.
-            settings: options of the method.
         """
         super().__init__()
-        self.student = student
+        self.recipe, self.student = recipe, student
         self.teachers = nn.ModuleDict(teachers)
-        self.settings = settings
-        averaged = settings.unlabeled or settings.ship == "average"
-        self.average = Ema(student, settings.ema_decay) if averaged else None
+        given = {"seg": recipe.labeled_weight, "pseudo": recipe.pseudo_weight, "distill": recipe.distill_weight}
+        equal = 1.0 / (1 + recipe.unlabeled + bool(teachers))
+        self.loss_weights = {name: equal if weight is None else weight for name, weight in given.items()}
+        averaged = recipe.unlabeled or recipe.ship == "average"
+        self.average = Ema(student, recipe.ema_decay) if averaged else None
+        adaptive = recipe.unlabeled and recipe.class_thresholds
+        self.thresholds = ClassThresholds(student.task.num_classes, recipe.confidence) if adaptive else None
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
-        unlabeled = StreamSpec("unlabeled", "train", False, student.fill, settings.strong_views)
-        self.streams = (labeled, unlabeled) if settings.unlabeled else (labeled,)
+        unlabeled = StreamSpec("unlabeled", "train", False, student.fill, recipe.strong_views)
+        self.streams = (labeled, unlabeled) if recipe.unlabeled else (labeled,)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
+    def training_step(self, batch: Batch, step: int) -> StepOutput:
         """Losses of one batch.
 
         The average labels the weak view of the unlabeled crops; the student is trained with these labels on the strong
         CutMix views. Teachers receive the same images as the student: labeled crops and strong views.
         """
-        s, x = self.settings, batch["labeled"]
+        recipe, x = self.recipe, batch["labeled"]
         weak: PseudoLabels | None = None
         views: list[Tensor] = []
         pseudo: list[PseudoLabels] = []
-        if s.unlabeled:
+        if recipe.unlabeled:
             u = batch["unlabeled"]
             weak = self._pseudo_labels(u)
             views, pseudo = _strong_views(u, weak)
@@ -129,37 +100,44 @@ class MTDFMethod(Method):
         output = self._student_output(images, len(x.images), self._channel_mask(len(x.images), views))
         logits_x, *logits_u = torch.split(output.logits, [len(view) for view in (x.images, *views)])
 
-        losses = {"seg": s.labeled_weight * self.label_loss(logits_x, _labels(x))}
+        losses = {"seg": self.loss_weights["seg"] * self.label_loss(logits_x, x.labels)}
         logs: dict[str, Tensor] = {}
         if weak is not None:
+            threshold = recipe.confidence if self.thresholds is None else self.thresholds(weak)
             per_view = [
-                pseudo_label_loss(logits, labels, threshold=s.confidence, divisor=s.loss_divisor)
+                pseudo_label_loss(logits, labels, threshold=threshold, divisor=recipe.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
-            losses["pseudo"] = s.pseudo_weight * torch.stack(per_view).mean()
-            logs["confident_ratio"] = weak.confident_ratio(s.confidence)
+            ramp_steps = recipe.pseudo_ramp * recipe.trainer.steps
+            ramp = min((step + 1) / ramp_steps, 1.0) if ramp_steps else 1.0
+            losses["pseudo"] = ramp * self.loss_weights["pseudo"] * torch.stack(per_view).mean()
+            logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
             errors = self._distillation(images, output.translated)
-            losses["distill"] = s.distill_weight * torch.stack(list(errors.values())).mean()
+            losses["distill"] = self.loss_weights["distill"] * torch.stack(list(errors.values())).mean()
             logs |= {f"distill_{name}": error.detach() for name, error in errors.items()}
         return StepOutput(losses, logs)
+
+    def frozen_teachers(self) -> Iterable[Frozen]:
+        """The backbones of all teachers."""
+        return [cast(Teacher, teacher).frozen for teacher in self.teachers.values()]
 
     def after_optimizer_step(self, step: int) -> None:
         """Update the average; in the first steps it is the plain mean of all students since step 0."""
         if self.average is not None:
-            self.average.update(self.student, decay=ema_ratio(step, self.settings.ema_decay))
+            self.average.update(self.student, decay=ema_ratio(step, self.recipe.ema_decay))
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """The backbone at the optimizer's learning rate, the rest of the student at a multiple of it."""
         backbone = [p for p in self.student.backbone.parameters() if p.requires_grad]
         known = {id(p) for p in self.student.backbone.parameters()}
         rest = [p for p in self.student.parameters() if id(p) not in known]
-        groups = (ParamGroup(backbone), ParamGroup(rest, lr_scale=self.settings.head_lr_scale))
+        groups = (ParamGroup(backbone), ParamGroup(rest, lr_scale=self.recipe.head_lr_scale))
         return {"main": [group for group in groups if group.params]}
 
     def deployable(self) -> MTDFSegmenter:
         """The student or its average, by the recipe's `ship`."""
-        if self.settings.ship == "average" and self.average is not None:
+        if self.recipe.ship == "average" and self.average is not None:
             return self.average.module  # type: ignore[return-value]
         return self.student
 
@@ -185,7 +163,7 @@ class MTDFMethod(Method):
 
     def _channel_mask(self, labeled: int, views: Sequence[Tensor]) -> Tensor | None:
         """Factors (B, D) for the channels of all maps: the two strong views keep complementary halves."""
-        if not self.settings.complementary_dropout:
+        if not self.recipe.complementary_dropout:
             return None
         channels = self.student.backbone.info.channels[-1]
         masks = complementary_masks(len(views[0]), channels, device=views[0].device)
@@ -196,7 +174,8 @@ class MTDFMethod(Method):
         errors = {}
         for name, teacher in self.teachers.items():
             assert isinstance(teacher, Teacher)  # ModuleDict does not know the type of its values
-            errors[name] = teacher.loss_weight * teacher.loss(translated[name], teacher(images, self.student.backbone))
+            error = teacher.loss(translated[name], teacher(images, self.student.backbone))
+            errors[name] = teacher.config.loss_weight * error
         return errors
 
 
@@ -214,12 +193,7 @@ def _strong_views(u: Samples, weak: PseudoLabels) -> tuple[list[Tensor], list[Ps
     return views, [weak.mixed(mix) for mix in boxes]
 
 
-def _labels(x: Samples) -> Tensor:
-    assert x.masks is not None  # the stream's spec requires them
-    return x.masks
-
-
-def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
+def build_method(recipe: MTDFRecipe, task: Task, load_model: LoadModel | None = None) -> MTDFMethod:
     """Build student and teachers with the weights that the recipe names, everything else untrained.
 
     Raises:
@@ -231,8 +205,7 @@ def build_method(recipe: MTDFRecipe, task: Task) -> MTDFMethod:
     teachers = {t.name: create_backbone(t.backbone, teacher_task(t, task)) for t in recipe.teachers}
     channels = {name: teacher.info.channels[-1] for name, teacher in teachers.items()}
     student = assemble_segmenter(recipe, task, backbone, channels)
-    if recipe.start_from is not None:
-        load_tensors(student, find_model(recipe.start_from))
+    start_from(student, recipe.start, load_model)
     return assemble_method(recipe, student, teachers)
 
 
@@ -242,32 +215,12 @@ def assemble_method(recipe: MTDFRecipe, student: MTDFSegmenter, backbones: Mappi
     teachers = {
         config.name: Teacher(
             backbones[config.name],
-            input_size=config.input_size,
+            config,
             bands=None if config.bands is None else [student.task.bands.index(band) for band in config.bands],
-            student_normalized=config.teacher_input == "student_normalized",
-            grid=config.grid,
-            standardize=config.standardize,
-            loss_weight=config.loss_weight,
         )
         for config in recipe.teachers
     }
-    equal = 1.0 / (1 + recipe.unlabeled + bool(teachers))
-    weights = (recipe.labeled_weight, recipe.pseudo_weight, recipe.distill_weight)
-    labeled, pseudo, distill = (equal if weight is None else weight for weight in weights)
-    settings = Settings(
-        labeled_weight=labeled,
-        pseudo_weight=pseudo,
-        distill_weight=distill,
-        unlabeled=recipe.unlabeled,
-        confidence=recipe.confidence,
-        loss_divisor=recipe.loss_divisor,
-        strong_views=recipe.strong_views,
-        complementary_dropout=recipe.complementary_dropout,
-        ema_decay=recipe.ema_decay,
-        ship=recipe.ship,
-        head_lr_scale=recipe.head_lr_scale,
-    )
-    return MTDFMethod(student, teachers, settings)
+    return MTDFMethod(recipe, student, teachers)
 
 
 def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, Backbone]) -> None:
@@ -279,7 +232,8 @@ def _check_sizes(recipe: MTDFRecipe, student: Backbone, teachers: Mapping[str, B
     if len(set(crops.values())) > 1:
         raise RecipeError(f"data: labeled and unlabeled crops share a batch, but their crop_size is {crops}. Set one.")
     crop = crops["labeled"]
-    _check_side("data.augment.crop_size", crop, student)
+    if student.info.patch_size is not None or recipe.decoder is None:  # other decoders resize levels of any size
+        _check_side("data.augment.crop_size", crop, student)
     for config in recipe.teachers:
         key = f"teachers: input_size of {config.name!r}"
         if teachers[config.name].info.patch_size is not None:

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize, resize_logits, unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
+from rsseg.methods.plain import fitting_decoder
 from rsseg.task import Task, task_with_bands
 
 
@@ -111,7 +112,7 @@ class MTDFSegmenter(Segmenter):
     def __init__(
         self,
         backbone: Backbone,
-        head: DPTHead,
+        head: nn.Module,
         task: Task,
         *,
         translators: Mapping[str, Translator],
@@ -119,6 +120,7 @@ class MTDFSegmenter(Segmenter):
         student_weight: float = 0.8,
         fill: Sequence[float] | None = None,
         tile: int = 518,
+        align_corners: bool = True,
     ) -> None:
         """Store the parts.
 
@@ -130,17 +132,25 @@ class MTDFSegmenter(Segmenter):
             fusion_weights: by teacher name, share of its features in the last map; empty without fusion.
             student_weight: share of the student's own last map in the fusion.
             fill: per band, scaled units: value of pixels without data; None uses the normalization mean.
-            tile: training crop side in pixels, the preferred tile.
+            tile: training crop side in pixels, the preferred tile of a transformer.
+            align_corners: of the resize of the logits to the image.
         """
         info = backbone.info
         # attention spans the whole tile, so tiles stay at the training size
-        hint = TileHint(size=tile, overlap=tile // 4, flexible=info.kind == "pyramid")
+        convolutional = info.kind == "pyramid"
+        hint = TileHint(1280, 128, flexible=True) if convolutional else TileHint(tile, tile // 4, flexible=False)
         super().__init__(task, input_multiple=info.input_multiple, fill=fill or info.mean, tile=hint)
         self.backbone = backbone
         self.head = head
         self.translators = nn.ModuleDict(translators)
         self.fusion_weights = dict(fusion_weights)
         self.student_weight = student_weight
+        self.align_corners = align_corners
+
+    def start_parts(self) -> Mapping[str, Sequence[nn.Module]]:
+        """See `Segmenter.start_parts`."""
+        parts = {"backbone": (self.backbone,), "decoder": (self.head,)}
+        return parts | ({"translators": (self.translators,)} if self.translators else {})
 
     def forward(self, images: Tensor) -> Tensor:
         """See `Segmenter.forward`. Each translator is merged with its projection."""
@@ -211,7 +221,7 @@ class MTDFSegmenter(Segmenter):
         return (*finer, mixed)
 
     def _decode(self, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        return resize_logits(self.head(maps), images.shape[-2:], align_corners=True)
+        return resize_logits(self.head(maps), images.shape[-2:], align_corners=self.align_corners)
 
 
 def _pointwise(layer: nn.Module, features: Tensor) -> Tensor:
@@ -251,16 +261,7 @@ def assemble_segmenter(
             f"complementary_dropout: needs maps of equal width; those of {info.name} have {info.channels} channels. "
             "Choose a ViT, or leave it out."
         )
-    try:
-        head = DPTHead(
-            info.channels,
-            info.strides,
-            task.num_classes,
-            widths=recipe.decoder_widths,
-            features=recipe.decoder_features,
-        )
-    except ValueError as error:
-        raise RecipeError(f"student: {error}. Set student.out_indices.") from None
+    head = _make_head(recipe, info, task.num_classes)
     fused = {t.name: t.fusion_weight for t in recipe.teachers if recipe.fusion and t.fusion_weight > 0}
     translators = {
         config.name: Translator(
@@ -282,7 +283,19 @@ def assemble_segmenter(
         student_weight=recipe.student_weight,
         fill=task.offset if recipe.padding == "black" else info.mean,
         tile=crop_sizes(recipe)["labeled"],
+        align_corners=recipe.decoder is None or recipe.decoder.type == "dpt",
     )
+
+
+def _make_head(recipe: MTDFRecipe, info: BackboneInfo, num_classes: int) -> nn.Module:
+    if recipe.decoder is not None:
+        return fitting_decoder(recipe.decoder, info, num_classes)
+    try:
+        return DPTHead(
+            info.channels, info.strides, num_classes, widths=recipe.decoder_widths, features=recipe.decoder_features
+        )
+    except ValueError as error:
+        raise RecipeError(f"student: {error}. Set student.out_indices.") from None
 
 
 def teacher_task(config: TeacherConfig, task: Task) -> Task:

@@ -1,12 +1,12 @@
 """Recipe of RS-MTDF (arXiv 2506.08772): semi-supervised training with several frozen teachers."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rsseg.config import BackboneConfig, BaseRecipe, TrainedBackbone
 from rsseg.fields import Positive, Probability, Side, Strict, Width
+from rsseg.methods.plain_recipe import DecoderConfig
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -45,6 +45,9 @@ class MTDFRecipe(BaseRecipe):
     method: Literal["mtdf"]
     student: TrainedBackbone
     """Four maps: of ViT blocks, or of pyramid levels whose strides double."""
+    decoder: DecoderConfig | None = None
+    """A decoder of plain supervised training, so that a supervised run can be the `start`; None is the published DPT
+    head, whose widths follow."""
     decoder_widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """Channels of the four maps in the DPT head (ViT-S; B: 96, 192, 384, 768; L: 256, 512, 1024, 1024)."""
     decoder_features: Width = 64
@@ -53,9 +56,6 @@ class MTDFRecipe(BaseRecipe):
     """Any number of teachers; without teachers this is FixMatch."""
     only_teachers: tuple[str, ...] | None = None
     """Names of the teachers to keep, for ablations with `--set`; None keeps all, [] none."""
-    start_from: Path | None = None
-    """Model file or run folder of the same network, such as an imported one, that initializes the student;
-    `student_pass` may differ."""
     translator_width: Width = 1024
     """Hidden width of each feature translator."""
     fusion: bool = True
@@ -66,6 +66,13 @@ class MTDFRecipe(BaseRecipe):
     """Train on pseudo-labels of unlabeled images; False never reads them (supervised baseline)."""
     confidence: Probability = 0.95
     """Minimum probability of a pseudo-label that is used."""
+    class_thresholds: bool = False
+    """Multiply `confidence` by the mean probability of a class's pseudo-labels, relative to that of the most certain
+    class (after FlexMatch, arXiv 2110.08263, and FreeMatch, arXiv 2205.07246). One threshold for all drops most pixels
+    of the rare and difficult classes, so that the student forgets them."""
+    pseudo_ramp: Probability = 0.0
+    """Part of the run over which the weight of the pseudo-label loss grows linearly from 0 to its value. Early
+    pseudo-labels are the worst."""
     loss_divisor: Literal["valid", "confident"] = "valid"
     """Divisor of the pseudo-label loss, a sum over confident pixels: all pixels with data (published), or the confident
     ones."""
@@ -86,6 +93,13 @@ class MTDFRecipe(BaseRecipe):
     """Weight of the distillation loss, the mean over teachers."""
     head_lr_scale: Positive = 40.0
     """Learning rate of all parameters outside the student's backbone, as a multiple of the optimizer's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "start_from" in values:
+            raise ValueError("start_from is now called start; rename it")
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -111,8 +125,10 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(
                 "complementary_dropout drops half of the channels in each of two views: set strong_views to 2"
             )
-        if set(self.optimizers) != {"main"}:
-            raise ValueError(f"mtdf has one optimizer, called main; the recipe names {sorted(self.optimizers)}")
+        if self.decoder is not None and self.decoder.pools_to_one and self.trainer.batch_size == 1:
+            raise ValueError(f"trainer.batch_size: the decoder {self.decoder.type!r} needs two images; raise it")
+        if self.decoder is not None and self.decoder.type == "deeplabv3plus":
+            raise ValueError("decoder.type: mtdf's student has four maps; choose segformer, upernet, dpt or linear")
         return self
 
     @property

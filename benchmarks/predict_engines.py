@@ -1,0 +1,93 @@
+"""Whole processes of `rsseg predict` with each engine, and of the geodeep command, with the same network.
+
+    python benchmarks/predict_engines.py [--sides 256 2048 5000] [--rounds 3] [--threads 2] [--dtype float32]
+
+The programs take turns within a round, so that other load on the machine hits all of them; ratios are taken within a
+round. Engines are warm: their graph was exported by a run before. geodeep is measured if its command is found: it
+filters the classes and writes no overviews. `import` is a process that imports torch and ends.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENGINES = ("torch", "onnx", "openvino")
+
+
+def write_model(path: Path) -> Path:
+    """The network of the benchmarks, with random weights, as a model file."""
+    from benchmarks.scenes import RECIPE, make_segmenter, make_task
+    from rsseg.checkpoint import ModelHeader, write_model
+    from rsseg.recipe import RecipeSource, parse_recipe
+
+    recipe = parse_recipe(RecipeSource("bench", RECIPE))
+    task = make_task().model_copy(update={"gsd_m": 0.5})
+    header = ModelHeader(recipe.model_dump(mode="json"), task, backbones={}, training={}, made_with={})
+    write_model(path, make_segmenter().state_dict(), header)
+    return path
+
+
+def seconds(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Wall-clock and processor seconds of a process."""
+    before, start = os.times(), time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    wall, after = time.perf_counter() - start, os.times()
+    return wall, sum(after[2:4]) - sum(before[2:4])
+
+
+def main() -> None:
+    from benchmarks.scenes import write_scene
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 2048, 5000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--format", default="cog")
+    arguments = parser.parse_args()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT)}
+    geodeep = shutil.which("geodeep") or shutil.which("geodeep", path=str(Path(sys.executable).parent))
+    rsseg = [sys.executable, "-m", "rsseg"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_model(folder / "model.safetensors")
+        subprocess.run([*rsseg, "export", str(model), "--for", "geodeep"], check=True, capture_output=True)
+        for side in arguments.sides:
+            scene = write_scene(folder / f"{side}.tif", side)
+            output = ["-o", str(folder / "out.tif"), "--overwrite", "--format", arguments.format]
+            programs = {
+                engine: [*rsseg, "predict", str(scene), "--model", str(model), *output, "--engine", engine]
+                for engine in ENGINES
+            }
+            programs["import"] = [sys.executable, "-c", "import torch"]
+            if geodeep:
+                theirs = [geodeep, str(scene), str(folder / "model.onnx"), "-t", "mask", "-q"]
+                programs["geodeep"] = [*theirs, "-o", str(folder / "theirs.tif")]
+                programs["geodeep"] += ["--max-threads", str(arguments.threads)]
+            for engine in ENGINES:
+                seconds(programs[engine], environment)
+            rounds = []
+            for number in range(arguments.rounds):
+                rounds.append({name: seconds(command, environment) for name, command in programs.items()})
+                row = ", ".join(f"{name} {wall:.1f} ({cpu:.1f})" for name, (wall, cpu) in rounds[-1].items())
+                print(f"{side} px, round {number + 1}: wall s (processor s): {row}", flush=True)
+            base = "geodeep" if geodeep else "torch"
+            for name in programs:
+                for what, index in (("wall", 0), ("processor", 1)):
+                    ratios = [r[base][index] / r[name][index] for r in rounds]
+                    print(
+                        f"{side} px, {name}: {statistics.median(ratios):.2f} times as fast as {base} "
+                        f"[{min(ratios):.2f}-{max(ratios):.2f}], {what}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,108 @@
+"""Export of a network for other engines, checked against torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import rsseg
+from rsseg.errors import MachineError, UsageError
+from rsseg.files import write_json
+from rsseg.inference.device import measure_tile
+from rsseg.inference.engines import ExportedFacts, facts_path
+from rsseg.inference.graph import write_graph
+from rsseg.inference.network import load_segmenter, ready_to_predict
+from rsseg.methods.base import Segmenter
+
+_PROBE = 512
+_TOLERANCE = 1e-3
+"""Largest difference to torch's logits, relative to the largest logit."""
+
+
+class _LowResolution(nn.Module):
+    def __init__(self, network: Segmenter) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.low_resolution_logits(images).float()
+
+
+def export_for_engines(file: Path, graph: Path, digest: str) -> ExportedFacts:
+    """Export the network of a model file to `graph`, and write its facts once the graph has proved equal.
+
+    Raises:
+        UsageError: the network cannot be exported, or the graph computes other logits.
+        MachineError: the package onnx is missing, or the folder cannot be written.
+    """
+    cpu = torch.device("cpu")
+    network, _ = ready_to_predict(load_segmenter(file), cpu, torch.float32)
+    hint, multiple = network.tile, network.input_multiple
+    fixed = None if hint.flexible else -(-hint.size // multiple) * multiple
+    side = fixed or max(_PROBE // 2 // multiple, 1) * multiple
+    program = _LowResolution(network).eval()
+    try:
+        write_graph(program, _noise(network, side, side), graph, any_size=fixed is None)
+        # Another size than the traced one, not square, shows what was taken for constant.
+        sizes = [(side, side)] if fixed else [(side, side), (side + multiple, 2 * side - multiple)]
+        for size in sizes:
+            _compare(program, graph, _noise(network, *size))
+    except UsageError as error:
+        graph.unlink(missing_ok=True)
+        raise UsageError(f"{error} Give --engine torch.") from None
+    except OSError as error:
+        raise MachineError(
+            f"{graph}: cannot be written: {error.strerror}. Make room, or give --engine torch."
+        ) from None
+    cost_side = fixed or _PROBE
+    facts = ExportedFacts(
+        model=digest,
+        rsseg=rsseg.__version__,
+        task=network.task,
+        fill=network.fill,
+        tile=hint,
+        input_multiple=multiple,
+        side=fixed,
+        cost_side=cost_side,
+        cost=measure_tile(network, cost_side, cpu, torch.float32),
+    )
+    write_json(facts_path(graph), json.loads(facts.model_dump_json()))
+    return facts
+
+
+def _noise(network: Segmenter, height: int, width: int) -> Tensor:
+    mean = torch.tensor(network.fill)[:, None, None]
+    noise = torch.rand(len(mean), height, width, generator=torch.Generator().manual_seed(0)) - 0.5
+    return (mean + noise * mean.abs())[None]
+
+
+def _compare(program: nn.Module, graph: Path, images: Tensor) -> None:
+    with torch.inference_mode():
+        expected = program(images).numpy()
+    try:
+        found = _run(graph, images.numpy())
+    except RuntimeError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise UsageError(f"{graph}: the exported network does not run: {message}") from None
+    if found.shape != expected.shape or np.abs(found - expected).max() > _TOLERANCE * np.abs(expected).max():
+        raise UsageError(
+            f"{graph}: the exported network computes other logits than rsseg for {images.shape[2:]} pixels."
+        )
+
+
+def _run(graph: Path, images: np.ndarray) -> np.ndarray:
+    """By whichever engine is installed, in float32."""
+    try:
+        import onnxruntime
+    except ImportError:
+        import openvino
+
+        program = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return np.array(program(images)[0])
+    try:
+        session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {"images": images})[0])
+    except Exception as error:  # onnxruntime's own kinds
+        raise RuntimeError(str(error)) from None

@@ -1,0 +1,332 @@
+"""The network run by onnxruntime or OpenVINO on a CPU. Free of torch once the network has been exported.
+
+A network is exported once, beside its model file: the graph, and a JSON file with what tiles depend on. Both names
+contain the hash of the model file.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import rsseg
+from rsseg.checkpoint import find_model
+from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
+from rsseg.files import hidden_path
+from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
+from rsseg.inference.machine import Cost, has_native_bfloat16
+from rsseg.inference.predict import Compute, extended
+from rsseg.inference.tiling import Span
+from rsseg.task import Task, TileHint
+
+EngineName = Literal["torch", "onnx", "openvino", "auto"]
+_PACKAGES: dict[Literal["openvino", "onnx"], str] = {"openvino": "openvino", "onnx": "onnxruntime"}
+"""In the order of preference of `auto`."""
+_CACHED_VALUES = 1 << 18
+"""Logits that are resized and decided at a time: they stay in the cache of a core."""
+_MIN_ROWS = 16
+
+
+class ExportedFacts(BaseModel):
+    """JSON file beside an exported graph."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    """Hash of the model file."""
+    rsseg: str
+    task: Task
+    fill: tuple[float, ...]
+    tile: TileHint
+    input_multiple: int
+    side: int | None
+    """Of the square images that the graph computes; None: any multiple of `input_multiple`."""
+    cost_side: int
+    """Side of the tile that was measured."""
+    cost: Cost
+    """Of that tile, by torch in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayLogits:
+    """See `rsseg.inference.blend.TileLogits`, in the host's memory.
+
+    low: float32 (K, h, w) of low resolution, resized bilinearly to (K, *full)
+    full: (H, W)
+    size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    """
+
+    low: NDArray[np.float32]
+    full: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.low)
+
+    def whole(self) -> NDArray[np.float32]:
+        """(K, height, width)."""
+        return self._rows(Span(0, self.size[0]))
+
+    def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
+        """See `rsseg.inference.blend.TileLogits`."""
+        kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
+        step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS) if self._factor else rows.length
+        for start in range(rows.start, rows.stop, step):
+            part = Span(start, min(start + step, rows.stop))
+            kept.put((part.within(rows.start), slice(None)), decide_planes(self._rows(part)[..., cols.area], outputs))
+        return kept
+
+    @property
+    def _factor(self) -> int:
+        """Scale factor if a range of rows can be resized separately; 0 if that would shift its pixels."""
+        height = self.low.shape[1]
+        factor = self.full[0] // height
+        return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
+
+    def _rows(self, rows: Span) -> NDArray[np.float32]:
+        if not (factor := self._factor):
+            first, low, height = 0, self.low, self.full[0]
+        else:
+            # Bilinear: a row depends on the low-resolution rows above and below it.
+            above = max(rows.start // factor - 1, 0)
+            below = min(-(-rows.stop // factor) + 1, self.low.shape[1])
+            first, low, height = above * factor, self.low[:, above:below], (below - above) * factor
+        part = slice(rows.start - first, rows.stop - first)
+        if low.shape[1:] == (height, self.full[1]):
+            return low[:, part, : self.size[1]]
+        resized = [cv2.resize(plane, (self.full[1], height), interpolation=cv2.INTER_LINEAR) for plane in low]
+        return np.stack([plane[part, : self.size[1]] for plane in resized]).astype(np.float32, copy=False)
+
+
+@dataclass(eq=False)
+class EngineNetwork:
+    """See `rsseg.inference.predict.Network`: an exported graph.
+
+    start: number of threads -> function that computes float32 (1, C, H, W) -> (1, K, h, w)
+    """
+
+    facts: ExportedFacts
+    engine: str
+    dtype: str
+    start: Callable[[int, int], Callable[[NDArray[np.float32]], NDArray[np.float32]]]
+    device: str = "cpu"
+    asynchronous: bool = False
+    _lanes: threading.local = field(default_factory=threading.local)
+    _run: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    _lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def task(self) -> Task:
+        """Of the model."""
+        return self.facts.task
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """Of the model."""
+        return self.facts.fill
+
+    @property
+    def tile(self) -> TileHint:
+        """Of the model."""
+        return self.facts.tile
+
+    @property
+    def input_multiple(self) -> int:
+        """Of the model."""
+        return self.facts.input_multiple
+
+    def threads(self) -> int:
+        """Cores that this process may use, or OMP_NUM_THREADS."""
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+    def use_threads(self, count: int) -> None:
+        """See `Network`."""
+        self._lanes.threads = count
+
+    def logits(self, images: Sequence[NDArray[np.float32]], compute: Compute) -> list[ArrayLogits]:
+        """See `Network.logits`; one image at a time, as batches are no faster on a CPU."""
+        return [self._averaged(image, compute) for image in images]
+
+    def _averaged(self, image: NDArray[np.float32], compute: Compute) -> ArrayLogits:
+        if len(compute.poses) == 1:
+            return self._logits(image, compute)
+        total: Any = sum(pose.undo(self._shares(pose.apply(image, np), compute), np) for pose in compute.poses)
+        # Logarithms of probabilities serve as logits.
+        mean = np.log(np.maximum(total / np.float32(len(compute.poses)), np.float32(1e-30)))
+        return ArrayLogits(mean, image.shape[1:], image.shape[1:])
+
+    def _shares(self, image: NDArray[np.float32], compute: Compute) -> NDArray[np.float32]:
+        logits = self._logits(image, compute).whole()
+        shares = np.exp(logits - logits.max(0))
+        return shares / shares.sum(0)  # type: ignore[no-any-return]
+
+    def _logits(self, image: NDArray[np.float32], compute: Compute) -> ArrayLogits:
+        size = (image.shape[1], image.shape[2])
+        least, multiple = compute.least, self.input_multiple
+        image = extended(image, max(size[0], least), max(size[1], least))
+        bottom, right = (-length % multiple for length in image.shape[1:])
+        if bottom or right:
+            mode: Any = "reflect" if bottom < image.shape[1] and right < image.shape[2] else "edge"
+            image = np.pad(image, ((0, 0), (0, bottom), (0, right)), mode)
+        full = (image.shape[1], image.shape[2])
+        if self.facts.side not in (None, *full) or (self.facts.side and full[0] != full[1]):
+            raise UsageError(
+                f"--engine {self.engine} computes this network in tiles of {self.facts.side} pixels, not of "
+                f"{full[0]} x {full[1]}. Leave out --tile, or give --engine torch."
+            )
+        low = self._runner()(np.ascontiguousarray(image)[None])
+        return ArrayLogits(np.asarray(low[0], np.float32), full, size)
+
+    def _runner(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """One program for all lanes, started for the number of threads of the first."""
+        with self._lock:
+            if self._run is None:
+                count = getattr(self._lanes, "threads", self.threads())
+                self._run = self.start(count, max(self.threads() // count, 1))
+        return self._run
+
+
+@dataclass(frozen=True)
+class ReadyEngine:
+    """An engine with its network; see `PreparedNetwork`."""
+
+    network: EngineNetwork
+    model: str
+    weights_bytes: int
+
+    def measure(self, side: int) -> Cost:
+        """Cost of a square tile, from the one that was measured at the export."""
+        facts = self.network.facts
+        return facts.cost.scaled((side / facts.cost_side) ** 2)
+
+
+def open_engine(model: Path, engine: EngineName, device: str, precision: str) -> ReadyEngine | None:
+    """The engine of that name with the network of a model; None where torch is to run it.
+
+    Raises:
+        WeightsError: there is no model, or it is damaged.
+        UsageError: the engine cannot run this network, or not on this device or in this precision.
+        MachineError: it is not installed.
+    """
+    if engine == "torch" or (engine == "auto" and device.startswith("cuda")):
+        return None
+    if device.startswith("cuda"):
+        raise UsageError(f"--engine {engine} runs on CPUs. Leave out --device {device}, or give --engine torch.")
+    if engine == "onnx" and precision == "bfloat16":
+        raise UsageError("--engine onnx computes in float32. Give --engine openvino or torch for bfloat16.")
+    if engine == "auto":
+        # In automatic mode a GPU is better than any of these; torch has to be asked.
+        installed = [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package)]
+        if device == "auto" and Path("/dev/nvidiactl").exists():
+            return None
+        for name in installed:
+            try:
+                return open_engine(model, name, device, precision)
+            except WeightsError:
+                raise
+            except RssegError:
+                continue
+        return None
+    if importlib.util.find_spec(_PACKAGES[engine]) is None:
+        raise MachineError(f"--engine {engine} needs the package {_PACKAGES[engine]}: pip install 'rsseg[{engine}]'.")
+    graph, facts = exported_graph(find_model(model))
+    wide = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16())
+    dtype = "bfloat16" if engine == "openvino" and wide else "float32"
+    network = EngineNetwork(facts, engine, dtype, _STARTS[engine](graph, dtype))
+    return ReadyEngine(network, facts.model, graph.stat().st_size)
+
+
+def exported_graph(file: Path) -> tuple[Path, ExportedFacts]:
+    """The exported graph of a model file and its facts; exported now if that has not happened yet.
+
+    Raises:
+        WeightsError: the model is damaged.
+        UsageError: the network cannot be exported.
+        MachineError: the package onnx is missing, or no folder can be written.
+    """
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsseg" / "engines"
+    places = [hidden_path(file, f".{digest[:16]}.onnx"), cache / f"{digest}.onnx"]
+    for graph in places:
+        if (facts := _read_facts(graph, digest)) is not None:
+            return graph, facts
+    from rsseg.inference.engine_export import export_for_engines
+
+    graph = places[0] if os.access(file.parent, os.W_OK) else places[1]
+    return graph, export_for_engines(file, graph, digest)
+
+
+def facts_path(graph: Path) -> Path:
+    """The JSON file beside a graph, which is written last."""
+    return graph.with_suffix(".json")
+
+
+def _read_facts(graph: Path, digest: str) -> ExportedFacts | None:
+    try:
+        facts = ExportedFacts.model_validate(json.loads(facts_path(graph).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+    return facts if graph.is_file() and (facts.model, facts.rsseg) == (digest, rsseg.__version__) else None
+
+
+def _start_onnx(graph: Path, dtype: str) -> Any:
+    def start(threads: int, lanes: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:  # noqa: ARG001
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Spinning threads take the cores from the reader, the writer and other programs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"images": images})[0]
+
+    del dtype
+    return start
+
+
+def _start_openvino(graph: Path, dtype: str) -> Any:
+    def start(threads: int, lanes: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        import openvino
+
+        core, local, lock = openvino.Core(), threading.local(), threading.Lock()
+        compiled: dict[tuple[int, ...], Any] = {}
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+            "INFERENCE_NUM_THREADS": threads * lanes,
+            "NUM_STREAMS": lanes,
+        }
+
+        def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+            with lock:
+                if images.shape not in compiled:
+                    compiled.clear()  # a scene has tiles of one size
+                    model = core.read_model(str(graph))
+                    model.reshape(list(images.shape))
+                    compiled[images.shape] = core.compile_model(model, "CPU", settings)
+                program = compiled[images.shape]
+            if getattr(local, "program", None) is not program:
+                local.program, local.request = program, program.create_infer_request()
+            result = local.request.infer([images], share_inputs=True)
+            return np.array(result[0], np.float32)
+
+        return run
+
+    return start
+
+
+_STARTS = {"onnx": _start_onnx, "openvino": _start_openvino}

@@ -1,0 +1,237 @@
+"""The network run by torch, on a CPU or a GPU; logits stay on the device until classes are decided."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsseg.inference.blend import CLASSES_ONLY, FULL, Decision, PixelOutputs
+from rsseg.inference.predict import Compute, extended
+from rsseg.inference.tiling import Span
+from rsseg.layers.blocks import resize_logits
+from rsseg.methods.base import Segmenter
+from rsseg.task import Task, TileHint
+
+_CACHED_VALUES = 1 << 20
+"""Logits that a CPU resizes at a time: they stay in its cache, and memory does not grow with the classes."""
+_MIN_ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class TensorLogits:
+    """Logits of a tile on the device of its network.
+
+    low: float (1, K, h, w) of low resolution, resized bilinearly to (1, K, H, W); torch recognizes the faster
+    channels_last layout only with the first axis
+    full: (H, W)
+    size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    """
+
+    low: Tensor
+    full: tuple[int, int]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "TensorLogits":
+        """Logits (K, H, W) of full size."""
+        size = (logits.shape[1], logits.shape[2])
+        return cls(logits[None], size, size)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.low.shape[1]
+
+    def tensor(self) -> Tensor:
+        """Float32 (K, height, width) on the device."""
+        return self._rows(Span(0, self.size[0]))
+
+    def whole(self) -> NDArray[np.float32]:
+        """See `rsseg.inference.blend.TileLogits`."""
+        return self.tensor().cpu().numpy()
+
+    def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
+        """See `rsseg.inference.blend.TileLogits`; computed on the device."""
+        kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
+        for part, values in self.bands(rows):
+            kept.put((part.within(rows.start), slice(None)), decide(values[..., cols.area].permute(1, 2, 0), outputs))
+        return kept
+
+    def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
+        """A range of rows in parts: the rows of each, and their logits, float32 (K, n, width).
+
+        On a GPU there is one part, because each part costs kernel launches.
+        """
+        step = rows.length
+        if self.low.device.type == "cpu" and self._factor:
+            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
+        for start in range(rows.start, rows.stop, step):
+            part = Span(start, min(start + step, rows.stop))
+            yield part, self._rows(part)
+
+    @property
+    def _factor(self) -> int:
+        """Scale factor if a range of rows can be resized separately; 0 if that would shift its pixels."""
+        height = self.low.shape[2]
+        factor = self.full[0] // height
+        return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
+
+    def _rows(self, rows: Span) -> Tensor:
+        if not (factor := self._factor):
+            first, low, height = 0, self.low, self.full[0]
+        else:
+            # Bilinear: a row depends on the low-resolution rows above and below it.
+            above = max(rows.start // factor - 1, 0)
+            below = min(-(-rows.stop // factor) + 1, self.low.shape[2])
+            first, low, height = above * factor, self.low[:, :, above:below], (below - above) * factor
+        logits = resize_logits(low, (height, self.full[1]))[0]
+        return logits[:, rows.start - first : rows.stop - first, : self.size[1]]
+
+
+def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
+    """Classes of logits (h, w, K) as uint8 (h, w) in the host's memory.
+
+    The class axis comes last, where it is contiguous for a channels_last network: argmax over a leading axis is several
+    times slower.
+    """
+    # Faster than argmax; both return the first of equal maxima.
+    return logits.max(-1).indices.to(torch.uint8).cpu().numpy()
+
+
+def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
+    """Compute the outputs from logits (h, w, K)."""
+    if outputs == CLASSES_ONLY:
+        return Decision(argmax_classes(logits))
+    classes, scaled = argmax_classes(logits), logits.float()
+    if outputs.temperatures is not None:
+        factors = torch.tensor([1 / t for t in outputs.temperatures], device=scaled.device)
+        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
+    shares = scaled.softmax(-1)
+    highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
+    if highest is not None and outputs.min_confidence:
+        classes[(highest < outputs.min_confidence).cpu().numpy()] = outputs.unsure
+    confidence = _as_bytes(highest) if highest is not None and outputs.confidence else None
+    match outputs.probabilities:
+        case "none":
+            return Decision(classes, confidence)
+        case "float16":
+            return Decision(classes, confidence, shares.half().cpu().numpy())
+        case "float32":
+            return Decision(classes, confidence, shares.cpu().numpy())
+        case "uint8":
+            return Decision(classes, confidence, _as_bytes(shares))
+
+
+def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:
+    return shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
+
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class TorchNetwork:
+    """See `rsseg.inference.predict.Network`.
+
+    segmenter: on the device, in eval mode
+    precision: autocast type; float32: no autocast
+    """
+
+    segmenter: Segmenter
+    place: torch.device = _CPU
+    precision: torch.dtype = torch.float32
+
+    @property
+    def task(self) -> Task:
+        """Of the segmenter."""
+        return self.segmenter.task
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """Of the segmenter."""
+        return self.segmenter.fill
+
+    @property
+    def tile(self) -> TileHint:
+        """Of the segmenter."""
+        return self.segmenter.tile
+
+    @property
+    def input_multiple(self) -> int:
+        """Of the segmenter."""
+        return self.segmenter.input_multiple
+
+    @property
+    def engine(self) -> str:
+        """This program."""
+        return "torch"
+
+    @property
+    def device(self) -> str:
+        """Name of the device."""
+        return str(self.place)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that it computes in."""
+        return str(self.precision).removeprefix("torch.")
+
+    @property
+    def asynchronous(self) -> bool:
+        """A GPU computes while Python continues."""
+        return self.place.type == "cuda"
+
+    def threads(self) -> int:
+        """Of a CPU."""
+        return torch.get_num_threads()
+
+    def use_threads(self, count: int) -> None:
+        """Set the threads of the batches that the calling thread runs."""
+        torch.set_num_threads(count)
+
+    def logits(self, images: Sequence[NDArray[np.float32]], compute: Compute) -> list[TensorLogits]:
+        """See `Network.logits`."""
+        tensors = [torch.from_numpy(image) for image in images]
+        return self.of(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors), compute)
+
+    def of(self, images: Tensor, compute: Compute) -> list[TensorLogits]:
+        """The logits of each image of (B, C, h, w); a batch that does not fit into memory is halved."""
+        try:
+            return self._forward(images, compute)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        # Outside the except clause: the exception would hold the tensors of the failed forward pass.
+        return [logits for half in images.chunk(2) for logits in self.of(half, compute)]
+
+    @torch.inference_mode()
+    def _forward(self, images: Tensor, compute: Compute) -> list[TensorLogits]:
+        if self.place.type == "cuda":
+            # From pinned memory the copy overlaps with the last batch's forward pass.
+            images = images.pin_memory().to(self.place, non_blocking=True)
+        if len(compute.poses) == 1:
+            return self._logits(images, compute)
+        total: Any = sum(
+            pose.undo(self._probabilities(pose.apply(images, torch), compute), torch) for pose in compute.poses
+        )
+        # Logarithms of probabilities serve as logits.
+        logits: Tensor = (total / len(compute.poses)).clamp_min(1e-30).log()
+        return [TensorLogits.of(values) for values in logits.contiguous(memory_format=torch.channels_last)]
+
+    def _probabilities(self, images: Tensor, compute: Compute) -> Tensor:
+        """(B, K, h, w)."""
+        return torch.stack([logits.tensor().softmax(0) for logits in self._logits(images, compute)])
+
+    def _logits(self, images: Tensor, compute: Compute) -> list[TensorLogits]:
+        height, width = images.shape[-2:]
+        least = compute.least
+        images = extended(images, max(height, least), max(width, least))
+        images = self.segmenter.padded(images.to(self.place).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(self.place.type, self.precision, enabled=self.precision != torch.float32):
+            low = self.segmenter.low_resolution_logits(images)
+        full = (images.shape[-2], images.shape[-1])
+        return [TensorLogits(values, full, (height, width)) for values in torch.split(low, 1)]

@@ -1,0 +1,131 @@
+"""One optimizer step: gradients of micro-steps, and the update of the weights."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from rsseg import distributed
+from rsseg.config import BaseRecipe
+from rsseg.data.streams import Batch
+from rsseg.methods.base import Method, StepOutput
+from rsseg.training.device import Hardware
+from rsseg.training.state import Parts
+
+
+class MicroStep:
+    """Batch and output of one micro-step; the check of its loss is copied to the host while the backward pass runs."""
+
+    def __init__(self, batch: Batch, output: StepOutput, total: Tensor) -> None:
+        self.batch, self.output = batch, output
+        self._finite = total.detach().isfinite().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None
+
+    def is_finite(self) -> bool:
+        """Whether the sum of the losses is finite; waits for the forward pass only."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._finite)
+
+
+class Step(Protocol):
+    """How a trainer computes gradients and updates weights."""
+
+    def gradients(self, batch: Batch, step: int, micro: int) -> MicroStep:
+        """Add the gradients of a micro-step."""
+
+    def update(self) -> None:
+        """Step all optimizers with the sum of the gradients, and reset it."""
+
+    def discard(self) -> None:
+        """Reset the gradients without a step."""
+
+
+class EagerStep:
+    """A step whose kernels are launched one by one."""
+
+    def __init__(self, parts: Parts, recipe: BaseRecipe, hardware: Hardware, *, alone: bool = False) -> None:
+        """Prepare steps of all processes, or of this one `alone`."""
+        self.parts, self.config, self.hardware = parts, recipe.trainer, hardware
+        self.model = parts.method if alone else distributed.wrap(parts.method, hardware.device)
+        self._seed, self._rank = recipe.seed, distributed.current_ranks().rank
+
+    def gradients(self, batch: Batch, step: int, micro: int) -> MicroStep:
+        """See `Step`; ranks exchange gradients in the last micro-step."""
+        self.seed(step, micro)
+        with distributed.gradient_sync(self.model, on=micro == self.config.grad_accum_steps - 1):
+            output, loss = self.forward(self.model, batch, step)
+            done = MicroStep(batch, output, loss)
+            self.parts.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return done
+
+    def forward(self, model: Callable[[Batch, int], StepOutput], batch: Batch, step: int) -> tuple[StepOutput, Tensor]:
+        """The method's output, and the loss of the micro-step: its share of the sum over the step."""
+        dtype = self.hardware.amp_dtype
+        with torch.autocast(self.hardware.device.type, dtype, enabled=dtype is not None):
+            output = model(batch, step)
+            loss = torch.stack(list(output.losses.values())).sum() / self.config.grad_accum_steps
+        return StepOutput({name: value.detach() for name, value in output.losses.items()}, output.logs), loss
+
+    def seed(self, step: int, micro: int) -> None:
+        """Seed torch for a micro-step."""
+        seed_everything(self._seed, self._rank, step, micro)
+
+    def update(self) -> None:
+        """See `Step`."""
+        self.apply_gradients(to_none=True)
+
+    def apply_gradients(self, *, to_none: bool) -> None:
+        """Unscale, clip, step and reset; gradients become None or zero."""
+        scaler = self.parts.scaler
+        for optimizer in self.parts.optimizers.values():
+            scaler.unscale_(optimizer)
+            if self.config.clip_grad is not None:
+                clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.config.clip_grad)
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=to_none)
+        scaler.update()
+
+    def discard(self) -> None:
+        """See `Step`."""
+        for optimizer in self.parts.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+
+def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
+    """Seed torch by counters, so that randomness does not depend on earlier steps."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class RunningStatistics:
+    """The batch-norm statistics of a module before a step, since a forward pass changes them."""
+
+    def __init__(self, method: Method) -> None:
+        """Store the current values."""
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        live = [buffer for name, buffer in method.named_buffers() if name.endswith(names)]
+        # Lists of one type each are copied by one kernel.
+        kinds = {buffer.dtype for buffer in live}
+        self._live = [[buffer for buffer in live if buffer.dtype == kind] for kind in kinds]
+        self._kept = [[buffer.clone() for buffer in buffers] for buffers in self._live]
+
+    def keep(self) -> None:
+        """Store the current values."""
+        for kept, live in zip(self._kept, self._live, strict=True):
+            torch._foreach_copy_(kept, live)
+
+    def restore(self) -> None:
+        """Restore the stored values."""
+        for kept, live in zip(self._kept, self._live, strict=True):
+            torch._foreach_copy_(live, kept)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group, also of one whose update was captured."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
