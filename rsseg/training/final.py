@@ -29,6 +29,7 @@ def evaluate_shipped(
     stop: Callable[[], bool],
 ) -> str:
     """Score the shipped model, fit its temperatures and store both; return a summary. All ranks must call it."""
+    distributed.broadcast_from_main("")  # the main process has written the model
     if distributed.max_over_ranks(int(not run.model.is_file())):
         return f"no final evaluation: {run.model} is not visible to all processes"
     segmenter = load_segmenter(run.model, device=str(device))
