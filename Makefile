@@ -6,7 +6,7 @@ RSSEG := $(BIN)/rsseg
 DEMO ?= demo-output
 CUT_NOISE := --quiet --disable-pip-version-check --root-user-action=ignore
 
-.PHONY: demo test check bench bench-predict bench-accuracy docs clean
+.PHONY: demo test check bench bench-predict bench-gpu bench-accuracy docs clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rsseg needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -45,10 +45,15 @@ bench: bench-predict
 	$(BIN)/python benchmarks/confusion_matrix.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/rasterize.py
 	$(BIN)/python benchmarks/ktda_step.py
 	$(BIN)/python benchmarks/mtdf_step.py
 	$(BIN)/python benchmarks/strong_views.py
 	$(BIN)/python benchmarks/dasegnet_step.py
+
+# Every GPU figure, in at most four minutes; needs a GPU.
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu.py
 
 # Scenes: rate against the bare network and the usual slide inference, memory, seams. About 20 minutes, 9 GB of memory.
 bench-predict: $(VENV)/.installed-dev

@@ -33,16 +33,19 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_cases import CLASSES, TOY, Size, recipes, write_dataset  # noqa: E402
 from benchmarks.scenes import make_segmenter, make_task, write_scene  # noqa: E402
 from rsseg.data.streams import Batch, training_batches  # noqa: E402
-from rsseg.inference.device import keep_heap, resolve_precision  # noqa: E402
+from rsseg.inference.device import resolve_precision  # noqa: E402
+from rsseg.inference.machine import keep_heap  # noqa: E402
 from rsseg.inference.network import ready_to_predict  # noqa: E402
 from rsseg.methods.registry import method_for  # noqa: E402
 from rsseg.recipe import Recipe  # noqa: E402
+from rsseg.scene.memory import prepare_network  # noqa: E402
 from rsseg.scene.options import SceneOptions  # noqa: E402
-from rsseg.scene.predict import plan_scene, predict_scene  # noqa: E402
+from rsseg.scene.plan import prepare_scene  # noqa: E402
+from rsseg.scene.predict import predict_scene  # noqa: E402
 from rsseg.training.device import Hardware, float32_products  # noqa: E402
 from rsseg.training.graphs import WARM_UP, GraphStep, make_step  # noqa: E402
 from rsseg.training.optimizers import build_optimizers  # noqa: E402
-from rsseg.training.progress import Silent, StepReport  # noqa: E402
+from rsseg.training.progress import Progress, StepReport  # noqa: E402
 from rsseg.training.run import train  # noqa: E402
 from rsseg.training.state import Parts  # noqa: E402
 
@@ -198,7 +201,7 @@ def equality(recipe: Recipe, device: torch.device, count: int) -> dict[str, floa
     return {f"{name}_difference": float((b - a).norm() / a.norm()) if recorded else None for name, (a, b) in pairs}
 
 
-class Clock(Silent):
+class Clock(Progress):
     """Seconds per step between reports, and the messages."""
 
     def __init__(self) -> None:
@@ -289,7 +292,8 @@ def measure_scene(report: Report, folder: Path, size: Size, device: torch.device
             for output in ("gtiff", "cog"):
                 options = SceneOptions(device=str(device), format=output, overwrite=True)
                 target = folder / "out.tif"
-                figures["redundancy"] = plan_scene(segmenter, scene, target, options).redundancy
+                plan = prepare_scene(prepare_network(segmenter, options), scene, target, options).describe()
+                figures["redundancy"] = plan.redundancy
                 seconds = [predict_scene(segmenter, scene, target, options).seconds for _ in range(2)]
                 figures[f"{compress}_{output}_s"] = {"first": seconds[0], "second": seconds[1]}
                 report.put(scene=figures)

@@ -31,7 +31,9 @@ class Size:
     tile: int = 1024
     equal_steps: int = 20
     workers: int = 4
-    decoder: tuple[int, ...] = (96, 192, 384, 768)
+    decoder: tuple[int, ...] = (48, 96, 192, 384)
+    features: int = 64
+    """Of RS-MTDF's decoder."""
 
 
 TOY = Size(
@@ -41,6 +43,7 @@ TOY = Size(
     crops=(32, 192),
     batches=(2, 2),
     decoder=(8, 8, 16, 16),
+    features=8,
     image=80,
     steps=1,
     trainer_steps=6,
@@ -75,7 +78,7 @@ def recipes(data: Path, size: Size, device: str) -> dict[str, Recipe]:
             "teachers": [{"name": "dino", "backbone": vit | {"out_indices": [size.last_block]}}],
             "strong_views": 2,
             "decoder_widths": size.decoder,
-            "decoder_features": size.decoder[0],
+            "decoder_features": size.features,
             "data": {"streams": streams},
         },
         "dasegnet": {

@@ -121,6 +121,7 @@ class TrainerConfig(Strict):
     opens none: the mean entropy of the predicted probabilities, 0 (certain) to 1, of which the lowest is best. It
     measures confidence, not accuracy."""
     max_hours: Positive | None = None
+    """Hours after which a run stops, counted from its start or its last resume. It is saved and can be resumed."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     channels_last: bool = False
@@ -311,8 +312,7 @@ class EvalConfig(Strict):
     """Evaluation of a split, and the default tiling of scenes."""
 
     mode: Literal["tiled", "resized"] = "tiled"
-    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back: KTDA's published test
-    pipeline."""
+    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back, as published for KTDA."""
     tile: Side | None = None
     """Side in pixels; None uses the network's."""
     overlap: Annotated[int, Field(ge=0)] | None = None

@@ -2,6 +2,7 @@
 
 import math
 import os
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,25 @@ def colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | 
     return {value: (gray, gray, gray, 255) for value, gray in enumerate(grays)}
 
 
+def value_names(dataset: Any) -> dict[int, str]:
+    """Value -> class name of the first band: tags `class_VALUE`, as `rsseg predict` writes, else category names."""
+    tags = {key.removeprefix("class_"): name for key, name in dataset.tags(1).items() if key.startswith("class_")}
+    main, *_ = dataset.files or [""]
+    named = {int(value): name for value, name in sorted(tags.items()) if value.isdecimal()}
+    return named or category_names(main) or category_names(f"{main}.aux.xml")
+
+
+def category_names(file: str) -> dict[int, str]:
+    """GDAL's category names in a VRT or a side file, which rasterio does not give; empty without them."""
+    if not file.lower().endswith((".vrt", ".xml")) or not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises
+        return {}
+    try:
+        found = ET.parse(file).getroot().findall("./*[@band='1']/CategoryNames/Category")
+    except (OSError, ET.ParseError):
+        return {}
+    return {value: name.text for value, name in enumerate(found) if name.text}
+
+
 def is_nan(value: float | None) -> bool:
     """Whether a nodata value is NaN."""
     return value is not None and math.isnan(value)
@@ -135,6 +155,11 @@ def alignment(own: _Located, reference: _Located, *, what: str, of: str) -> Mirr
             x, y = warp_points(own.crs, reference.crs, x, y)
         except RasterioError:
             x, y = (math.nan,) * 4, (math.nan,) * 4
+    if reference.crs and reference.crs.is_geographic:
+        # Longitudes can differ by multiples of 360 degrees.
+        middle, _ = reference.transform * (reference.width / 2, reference.height / 2)
+        turns = np.rint((middle - (x[0] + x[2]) / 2) / 360)
+        x = tuple(value + 360 * turns for value in x)
     seen = np.array([~reference.transform * point for point in zip(x, y, strict=True)])
     for rows, cols in ((False, False), (True, False), (False, True), (True, True)):
         mirrored = [(own.width - col if cols else col, own.height - row if rows else row) for col, row in corners]

@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _CACHE_BYTES = (16 << 20, 512 << 20)
 """Minimum and maximum size of GDAL's cache."""
+_LISTED = 16
 _UNNAMED = (ColorInterp.undefined, ColorInterp.gray, ColorInterp.palette, ColorInterp.alpha)
 
 
@@ -168,6 +169,11 @@ class Raster:
         """All files that the image consists of, side files and the sources of a VRT included."""
         return tuple(sorted({file for part in self._parts for file in part.dataset.files}))
 
+    @property
+    def value_names(self) -> dict[int, str]:
+        """Names of the values of a class raster; see `gdal.value_names`."""
+        return gdal.value_names(self._parts[0].dataset)
+
     def read(self, window: Window | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Pixels and where they have data.
 
@@ -240,7 +246,8 @@ class Raster:
 
     def _check_finite(self, pixels: NDArray[Any], valid: NDArray[np.bool_], window: Window) -> None:
         """Clear `valid` at NaN and infinity if NaN is declared as nodata, else raise for the first of them."""
-        finite = np.isfinite(pixels)
+        # The network computes in float32.
+        finite = np.isfinite(pixels) if pixels.itemsize <= 4 else np.abs(pixels) <= np.finfo(np.float32).max
         if finite.all():
             return
         if self._nan_is_nodata:
@@ -381,7 +388,7 @@ def match_bands(info: RasterInfo, wanted: Sequence[str], chosen: Sequence[str] |
         remedy = "It is a palette image: expand it to red, green and blue first (`gdal_translate -expand rgb`)."
     elif info.available < len(wanted):
         remedy = "Add the missing bands (a VRT can join files), or use a model of these bands."
-    have = ", ".join(info.band_names)
+    have = ", ".join([*info.band_names[:_LISTED], *(["..."] if info.count > _LISTED else [])])
     raise DataError(f"the image has {info.count} band(s) ({have}), needed are {', '.join(wanted)}. {remedy}")
 
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from rsseg.config import BaseRecipe
-from rsseg.errors import RecipeError
+from rsseg.errors import RecipeError, UsageError
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.methods.mtdf.recipe import MTDFRecipe
@@ -22,7 +22,18 @@ Recipe = Annotated[SupervisedRecipe | KTDARecipe | MTDFRecipe | DASegNetRecipe, 
 MEMBERS: tuple[type[BaseRecipe], ...] = (SupervisedRecipe, KTDARecipe, MTDFRecipe, DASegNetRecipe)
 METHODS: tuple[str, ...] = tuple(get_args(member.model_fields["method"].annotation)[0] for member in MEMBERS)
 
-Override = str | tuple[str, object]
+
+class Flag(NamedTuple):
+    """A value from an option of the command line."""
+
+    key: str
+    """Key path."""
+    value: object
+    option: str
+    """Name for messages, such as `--steps`."""
+
+
+Override = str | tuple[str, object] | Flag
 """`key.path=value`, where the value is YAML, or key path and value."""
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -98,7 +109,8 @@ def load_recipe(name: str, overrides: Sequence[Override] = (), *, method: str | 
         method: must agree with the recipe's own, if given.
 
     Raises:
-        RecipeError: one line per problem: file, line, key path, problem, nearest valid key.
+        RecipeError: one line per problem: file and line or option, key path, problem, nearest valid key.
+        UsageError: the same, if all problems are values of a `Flag`.
     """
     return parse_recipe(read_recipe(name), overrides, method=method)
 
@@ -109,9 +121,11 @@ def parse_recipe(source: RecipeSource, overrides: Sequence[Override] = (), *, me
     values = document.values
     if not isinstance(values, dict):
         raise RecipeError(f"{source.label}: a recipe is a mapping of keys to values; this file has none.")
+    options: dict[tuple[str, ...], str] = {}
     for override in overrides:
-        _apply_override(values, override)
-    recipe = _validated(values, source.label, document)
+        key = _apply_override(values, override)
+        options[tuple(key.split("."))] = override.option if isinstance(override, Flag) else f"--set {key}"
+    recipe = _validated(values, source.label, document, options)
     if method is not None and method != recipe.method:
         raise RecipeError(
             f"{source.label}: the recipe is for method {recipe.method!r}, but --method says {method!r}. "
@@ -135,24 +149,29 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _validated(values: dict[str, Any], label: str, document: YamlDocument) -> Recipe:
+def _validated(
+    values: dict[str, Any], label: str, document: YamlDocument, options: Mapping[tuple[str, ...], str] | None = None
+) -> Recipe:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
         problems = error.errors()
-        lines = [_explain(problem, label, document, values) for problem in problems[:_SHOWN]]
+        found = [_explain(problem, label, document, values, options or {}) for problem in problems[:_SHOWN]]
+        lines = [f"{where}: {what}" for where, what in found]
         lines += [f"{label}: {len(problems) - _SHOWN} more problems."] if len(problems) > _SHOWN else []
-        raise RecipeError("\n".join(lines)) from None
+        flags = all(where.startswith("--") and not where.startswith("--set ") for where, _ in found)
+        raise (UsageError if flags else RecipeError)("\n".join(lines)) from None
 
 
-def _apply_override(values: dict[str, Any], override: Override) -> None:
+def _apply_override(values: dict[str, Any], override: Override) -> str:
+    """Set a value; return its key path."""
     if isinstance(override, str):
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise RecipeError(f"--set {shortened(override)}: write it as key.path=value, such as trainer.steps=100.")
         value = load_yaml(text, f"--set {key}", RecipeError).values
     else:
-        key, value = override
+        key, value = override[:2]
     *parents, leaf = key.split(".")
     node = values
     for part in parents:
@@ -163,30 +182,35 @@ def _apply_override(values: dict[str, Any], override: Override) -> None:
             raise RecipeError(f"--set {key}: {part} is {shortened(child)} in the recipe, it has no key {leaf!r}.")
         node = child
     node[leaf] = value
+    return key
 
 
-def _explain(problem: Any, label: str, document: YamlDocument, values: dict[str, Any]) -> str:
-    """One line for one Pydantic error."""
+def _explain(
+    problem: Any, label: str, document: YamlDocument, values: dict[str, Any], options: Mapping[tuple[str, ...], str]
+) -> tuple[str, str]:
+    """Place and description of one Pydantic error."""
     path = [part for part in problem["loc"] if not (part in METHODS and part == problem["loc"][0])]
     line = document.line_of(path)
     where = f"{label}, line {line}" if line else label
+    parts = tuple(str(part) for part in path)
+    where = next((option for given, option in options.items() if parts[: len(given)] == given), where)
     key = ".".join(str(part) for part in path)[:200]
     match problem["type"]:
         case "extra_forbidden" if path[-1] in RENAMED:
-            return f"{where}: unknown key {key!r}. It was renamed: write {RENAMED[path[-1]]}."
+            return where, f"unknown key {key!r}. It was renamed: write {RENAMED[path[-1]]}."
         case "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), _keys_at(values, path[:-1]), n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            return f"{where}: unknown key {key!r}.{hint}"
+            return where, f"unknown key {key!r}.{hint}"
         case "missing":
-            return f"{where}: {key!r} is missing."
+            return where, f"{key!r} is missing."
         case "union_tag_not_found":
-            return f"{where}: 'method' is missing; it is one of {', '.join(METHODS)}."
+            return where, f"'method' is missing; it is one of {', '.join(METHODS)}."
         case "union_tag_invalid":
-            return f"{where}: method {shortened(values.get('method'))} is unknown; it is one of {', '.join(METHODS)}."
+            return where, f"method {shortened(values.get('method'))} is unknown; it is one of {', '.join(METHODS)}."
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict) else f" (found {shortened(problem['input'])})"
-    return f"{where}: {key + ': ' if key else ''}{message}{shown}."
+    return where, f"{key + ': ' if key else ''}{message}{shown}."
 
 
 def _keys_at(values: dict[str, Any], path: Sequence[Any]) -> list[str]:

@@ -16,7 +16,10 @@ from rsseg.errors import MachineError, UsageError, WeightsError
 from rsseg.fields import Result
 from rsseg.files import is_running, read_rows, replaced, write_json, write_text, writing
 
-ExitState = Literal["running", "finished", "failed", "interrupted"]
+ExitState = Literal["running", "finished", "stopped", "failed", "interrupted"]
+"""`stopped`: at `trainer.max_hours`, before the last step."""
+ENDED: tuple[ExitState, ...] = ("finished", "stopped")
+"""States of a run that ended as its recipe says."""
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -218,8 +221,8 @@ def _created(run: RunFolder) -> float:
 
 
 def newest_finished(root: Path) -> RunFolder:
-    """The newest finished run with a model; raise `WeightsError` if there is none."""
-    finished = [run for run in readable_runs(root) if run.manifest().state == "finished" and run.model.exists()]
+    """The newest run that ended as its recipe says, with a model; raise `WeightsError` if there is none."""
+    finished = [run for run in readable_runs(root) if run.manifest().state in ENDED and run.model.exists()]
     if not finished:
         raise WeightsError(
             f"{root}: no finished run. Train one with `rsseg train --recipe NAME`, or give --model FILE."

@@ -44,6 +44,8 @@ def sample(
         print_json(drawn)
         return
     print_table(("stratum", "pixels", "points"), [(n, drawn.pixels[n], drawn.points[n]) for n in drawn.points])
+    for warning in drawn.warnings:
+        print_note(f"warning: {warning}")
     print_note(f"Label every point in the field `truth`, then run: rsseg assess {source} {output}")
     print_result(f"{output}")
 

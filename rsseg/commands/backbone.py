@@ -20,7 +20,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     if as_json:
         print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in ENTRIES])
         return
-    columns = ("name", "kind", "parameters", "stride", "licence of the weights", "on this machine")
+    columns = ("name", "kind", "size", "stride", "licence of the weights", "on this machine")
     rows = [
         (
             entry.name,

@@ -3,25 +3,31 @@
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rsseg.metrics import Scores
 
-PIPE_WIDTH = 160
-"""Width of tables in a file or pipe, so that nothing is cut."""
+_PIPE_WIDTH = 10_000
+"""Width in a file or pipe: one line per row of a table. COLUMNS limits it."""
+_LONG_CELL = 20
+"""Characters from which a cell may be wrapped."""
+_GAP = 3
+"""Characters between columns; a table has two more at its sides."""
 
 
 def stdout() -> Console:
     """Console for results."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    limited = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console(width=None if limited else _PIPE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:
@@ -60,16 +66,64 @@ def print_json(data: Any) -> None:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None, decimals: int = 4
 ) -> None:
-    """A table on stdout; numbers are right-aligned, None is shown as "-"."""
-    cells = [["-" if cell is None else cell for cell in row] for row in rows]
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    for i, column in enumerate(columns):
-        numeric = all(isinstance(row[i], int | float) or row[i] == "-" for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        # Text, because brackets in a plain cell would be taken for markup.
-        table.add_row(*(Text(f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell)) for cell in row))
-    stdout().print(table)
+    """A table on stdout; numbers are right-aligned, None is shown as "-".
+
+    Headers and long cells are wrapped between words. Columns that do not fit beside each other follow in further
+    tables, which repeat the first column.
+    """
+    values = [list(row) for row in rows]
+    cells = [[shown(cell, decimals=decimals) for cell in row] for row in values]
+    numeric = [all(isinstance(row[i], int | float | None) for row in values) for i in range(len(columns))]
+    least = [_least_width(column, [row[i] for row in cells]) for i, column in enumerate(columns)]
+    console = stdout()
+    groups = [[0]] if columns else []
+    for i in range(1, len(columns)):
+        if len(groups[-1]) > 1 and sum(least[j] + _GAP for j in (*groups[-1], i)) - 1 > console.width:
+            groups.append([0])
+        groups[-1].append(i)
+    for number, group in enumerate(groups):
+        table = Table(box=SIMPLE_HEAD, title=None if number else title, title_justify="left", pad_edge=False)
+        for i in group:
+            justify: JustifyMethod = "right" if numeric[i] else "left"
+            header = textwrap.fill(columns[i], least[i], break_long_words=False)
+            short = all(len(row[i]) <= _LONG_CELL for row in cells)
+            table.add_column(header, justify=justify, overflow="fold", no_wrap=short or i == 0 < len(group) - 1)
+        for row in cells:
+            # Text, because brackets in a plain cell would be taken for markup.
+            table.add_row(*(Text(row[i]) for i in group))
+        console.print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Names and values on stdout, one per line and never cut; None, False and empty values are left out."""
+    lines = [(name, shown(value, decimals=None)) for name, value in facts if value not in (None, False, "", (), [], {})]
+    width = max((len(name) for name, _ in lines), default=0)
+    print_result("\n".join(f"{name:{width}}  {text}" for name, text in lines))
+
+
+def shown(value: object, *, decimals: int | None = 4) -> str:
+    """A value as text: "-" for None, commas between the items of a list.
+
+    Floats have that number of decimals; None: four significant digits.
+    """
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
+        case list() | tuple():
+            return ", ".join(shown(item, decimals=decimals) for item in value)
+        case dict():
+            return ", ".join(f"{key} {shown(item, decimals=decimals)}" for key, item in value.items())
+    return str(value)
+
+
+def _least_width(header: str, cells: Sequence[str]) -> int:
+    """Characters that a column needs if only long cells and the header are wrapped, between words."""
+    words = [len(word) for text in (header, *cells) for word in text.split()]
+    return max([*words, *(min(len(cell), _LONG_CELL) for cell in cells)], default=1)
 
 
 def print_scores(scores: "Scores") -> None:

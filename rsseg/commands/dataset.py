@@ -9,7 +9,7 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table, stdout
+from rsseg.commands.console import print_facts, print_json, print_note, print_result, print_table, stdout
 from rsseg.errors import DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def list_datasets(
         print_note("All are semantic segmentation. `rsseg dataset list NAME` shows splits, labels, bands and citation.")
         return
     card = cards[0]
-    rows = [(key, _shown(value)) for key, value in card.summary().items() if not isinstance(value, dict) and value]
-    print_table(("", card.name), rows)
+    print_facts((key, value) for key, value in card.summary().items() if not isinstance(value, dict))
     print_table(("--split", "how"), [(rule.name, rule.title) for rule in card.rules])
     print_table(("--labels", "what"), [(labels.name, labels.title) for labels in card.labels])
     bands = dict.fromkeys(",".join(variant.bands) for variant in card.variants)
@@ -316,10 +315,6 @@ def split(
         print_result(str(index.save(path if path.is_dir() else path.parent)))
     else:
         print_note("Nothing was changed. Pass --overwrite to write these splits to the index.")
-
-
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _print_picture(pictures: Sequence["NDArray[np.uint8]"], legend: Sequence[tuple[tuple[int, int, int], str]]) -> None:

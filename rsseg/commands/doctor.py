@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rsseg import __version__
-from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.commands.console import print_facts, print_json, print_note
 from rsseg.errors import CheckFailed
 
 PACKAGES = (
@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         print_json({"facts": facts, "problems": problems})
     else:
-        print_table(("check", "found"), facts.items())
+        print_facts(facts.items())
         print_note("\n".join(problems) if problems else "No problem found.")
     if problems:
         raise CheckFailed(f"{len(problems)} problem(s) found; see above.")

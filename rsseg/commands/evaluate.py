@@ -89,7 +89,9 @@ def evaluate(
         name, value = bound
         found = getattr(scores, name)
         if found is None or found < value:
-            raise CheckFailed(f"{name} is {found}, below {value}.")
+            # All digits if the rounded score would look like one that passes.
+            text = "not defined" if found is None else f"{found:.4f}" if round(found, 4) < value else str(found)
+            raise CheckFailed(f"{name} is {text}, below {value:g}.")
 
 
 def _check_options(pred: Path | None, truth: Path | None, boundary_width: int | None, by: str | None) -> None:

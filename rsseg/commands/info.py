@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.commands.console import print_facts, print_json, print_note, print_table
 from rsseg.errors import DataError
 
 
@@ -37,10 +37,11 @@ def _show_model(model: Path, *, as_json: bool) -> None:
         ("bands", ", ".join(task.bands)),
         ("pixel type", task.dtype),
         *((f"backbone {role}", f"{b.get('name')} ({b.get('license')})") for role, b in header.backbones.items()),
-        *((f"training {key}", str(value)) for key, value in header.training.items()),
+        # The hashes of the images it has seen are for `rsseg eval`.
+        *((f"training {key}", value) for key, value in header.training.items() if not isinstance(value, dict)),
         *((f"made with {key}", value) for key, value in header.made_with.items()),
     ]
-    print_table(("", ""), facts)
+    print_facts(facts)
     rows = [(c.value, c.name, "#{:02x}{:02x}{:02x}".format(*c.color)) for c in task.classes]
     print_table(("value", "class", "colour"), rows)
 
@@ -73,9 +74,11 @@ def _show_scene(name: str, *, as_json: bool) -> None:
         keys = ("number", "name", "colour", "scale", "offset")
         print_json(facts | {"bands": [dict(zip(keys, band, strict=True)) for band in bands]})
         return
-    print_table(("", ""), [(key, str(value)) for key, value in facts.items() if value not in (None, False, 0)])
+    transform = facts["transform"] and ", ".join(f"{value:.12g}" for value in facts["transform"])
+    print_facts((facts | {"transform": transform, "ground control points": len(scene.gcps) or None}).items())
     print_table(
-        ("band", "name", "colour", "scale", "offset"), [(b[0], b[1], b[2], str(b[3]), str(b[4])) for b in bands]
+        ("band", "name", "colour", "scale", "offset"),
+        [(str(b[0]), b[1], b[2], f"{b[3]:.9g}", f"{b[4]:.9g}") for b in bands],
     )
     if not placed:
         print_note("This raster has no coordinates, so outputs made from it have none.")

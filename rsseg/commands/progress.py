@@ -13,9 +13,10 @@ INTERVAL_S = 10.0
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of one loop; the yielded function is called with (done, total)."""
+    """Progress of one loop; the yielded function is called with (done, total), before the first item with 0."""
     with stage_bar() as advance:
-        yield lambda done, total: advance(title, done, total)
+        # Off a terminal, a loop of one item would be a line without information.
+        yield lambda done, total: advance(title, done, total) if total != 1 or is_live() else None
 
 
 @contextmanager
@@ -29,8 +30,10 @@ def stage_bar() -> Iterator[Callable[[str, int, int], None]]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr(), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda title, done, total: progress.update(task, description=title, completed=done, total=total)
+        task = progress.add_task("", total=None, visible=False)
+        yield lambda title, done, total: progress.update(
+            task, description=title, completed=done, total=total or None, visible=True
+        )
 
 
 class _Lines:

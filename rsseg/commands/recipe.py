@@ -25,7 +25,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     if as_json:
         print_json([{"name": name, "method": r.method, "title": r.title} for name, r in recipes.items()])
         return
-    print_table(("recipe", "method", "title"), [(name, r.method, r.title) for name, r in recipes.items()])
+    print_table(("recipe", "method", "title"), [(Path(name).stem, r.method, r.title) for name, r in recipes.items()])
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_table
+from rsseg.commands.console import print_facts, print_json, print_note, print_table
 
 app = typer.Typer(help="List, show and compare runs.", no_args_is_help=True)
 
@@ -40,8 +40,9 @@ def show(
     if as_json:
         print_json(details)
         return
-    print_table(("", ""), [(key, str(value)) for key, value in details.facts.items()])
-    print_table(details.metric_columns, details.metric_rows)
+    print_facts(details.facts.items())
+    if details.metric_rows:
+        print_table(details.metric_columns, details.metric_rows)
 
 
 @app.command()

@@ -32,7 +32,9 @@ def train(
     log: Annotated[
         str | None, typer.Option("--log", help="Trackers: tensorboard, wandb or both (trainer.log).")
     ] = None,
-    max_hours: Annotated[float | None, typer.Option("--max-hours", help="trainer.max_hours")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", help="Stop, saved, after so many hours (trainer.max_hours).")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder.")] = None,
@@ -52,20 +54,20 @@ def train(
     Examples: rsseg train --method ktda --recipe grass.yaml
               rsseg train --resume runs/latest
     """
-    from rsseg.recipe import load_recipe
+    from rsseg.recipe import Flag, load_recipe
 
-    flags = {
-        "data.path": data,
-        "trainer.steps": steps,
-        "trainer.batch_size": batch_size,
-        "trainer.grad_accum_steps": grad_accum_steps,
-        "trainer.amp_dtype": amp_dtype,
-        "trainer.device": device,
-        "trainer.max_hours": max_hours,
-        "trainer.log": None if log is None else [name.strip() for name in log.split(",")],
-        "seed": seed,
-    }
-    settings = [*(overrides or ()), *((key, value) for key, value in flags.items() if value is not None)]
+    flags = (
+        Flag("data.path", data, "--data"),
+        Flag("trainer.steps", steps, "--steps"),
+        Flag("trainer.batch_size", batch_size, "--batch-size"),
+        Flag("trainer.grad_accum_steps", grad_accum_steps, "--grad-accum-steps"),
+        Flag("trainer.amp_dtype", amp_dtype, "--amp-dtype"),
+        Flag("trainer.device", device, "--device"),
+        Flag("trainer.max_hours", max_hours, "--max-hours"),
+        Flag("trainer.log", None if log is None else [name.strip() for name in log.split(",")], "--log"),
+        Flag("seed", seed, "--seed"),
+    )
+    settings = [*(overrides or ()), *(flag for flag in flags if flag.value is not None)]
     if resume is not None:
         if recipe is not None:
             raise UsageError("--resume continues a run with its own recipe; leave --recipe out.")
@@ -90,7 +92,7 @@ def _train(
     from rsseg.training.progress import LineProgress, LiveProgress
 
     if dry_run:
-        plan = run.plan(loaded)
+        plan = run.plan(loaded, **{key: value for key, value in options.items() if key != "name"})
         print_json(plan) if as_json else print_result(plan.text())
         return
     if check:

@@ -19,12 +19,12 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
 
-    rows = [(e.name, e.hub, e.license, e.millions, is_cached(e)) for e in ENTRIES if e.hub]
-    columns = ("name", "hub", "licence", "parameters (M)", "here")
+    rows = [(e.name, e.license, e.millions, is_cached(e), e.hub) for e in ENTRIES if e.hub]
+    columns = ("name", "licence", "parameters (M)", "here", "hub")
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    print_table(columns, [(*row[:-1], "yes" if row[-1] else "no") for row in rows], decimals=1)
+    print_table(columns, rows, decimals=1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,8 +67,8 @@ class ArrayCache:
         )
 
     def path(self, sources: Sequence[Path], variant: str) -> Path:
-        """File for the array made from `sources`; changes with their size and time and with `variant`."""
-        states = [(str(source), stat.st_size, stat.st_mtime_ns) for source in sources for stat in [source.stat()]]
+        """File for the array made from `sources`; changes with `variant`, and with size and time of their files."""
+        states = [state for source in sources for state in (_state(source), *map(_state, _side_files(source)))]
         digest = hashlib.sha256(repr((states, variant)).encode()).hexdigest()[:32]
         return self._folder / f"{digest}.tif"
 
@@ -106,6 +106,22 @@ class ArrayCache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _state(path: Path) -> tuple[str, int, int] | None:
+    """Name, size and time of a file; None without one."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _side_files(path: Path) -> Iterator[Path]:
+    """Names of files in which GDAL looks for nodata, a mask and the location of an image."""
+    letters = path.suffix[1:2] + path.suffix[-1:]
+    yield from (path.with_name(f"{path.name}{end}") for end in (".aux.xml", ".msk"))
+    yield from (path.with_suffix(end) for end in (f".{letters}w", f"{path.suffix or '.'}w", ".wld", ".prj"))
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:

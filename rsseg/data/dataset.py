@@ -150,7 +150,9 @@ class SampleReader:
         """Class indices of the mask from the cache, stored there first if needed; None without a cache."""
         if item.image not in self._masks:
             variant = f"mask {self._index.label_map.model_dump_json()} {self._index.task.num_classes}"
-            arrays = self._cached([file], variant, lambda: [_page(self._read_mask(item, file, None))])
+            # The image and the side files of both decide where the mask lies on the image.
+            sources = [file, *self._index.image_files(item)]
+            arrays = self._cached(sources, variant, lambda: [_page(self._read_mask(item, file, None))])
             if arrays is None:
                 return None
             _remember(self._masks, item.image, arrays[0][..., 0])

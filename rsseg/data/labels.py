@@ -160,9 +160,10 @@ class LabelTable:
         if set(grays.values()) <= known and not set(grays) <= known:
             shown = [grays.get(position, position) for position in range(256)]
             return np.asarray(np.array(shown, np.uint8)[keys])
+        wrong = next(position for position, gray in grays.items() if gray != position and gray in known)
         raise DataError(
             f"{name}: positions in the palette and the grey levels that it shows are both class values, but differ "
-            f"(position {next(p for p, g in grays.items() if g != p)} shows {min(moved & known)}). Save the mask "
+            f"(position {wrong} shows {grays[wrong]}). Save the mask "
             "without a palette, or list the grey levels as colours (`labels: colors`) in the class file."
         )
 

@@ -3,8 +3,9 @@
 A pattern is a path relative to the dataset's folder. `{split}` and `{domain}` match one part of a file or folder name,
 and so does `{group}` (images that must stay in one split). `*` and `?` match within a name, `**` any folders. An image
 and a mask belong together if their common placeholders and the text matched by their wildcards agree; `{stem}` is
-another name for the `*` of the file name. `{any}` (folders) and `{text}` (within a name) match and are not compared;
-`{id}` is compared only between the bands of an image. Patterns joined by `|` are these bands.
+another name for the `*` of the file name. The extension matches in upper and lower case. `{any}` (folders) and `{text}`
+(within a name) match and are not compared; `{id}` is compared only between the bands of an image. Patterns joined by
+`|` are these bands.
 """
 
 import filecmp
@@ -21,6 +22,7 @@ from rsseg.datasets.splits import check_shares, draw
 from rsseg.errors import DataError, UsageError
 
 _TOKEN = re.compile(r"\{(\w+)\}|\*\*/|\*|\?|[^*?{]+|.")
+_EXTENSION = re.compile(r"\.\w+$")
 _PLACEHOLDERS = ("split", "domain", "group", "stem", "part", "id")
 _FREE = {"any": "(?:[^/]+/)*", "text": "[^/]*"}
 """Placeholders that are not compared."""
@@ -46,8 +48,10 @@ class PathPattern:
         """Compile; raises `UsageError` for an unknown placeholder."""
         self.text = text.strip().removeprefix("./")
         named: set[str] = set()
-        parts = [self._part(match, named) for match in _TOKEN.finditer(self.text)]
-        self._regex = re.compile("".join(parts))
+        ending = _EXTENSION.search(self.text)
+        body = self.text.removesuffix(ending[0]) if ending else self.text
+        parts = [self._part(match, named) for match in _TOKEN.finditer(body)]
+        self._regex = re.compile("".join(parts) + (f"(?i:{re.escape(ending[0])})" if ending else ""))
         self.placeholders = frozenset(named - {"stem"})
 
     def _part(self, match: re.Match[str], named: set[str]) -> str:
@@ -124,6 +128,8 @@ class Layout:
     """Patterns of files to exclude from images and masks."""
     beside: tuple[str, ...] = ()
     """Patterns of further files to extract from archives."""
+    check_names: bool = False
+    """Raise for a key of `split_as` and a split of `unlabeled` that do not occur."""
     masks_later: bool = False
     """Masks are made after the files are found, as from vector labels."""
     subset: bool = False
@@ -149,7 +155,12 @@ class Layout:
             UsageError: patterns and options that contradict each other.
         """
         located = self._pair(files)
-        return self._check_masks(tuple(self._with_splits(located)), located)
+        items = tuple(self._with_splits(located))
+        if self.check_names:
+            found = {one.values["split"] for one in located if "split" in one.values}
+            _check_known("--split-as", self.split_as, found)
+            _check_known("--unlabeled", self.unlabeled, {item.split for item in items})
+        return self._check_masks(items, located)
 
     def _pair(self, files: Mapping[str, Path]) -> tuple[Located, ...]:
         excluded = [PathPattern(text) for text in self.exclude]
@@ -366,6 +377,12 @@ def _masks_among(images: Mapping[Key, str], masks: PathPattern, common: frozense
 
 def _restricted(key: Key, names: frozenset[str]) -> Key:
     return tuple((name, value) for name, value in key if name in names or name == "stem")
+
+
+def _check_known(option: str, given: Iterable[str], found: set[str]) -> None:
+    if unknown := [name for name in given if name not in found]:
+        known = ", ".join(sorted(found)) or "none: the patterns have no {split}"
+        raise UsageError(f"{option} {unknown[0]}: there is no such split; found are {known}.")
 
 
 def _examples(files: Sequence[str]) -> str:

@@ -115,8 +115,8 @@ def open_mask(path: Path, grid: RasterInfo | None = None, *, jpeg: bool = False)
     """
     if path.suffix.lower() in _VECTOR:
         raise MaskError(
-            f"{path}: a vector file, but masks must be rasters. Burn the polygons into one on the grid of each image, "
-            f"such as `gdal_rasterize -a VALUE {path.name} {path.stem}.tif`."
+            f"{path}: a vector file, but masks must be rasters. Draw its polygons on the images with `rsseg dataset "
+            f"prepare vectors --src IMAGES --labels {path.name} --field NAME`."
         )
     with mask_errors():
         raster = Raster(path)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rsseg.data.labels import histogram
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 from rsseg.vector.grid import Grid
@@ -31,7 +32,7 @@ class Survey:
 
     def add(self, indices: NDArray[np.uint8], window: Window) -> None:
         """Add the next strip, uint8 (h, w) class indices of the window, 255 where ignored."""
-        present = np.bincount(indices.ravel(), minlength=256)
+        present = histogram(indices)
         if self._areas is not None:
             self._square_meters += self._areas.sums(indices, window.row, window.col)
         elif self._pixel is not None:

@@ -121,6 +121,8 @@ def evaluate(
     if details is not None and labels:
         collector = Collector(details, source, task, recipe.eval.ignore_classes, ranks, recipe.seed)
     samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
+    if progress is not None:
+        progress(0, share)
     for done, sample in enumerate(samples, start=1):
         if sample.mask is None:
             probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)

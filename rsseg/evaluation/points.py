@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyogrio
-import rasterio
 import shapely
 from numpy.typing import NDArray
 from pyogrio.errors import DataLayerError, DataSourceError, FieldError
@@ -22,6 +21,7 @@ from rsseg.fields import Result
 from rsseg.files import check_outputs, replaced
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
+from rsseg.vector.read import VECTOR_ERRORS, vector_reason
 from rsseg.vector.style import add_style, form_style
 
 LAYER = "points"
@@ -30,6 +30,8 @@ STRATUM = "stratum"
 _ROWS = 1024
 """Rows of a raster in memory."""
 _MOST_CLASSES = 255
+_MOST_POINTS = 1_000_000
+"""Points of a sample."""
 _LISTED = 5
 """Maximum number of points listed in an error."""
 
@@ -41,6 +43,7 @@ class Drawn(Result):
     seed: int
     points: Mapping[str, int]
     pixels: Mapping[str, int]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def draw_points(
         overwrite: replace an existing file.
 
     Raises:
-        UsageError: the output exists, or its name does not end in .gpkg.
+        UsageError: the output exists, its name does not end in .gpkg, or the sample is too large to be labeled.
         DataError: no valid pixel, more than one band, rasters on different grids.
         MachineError: the file cannot be written.
     """
@@ -117,6 +120,11 @@ def draw_points(
             raise DataError(f"{source}: no pixel has a class. Give a class raster with data.")
         values = sorted(counts)
         wanted = dict(zip(values, size.of([counts[value] for value in values]), strict=True))
+        if (total := sum(wanted.values())) > _MOST_POINTS:
+            raise UsageError(
+                f"the sample would have {total} points, more than {_MOST_POINTS}. Choose a smaller --per-stratum or "
+                "--least, or a larger --target-se."
+            )
         rng = np.random.default_rng(seed)
         ranks = {value: np.sort(rng.choice(counts[value], n, replace=False)) for value, n in wanted.items()}
         places = rng.permutation(np.concatenate([_places(block, ranks) for block in rasters.blocks()]))
@@ -124,8 +132,11 @@ def draw_points(
         # Without names, the values of the map are the classes, unless other strata are given.
         choices = list(names.values()) or ([str(value) for value in values] if strata is None else [])
         _write(output, Grid(rasters.classes.info), places, choices)
+    whole = [labels.get(value, str(value)) for value, n in wanted.items() if n == counts[value]]
+    note = f"the sample holds every pixel of {', '.join(whole)}: there are no more than the points asked for."
     return Drawn(
         output=output,
+        warnings=(note,) if whole else (),
         seed=seed,
         points={labels.get(value, str(value)): n for value, n in wanted.items()},
         pixels={labels.get(value, str(value)): counts[value] for value in values},
@@ -215,7 +226,7 @@ class _Rasters:
         ours, theirs = classes.info, strata.info
         if any(getattr(ours, key) != getattr(theirs, key) for key in ("height", "width", "transform", "crs")):
             raise DataError(f"{strata.name} is not on the grid of {classes.name}. Warp it to that grid.")
-        self.class_names, self.stratum_names = class_names(classes), class_names(strata)
+        self.class_names, self.stratum_names = classes.value_names, strata.value_names
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -237,15 +248,6 @@ def _opened(source: Path, strata: Path | None) -> Iterator[_Rasters]:
     with ExitStack() as stack:
         classes = stack.enter_context(Raster(source))
         yield _Rasters(classes, classes if strata is None else stack.enter_context(Raster(strata)))
-
-
-def class_names(raster: Raster) -> dict[int, str]:
-    """Value -> name, as `rsseg predict` writes them into a class raster; empty for other files."""
-    with rasterio.open(raster.files[0]) as dataset:
-        tags = dataset.tags(1)
-    prefix = "class_"
-    found = {key.removeprefix(prefix): name for key, name in tags.items() if key.startswith(prefix)}
-    return {int(value): name for value, name in sorted(found.items()) if value.isdecimal()}
 
 
 def _add(counts: Counter[int], values: NDArray[np.int64]) -> None:
@@ -306,8 +308,9 @@ def _read(
         meta, fids, geometry, columns = pyogrio.raw.read(points, layer=layer, columns=[field], return_fids=True)
     except DataLayerError:
         raise DataError(f"{points}: there is no layer {layer!r}; there are {', '.join(layers)}.") from None
-    except (DataSourceError, FieldError, OSError) as error:
-        raise DataError(f"{points}: cannot be read: {error}. Give a vector file with points.") from None
+    except (*VECTOR_ERRORS, FieldError) as error:
+        reason = vector_reason(error, points)
+        raise DataError(f"{points}: cannot be read: {reason}. Give a vector file with points.") from None
     if field not in meta["fields"].tolist():
         have = ", ".join(str(name) for name in pyogrio.read_info(points, layer=layer)["fields"])
         raise DataError(f"{points}: there is no field {field!r}; there are {have}. Choose one with --field.")

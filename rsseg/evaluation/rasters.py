@@ -42,27 +42,27 @@ def evaluate_rasters(
     Args:
         predictions: folder of rasters with one band of whole numbers 0..255.
         truths: folder of rasters on the same grids, with the same values. Each must have a prediction.
-        task: names of the values; None names each value by its number.
+        task: names of the values; None takes the names that the rasters carry, or the number of a value without one.
         ignore: names of classes excluded from the scores.
         background: classes that some means leave out; None: those called background or clutter.
-        progress: called after every pair.
+        progress: called before every pair.
 
     Raises:
-        DataError: nothing to compare, a missing prediction, different grids, an undeclared value, or truths with a
-            single class besides undeclared 255.
+        DataError: nothing to compare, a missing prediction, different grids, an undeclared value, truths with a single
+            class besides undeclared 255, or a class name that stands for different values in two rasters.
     """
     started = time.monotonic()
     pairs = _pairs(predictions, truths)
-    confusion = ConfusionMatrix(_NONE + 1)
+    confusion, known = ConfusionMatrix(_NONE + 1), _Names()
     tables: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # places and counts that are not 0, per pair
-    for done, (predicted, true) in enumerate(pairs, start=1):
+    for done, (predicted, true) in enumerate(pairs):
+        if progress is not None:
+            progress(done, len(pairs))
         one = ConfusionMatrix(_NONE + 1)
-        _compare(predicted, true, one)
+        _compare(predicted, true, one, known)
         confusion.counts += one.counts
         flat = one.counts[: _NONE + 1].flatten().numpy()
         tables.append((np.flatnonzero(flat), flat[flat > 0]))
-        if progress is not None:
-            progress(done, len(pairs))
     table = confusion.counts.numpy()[: _NONE + 1]
     drops = task is not None or not _is_binary(table)
     if drops:
@@ -70,7 +70,7 @@ def evaluate_rasters(
         _drop_ignored(table)
     seen = [int(v) for v in np.flatnonzero(table[:_NONE, :_NONE].sum(1) + table[:_NONE, :_NONE].sum(0))]
     values = seen if task is None else [c.value for c in task.classes]
-    names = tuple(str(v) for v in seen) if task is None else task.class_names
+    names = known.of(seen) if task is None else task.class_names
     if unknown := [v for v in seen if v not in values]:
         raise DataError(
             f"{truths}, {predictions}: value {unknown[0]} is not a class of {names}. Declare it, or use 255."
@@ -147,9 +147,34 @@ def _is_raster(file: Path) -> bool:
     return file.suffix.lower() in {".tif", ".tiff", ".png", ".vrt", ".jp2", ".img"}
 
 
-def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix) -> None:
+class _Names:
+    """The class names that rasters carry, which must not contradict each other."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._values: dict[str, tuple[int, str]] = {}
+
+    def add(self, raster: Raster) -> None:
+        """Add the names of a raster; names of earlier rasters are kept."""
+        for value, name in raster.value_names.items():
+            other, file = self._values.setdefault(name.casefold(), (value, raster.name))
+            if other != value and file != raster.name:
+                raise DataError(
+                    f"{raster.name}: the class {name!r} has the value {value}, but {other} in {file}. Renumber the "
+                    "classes of one of them, or correct the names in its metadata."
+                )
+            self._names.setdefault(value, name)
+
+    def of(self, values: list[int]) -> tuple[str, ...]:
+        """Name of each value, or its number."""
+        return tuple(self._names.get(value, str(value)) for value in values)
+
+
+def _compare(predicted: Path, true: Path, confusion: ConfusionMatrix, names: _Names) -> None:
     """Count a pair of rasters in the confusion matrix."""
     with Raster(predicted) as ours, Raster(true) as theirs:
+        names.add(theirs)
+        names.add(ours)
         theirs.align_to(ours.info, what=str(true), of=str(predicted))
         height, width = ours.info.height, ours.info.width
         for top in range(0, height, ROWS):

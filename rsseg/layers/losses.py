@@ -40,17 +40,25 @@ def cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         resized = resize_logits(logits, target.shape[-2:])
-        per_pixel = F.cross_entropy(resized, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+        per_pixel = pixel_cross_entropy(resized, target, class_weights)
         if focal_gamma:
-            plain = per_pixel
-            if class_weights is not None:
-                plain = F.cross_entropy(resized, target, ignore_index=IGNORE_INDEX, reduction="none")
+            plain = per_pixel if class_weights is None else pixel_cross_entropy(resized, target)
             per_pixel = per_pixel * (-torch.expm1(-plain)).clamp(min=_SMALL) ** focal_gamma
         if pixel_weights is not None:
             per_pixel = per_pixel * pixel_weights
         if divisor == "all":
             return per_pixel.mean()
         return per_pixel.sum() / (target != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def pixel_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each pixel, (B, H, W), 0 without label; logits float (B, K, H, W), target int64 (B, H, W)."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.cross_entropy(logits, target, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+    # CUDA has a deterministic backward for lists of pixels, not for maps. The softmax comes first: same bits on a CPU.
+    flat = logits.log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
+    losses = F.nll_loss(flat, target.flatten(), weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view_as(target)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -69,8 +69,13 @@ def load_model(path: Path) -> "Segmenter":
     try:
         segmenter = segmenter_for(recipe_from_dict(header.recipe, str(file)), header.task)
     except RecipeError as error:
-        made_with = header.made_with.get("rsseg", "another version")
-        raise WeightsError(f"{error}\nThis model was made with rsseg {made_with}; use that version.") from None
+        made_with = header.made_with.get("rsseg", "of an unknown version")
+        first, *others = str(error).splitlines()
+        more = f" (and {len(others)} more such problems)" if others else ""
+        raise WeightsError(
+            f"{first.rstrip('.')}{more}: this rsseg cannot read the recipe in the model, which rsseg {made_with} made. "
+            "Use the version that made it, or train the model again."
+        ) from None
     load_tensors(segmenter, file)
     segmenter.calibration = calibration_of(header, file)
     return segmenter.eval()

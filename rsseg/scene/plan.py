@@ -9,6 +9,7 @@ from pathlib import Path
 from rsseg.checkpoint import Calibration
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
+from rsseg.gdal import category_names
 from rsseg.inference.blend import CLASSES_ONLY, PixelOutputs
 from rsseg.inference.machine import memory_errors
 from rsseg.inference.predict import Compute, Network, poses_of
@@ -22,6 +23,8 @@ from rsseg.task import IGNORE_INDEX, Task
 from rsseg.vector.aoi import Region, read_region, region_files
 from rsseg.vector.write import polygon_files
 
+_MOST_SIDE, _MOST_PIXELS = 10**8, 10**14
+"""The land of the Earth has 1.5e14 m2."""
 _TRIM_AT = 0.9
 """Share of the estimate, or of `max_memory`, above which free memory is returned to the system."""
 
@@ -169,6 +172,11 @@ def prepare_scene(
             raise DataError(message if message.startswith(str(scene)) else f"{scene}: {message}") from None
     with open_scene(scene, options, bands) as raster:
         info, files = raster.info, source_files(raster.files)
+    if max(info.height, info.width) > _MOST_SIDE or info.height * info.width > _MOST_PIXELS:
+        raise DataError(
+            f"{scene}: {info.width} x {info.height} pixels are more than a prediction can finish. Predict a part of it "
+            "(gdal_translate -of VRT -srcwin)."
+        )
     region = None
     if options.aoi is not None:
         region = read_region(options.aoi, info)
@@ -177,7 +185,10 @@ def prepare_scene(
     polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
     read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
     check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
-    check_outputs([("--output", output.with_name(f"{output.name}.aux.xml"))], read, overwrite=True)
+    # A side file of that name would become one of the output; it may be that of an earlier, deleted one.
+    side = output.with_name(f"{output.name}.aux.xml")
+    own = category_names(str(side)) == {c.value: c.name for c in network.task.classes}
+    check_outputs([("--output", side)], read, overwrite=options.overwrite or output.exists() or own)
     with memory_errors(OUT_OF_MEMORY):
         fit = fit_memory(prepared, info, [product for _, product in products], options)
     poses = poses_of(options.tta)

@@ -1,9 +1,7 @@
 """`trainer.batch_size: auto`: the largest batch whose training step fits into memory."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -12,6 +10,7 @@ from rsseg import distributed
 from rsseg.data.streams import Samples, StreamSpec
 from rsseg.errors import MachineError
 from rsseg.inference.device import LiveBytes
+from rsseg.inference.machine import free_bytes
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.task import Task
@@ -114,10 +113,4 @@ def _available(device: torch.device) -> int:
     """Bytes for a training process: what is free now, with what this process has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        if hasattr(os, "sysconf"):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    raise MachineError("trainer.batch_size: auto: the free memory of this machine is unknown. Give a number.")
+    return free_bytes()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rsseg.errors import RecipeError
 from rsseg.methods.base import StepOutput
 from rsseg.training.device import Hardware, check_gpu, tensors_by_name, tensors_of
 from rsseg.training.state import Parts
-from rsseg.training.step import EagerStep, MicroStep, RunningStatistics, Step
+from rsseg.training.step import BufferSnapshot, EagerStep, MicroStep, Step
 
 WARM_UP = 3
 """Steps before the capture, in which libraries choose kernels and optimizers allocate their state."""
@@ -134,14 +134,14 @@ class GraphStep:
 
     def _record(self, batch: Batch, step: int, micro: int) -> MicroStep:
         """Record forward and backward pass of a first micro-step, and compare them with an eager one."""
-        statistics = RunningStatistics(self._eager.parts.method)
+        buffers = BufferSnapshot(self._eager.parts.method)
         with self._recorder.warm_up():
             expected = self._eager.gradients(batch, step, micro)
         if not expected.is_finite():
             return expected  # will be skipped, and tells nothing
         parameters = [p for p in self._eager.parts.method.parameters() if p.grad is not None]
         eager = [p.grad for p in parameters]
-        statistics.restore()
+        buffers.restore()
         try:
             graphs = _MicroGraphs(self._eager, self._recorder, parameters, batch, step)
             self._eager.seed(step, micro)
@@ -152,7 +152,7 @@ class GraphStep:
             )
             if not difference <= LARGEST_DIFFERENCE:
                 raise RuntimeError(f"its result differs from the eager step's by {difference:.0%}")
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             for parameter, gradient in zip(parameters, eager, strict=True):
                 parameter.grad = gradient
             self._give_up(error)
@@ -176,7 +176,7 @@ class GraphStep:
                 group.update(old)
             raise
 
-    def _give_up(self, error: RuntimeError) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._wait, self._micro, self._update = -1, None, None
         reason = (str(error).strip().splitlines() or ["unknown error"])[0].rstrip(".")
         what = f"the step cannot be captured as a CUDA graph: {reason}"
@@ -203,7 +203,8 @@ class _MicroGraphs:
         self._method.before_step(step)
 
         def forward() -> tuple[StepOutput, Tensor, Tensor, Tensor]:
-            output, loss = eager.forward(self._method.training_step, self._batch, step)
+            # No number of the step: a replay would repeat it.
+            output, loss = eager.forward(self._method.training_step, self._batch, cast(int, None))
             values = torch.stack([value.detach().float() for value in _values(output)])
             return output, values, loss.detach(), eager.parts.scaler.scale(loss)
 

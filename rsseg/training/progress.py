@@ -57,6 +57,9 @@ class TrainResult(Result):
     reason: str
     """`all steps`, `patience`, `max_hours` or a signal."""
     steps: int
+    """Optimizer steps done."""
+    total: int
+    """Optimizer steps of the recipe."""
     monitor: str
     best_score: float | None
     best_step: int | None
@@ -73,7 +76,14 @@ class TrainResult(Result):
         best = "no validation score" if self.best_score is None else f"best {self.monitor} {self.best_score:.4f}"
         calibration = f"{self.calibration}\n" if self.calibration else ""
         at = "" if self.best_step is None else f" at step {self.best_step}"
-        return f"{best}{at} ({self.reason}, {self.steps} steps)\n{calibration}{self.model}\n{self.next_command}"
+        if self.state == "stopped":
+            end = (
+                f"stopped at the limit of trainer.max_hours after step {self.steps} of {self.total}; the run is saved, "
+                "and the command below continues it"
+            )
+        else:
+            end = f"{self.reason}, {self.steps} steps"
+        return f"{best}{at} ({end})\n{calibration}{self.model}\n{self.next_command}"
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rsseg import distributed
 from rsseg.backbones.timm_adapter import synchronize_batch_norms
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import open_streams, training_batches
-from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError, machine_error
+from rsseg.errors import Interrupted, MachineError, RecipeError, RssegWarning, UsageError, machine_error
 from rsseg.evaluation.model import check_settings, evaluate
 from rsseg.inference.machine import keep_heap
 from rsseg.inference.network import load_segmenter
@@ -23,7 +24,7 @@ from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
-from rsseg.runs import RunFolder, create_run, find_run
+from rsseg.runs import ExitState, RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import Checkpoints
@@ -102,8 +103,8 @@ def train(
         if built.hardware.amp_dtype is not None:
             for teacher in built.method.frozen_teachers():
                 teacher.store_as(built.hardware.amp_dtype)
-        warnings = absent_classes(built.method, built.streams, built.task)
-        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=warnings.append)
+        notes = absent_classes(built.method, built.streams, built.task)
+        load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
         plan = built.plan.model_copy(update={"run": run.path, "start_step": counters.step})
         listener = Progress()
@@ -134,8 +135,8 @@ def train(
                 signals=signals,
             )
             listener.on_start(plan)
-            for warning in warnings:
-                listener.on_message(warning)
+            for note in notes:
+                listener.on_message(f"warning: {note}")
             reason = trainer.fit()
             if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
                 device = str(built.hardware.device)
@@ -161,10 +162,26 @@ def train(
         return result
 
 
-def plan(recipe: Recipe) -> TrainPlan:
-    """What `train` would do: looks up every file and builds the networks, writes nothing. Same errors."""
+def plan(
+    recipe: Recipe, *, output: Path = Path("runs"), resume: Path | None = None, resume_anyway: bool = False
+) -> TrainPlan:
+    """What `train` would do with these arguments: opens all inputs, builds the networks, writes nothing. Same errors.
+
+    Its warnings are raised as `RssegWarning`.
+    """
     with _session(recipe) as ranks:
-        return _build(_sized(recipe, ranks), ranks).plan
+        recipe = _sized(recipe, ranks)
+        built = _build(recipe, ranks)
+        notes = absent_classes(built.method, built.streams, built.task)
+        plan = built.plan
+        if resume is not None:
+            parts, identity = _parts(recipe, built), _identity(recipe, built)
+            load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
+            run, counters = _open_run(recipe, load, output=output, name=None, resume=resume)
+            plan = plan.model_copy(update={"run": run.path, "start_step": counters.step})
+        for note in notes:
+            warnings.warn(note, RssegWarning, stacklevel=2)
+        return plan
 
 
 def check(recipe: Recipe) -> str:
@@ -320,18 +337,19 @@ def _recorded_failure(recorder: Recorder | None) -> Iterator[None]:
 
 
 def _result(run: RunFolder, recipe: Recipe, counters: Counters, reason: str, recorder: Recorder | None) -> TrainResult:
-    interrupted = reason.startswith("SIG")
+    state: ExitState = "interrupted" if reason.startswith("SIG") else "stopped" if reason == "max_hours" else "finished"
     shipped = counters.step if recipe.trainer.monitor == "last" else counters.best_step
     return TrainResult(
         run=run.path,
-        state="interrupted" if interrupted else "finished",
+        state=state,
         reason=reason,
         steps=counters.step,
+        total=recipe.trainer.steps,
         monitor=recipe.trainer.monitor,
         best_score=counters.best_score,
         best_step=counters.best_step,
         scores=None if recorder is None else recorder.scores_at(shipped),
         model=run.model,
         seconds=counters.elapsed_s,
-        next_command=f"rsseg train --resume {run.path}" if interrupted else f"rsseg eval --model {run.path}",
+        next_command=f"rsseg eval --model {run.path}" if state == "finished" else f"rsseg train --resume {run.path}",
     )

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -126,12 +126,14 @@ def load_state(
             raise
         counters, before, scaler, stored = _read_state(previous)
         warn(f"{path} is damaged; the run resumes from the state before it, after step {counters.step}.")
-    try:
-        _check_same_run(path, before, identity)
-    except RssegError as error:
+    if changes := list(_changes(before, identity)):
+        what = "; ".join(change.what for change in changes)
         if not anyway:
-            raise type(error)(f"{error} --resume-anyway accepts the change.") from None
-        warn(f"resumed anyway: {error}")
+            first = changes[0]
+            raise first.error(
+                f"{path.parents[2]}: cannot be resumed: {what}. {first.remedy} --resume-anyway accepts the change."
+            )
+        warn(f"resumed with changes: {what}.")
     load_into(parts.method, _section(stored, "method"), str(path))
     if parts.ema is not None:
         load_into(parts.ema.module, _section(stored, "ema"), str(path))
@@ -180,29 +182,28 @@ def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     ]
 
 
-def _check_same_run(path: Path, before: Identity, now: Identity) -> None:
-    if changed := changed_values(before.recipe, now.recipe):
-        raise RecipeError(
-            f"{path.parents[2]}: cannot be resumed with changed values: {'; '.join(changed)}. "
-            "Restore them, or start a new run."
-        )
+class _Change(NamedTuple):
+    """A difference that changes a resumed run: error to raise, clause, and remedy."""
+
+    error: type[RssegError]
+    what: str
+    remedy: str
+
+
+def _changes(before: Identity, now: Identity) -> Iterator[_Change]:
+    for value in changed_values(before.recipe, now.recipe):
+        yield _Change(RecipeError, value, "Restore the recipe, or start a new run.")
     if before.processes != now.processes:
-        raise RecipeError(
-            f"{path.parents[2]}: was trained by {before.processes} processes, now there are {now.processes}, which "
-            "changes the batches. Start the same number of processes."
+        what = (
+            f"it was trained by {before.processes} processes, now there are {now.processes}, which changes the batches"
         )
-    for name, digest in now.frozen.items():
-        if before.frozen.get(name) != digest:
-            raise WeightsError(
-                f"{path.parents[2]}: the weights of the frozen {name!r} differ from those at the start of the run. "
-                "Restore the original weight file, or start a new run."
-            )
-    for name, digest in now.splits.items():
-        if before.splits.get(name) != digest:
-            raise DataError(
-                f"{path.parents[2]}: the images of {name!r} differ from those at the start of the run. "
-                "Restore the dataset, or start a new run."
-            )
+        yield _Change(RecipeError, what, "Start the same number of processes.")
+    for name in (name for name, digest in now.frozen.items() if before.frozen.get(name) != digest):
+        what = f"the weights of the frozen {name!r} differ from those at the start of the run"
+        yield _Change(WeightsError, what, "Restore the original weight file, or start a new run.")
+    for name in (name for name, digest in now.splits.items() if before.splits.get(name) != digest):
+        what = f"the images of {name!r} differ from those at the start of the run"
+        yield _Change(DataError, what, "Restore the dataset, or start a new run.")
 
 
 def _load_optimizer(optimizer: Optimizer, stored: Mapping[str, Tensor]) -> None:

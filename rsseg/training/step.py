@@ -100,15 +100,14 @@ def seed_everything(seed: int, rank: int, step: int, micro: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, rank, step, micro)).generate_state(1, np.uint64)[0] >> 1))
 
 
-class RunningStatistics:
-    """The batch-norm statistics of a module before a step, since a forward pass changes them."""
+class BufferSnapshot:
+    """The buffers of a module before a step, since a forward pass changes batch-norm statistics and the like."""
 
     def __init__(self, method: Method) -> None:
         """Store the current values."""
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        live = [buffer for name, buffer in method.named_buffers() if name.endswith(names)]
+        live = list(method.buffers())
         # Lists of one type each are copied by one kernel.
-        kinds = {buffer.dtype for buffer in live}
+        kinds = dict.fromkeys(buffer.dtype for buffer in live)
         self._live = [[buffer for buffer in live if buffer.dtype == kind] for kind in kinds]
         self._kept = [[buffer.clone() for buffer in buffers] for buffers in self._live]
 

@@ -23,7 +23,7 @@ from rsseg.training.graphs import make_step
 from rsseg.training.optimizers import lr_at
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.state import Counters, Parts
-from rsseg.training.step import MicroStep, RunningStatistics, set_rate
+from rsseg.training.step import BufferSnapshot, MicroStep, set_rate
 
 MAX_SKIPPED = 3
 """Consecutive steps with a non-finite loss after which a run ends."""
@@ -76,9 +76,9 @@ class Trainer:
         self.step = make_step(parts, recipe, hardware, progress.on_message)
         self.means = LossMeans()
         self.bad_losses: list[str] = []
-        self._running = RunningStatistics(parts.method)
+        self._buffers = BufferSnapshot(parts.method)
         self.samples = 0
-        self.speed_clock = self.clock = time.monotonic()
+        self.speed_clock = self.clock = self.started = time.monotonic()
         self.speed_step = counters.step
 
     @property
@@ -125,7 +125,7 @@ class Trainer:
         """One update of all optimizers from `grad_accum_steps` micro-batches."""
         self._set_learning_rates(step)
         parts = self.parts
-        self._running.keep()
+        self._buffers.keep()
         micro_steps = []
         for micro in range(self.config.grad_accum_steps):
             batch = self._arranged(next(batches))
@@ -146,7 +146,7 @@ class Trainer:
         """Undo a step with a non-finite loss; raise after `MAX_SKIPPED` consecutive ones."""
         counters = self.counters
         self.step.discard()
-        self._running.restore()
+        self._buffers.restore()
         counters.skipped += 1
         counters.skipped_in_row += 1
         names = [name for micro in broken for name, value in micro.output.losses.items() if not bool(value.isfinite())]
@@ -177,7 +177,7 @@ class Trainer:
 
     def _reason_to_stop(self) -> str | None:
         limit = self.config.max_hours
-        late = limit is not None and self.counters.elapsed_s + time.monotonic() - self.clock > 3600 * limit
+        late = limit is not None and time.monotonic() - self.started > 3600 * limit
         # All ranks must stop at the same step.
         match distributed.max_over_ranks(2 if self.signals.received is not None else int(late)):
             case 2:

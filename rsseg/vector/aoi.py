@@ -1,8 +1,10 @@
 """Areas of interest: polygons of a vector file, as a mask of a scene's pixels."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyogrio
@@ -12,8 +14,9 @@ from rasterio.crs import CRS
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RssegWarning
 from rsseg.raster import RasterInfo, Window
+from rsseg.text import load_json
 from rsseg.vector.grid import Grid
 from rsseg.vector.place import place, polygon_parts
 from rsseg.vector.read import find_layer, layer_crs, spatial_layers, vector_errors
@@ -21,6 +24,8 @@ from rsseg.vector.read import find_layer, layer_crs, spatial_layers, vector_erro
 Polygons = NDArray[np.object_]
 """Shapely polygons and multipolygons."""
 _ROWS = 512
+_MOST_COUNTED = 1 << 26
+"""Bytes of a GeoJSON file whose features are counted."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,17 @@ def read_region(path: Path, info: RasterInfo, *, layer: str | None = None, must_
     grid = Grid(info)
     names = spatial_layers(path) if layer is None else [find_layer(path, layer)]
     layers = [_read_layer(path, name) for name in names]
-    if not any(len(polygons) for _, polygons in layers):
+    used = sum(layer.used for layer in layers)
+    features = _declared(path) or sum(layer.features for layer in layers if layer.used)
+    if not used:
         raise DataError(f"{path}: the file has no polygon. Draw the area as polygons.")
-    placed = [place(polygons, crs, grid, str(path)).shapes for crs, polygons in layers if len(polygons)]
+    if used < features:
+        warnings.warn(
+            f"{path}: {features - used} of {features} features have no polygon, or a damaged one, and are left out.",
+            RssegWarning,
+            stacklevel=2,
+        )
+    placed = [place(layer.polygons, layer.crs, grid, str(path)).shapes for layer in layers if layer.used]
     region = Region(polygon_parts(np.concatenate(placed))[0])
     if must_meet and not region.has_pixels(info.height, info.width):
         raise DataError(
@@ -84,11 +97,33 @@ def region_files(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in path.parent.iterdir() if file.stem == path.stem))
 
 
-def _read_layer(path: Path, layer: str) -> tuple[CRS | None, Polygons]:
+class _Layer(NamedTuple):
+    """Polygons of a layer, and the numbers of its features and of those with a polygon."""
+
+    crs: CRS | None
+    polygons: Polygons
+    features: int
+    used: int
+
+
+def _declared(path: Path) -> int:
+    """Features in the text of a GeoJSON file, of which GDAL skips what is none; 0 for other and for large files."""
+    if path.suffix.lower() not in (".geojson", ".json") or not path.is_file() or path.stat().st_size > _MOST_COUNTED:
+        return 0
+    try:
+        content = load_json(path.read_bytes(), str(path), DataError)
+    except DataError:  # GDAL reads more than JSON allows
+        return 0
+    features = content.get("features") if isinstance(content, dict) else None
+    return len(features) if isinstance(features, list) else 0
+
+
+def _read_layer(path: Path, layer: str) -> _Layer:
     with vector_errors(path):
         about, _, wkb, _ = pyogrio.raw.read(path, layer=layer, columns=[], force_2d=True)
         shapes = shapely.from_wkb(wkb)
-    polygons, _ = polygon_parts(shapes[~shapely.is_missing(shapes)])
+    polygons, source = polygon_parts(shapes[~shapely.is_missing(shapes)])
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
         raise DataError(f"{path}: some of its coordinates are not finite. Correct them.")
-    return layer_crs(path, about["crs"]), polygon_parts(shapely.make_valid(polygons))[0]
+    valid, _ = polygon_parts(shapely.make_valid(polygons))
+    return _Layer(layer_crs(path, about["crs"]), valid, len(shapes), len(np.unique(source)))

@@ -244,7 +244,11 @@ def transformed(points: Points, source: CRS, target: CRS, what: str) -> Points:
         return points.copy()
     moved = _transformed(points, source, target)
     if not np.isfinite(moved).any():
-        raise DataError(f"{what}: coordinates in {source.to_string()} cannot be transformed to {target.to_string()}.")
+        ours, theirs = (crs.to_string() for crs in (source, target))
+        raise DataError(
+            f"{what}: coordinates in {ours if len(ours) < 60 else 'a system of its own'} cannot be transformed to "
+            f"{theirs if len(theirs) < 60 else 'one of its own'}. Bring both into one coordinate system."
+        )
     return moved
 
 

@@ -23,6 +23,8 @@ from rsseg.vector.read import find_field, find_layer, layer_crs, layer_fields, n
 
 _LISTED = 20
 """Maximum number of feature ids in a message."""
+_MOST_CORNERS = 1024
+"""Polygons with more corners are cut."""
 _LEAST_OVERLAP = 1.0
 """Pixels; smaller overlaps come from drawing without snapping."""
 
@@ -290,12 +292,37 @@ def place_labels(
         invalid = np.flatnonzero(~shapely.is_valid(shapes))
         shapes[invalid] = shapely.make_valid(shapes[invalid])
     polygons, source = polygon_parts(shapes)
+    polygons, source = _subdivided(polygons, source)
     owner = features.owner[placed.source[source]]
     index = classes[owner]
     rank = np.full(256, -len(priority))
     rank[list(priority)] = -np.arange(len(priority))
     order = np.lexsort((owner, rank[index]))
     return SceneLabels(polygons[order], index[order].astype(np.uint8), owner[order], np.setdiff1d(near, owner))
+
+
+def _subdivided(polygons: Shapes, source: NDArray[np.int64]) -> tuple[Shapes, NDArray[np.int64]]:
+    """Cut polygons of many corners along sides of pixels, so that a window needs only the parts near it.
+
+    No pixel centre lies on a cut, and all pixels that a cut touches are touched by the polygon too.
+    """
+    while True:
+        left, top, right, bottom = shapely.bounds(polygons).T
+        width, height = right - left, bottom - top
+        cut = (shapely.get_num_coordinates(polygons) > _MOST_CORNERS) & (np.maximum(width, height) >= 2)
+        if not cut.any():
+            return polygons, source
+        upright = width >= height
+        x = np.where(upright, np.round((left + right) / 2), right)[cut]
+        y = np.where(upright, bottom, np.round((top + bottom) / 2))[cut]
+        first = shapely.box(left[cut], top[cut], x, y)
+        second = shapely.box(
+            np.where(upright[cut], x, left[cut]), np.where(upright[cut], top[cut], y), right[cut], bottom[cut]
+        )
+        halves = [shapely.intersection(polygons[cut], box) for box in (first, second)]
+        parts, which = polygon_parts(np.concatenate(halves))
+        polygons = np.concatenate([polygons[~cut], parts])
+        source = np.concatenate([source[~cut], np.tile(source[cut], 2)[which]])
 
 
 def _margin(grid: Grid, meters: float) -> float:

@@ -1,6 +1,7 @@
 """Layers and fields of vector files, with errors that name what there is."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,13 @@ from rasterio.errors import CRSError
 from rsseg.errors import DataError
 from rsseg.files import is_file, is_folder
 
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, CPLE_BaseError, OSError)
+VECTOR_ERRORS = (
+    pyogrio.errors.DataSourceError,
+    pyogrio.errors.DataLayerError,
+    CPLE_BaseError,
+    OSError,
+    UnicodeDecodeError,  # names of layers or fields
+)
 
 
 @contextmanager
@@ -23,13 +30,22 @@ def vector_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (*VECTOR_ERRORS, shapely.GEOSException) as error:
-        reason = str(error).split("; ")[0].rstrip(".").removeprefix(f"{path}: ")
+        reason = vector_reason(error, path)
         raise DataError(
             f"{path}: not a readable vector file: {reason}. Give a .gpkg, .geojson, .fgb, .shp or .kml file "
             "that no other program has open."
         ) from None
     except CRSError as error:
         raise DataError(f"{path}: its coordinate system is unknown: {error}.") from None
+
+
+def vector_reason(error: BaseException, path: Path) -> str:
+    """GDAL's message without the name of the file, statements in SQL and repetitions."""
+    if isinstance(error, UnicodeDecodeError):
+        return "its text is not UTF-8; save it as UTF-8"
+    clauses = str(error).removeprefix(f"{path}: ").split("; ")[0].split(": ")
+    kept = [clause.strip() for clause in clauses if not re.search(r"\b(SELECT|PRAGMA)\b", clause)]
+    return ": ".join(dict.fromkeys(kept)).rstrip(".") or "the database is damaged"
 
 
 def spatial_layers(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Help, version, exit codes and the recipe commands, as a user types them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rsseg import __version__
 from rsseg.cli import run
-from rsseg.commands.progress import stage_bar
+from rsseg.commands.console import print_facts, print_table
+from rsseg.commands.progress import bar, stage_bar
 
 
 def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,3 +156,72 @@ def test_doctor_finds_this_machine_ready(
     monkeypatch.setenv("PROJ_LIB", "/elsewhere")
     assert run(["doctor"]) == 8
     assert "unset PROJ_LIB" in capsys.readouterr().err
+
+
+WORDS = "a title of several words that is too long for one line of a terminal"
+TABLE = (
+    ("run", "method", "steps", *(f"iou_{name}" for name in ("water", "forest", "building", "road", "grass", "bare"))),
+    [("2026-11-29_dasegnet_loveda_001", "dasegnet", 900, *[0.5] * 6), ("b", "ktda", 1, *[None] * 6)],
+)
+
+
+def test_table_splits_between_columns_and_never_inside_a_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(*TABLE)
+    output = capsys.readouterr().out
+    assert max(len(line) for line in output.splitlines()) <= 80
+    assert output.count("2026-11-29_dasegnet_loveda_001") == 3
+    assert output.split().count("0.5000") == 6
+    print_table(("name", "what"), [("dasegnet-potsdam-irrg-to-vaihingen-deeplab", WORDS)])
+    output = capsys.readouterr().out
+    assert max(len(line) for line in output.splitlines()) <= 80
+    assert set(WORDS.split()) <= set(output.split())
+
+
+def test_table_in_a_pipe_has_one_line_per_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(("name", "what"), [("n" * 90, WORDS * 3)])
+    assert f"{'n' * 90}   {WORDS * 3}" in capsys.readouterr().out
+
+
+def test_facts_are_one_line_each_without_python_values(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = {"command": "c" * 100, "commit": None, "best": 0.6808123456, "bands": ["red", "nir"], "alpha": True}
+    print_facts(facts.items())
+    lines = ["command  " + "c" * 100, "best     0.6808", "bands    red, nir", "alpha    yes"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("command", ["recipe ls", "backbone ls", "dataset list", "dataset list potsdam"])
+def test_list_fits_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(command.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines if not line.startswith(("citation", "notes")))
+
+
+def test_loop_of_one_item_prints_no_title_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar("evaluate") as advance:
+        advance(0, 1)
+        advance(1, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_knows_its_total_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("rsseg.commands.progress.is_live", lambda: True)
+    monkeypatch.setattr("rsseg.commands.progress.stderr", lambda: screen)
+    with bar("evaluate") as advance:
+        advance(0, 3)
+    assert isinstance(screen.file, io.StringIO)
+    shown = screen.file.getvalue()
+    assert "0/3" in shown
+    assert "0/?" not in shown

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import rasterio
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rsseg.cli import run
 from tests.conftest import write_png, write_tif
@@ -66,6 +68,9 @@ def test_from_images_to_a_class_raster(
     assert run(["eval", "--split", "train"]) == 0
     assert "used for the training" in capsys.readouterr().err
     assert run(["eval", "--fail-under", "miou=0.999"]) == 8
+    assert re.search(r"miou is 0\.\d{4}, below 0\.999\.", capsys.readouterr().err)
+    assert run(["info", "runs/latest"]) == 0
+    assert not set("{}[]") & set(capsys.readouterr().out)
 
     assert run(["predict", str(scene)]) == 0
     assert "runs" in capsys.readouterr().err
@@ -81,6 +86,52 @@ def test_from_images_to_a_class_raster(
 def test_dataset_folder_may_have_any_name(workplace: Path, rgb_dataset: Path, folder: str) -> None:
     Path(folder).symlink_to(rgb_dataset, target_is_directory=True)
     assert run(["train", "--recipe", "mine.yaml", "--data", folder, "--dry-run"]) == 0
+
+
+def test_dry_run_of_a_resume_checks_what_the_resume_checks(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--recipe", "mine.yaml", "--steps", "2", "--name", "short"]) == 0
+    changed = ["train", "--resume", "runs/latest", "--steps", "3", "--set", "trainer.clip_grad=1"]
+    capsys.readouterr()
+    for more in (["--dry-run"], []):
+        assert run([*changed, *more]) == 3
+        error = capsys.readouterr().err
+        assert "cannot be resumed: trainer.clip_grad: was None, is 1.0. Restore the recipe" in error
+    assert run(["train", "--resume", "runs/latest", "--dry-run"]) == 2, "it has its steps already"
+    capsys.readouterr()
+    assert run([*changed, "--resume-anyway", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["warning: resumed with changes: trainer.clip_grad: was None, is 1.0."]
+    assert "3 steps of 2 micro-steps, resuming after step 2" in captured.out
+    assert run(["train", "--resume", "runs/latest", "--steps", "3", "--dry-run"]) == 0
+
+
+def test_run_at_the_limit_of_hours_says_how_to_continue(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--recipe", "mine.yaml", "--steps", "9", "--max-hours", "1e-9"]) == 0
+    output = capsys.readouterr().out
+    assert "stopped at the limit of trainer.max_hours after step 1 of 9" in output
+    assert "\nrsseg train --resume runs" in output
+    assert run(["runs", "ls"]) == 0
+    assert " stopped " in capsys.readouterr().out
+    assert run(["runs", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "max_hours" in shown
+
+
+def test_model_with_keys_of_another_version_is_one_sentence(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--recipe", "mine.yaml", "--steps", "1"]) == 0
+    model = Path("runs/latest/model.safetensors")
+    with safe_open(model, "pt") as file:
+        header, tensors = json.loads(file.metadata()["rsseg"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    header["recipe"] |= {"ema": 1, "taps": 2, "kind": 3}
+    save_file(tensors, "old.safetensors", {"rsseg": json.dumps(header)})
+    capsys.readouterr()
+    assert run(["eval", "--model", "old.safetensors"]) == 5
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "old.safetensors" in line
+    assert "(and 2 more such problems)" in line
 
 
 def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,15 +210,24 @@ def test_killed_loader_process_is_a_limit_of_the_machine(workplace: Path) -> Non
         (["train", "--recipe", "missing.yaml"], 3, "rsseg recipe ls"),
         (["train", "--recipe", "mine.yaml", "--method", "mtdf"], 3, "--method"),
         (["train", "--recipe", "mine.yaml", "--set", "trainer.stepz=3"], 3, "'steps'"),
-        (["train", "--recipe", "mine.yaml", "--set", "trainer.steps=many"], 3, "trainer.steps"),
+        (
+            ["train", "--recipe", "mine.yaml", "--set", "trainer.steps=many"],
+            3,
+            "error: --set trainer.steps: trainer.steps: Input",
+        ),
         (["train", "--recipe", "mine.yaml", "--data", "elsewhere"], 4, "elsewhere"),
         (["--offline", "train", "--recipe", "mine.yaml", "--set", "student.weights=pretrained"], 5, "weights"),
         (["train", "--resume", "runs/nothing"], 2, "nothing"),
-        (["train", "--recipe", "mine.yaml", "--max-hours", "0"], 3, "trainer.max_hours"),
+        (
+            ["train", "--recipe", "mine.yaml", "--max-hours", "0"],
+            2,
+            "error: --max-hours: trainer.max_hours: Input should be greater",
+        ),
         (["eval"], 5, "train"),
         (["eval", "--model", "mine.yaml"], 5, "mine.yaml"),
         (["predict", "scene.tif"], 5, "train"),
         (["dataset", "prepare", "folder"], 2, "--src"),
+        (["dataset", "prepare", "potsdam"], 2, "pass --src"),
         (["dataset", "verify", "elsewhere"], 4, "elsewhere"),
     ],
 )

@@ -3,17 +3,28 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pytest
+import torch
 import yaml
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from rsseg.config import SelectConfig
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.data.streams import training_batches
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe, packaged_recipes, recipe_from_dict
 from rsseg.task import Task
+from rsseg.training.device import Hardware
+from rsseg.training.graphs import Recorder, make_step
+from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import backbone_configs
+from rsseg.training.state import Parts
+from rsseg.training.step import set_rate
 from tests.conftest import rgb_task, write_png
 
 CROP = 64
@@ -99,3 +110,33 @@ def _write_dataset(root: Path, task: Task, wanted: Mapping[tuple[str, str | None
             )
     label_map = LabelMap(values={index: index for index in range(CLASSES)})
     SegmentationIndex(task=task, label_map=label_map, items=tuple(items)).save(root)
+
+
+def trained(
+    case: Case,
+    steps: int,
+    *,
+    graphs: Literal["on", "off"] = "on",
+    recorder: Recorder | None = None,
+    device: str = "cpu",
+) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """Weights and losses after some steps in float32; `recorder` as for `make_step`."""
+    torch.manual_seed(0)
+    trainer = case.recipe.trainer.model_copy(update={"graphs": graphs, "clip_grad": 1.0})
+    recipe = case.recipe.model_copy(update={"trainer": trainer})
+    hardware = Hardware(torch.device(device))
+    method = method_for(recipe, case.task).to(hardware.device).train()
+    parts = Parts(method, None, build_optimizers(method, recipe.optimizers), GradScaler(device, enabled=False))
+    step = make_step(parts, recipe, hardware, pytest.fail, recorder)
+    losses = []
+    batches = training_batches(recipe, method.streams, case.task, device=device, start_step=0)
+    for number in range(steps):
+        for optimizer in parts.optimizers.values():
+            for group in optimizer.param_groups:
+                set_rate(group, 2.0 ** -(9 + min(number, 9)))  # exact in float32
+        micro = step.gradients(next(batches), number, 0)
+        losses.append([float(value) for value in micro.output.losses.values()])
+        step.update()
+        method.after_optimizer_step(number)
+    batches.close()
+    return method.state_dict(), losses

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsseg.backbones.timm_adapter import synchronize_batch_norms
@@ -28,14 +27,13 @@ from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
 from rsseg.training.checkpoints import model_header
-from rsseg.training.device import Hardware
-from rsseg.training.graphs import WARM_UP, make_step
+from rsseg.training.graphs import WARM_UP
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
-from rsseg.training.state import Parts, frozen_hashes
-from rsseg.training.step import RunningStatistics, seed_everything, set_rate
-from tests.conformance.cases import Case, make_case, methods_covered, recipe_files
+from rsseg.training.state import frozen_hashes
+from rsseg.training.step import BufferSnapshot, seed_everything
+from tests.conformance.cases import Case, make_case, methods_covered, recipe_files, trained
 from tests.training.replaying import CpuRecorder, NoSynchronization
 
 
@@ -193,41 +191,19 @@ def test_resumed_run_equals_an_unbroken_one(case: Case, tmp_path: Path) -> None:
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def _trained(case: Case, recorder: CpuRecorder | None, steps: int) -> tuple[dict[str, Tensor], list[list[float]]]:
-    """Weights and losses after some steps, eager or recorded."""
-    torch.manual_seed(0)
-    trainer = case.recipe.trainer.model_copy(update={"graphs": "off" if recorder is None else "on", "clip_grad": 1.0})
-    recipe = case.recipe.model_copy(update={"trainer": trainer})
-    method = method_for(recipe, case.task).train()
-    parts = Parts(method, None, build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=False))
-    step = make_step(parts, recipe, Hardware(torch.device("cpu")), pytest.fail, recorder)
-    losses = []
-    batches = training_batches(recipe, method.streams, case.task, device="cpu", start_step=0)
-    for number in range(steps):
-        for optimizer in parts.optimizers.values():
-            for group in optimizer.param_groups:
-                set_rate(group, 2.0 ** -(9 + number))  # exact in float32
-        micro = step.gradients(next(batches), number, 0)
-        losses.append([float(value) for value in micro.output.losses.values()])
-        step.update()
-        method.after_optimizer_step(number)
-    batches.close()
-    return method.state_dict(), losses
-
-
 def test_recorded_steps_equal_eager_ones(case: Case) -> None:
     recorder = CpuRecorder()
     steps = WARM_UP + 3
-    weights, losses = _trained(case, recorder, steps)
+    weights, losses = trained(case, steps, recorder=recorder)
     assert (recorder.recorded, recorder.replays) == (3, 9)
-    expected, eager = _trained(case, None, steps)
+    expected, eager = trained(case, steps, graphs="off")
     assert losses == eager
     assert [name for name, tensor in expected.items() if not torch.equal(weights[name], tensor)] == []
 
 
 def test_teachers_stored_in_half_precision_teach_the_same(method: Method, batches: Iterator[Batch]) -> None:
     batch = next(batches)
-    statistics = RunningStatistics(method)
+    statistics = BufferSnapshot(method)
 
     def losses() -> dict[str, Tensor]:
         statistics.restore()

@@ -169,6 +169,29 @@ def test_stratum_smaller_than_the_sample_is_taken_whole(class_map: Path, tmp_pat
     assert drawn.points["road"] == drawn.pixels["road"] == 270
 
 
+def test_sample_of_all_pixels_is_said_and_a_huge_one_refused(
+    class_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = draw_points(class_map, tmp_path / "all.gpkg", SampleSize(per_stratum=10**6))
+    assert drawn.points == drawn.pixels
+    assert drawn.warnings[0].startswith(f"the sample holds every pixel of {', '.join(drawn.points)}: ")
+    assert draw_points(class_map, tmp_path / "few.gpkg", SampleSize(per_stratum=2)).warnings == ()
+    monkeypatch.setattr("rsseg.evaluation.points._MOST_POINTS", 10)
+    with pytest.raises(UsageError, match=r"more than 10\. Choose a smaller --per-stratum"):
+        draw_points(class_map, tmp_path / "huge.gpkg", SampleSize(per_stratum=10**6))
+
+
+@pytest.mark.parametrize("size", [2000, 40_000, 90_000])
+def test_truncated_points_are_one_sentence_without_sql(class_map: Path, tmp_path: Path, size: int) -> None:
+    draw_points(class_map, tmp_path / "all.gpkg", SampleSize(per_stratum=10))
+    cut = tmp_path / "cut.gpkg"
+    cut.write_bytes((tmp_path / "all.gpkg").read_bytes()[:size])
+    with pytest.raises(DataError, match=r"cut\.gpkg: ") as caught:
+        assess_points(class_map, cut)
+    assert "SELECT" not in str(caught.value)
+    assert str(caught.value).count("malformed") <= 1
+
+
 def test_perfect_labels_give_perfect_accuracy_and_the_mapped_areas(class_map: Path, tmp_path: Path) -> None:
     draw_points(class_map, tmp_path / "p.gpkg", SampleSize(per_stratum=30))
     pixels = value_at(class_map)

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform as warp_points
 
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RssegWarning
 from rsseg.raster import Raster, Window
 from rsseg.vector.aoi import read_region
 from rsseg.vector.write import write_polygons
@@ -71,6 +72,39 @@ def test_all_layers_of_an_area_count_and_points_do_not(tmp_path: Path) -> None:
     write_area(area, shapely.MultiPolygon([shapely.box(10.4, 49.55, 10.6, 49.85)]), layer="east")
     write_area(area, shapely.Point(10.0, 50.0), layer="points")
     assert_array_equal(mask_of(scene, area), middle_of(scene))
+
+
+def test_area_in_another_encoding_names_the_remedy(tmp_path: Path) -> None:
+    scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
+    area = tmp_path / "area.geojson"
+    area.write_bytes('{"type": "FeatureCollection", "name": "Gr\xfcn", "features": []}'.encode("cp1252"))
+    with pytest.raises(DataError, match=r"area\.geojson: .*save it as UTF-8"):
+        mask_of(scene, area)
+
+
+def test_features_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
+    square = json.loads(shapely.to_geojson(shapely.box(1, 1, 3, 3)))
+    broken = [{"type": "Polygon", "coordinates": "x"}, {"type": "Polygone", "coordinates": []}, None]
+    features = [{"type": "Feature", "properties": {}, "geometry": shape} for shape in (square, *broken)]
+    area = tmp_path / "area.geojson"
+    area.write_text(json.dumps({"type": "FeatureCollection", "features": [*features, "no feature"]}))
+    with pytest.warns(RssegWarning, match=r"area\.geojson: 4 of 5 features have no polygon"):
+        assert mask_of(scene, area).sum() == 400
+    area.write_text(json.dumps({"type": "FeatureCollection", "features": features[:1]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RssegWarning)
+        mask_of(scene, area)
+
+
+@pytest.mark.parametrize("suffix", [".geojson", ".gpkg"])
+def test_empty_polygons_are_no_area(tmp_path: Path, suffix: str) -> None:
+    scene = scene_at(tmp_path / "scene.tif", Affine(0.1, 0, 0, 0, -0.1, 4), "EPSG:4326", (40, 40))
+    empty = shapely.from_wkt(["POLYGON EMPTY", "MULTIPOLYGON EMPTY"])
+    with pytest.warns(RssegWarning, match="2 of 3 features have no polygon"):
+        assert mask_of(scene, write_area(tmp_path / f"some{suffix}", shapely.box(1, 1, 3, 3), *empty)).sum() == 400
+    with pytest.raises(DataError, match="the file has no polygon"):
+        mask_of(scene, write_area(tmp_path / f"none{suffix}", *empty))
 
 
 def test_area_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -161,6 +162,23 @@ def test_bands_that_are_not_matched_by_their_names_are_told(
     assert any("--bands" in warning for warning in plan.warnings) == warned
     told = plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(bands=(" 3", "2 ", "1")))
     assert not told.warnings
+
+
+def test_scene_of_absurd_size_is_refused_at_once(tmp_path: Path) -> None:
+    band = '<VRTRasterBand dataType="Byte" band="{}"/>'
+    bands = "".join(band.format(number) for number in (1, 2, 3))
+    (tmp_path / "huge.vrt").write_text(
+        f'<VRTDataset rasterXSize="2000000000" rasterYSize="2000000000">{bands}</VRTDataset>'
+    )
+    with pytest.raises(DataError, match=r"huge\.vrt: 2000000000 x 2000000000 pixels are more than"):
+        plan_scene(ConvSegmenter(make_task()), tmp_path / "huge.vrt", tmp_path / "out.tif", options())
+
+
+def test_message_about_many_bands_is_short(tmp_path: Path) -> None:
+    scene = write_tif(tmp_path / "many.tif", np.zeros((200, 4, 5), np.uint8))
+    with pytest.raises(DataError, match=r"200 band\(s\) \(band_1, .*, band_16, \.\.\.\), needed") as caught:
+        plan_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+    assert len(str(caught.value)) < 500
 
 
 def test_palette_picture_is_refused_with_what_helps(tmp_path: Path) -> None:

@@ -95,6 +95,19 @@ def test_extra_outputs_replace_neither_inputs_nor_existing_files_nor_one_another
     assert other.read_text() == "precious"
 
 
+def test_side_file_that_waits_for_its_raster_is_kept(tmp_path: Path) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(40, 50))
+    side = tmp_path / "out.tif.aux.xml"
+    side.write_text("<PAMDataset/>")
+    with pytest.raises(UsageError, match=r"out\.tif\.aux\.xml: exists already"):
+        predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+    assert side.read_text() == "<PAMDataset/>"
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(overwrite=True))
+    assert "CategoryNames" in side.read_text()
+    (tmp_path / "out.tif").unlink()
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+
+
 def test_a_link_to_nowhere_counts_as_an_existing_file(tmp_path: Path, scene: Path) -> None:
     (tmp_path / "out.tif").symlink_to("nowhere.tif")
     with pytest.raises(UsageError, match="exists already"):

@@ -71,9 +71,8 @@ def test_test_time_views_average_the_poses_of_each_tile(tmp_path: Path, views: s
     predict_scene(segmenter, scene, tmp_path / "out.tif", options(tta=views))
     image = torch.from_numpy(pixels.astype(np.float32) / 255)
     with torch.inference_mode():
-        shares = sum(
-            p.undo(segmenter.predict_logits(p.apply(image, torch)[None])[0].softmax(0), torch) for p in poses_of(views)
-        )
+        poses = [(pose, segmenter.predict_logits(pose.apply(image, torch)[None])[0]) for pose in poses_of(views)]
+        shares = sum(pose.undo(logits.softmax(0), torch) for pose, logits in poses)
     assert_array_equal(read_classes(tmp_path / "out.tif"), 10 * shares.argmax(0).numpy() + 1)
 
 
@@ -82,7 +81,7 @@ def test_eight_poses_are_different_and_can_be_undone() -> None:
     seen = [pose.apply(tile, torch) for pose in poses_of("d4")]
     assert len({tuple(map(tuple, s[0].tolist())) for s in seen}) == 8
     for pose, view in zip(poses_of("d4"), seen, strict=True):
-        assert torch.equal(pose.undo(view), tile)
+        assert torch.equal(pose.undo(view, torch), tile)
 
 
 TURNED = Affine.translation(4e5, 5e6) @ Affine.rotation(30) @ Affine.scale(2, -3)

@@ -6,15 +6,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg import cli
+from rsseg.data.index import IndexItem
+from rsseg.data.sources import Source
 from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals, process_group
-from rsseg.errors import DataError
+from rsseg.errors import DataError, Interrupted
+from rsseg.evaluation.model import evaluate
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.device import Hardware
@@ -22,7 +27,7 @@ from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
-from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
+from tests.training.tiny_method import TASK, ToyMethod, ToySegmenter, toy_batches, toy_recipe
 
 
 def fail(folder: Path) -> None:
@@ -69,16 +74,38 @@ def stop_training(folder: Path) -> None:
         (folder / f"end-{ranks.rank}").write_text(f"{counters.step} {reason} {time.time()}")
 
 
+class Noise:
+    """Reads images of eight pixels."""
+
+    def sample(self, item: IndexItem) -> tuple[Any, Any, Any]:
+        image = np.zeros((2, 8, 8), np.float32)
+        return image, np.ones((8, 8), np.bool_), np.zeros((8, 8), np.uint8)
+
+
 def stop_evaluation(folder: Path) -> None:
-    """Rank 1 gets the signal while rank 0 is between two images."""
+    """Rank 1 gets the signal at its third image of a long evaluation."""
+    torch.set_num_threads(1)
+    recipe = toy_recipe()
+    items = tuple(IndexItem(image=str(number), split="val") for number in range(10**5))
+    source = Source(items, Noise(), TASK)  # type: ignore[arg-type]
     with process_group("cpu") as ranks, StopSignals() as signals:
-        dist.barrier()
-        if ranks.rank == 1:
-            send(folder)
-        while signals.received is None:
+
+        def advance(done: int, _: int) -> None:
             time.sleep(0.01)
-        (folder / f"end-{ranks.rank}").write_text(str(time.time()))
-        dist.barrier()
+            if done == 3 and ranks.rank == 1:
+                send(folder)
+
+        try:
+            evaluate(
+                ToySegmenter().eval(),
+                recipe,
+                source,
+                device="cpu",
+                progress=advance,
+                stop=lambda: signals.received is not None,
+            )
+        except Interrupted:
+            (folder / f"end-{ranks.rank}").write_text(str(time.time()))
 
 
 if __name__ == "__main__":

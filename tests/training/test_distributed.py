@@ -61,7 +61,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> Non
     assert all(float(at) - sent < HANGING_S for *_, at in ends)
 
 
-def test_signal_to_one_process_is_seen_by_one_that_evaluates(tmp_path: Path) -> None:
+def test_signal_to_one_process_ends_a_long_evaluation_of_all(tmp_path: Path) -> None:
     done = in_two_processes("-m", "tests.training.group_worker", "evaluate", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     sent = float((tmp_path / "sent").read_text())

@@ -3,11 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.transform import Affine
+from rasterio.transform import Affine, from_origin
 
 from rsseg.cli import run
 from rsseg.config import SelectConfig
@@ -31,7 +32,7 @@ def test_model_is_scored_on_a_split_and_knows_what_it_has_seen(rgb_dataset: Path
     test = evaluate_model(result.model, device="cpu", progress=lambda done, total: told.append((done, total)))
     assert test.images == 1
     assert test.seen is None
-    assert told == [(1, 1)]
+    assert told == [(0, 1), (1, 1)]
     files = [rgb_dataset / "masks" / "07.png"]
     pixels = sum(np.asarray(Image.open(file)).size for file in files)
     assert test.scores.pixels == test.matrix.sum() == pixels
@@ -66,6 +67,32 @@ def test_class_rasters_are_compared_by_name(tmp_path: Path) -> None:
     assert (result.images, result.unpredicted, result.scores.oa) == (1, 1, 0.75)
     named = evaluate_rasters(tmp_path / "pred", tmp_path / "truth", task=rgb_task(), ignore=("water",))
     assert [c.name for c in named.scores.classes] == ["field", "road"]
+
+
+def test_longitudes_may_differ_by_a_turn(tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (20, 30), np.uint8)
+    pred, truth = write_pair(tmp_path, classes, classes, crs="EPSG:4326", transform=from_origin(-170, 10, 0.1, 0.1))
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(190, 10, 0.1, 0.1))
+    assert evaluate_rasters(pred, truth).scores.oa == 1
+    write_tif(pred / "a.tif", classes[None], crs="EPSG:4326", transform=from_origin(191, 10, 0.1, 0.1))
+    with pytest.raises(DataError, match="lies elsewhere"):
+        evaluate_rasters(pred, truth)
+
+
+def test_classes_have_the_names_that_the_maps_carry(tmp_path: Path) -> None:
+    values = np.array([[1, 2, 3], [1, 2, 3]], np.uint8)
+    pred, truth = write_pair(tmp_path, values, values)
+    with rasterio.open(pred / "a.tif", "r+") as file:
+        file.update_tags(1, class_1="water", class_2="forest")
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["water", "forest", "3"]
+    band = "<PAMRasterBand band='1'><CategoryNames>{}</CategoryNames></PAMRasterBand>"
+    side = f"<PAMDataset>{band}</PAMDataset>"
+    categories = "<Category/><Category>Water</Category><Category>wood</Category><Category>road</Category>"
+    (truth / "a.tif.aux.xml").write_text(side.format(categories))
+    assert [c.name for c in evaluate_rasters(pred, truth).scores.classes] == ["Water", "wood", "road"]
+    (truth / "a.tif.aux.xml").write_text(side.format("<Category/><Category>forest</Category>"))
+    with pytest.raises(DataError, match=r"a\.tif: the class 'forest' has the value 2, but 1 in "):
+        evaluate_rasters(pred, truth)
 
 
 def test_rasters_that_do_not_fit_are_refused(tmp_path: Path) -> None:

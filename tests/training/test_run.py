@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rsseg.checkpoint import read_header
 from rsseg.errors import DataError, Interrupted, MachineError, RecipeError, UsageError, WeightsError
@@ -18,7 +20,7 @@ from rsseg.files import read_rows
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.runs import RunFolder, choose_model, find_run, list_runs
+from rsseg.runs import RunFolder, choose_model, find_run, list_runs, newest_finished
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
@@ -190,6 +192,19 @@ def test_steps_may_be_extended_but_values_that_matter_may_not_change(rgb_dataset
     assert_same_tensors(RunFolder(first.run).last, RunFolder(straight.run).last)
 
 
+def test_run_leaves_only_files_that_its_documentation_names(rgb_dataset: Path, tmp_path: Path) -> None:
+    kept = {"keep_checkpoints": 2, "checkpoint_every": 1}
+    run = train(tiny_recipe(rgb_dataset, trainer=kept | {"steps": 3}), output=tmp_path, progress=QUIET).run
+    train(tiny_recipe(rgb_dataset, trainer=kept | {"steps": 4}), output=tmp_path, resume=run, progress=QUIET)
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    left = {re.sub(r"-\d+", "-STEP", path.relative_to(run).as_posix()) for path in run.rglob("*") if path.is_file()}
+    assert {"checkpoints/last.state/previous.safetensors", "checkpoints/step-STEP.safetensors"} <= left
+    assert [name for name in sorted(left) if f"`{name}`" not in page] == []
+    assert {path.name for path in tmp_path.iterdir()} == {rgb_dataset.name, run.name, "latest"}
+    beside = {path.name for path in rgb_dataset.iterdir()}
+    assert beside == {"images", "masks", "rsseg-index.json", ".rsseg-cache"}
+
+
 def test_run_without_state_cannot_be_resumed(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1})
     run = RunFolder(train(recipe, output=tmp_path, progress=QUIET).run)
@@ -219,7 +234,7 @@ def test_changed_recipe_is_resumed_only_anyway(rgb_dataset: Path, tmp_path: Path
     with pytest.raises(RecipeError, match=r"clip_grad: was None, is 1.0.*--resume-anyway accepts the change"):
         train(changed, output=tmp_path, resume=run, progress=QUIET)
     assert train(changed, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 3
-    assert "resumed anyway: " in (run / "log.txt").read_text()
+    assert "warning: resumed with changes: trainer.clip_grad: was None, is 1.0.\n" in (run / "log.txt").read_text()
     sgd = tiny_recipe(rgb_dataset, trainer={"steps": 4}, optimizers={"main": {"name": "sgd"}})
     assert train(sgd, output=tmp_path, resume=run, progress=QUIET, resume_anyway=True).steps == 4
     assert "optimizer 'main' has another type than before" in (run / "log.txt").read_text()
@@ -244,9 +259,23 @@ def test_patience_and_hours_end_a_run(rgb_dataset: Path, tmp_path: Path) -> None
     assert (result.reason, result.state) == ("patience", "finished")
     assert result.steps < 50
     late = train(tiny_recipe(rgb_dataset, trainer={"steps": 50, "max_hours": 1e-9}), output=tmp_path, progress=QUIET)
-    assert (late.reason, late.steps) == ("max_hours", 1)
-    assert late.model.exists()
+    assert (late.reason, late.state, late.steps) == ("max_hours", "stopped", 1)
+    assert "step 1 of 50; the run is saved, and the command below continues it)" in late.text()
+    assert late.text().endswith(f"\nrsseg train --resume {late.run}")
     assert [run.path for run in list_runs(tmp_path)] == [result.run, late.run]
+    assert newest_finished(tmp_path).model == late.model
+
+
+def test_limit_of_hours_counts_from_the_last_resume(rgb_dataset: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe(rgb_dataset, trainer={"steps": 2}), output=tmp_path, progress=QUIET)
+    state = RunFolder(first.run).state
+    with safe_open(state, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["counters"] = json.dumps(json.loads(metadata["counters"]) | {"elapsed_s": 3600.0})
+    save_file(tensors, state, metadata)
+    longer = tiny_recipe(rgb_dataset, trainer={"steps": 4, "max_hours": 1.0})
+    resumed = train(longer, output=tmp_path, resume=first.run, progress=QUIET)
+    assert (resumed.reason, resumed.steps) == ("all steps", 4)
 
 
 def test_student_or_average_is_shipped(rgb_dataset: Path, tmp_path: Path) -> None:

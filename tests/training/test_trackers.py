@@ -11,7 +11,7 @@ from rsseg.cli import run
 from rsseg.errors import UsageError
 from rsseg.files import read_rows
 from rsseg.runs import RunFolder
-from rsseg.training.progress import Silent, StepReport
+from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import plan, train
 from rsseg.training.state import PREVIOUS
 from tests.training.recipes import tiny_recipe, tiny_values
@@ -27,7 +27,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_gets_the_values_of_the_tables(rgb_dataset: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(rgb_dataset, trainer={"log": ["tensorboard"]})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     found = events(result.run / "tensorboard")
     steps = read_rows(result.run / "steps.csv")
     assert found["loss/total"] == [(int(row["step"]), pytest.approx(float(row["loss"]), rel=1e-6)) for row in steps]
@@ -37,25 +37,25 @@ def test_tensorboard_gets_the_values_of_the_tables(rgb_dataset: Path, tmp_path: 
 
 
 def test_a_resumed_run_replaces_the_steps_that_it_repeats(rgb_dataset: Path, tmp_path: Path) -> None:
-    first = train(tiny_recipe(rgb_dataset, trainer={"log": ["tensorboard"]}), output=tmp_path, progress=Silent())
+    first = train(tiny_recipe(rgb_dataset, trainer={"log": ["tensorboard"]}), output=tmp_path, progress=Progress())
     state = RunFolder(first.run).state
     shutil.copy(state.with_name(PREVIOUS), state)  # as after a crash: the last steps were logged, but not saved
     longer = tiny_recipe(rgb_dataset, trainer={"log": ["tensorboard"], "steps": 8})
-    train(longer, output=tmp_path, resume=first.run, progress=Silent())
+    train(longer, output=tmp_path, resume=first.run, progress=Progress())
     steps = [int(row["step"]) for row in read_rows(first.run / "steps.csv")]
     assert [step for step, _ in events(first.run / "tensorboard")["loss/total"]] == steps
     assert steps == sorted(set(steps))
 
 
 def test_a_tracker_may_be_added_on_resume(rgb_dataset: Path, tmp_path: Path) -> None:
-    first = train(tiny_recipe(rgb_dataset), output=tmp_path, progress=Silent())
+    first = train(tiny_recipe(rgb_dataset), output=tmp_path, progress=Progress())
     longer = tiny_recipe(rgb_dataset, trainer={"log": ["tensorboard"], "steps": 8})
-    train(longer, output=tmp_path, resume=first.run, progress=Silent())
+    train(longer, output=tmp_path, resume=first.run, progress=Progress())
     assert [step for step, _ in events(first.run / "tensorboard")["loss/total"]] == [8]
 
 
 def test_a_failed_run_keeps_its_values(rgb_dataset: Path, tmp_path: Path) -> None:
-    class Failing(Silent):
+    class Failing(Progress):
         def on_step(self, report: StepReport) -> None:
             raise ZeroDivisionError
 
@@ -72,7 +72,7 @@ def test_a_missing_package_is_named_before_anything_is_built(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find(wanted))
     recipe = tiny_recipe(rgb_dataset, trainer={"log": [name]})
-    for attempt in (lambda: plan(recipe), lambda: train(recipe, output=tmp_path / "runs", progress=Silent())):
+    for attempt in (lambda: plan(recipe), lambda: train(recipe, output=tmp_path / "runs", progress=Progress())):
         with pytest.raises(UsageError, match=rf"trainer\.log: {name} is not installed.*rsseg\[{name}\]"):
             attempt()
     assert not (tmp_path / "runs").exists()
@@ -83,7 +83,7 @@ def test_wandb_writes_an_offline_run(rgb_dataset: Path, tmp_path: Path, monkeypa
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe = tiny_recipe(rgb_dataset, trainer={"log": ["wandb"], "steps": 2})
-    result = train(recipe, output=tmp_path, progress=Silent())
+    result = train(recipe, output=tmp_path, progress=Progress())
     assert list((result.run / "wandb").glob("offline-run-*/run-*.wandb"))
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from numpy.typing import NDArray
+from rasterio.transform import Affine
 
 from rsseg.data.cache import CACHE_NAME, ArrayCache, Page
 from rsseg.data.dataset import SampleReader, _remember
@@ -145,6 +147,26 @@ def test_full_disk_while_converting_leaves_no_file_and_reads_directly(
     with pytest.warns(RssegWarning, match="No space left"):
         assert reader.image(item)[0].any()
     assert list((rgb_dataset / CACHE_NAME).iterdir()) == []
+
+
+def test_cached_mask_follows_the_location_of_its_image(uint16_dataset: Path) -> None:
+    item = SegmentationIndex.load(uint16_dataset).items[0]
+    before = reader_of(uint16_dataset).mask(item).copy()
+    with rasterio.open(uint16_dataset / item.image, "r+") as file:
+        file.transform = file.transform * Affine(1, 0, 0, 0, -1, file.height)  # south-up
+    assert np.array_equal(reader_of(uint16_dataset).mask(item), before[::-1])
+    with rasterio.open(uint16_dataset / item.image, "r+") as file:
+        file.transform = file.transform * Affine.translation(5, 0)
+    with pytest.raises(DataError, match="lies elsewhere than its image"):
+        reader_of(uint16_dataset).mask(item)
+
+
+@pytest.mark.parametrize("name", ["00.tif.aux.xml", "00.tfw", "00.wld"])
+def test_cache_follows_side_files(uint16_dataset: Path, tmp_path: Path, name: str) -> None:
+    image, cache = uint16_dataset / "images" / "00.tif", ArrayCache(tmp_path / "cache")
+    before = cache.path([image], "")
+    (image.parent / name).write_text("1\n")
+    assert cache.path([image], "") != before
 
 
 def test_half_a_cache_file_is_made_again(rgb_dataset: Path) -> None:

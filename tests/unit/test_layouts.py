@@ -1,6 +1,8 @@
 """Patterns, pairing and splits."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,25 @@ def rows(layout: Layout, root: Path) -> list[tuple[str, str | None, str, str | N
 def test_wildcards_stay_within_a_name_and_double_stars_cross_folders() -> None:
     assert PathPattern("*/a.tif").match("x/y/a.tif") is None
     assert PathPattern("**/a_?.tif").match("x/y/a_1.tif") == {"stem": "x/y/*1"}
+
+
+def test_extension_matches_in_upper_and_lower_case(tmp_path: Path) -> None:
+    root = tree(tmp_path, "train/images/A.TIF", "train/masks/A.Png", "val/images/b.tif", "val/masks/b.PNG")
+    layout = Layout("{split}/images/*.tif", "{split}/masks/*.png")
+    found = [("train/images/A.TIF", "train/masks/A.Png"), ("val/images/b.tif", "val/masks/b.PNG")]
+    assert [(image, mask) for image, mask, *_ in rows(layout, root)] == found
+    assert PathPattern("images/*.tif").match("Images/a.tif") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "changes"), [("--split-as", {"split_as": {"trian": "train"}}), ("--unlabeled", {"unlabeled": ("tset",)})]
+)
+def test_misspelt_split_is_named(tmp_path: Path, option: str, changes: dict[str, Any]) -> None:
+    root = tree(tmp_path, "train/a.tif", "train/a.png", "test/b.tif", "test/b.png")
+    layout = Layout("{split}/*.tif", "{split}/*.png", check_names=True)
+    assert len(rows(layout, root)) == 2
+    with pytest.raises(UsageError, match=rf"{option} (trian|tset): there is no such split; found are test, train\."):
+        rows(replace(layout, **changes), root)
 
 
 def test_brackets_dots_and_blanks_in_names_are_plain_characters(tmp_path: Path) -> None:

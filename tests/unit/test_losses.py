@@ -33,6 +33,35 @@ def test_cross_entropy_averages_over_labeled_pixels() -> None:
     assert cross_entropy(LOGITS, masks(0, 1, 255, 255)).item() == pytest.approx((RIGHT + WRONG) / 2)
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0])])
+def test_cross_entropy_of_deterministic_runs_uses_lists_of_pixels_and_equals_the_other(
+    weights: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, target = torch.randn(2, 3, 5, 7), torch.randint(0, 3, (2, 5, 7))
+    target[0, :2] = IGNORE_INDEX
+    results = []
+    for deterministic in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=deterministic: on)
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, target, class_weights=weights)
+        names = graph_of(loss)
+        assert ("NllLoss2DBackward0" in names) != deterministic
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def graph_of(loss: torch.Tensor) -> set[str]:
+    """Names of all operations that a loss is computed by."""
+    names, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.add(node.name())
+            todo += [following for following, _ in node.next_functions]
+    return names
+
+
 def test_cross_entropy_with_divisor_all_counts_unlabeled_pixels() -> None:
     assert cross_entropy(LOGITS, masks(0, 1, 255, 255), divisor="all").item() == pytest.approx((RIGHT + WRONG) / 4)
 

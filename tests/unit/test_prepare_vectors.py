@@ -11,6 +11,7 @@ import shapely
 
 from rsseg.data.index import SegmentationIndex
 from rsseg.datasets.class_file import load_classes
+from rsseg.datasets.prepare import transfer
 from rsseg.datasets.prepare.options import PrepareOptions, parse_options
 from rsseg.datasets.prepare.run import prepare
 from rsseg.datasets.verify import verify
@@ -166,7 +167,7 @@ def test_strict_makes_defects_errors_and_leaves_nothing_behind(source: Path) -> 
 
 
 def test_tiles_without_a_label_are_kept_unlabeled(source: Path) -> None:
-    index = made(source, tile=16, split_ratio={"train": 0.6, "test": 0.4})
+    index = made(source, tile=24, split_ratio={"train": 0.6, "test": 0.4})
     assert {item.split for item in index.items} == {"train", "test", "unlabeled", "unused"}
     assert all((item.mask is None) == item.split.startswith("un") for item in index.items)
     assert {item.split for item in index.items if item.scene == "s0.tif"} in (
@@ -277,3 +278,61 @@ def test_options_of_vectors_are_refused_elsewhere() -> None:
         parse_options("cloud", {"folder": {"field": "class"}, "vectors": {"field": "class"}})
     with pytest.raises(UsageError, match="`vectors` needs --src DIR, --labels FILE and --field NAME"):
         parse_options("vectors", {"vectors": {"field": "class"}})
+
+
+def test_an_interrupted_call_resumes_and_gives_the_same_files(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def contents(out: str) -> dict[str, bytes]:
+        files = sorted((source / out).rglob("*"))
+        skipped = {"prepared.json", "rsseg-index.json"}
+        return {
+            str(f.relative_to(source / out)): f.read_bytes() for f in files if f.is_file() and f.name not in skipped
+        }
+
+    made(source, out="whole", tile=24, split_ratio={"train": 1.0})
+    write = transfer.write_tile
+    count = 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 12:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(transfer, "write_tile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(source, tile=24, split_ratio={"train": 1.0})
+    assert (source / "out.partial").is_dir()
+    monkeypatch.setattr(transfer, "write_tile", write)
+    index = made(source, tile=24, split_ratio={"train": 1.0})
+    assert contents("out") == contents("whole")
+    assert len(index.items) == 36
+
+
+def test_scenes_of_any_depth_and_suffix_are_found_but_not_their_side_files(source: Path) -> None:
+    deep = source / "scenes/2024/may"
+    deep.mkdir(parents=True)
+    (source / "scenes/s0.tif").rename(deep / "s0.TIF")
+    (source / "scenes/s1.tif.aux.xml").write_text("<PAMDataset/>", encoding="utf-8")
+    (source / "scenes/notes.txt").write_text("x", encoding="utf-8")
+    assert sorted(item.image for item in made(source).items) == ["2024/may/s0.TIF", "s1.tif", "s2.tif"]
+
+
+def test_a_folder_without_rasters_says_so(source: Path) -> None:
+    (source / "empty").mkdir()
+    (source / "empty/notes.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match="no raster is in this folder"):
+        made(source, src=source / "empty")
+
+
+def test_sixteen_bits_four_bands_and_chosen_bands_keep_their_masks(source: Path) -> None:
+    for path in (source / "scenes").iterdir():
+        with rasterio.open(path) as file:
+            profile, pixels = file.profile, file.read()
+        profile |= {"count": 4, "dtype": "uint16"}
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(np.concatenate([pixels, pixels[:1]]).astype(np.uint16) * 40)
+    index = made(source, bands=("red", "green", "blue", "nir"), ignore_classes=("sea",))
+    assert index.task.bands == ("red", "green", "blue", "nir")
+    assert [info.name for info in index.task.classes] == ["land"]
+    assert all(item.classes == (600,) for item in index.items)

@@ -216,6 +216,18 @@ def test_undeclared_nan_is_an_error_naming_file_and_first_pixel(tmp_path: Path) 
         assert np.isfinite(values).all()
 
 
+def test_pixels_that_float32_cannot_hold_are_refused(tmp_path: Path) -> None:
+    pixels = np.ones((1, 3, 4))
+    pixels[0, 1, 2] = -1e302
+    with (
+        Raster(write_tif(tmp_path / "a.tif", pixels)) as raster,
+        pytest.raises(DataError, match=r"row 1, column 2.*1e\+302"),
+    ):
+        raster.read()
+    with Raster(write_tif(tmp_path / "b.tif", pixels, nodata=-1e302)) as raster:
+        assert raster.read()[1].sum() == 11
+
+
 def test_scale_and_offset_tags_are_applied_to_data_only(tmp_path: Path) -> None:
     stored = np.array([[[0, 100], [200, 300]]], np.int16)
     file = write_tif(tmp_path / "a.tif", stored, nodata=0)

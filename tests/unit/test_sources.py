@@ -278,7 +278,7 @@ def test_vector_masks_are_explained(tmp_path: Path, suffix: str) -> None:
     source = own_source(tmp_path / "src")
     for file in source.rglob("*.png"):
         file.with_suffix(f".{suffix}").write_text('{"type": "FeatureCollection", "features": []}')
-    with pytest.raises(DataError, match=rf"0\.{suffix}: a vector file, but masks must be rasters.*gdal_rasterize"):
+    with pytest.raises(DataError, match=rf"0\.{suffix}: a vector file, but masks must be rasters.*prepare vectors"):
         made(source, tmp_path / "out", folder={"masks": f"{{split}}/masks/*.{suffix}"})
 
 

@@ -15,6 +15,7 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine, from_origin
 from rasterio.warp import transform as warp_points
 
+from benchmarks import rasterize as rasterize_benchmark
 from rsseg.errors import DataError, UsageError
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.vector.labels import Burning, Features, place_labels, read_features
@@ -127,6 +128,22 @@ def test_windows_together_are_what_rasterio_burns_at_once(tmp_path: Path, touche
         window = Window(row * 15, col * 16, 15, 16)
         part = labels.burn(window, fill=255, touched=touched)
         np.testing.assert_array_equal(part, whole[row * 15 : row * 15 + 15, col * 16 : col * 16 + 16])
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_polygons_of_many_corners_are_drawn_as_a_whole(tmp_path: Path, touched: bool) -> None:
+    angle = np.linspace(0, 2 * np.pi, 20_001)[:-1]
+    radius = 45 + 6 * np.sin(37 * angle) + np.sin(1501 * angle)
+    ring = np.stack([EAST + 80 + radius * np.cos(angle), NORTH - 60 + radius * np.sin(angle)], axis=1)
+    holes = [shapely.Point(EAST + 50 + 9 * i, NORTH - 60).buffer(3, quad_segs=400).exterior for i in range(7)]
+    polygon = shapely.Polygon(ring, holes)
+    features = read_features(write_vector(tmp_path / "l.gpkg", [polygon], ["a"]), None, "class")
+    info = info_of(scene(tmp_path / "s.tif"))
+    whole = np.full((60, 80), 255, np.uint8)
+    rasterize([(polygon, 0)], out=whole, transform=info.transform, all_touched=touched)
+    labels = place_labels(features, np.zeros(1, np.int64), info, Burning(touched))
+    assert len(labels.polygons) > 10
+    np.testing.assert_array_equal(labels.burn(Window(0, 0, 60, 80), fill=255, touched=touched), whole)
 
 
 def test_values_match_names_in_any_case_and_numbers(tmp_path: Path) -> None:
@@ -313,3 +330,14 @@ def test_scenes_without_coordinates_are_refused(tmp_path: Path) -> None:
     features = read_features(write_vector(tmp_path / "l.gpkg", [ground(0, 0, 5, 5)], ["a"]), None, "class")
     with pytest.raises(DataError, match="the scene has no coordinates"):
         drawn(features, {"a": 0}, info_of(tmp_path / "s.tif"))
+
+
+def test_the_benchmark_draws_the_pixels_of_rasterio(tmp_path: Path) -> None:
+    rasterize_benchmark.make_source(tmp_path, 300, 300)
+    plain, ours = rasterize_benchmark.plain(tmp_path, 128), rasterize_benchmark.ours(tmp_path, 128)
+    assert plain == ours
+    assert len(set(plain)) == 9
+    rasterize_benchmark.whole(tmp_path, 128)
+    with rasterio.open(tmp_path / "mask.tif") as mask, rasterio.open(tmp_path / "scene.tif") as image:
+        assert (mask.transform, mask.shape) == (image.transform, image.shape)
+        assert set(np.unique(mask.read(1)).tolist()) == {0, 1, 2, 3, 4, 255}

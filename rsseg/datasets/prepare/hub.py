@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from rsseg.datasets.card import DatasetCard, WebSource
 from rsseg.datasets.prepare.archives import md5_of
-from rsseg.errors import DataError, MachineError
+from rsseg.errors import DataError, MachineError, UsageError
 
 Progress = Callable[[str, int, int], None]
 _DISK_FULL = (28, 122)
@@ -32,7 +32,7 @@ def fetch(card: DatasetCard, folder: Path, *, download: bool, offline: bool, pro
         return fetch_web(card, folder / f"{card.name}-download", download=download, offline=offline, progress=progress)
     hub = card.hub
     if hub is None:
-        raise DataError(f"{card.name}: rsseg cannot download this dataset. Get it from its publisher and pass --src.")
+        raise UsageError(f"{card.name}: rsseg cannot download this dataset. Get it from its publisher and pass --src.")
     what = f"{hub.file} ({card.size}, licence {card.license}) from huggingface.co/datasets/{hub.repo}"
     by_hand = f"or get the file yourself and pass it with --src {hub.file}"
     if not download:

@@ -208,6 +208,7 @@ def _layout(folder: FolderOptions, options: PrepareOptions) -> Layout:
         masks=folder.masks,
         unlabeled=folder.unlabeled,
         split_as=folder.split_as,
+        check_names=True,
         split_lists={target: _lines(path) for target, path in folder.split_lists.items()},
         split_ratio=options.split_ratio,
         seed=options.seed,

@@ -218,7 +218,6 @@ def _draw(
     items: Sequence[IndexItem] = variant.layout.items_of(files)
     items, splits = draw_scenes(drawing, items, files, stage / UNPACKED, options, bands, plan.grid, progress)
     report_issues(drawing, stage, out, strict=options.vectors.strict, progress=progress)
-    write_classes(drawing, stage, out, progress)
     rule = plan.rule
     if rule is not None and rule.name == "ratio":
         require_scenes(items, rule.splits)
@@ -238,6 +237,7 @@ def _draw(
         progress(
             f"{unlabeled} image(s) have no labeled pixel: split 'unlabeled', or 'unused' in a scene for scoring", 1, 1
         )
+    write_classes(drawing, stage, out, progress)
     return how, copied
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rsseg.layers.losses import pixel_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def pseudo_label_loss(
     """
     with torch.autocast(logits.device.type, enabled=False):
         confident = pseudo.confident(threshold)
-        per_pixel = F.cross_entropy(logits.float(), pseudo.labels, reduction="none")
+        per_pixel = pixel_cross_entropy(logits.float(), pseudo.labels)
         count = (confident if divisor == "confident" else pseudo.valid).sum()
         return torch.where(confident, per_pixel, 0.0).sum() / count.clamp(min=1)
 

@@ -60,6 +60,8 @@ class Teacher(nn.Module):
 class MTDFMethod(Method):
     """The student, its average, which makes the pseudo-labels, and its teachers."""
 
+    ramp: Tensor
+
     def __init__(self, recipe: MTDFRecipe, student: MTDFSegmenter, teachers: Mapping[str, Teacher]) -> None:
         """Store the parts.
 
@@ -78,11 +80,18 @@ class MTDFMethod(Method):
         self.average = Ema(student, recipe.ema_decay) if averaged else None
         adaptive = recipe.unlabeled and recipe.class_thresholds
         self.thresholds = ClassThresholds(student.task.num_classes, recipe.confidence) if adaptive else None
+        self.register_buffer("ramp", torch.empty(()), persistent=False)
+        self.before_step(0)
         labeled = StreamSpec("labeled", "train", masks=True, fill=student.fill)
         unlabeled = StreamSpec("unlabeled", "train", False, student.fill, recipe.strong_views)
         self.streams = (labeled, unlabeled) if recipe.unlabeled else (labeled,)
 
-    def training_step(self, batch: Batch, step: int) -> StepOutput:
+    def before_step(self, step: int) -> None:
+        """Set the factor of the pseudo-labels' weight."""
+        steps = self.recipe.pseudo_ramp * self.recipe.trainer.steps
+        self.ramp.fill_(min((step + 1) / steps, 1.0) if steps else 1.0)
+
+    def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one batch.
 
         The average labels the weak view of the unlabeled crops; the student is trained with these labels on the strong
@@ -108,9 +117,7 @@ class MTDFMethod(Method):
                 pseudo_label_loss(logits, labels, threshold=threshold, divisor=recipe.loss_divisor)
                 for logits, labels in zip(logits_u, pseudo, strict=True)
             ]
-            ramp_steps = recipe.pseudo_ramp * recipe.trainer.steps
-            ramp = min((step + 1) / ramp_steps, 1.0) if ramp_steps else 1.0
-            losses["pseudo"] = ramp * self.loss_weights["pseudo"] * torch.stack(per_view).mean()
+            losses["pseudo"] = self.ramp * self.loss_weights["pseudo"] * torch.stack(per_view).mean()
             logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
             errors = self._distillation(images, output.translated)
