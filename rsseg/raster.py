@@ -246,7 +246,6 @@ class Raster:
 
     def _check_finite(self, pixels: NDArray[Any], valid: NDArray[np.bool_], window: Window) -> None:
         """Clear `valid` at NaN and infinity if NaN is declared as nodata, else raise for the first of them."""
-        # The network computes in float32.
         finite = np.isfinite(pixels) if pixels.itemsize <= 4 else np.abs(pixels) <= np.finfo(np.float32).max
         if finite.all():
             return
