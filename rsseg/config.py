@@ -314,8 +314,7 @@ class EvalConfig(Strict):
     """Evaluation of a split, and the default tiling of scenes."""
 
     mode: Literal["tiled", "resized"] = "tiled"
-    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back: KTDA's published test
-    pipeline."""
+    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back, as published for KTDA."""
     tile: Side | None = None
     """Side in pixels; None uses the network's."""
     overlap: Annotated[int, Field(ge=0)] | None = None
@@ -331,6 +330,8 @@ class EvalConfig(Strict):
     """Also average a horizontal mirror image."""
     ignore_classes: tuple[str, ...] = ()
     """Classes excluded from the scores: their labeled pixels are not counted."""
+    calibrate: Literal["none", "temperature", "per_class"] = "temperature"
+    """Temperature of the probabilities, fitted to the validation images (arXiv 1706.04599); classes do not change."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
