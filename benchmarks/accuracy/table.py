@@ -126,7 +126,7 @@ TARGET = (
     Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
-    _started("lite0-dasegnet-own-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
 )
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
 
