@@ -137,8 +137,7 @@ class TrainerConfig(Strict):
     """Let a GPU compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), which is several times
     as fast. Not with `deterministic`."""
     deterministic: bool = False
-    """Use torch's deterministic kernels on a GPU too (those of the CPU always are). A kernel without a deterministic
-    form is an error."""
+    """Use deterministic kernels on a GPU too, as a CPU always does; an operation that has none is an error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -367,8 +366,7 @@ class BaseRecipe(Strict):
 
     @model_validator(mode="after")
     def _named_streams(self) -> Self:
-        unknown = set(self.trainer.stream_batch_sizes) - set(self.stream_names())
-        unknown |= set(self.data.streams) - set(self.stream_names())
+        unknown = {*self.trainer.stream_batch_sizes, *self.data.streams} - {*self.stream_names()}
         if unknown:
             raise ValueError(f"unknown stream {sorted(unknown)[0]!r}; this method has {sorted(self.stream_names())}")
         return self
