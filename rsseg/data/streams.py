@@ -16,7 +16,7 @@ from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
 from rsseg.data.photometric import ColorSpace
 from rsseg.data.sources import Datasets, Source
-from rsseg.errors import RecipeError, RssegError
+from rsseg.errors import MachineError, RecipeError, RssegError
 from rsseg.task import Task
 
 
@@ -225,7 +225,12 @@ def _start_worker(_: int) -> None:
 
 
 def _on_device(loader: DataLoader[_HostBatch | Exception], scalings: Mapping[str, Scaling]) -> Generator[Batch]:
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}
+    try:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}
+    except (ConnectionError, EOFError) as error:  # it died while it sent a batch, and not as torch would report it
+        raise MachineError(
+            f"a loader process ended: {error!r}. The system may have stopped it; choose fewer loader workers."
+        ) from None

@@ -24,6 +24,9 @@ from rsseg.training.checkpoints import versions
 from rsseg.training.plan import TrainPlan
 from rsseg.training.progress import EvaluationReport, Progress, StepReport, TrainResult, evaluation_line, step_line
 
+_TRIES = 3
+"""At writing why a run failed: torch reports the death of each loader process as an error at any place."""
+
 
 class Recorder(Progress):
     """Writes every report into a run folder, then forwards it; after a crash the files hold all reports so far."""
@@ -119,13 +122,17 @@ class Recorder(Progress):
         """Log why the run ended early."""
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = str(error) if isinstance(error, RssegError) else repr(error)
-        # A full disk may have caused the error, and must not hide it.
-        try:
-            self._run.update_manifest(state=state, reason=reason, finished=now())
-            self._log(reason)
-            self._event("error", {"text": reason})
-        except RssegError:
-            pass
+        for _ in range(_TRIES):
+            # A full disk may have caused the error, and must not hide it.
+            try:
+                self._run.update_manifest(state=state, reason=reason, finished=now())
+                self._log(reason)
+                self._event("error", {"text": reason})
+                break
+            except RssegError:
+                break
+            except RuntimeError:
+                continue
         self._listener.on_error(error)
 
     def _drop_after(self, step: int) -> None:
