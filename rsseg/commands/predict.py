@@ -104,7 +104,7 @@ def predict(
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
-    options = _options(
+    options = scene_options(
         tile=tile,
         overlap=overlap,
         blend=blend,
@@ -223,7 +223,8 @@ def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _options(**values: Any) -> "SceneOptions":
+def scene_options(**values: Any) -> "SceneOptions":
+    """Options of a call; raises `UsageError` that names the option."""
     from rsseg.scene.options import SceneOptions
 
     try:

@@ -1,6 +1,6 @@
 """The network run by torch, on a CPU or a GPU; logits stay on the device until classes are decided."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,13 @@ class TensorLogits:
     channels_last layout only with the first axis
     full: (H, W)
     size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    features: float32 (C, h, w), last map of the backbone, if the network has a tap; covers the full size
     """
 
     low: Tensor
     full: tuple[int, int]
     size: tuple[int, int]
+    features: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> "TensorLogits":
@@ -128,11 +130,13 @@ class TorchNetwork:
 
     segmenter: on the device, in eval mode
     precision: autocast type; float32: no autocast
+    tap: returns the last map of the backbone in the calling thread's last forward pass, see `FeatureTap`
     """
 
     segmenter: Segmenter
     place: torch.device = _CPU
     precision: torch.dtype = torch.float32
+    tap: Callable[[], Tensor] | None = None
 
     @property
     def task(self) -> Task:
@@ -223,4 +227,8 @@ class TorchNetwork:
         with torch.autocast(self.place.type, self.precision, enabled=self.precision != torch.float32):
             low = self.segmenter.low_resolution_logits(images)
         full = (images.shape[-2], images.shape[-1])
-        return [TensorLogits(values, full, (height, width)) for values in torch.split(low, 1)]
+        maps = [None] * len(low) if self.tap is None else self.tap()
+        return [
+            TensorLogits(values, full, (height, width), features)
+            for values, features in zip(torch.split(low, 1), maps, strict=True)
+        ]

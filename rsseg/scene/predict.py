@@ -269,7 +269,7 @@ def _compute(
         first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
     span = Span(first, wanted.stop)
     # Close before the raster, so that the reader's thread stops.
-    with closing(_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
+    with closing(read_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
         strips = predict_strips(
             prepared.network,
             tiles,
@@ -282,7 +282,7 @@ def _compute(
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)
 
 
-def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
+def read_ahead(items: Iterable[Tile]) -> Generator[Tile]:
     """Yield the items, made in a background thread at most `_TILES_AHEAD` early."""
     iterator = iter(items)
     end = object()
