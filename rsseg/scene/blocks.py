@@ -34,7 +34,7 @@ from rsseg.scene.source import read_tiles
 from rsseg.task import Task
 
 Progress = Callable[[str, int, int], None]
-"""Called with a file, and the numbers of finished and of all tiles."""
+"""Called with a file or the images in words, and the numbers of finished and of all tiles or images."""
 LEAST_BLOCK = 64
 _MOST_VALUES = 1 << 29
 """Feature values of all blocks in memory."""
@@ -126,7 +126,12 @@ def dataset_images(
 
 
 def measure_blocks(
-    prepared: PreparedNetwork, images: Sequence[Image], side: int, *, progress: Progress = lambda *_: None
+    prepared: PreparedNetwork,
+    images: Sequence[Image],
+    side: int,
+    *,
+    what: str = "images",
+    progress: Progress = lambda *_: None,
 ) -> Blocks:
     """Predict images and summarize each block of their grids; blocks that are mostly without data are left out.
 
@@ -134,7 +139,8 @@ def measure_blocks(
         prepared: a network with features, see `with_features`.
         images: of any size; each is read once, in the memory of a prediction.
         side: of a block in pixels; those at the right and bottom are smaller.
-        progress: see `Progress`.
+        what: the images in words.
+        progress: called after each tile of a single image, or after each of several images.
 
     Raises:
         DataError: an image is missing, damaged, or lacks bands.
@@ -142,7 +148,10 @@ def measure_blocks(
     """
     parts, infos = [], []
     for number, image in enumerate(images):
-        info, windows, counts, entropy, features = _measure_image(prepared, image, side, progress)
+        alone: Progress = progress if len(images) == 1 else lambda *_: None
+        info, windows, counts, entropy, features = _measure_image(prepared, image, side, alone)
+        if len(images) > 1:
+            progress(f"predict {what}", number + 1, len(images))
         full = np.minimum(side, info.height) * np.minimum(side, info.width)
         kept = (counts.sum(1) >= _LEAST_VALID * full) & np.isfinite(features).all(1)
         infos.append(info)
@@ -184,7 +193,7 @@ def _measure_image(
                         entropy[part.blocks] += part.entropy
                         features[part.blocks] += part.features
                         cells[part.blocks] += part.cells
-    top, left = np.divmod(np.arange(rows * cols), cols) * np.int64(side)
+    top, left = (axis * np.int64(side) for axis in np.divmod(np.arange(rows * cols), cols))
     height, width = np.minimum(side, info.height - top), np.minimum(side, info.width - left)
     windows = np.stack([top, left, height, width], axis=1)
     with np.errstate(invalid="ignore"):
@@ -263,9 +272,7 @@ def _owners(
     return np.where(inside, owner, (int(block_row[-1]) + 1) * width)
 
 
-def load_reference(
-    model: Path, prepared: PreparedNetwork, options: SceneOptions, *, progress: Progress = lambda *_: None
-) -> Reference:
+def load_reference(model: Path, prepared: PreparedNetwork, *, progress: Progress = lambda *_: None) -> Reference:
     """Features of the model's training images, from the file beside it, which is made from the dataset if missing.
 
     Raises:
@@ -277,7 +284,7 @@ def load_reference(
         if reference.model == prepared.model:
             return reference
     try:
-        reference = _make_reference(find_model(model), prepared, options, progress)
+        reference = _make_reference(find_model(model), prepared, progress)
     except DataError as error:
         raise WeightsError(
             f"{model}: has no features of its training images ({file.name}), and they cannot be computed: {error}"
@@ -286,7 +293,7 @@ def load_reference(
     return reference
 
 
-def _make_reference(model: Path, prepared: PreparedNetwork, options: SceneOptions, progress: Progress) -> Reference:
+def _make_reference(model: Path, prepared: PreparedNetwork, progress: Progress) -> Reference:
     network = with_features(prepared.network, "the reference")
     recipe = recipe_from_dict(read_header(model).recipe, str(model))
     cells = window_cells(network.segmenter)
@@ -297,11 +304,12 @@ def _make_reference(model: Path, prepared: PreparedNetwork, options: SceneOption
         items = [i for i in select_items(index, select, split=split, seed=recipe.seed) if i.mask is not None]
         step = max(-(-len(items) // _MOST_REFERENCE), 1)
         bands = select.bands or (recipe.data.bands or prepared.network.task.bands)
-        plain = SceneOptions(device=options.device, dtype=options.dtype)
-        images = dataset_images(index, items[::step], bands, plain)
+        images = dataset_images(index, items[::step], bands, SceneOptions())
         if not images:
             raise DataError(f"{index.root}: no image of the split {split!r} has a mask.")
-        return torch.from_numpy(measure_blocks(prepared, images, side, progress=progress).features)
+        return torch.from_numpy(
+            measure_blocks(prepared, images, side, what=f"{split} images", progress=progress).features
+        )
 
     streams = recipe.data.streams
     select = next((streams[name] for name in ("labeled", "source") if name in streams), SelectConfig())

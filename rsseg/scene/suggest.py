@@ -11,13 +11,13 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
-from rsseg.config import EvalConfig
 from rsseg.datasets.prepare.add import Chip, write_chip, write_chip_classes
 from rsseg.errors import DataError, UsageError
 from rsseg.fields import Result
 from rsseg.files import check_outputs, temporary_path
+from rsseg.inference.blend import CLASSES_ONLY
 from rsseg.inference.features import Reference, with_features
-from rsseg.inference.image import predict_image
+from rsseg.inference.tiling import Span
 from rsseg.raster import RasterInfo, Window
 from rsseg.scene.blocks import LEAST_BLOCK, Blocks, Image, Progress, load_reference, measure_blocks, open_images
 from rsseg.scene.memory import PreparedNetwork
@@ -182,7 +182,7 @@ def suggest(
     prepared = replace(prepared, network=with_features(prepared.network, "suggest"))
     task = prepared.network.task
     images = open_images(names, task, options)
-    reference = load_reference(model, prepared, options, progress=progress)
+    reference = load_reference(model, prepared, progress=progress)
     blocks = measure_blocks(prepared, images, block, progress=progress)
     choices = choose_blocks(blocks, reference, count, classes=task.class_names, per_image=per_image)
     found = []
@@ -241,6 +241,7 @@ def _write_chip(prepared: PreparedNetwork, image: Image, suggestion: Suggestion,
         info = raster.info
     task, network = scene.network.task, scene.network
     scaled = task.scaled(np.ascontiguousarray(pixels.transpose(1, 2, 0)), valid, network.fill).transpose(2, 0, 1)
-    classes = predict_image(network.segmenter, scaled, valid, EvalConfig(), device=network.device)  # type: ignore[attr-defined]
+    rows, cols = Span(0, window.height), Span(0, window.width)
+    classes = network.logits([scaled], scene.compute)[0].decide(rows, cols, CLASSES_ONLY).classes
     name = f"{suggestion.rank:03d}_{Path(image.file).stem}_{window.row:05d}_{window.col:05d}.tif"
     write_chip(folder, name, Chip(pixels, valid, classes, info, window), task, source=image.file)

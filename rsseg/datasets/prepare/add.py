@@ -170,8 +170,10 @@ def _adopt(
             with open_image([image], index.task.bands) as raster:
                 info = raster.info
             mask = work / MASKS / f"{file.stem}.tif"
-            metadata = TileMetadata(info.crs, info.transform)
-            write_tile(mask, _encoded(classes, index.label_map), Window(0, 0, *classes.shape), metadata)
+            encoded = _encoded(classes, index.label_map)
+            bands = ("label",) if len(encoded) == 1 else ("red", "green", "blue")
+            metadata = TileMetadata(info.crs, info.transform, names=bands)
+            write_tile(mask, encoded, Window(0, 0, *classes.shape), metadata)
             names = [
                 f"{target.relative_to(index.root).as_posix()}/{p.relative_to(work).as_posix()}" for p in (image, mask)
             ]
