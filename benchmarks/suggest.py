@@ -3,8 +3,8 @@
     python benchmarks/suggest.py --data data/demo --domain north --backbone resnet_mini
     python benchmarks/suggest.py --page docs/results-suggest.md
 
-Starts with a few labeled images, adds as many per round, and trains a new plain network of few steps each time. Finished
-trainings are kept in `--out`, one line each, and are not repeated; `--page` writes the table of all of them.
+Starts with a few labeled images, adds as many per round, and trains a new plain network of few steps each time.
+Finished trainings are kept in `--out`, one line each, and are not repeated; `--page` writes the table of all of them.
 """
 
 import argparse
@@ -185,10 +185,10 @@ def page(cells: Mapping[tuple[Any, ...], Cell]) -> str:
     lines = [
         "# What to label next: replay",
         "",
-        "Made by `python benchmarks/suggest.py --page docs/results-suggest.md`. The labels of a dataset are hidden, each",
-        "rule chooses whole images to label next, and a new plain network is trained after each round. Scores are mIoU on",
-        "the test split: the mean over seeds, and its standard error. The trainings are short, so that the scores are far",
-        "below those of a full training.",
+        "Made by `python benchmarks/suggest.py --page docs/results-suggest.md`. The labels of a dataset are hidden,",
+        "each rule chooses whole images to label next, and a new plain network is trained after each round. Scores are",
+        "mIoU on the test split: the mean over seeds, and its standard error. The trainings are short, so that the",
+        "scores are far below those of a full training.",
         "",
     ]
     for setting in dict.fromkeys(cell.setting for cell in cells.values()):
@@ -228,8 +228,8 @@ def page(cells: Mapping[tuple[Any, ...], Cell]) -> str:
         lines += [
             "",
             f"Random choice reaches {target:.3f} with {last} images; for that score {' and '.join(words)} images were "
-            f"needed. The goal, two thirds of the labels, is {'reached' if reached else 'not reached'} by suggest. With "
-            f"{last} images suggest differs from random by {np.mean(paired):+.3f} on average over the seeds "
+            f"needed. The goal, two thirds of the labels, is {'reached' if reached else 'not reached'} by suggest. "
+            f"With {last} images suggest differs from random by {np.mean(paired):+.3f} on average over the seeds "
             f"({min(paired):+.3f} to {max(paired):+.3f}).",
             "",
         ]

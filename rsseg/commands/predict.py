@@ -15,6 +15,7 @@ from rsseg.commands.launch import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
+    from rsseg.checkpoint import Calibration
     from rsseg.scene.batch import Outcome, Target
     from rsseg.scene.options import SceneOptions
     from rsseg.scene.share import Share
@@ -68,6 +69,16 @@ def predict(
     probabilities: Annotated[
         str, typer.Option("--probabilities", help="uint8 or float16: also STEM_probabilities.tif, a band per class.")
     ] = "none",
+    min_confidence: Annotated[
+        float, typer.Option("--min-confidence", help="Pixels whose class is less probable, such as 0.6, have no data.")
+    ] = 0.0,
+    unsure_class: Annotated[
+        str | None, typer.Option("--unsure-class", help="Class of these pixels instead of no data.")
+    ] = None,
+    applicability: Annotated[
+        bool,
+        typer.Option("--applicability", help="Also STEM_applicability.tif: nearness to the training data, 0 to 1."),
+    ] = False,
     polygons: Annotated[
         Path | None,
         typer.Option(
@@ -100,6 +111,7 @@ def predict(
     from rsseg.commands.progress import stage_bar
     from rsseg.runs import choose_model
     from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.blocks import with_applicability
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
@@ -120,6 +132,9 @@ def predict(
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
+        min_confidence=min_confidence,
+        unsure_class=unsure_class,
+        applicability=applicability,
         polygons=polygons,
         min_area=min_area,
         simplify=simplify,
@@ -141,7 +156,8 @@ def predict(
     outcomes: list[Outcome] = []
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        network = prepare_model(file, options)
+        network = with_applicability(file, prepare_model(file, options), options)
+        _note_calibration(options, network.calibration)
         if dry_run:
             check_targets(network, targets, options, inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
@@ -195,12 +211,26 @@ def _print(outcomes: "list[Outcome]") -> None:
             areas = outcome.result.areas
             columns = ("class", "pixels", "share", "area (ha)")
             print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+            print_note(
+                "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
+                f"rsseg sample {outcome.output} --per-stratum 50 -o points.gpkg, then rsseg assess."
+            )
             for file in outcome.result.extra_outputs:
                 print_note(f"{file}")
             if outcome.result.polygons is not None:
                 print_note(f"{outcome.result.polygons} polygons")
         if outcome.status != "failed":
             print_result(f"{outcome.output}")
+
+
+def _note_calibration(options: "SceneOptions", calibration: "Calibration | None") -> None:
+    if not options.measures_probabilities:
+        return
+    if calibration is None:
+        print_note("Probabilities as trained: this model has no temperature; networks are often surer than right.")
+        return
+    temperatures = ", ".join(f"{value:.3g}" for value in dict.fromkeys(calibration.temperatures))
+    print_note(f"Probabilities at temperature {temperatures}, fitted on {calibration.fitted_on}.")
 
 
 @contextmanager

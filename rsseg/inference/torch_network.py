@@ -30,12 +30,14 @@ class TensorLogits:
     full: (H, W)
     size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
     features: float32 (C, h, w), last map of the backbone, if the network has a tap; covers the full size
+    applicability: float32 (1, 1, h, w) in 0..1 on the grid of the features, if the network judges them
     """
 
     low: Tensor
     full: tuple[int, int]
     size: tuple[int, int]
     features: Tensor | None = None
+    applicability: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> "TensorLogits":
@@ -61,6 +63,9 @@ class TensorLogits:
         kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
         for part, values in self.bands(rows):
             kept.put((part.within(rows.start), slice(None)), decide(values[..., cols.area].permute(1, 2, 0), outputs))
+        if self.applicability is not None and kept.applicability is not None:
+            full = resize_logits(self.applicability, self.full)[0, 0]
+            kept.applicability[:] = _as_bytes(full[rows.area, cols.area].clone())
         return kept
 
     def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
@@ -108,17 +113,28 @@ def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (h, w, K)."""
     if outputs == CLASSES_ONLY:
         return Decision(argmax_classes(logits))
-    shares = logits.float().softmax(-1)
-    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if outputs.confidence else None
+    classes, scaled = argmax_classes(logits), logits.float()
+    if outputs.temperatures is not None:
+        factors = torch.tensor([1 / t for t in outputs.temperatures], device=scaled.device)
+        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
+    shares = scaled.softmax(-1)
+    highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
+    if highest is not None and outputs.min_confidence:
+        classes[(highest < outputs.min_confidence).cpu().numpy()] = outputs.unsure
+    confidence = _as_bytes(highest) if highest is not None and outputs.confidence else None
     match outputs.probabilities:
         case "none":
-            return Decision(argmax_classes(logits), confidence)
+            return Decision(classes, confidence)
         case "float16":
-            return Decision(argmax_classes(logits), confidence, shares.half().cpu().numpy())
+            return Decision(classes, confidence, shares.half().cpu().numpy())
+        case "float32":
+            return Decision(classes, confidence, shares.cpu().numpy())
         case "uint8":
-            return Decision(
-                argmax_classes(logits), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
-            )
+            return Decision(classes, confidence, _as_bytes(shares))
+
+
+def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:
+    return shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
 
 
 _CPU = torch.device("cpu")
@@ -131,12 +147,14 @@ class TorchNetwork:
     segmenter: on the device, in eval mode
     precision: autocast type; float32: no autocast
     tap: returns the last map of the backbone in the calling thread's last forward pass, see `FeatureTap`
+    judge: features of a tile -> its applicability, see `TensorLogits`
     """
 
     segmenter: Segmenter
     place: torch.device = _CPU
     precision: torch.dtype = torch.float32
     tap: Callable[[], Tensor] | None = None
+    judge: Callable[[Tensor], Tensor] | None = None
 
     @property
     def task(self) -> Task:
@@ -229,6 +247,12 @@ class TorchNetwork:
         full = (images.shape[-2], images.shape[-1])
         maps = [None] * len(low) if self.tap is None else self.tap()
         return [
-            TensorLogits(values, full, (height, width), features)
+            TensorLogits(
+                values,
+                full,
+                (height, width),
+                features,
+                None if self.judge is None or features is None else self.judge(features),
+            )
             for values, features in zip(torch.split(low, 1), maps, strict=True)
         ]

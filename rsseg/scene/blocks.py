@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,6 +291,22 @@ def load_reference(model: Path, prepared: PreparedNetwork, *, progress: Progress
         ) from None
     reference.save(file)
     return reference
+
+
+def with_applicability(model: Path, prepared: PreparedNetwork, options: SceneOptions) -> PreparedNetwork:
+    """The network, which also judges how near its features are to the training images' if the options ask for it.
+
+    Raises:
+        UsageError: another engine than torch, blending or test-time augmentation.
+        WeightsError: see `load_reference`.
+    """
+    if not options.applicability:
+        return prepared
+    if options.blend != "crop" or options.tta != "none":
+        raise UsageError("--applicability is computed per tile. Use it with --blend crop and --tta none.")
+    prepared = replace(prepared, network=with_features(prepared.network, "--applicability"))
+    reference = load_reference(model, prepared)
+    return replace(prepared, network=replace(prepared.network, judge=reference.applicability))  # type: ignore[type-var]
 
 
 def _make_reference(model: Path, prepared: PreparedNetwork, progress: Progress) -> Reference:

@@ -199,7 +199,8 @@ class _Sink:
 
     def __init__(self, prepared: PreparedScene, writers: list[SceneWriter]) -> None:
         self._prepared, self._writers = prepared, writers
-        self._values = np.array([c.value for c in prepared.network.task.classes], np.uint8)
+        self._values = np.full(256, NODATA, np.uint8)  # also for index 255: the network is not sure
+        self._values[: prepared.network.task.num_classes] = [c.value for c in prepared.network.task.classes]
         self._pixel_areas = Grid(prepared.info).pixel_areas()
         self._areas = np.zeros(256)
         self._row = [0] * len(prepared.panels)
@@ -213,6 +214,8 @@ class _Sink:
         arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
         if decision.confidence is not None:
             arrays.append(np.where(valid, decision.confidence[:, kept], np.uint8(NODATA))[None])
+        if decision.applicability is not None:
+            arrays.append(np.where(valid, decision.applicability[:, kept], np.uint8(NODATA))[None])
         if decision.probabilities is not None:
             shares = decision.probabilities[:, kept].transpose(2, 0, 1)
             arrays.append(np.where(valid, shares, shares.dtype.type(self._prepared.products[-1][1].nodata)))

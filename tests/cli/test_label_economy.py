@@ -213,3 +213,25 @@ def test_scenes_of_two_zones_share_one_file(place: Path) -> None:
     meta, _, _, columns = pyogrio.raw.read("next.gpkg", layer="suggestions", columns=["scene"])
     assert sorted(columns[0].tolist()) == ["other.tif", "other.tif", "scene.tif", "scene.tif"]
     assert meta["crs"] == "EPSG:32631"
+
+
+def test_the_applicability_layer_is_low_where_the_scene_is_strange(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["predict", "scene.tif", "--model", "runs/latest", "-o", "map.tif"]
+    assert run([*call, "--applicability"]) == 0
+    said = capsys.readouterr().err
+    assert "map_applicability.tif" in said
+    assert "Areas counted in pixels are biased" in said
+    assert "rsseg sample map.tif" in said
+    with rasterio.open("map_applicability.tif") as file, rasterio.open("map.tif") as classes:
+        values, nodata = file.read(1), file.nodata
+        assert file.scales == (1 / 254,)
+        assert (file.transform, file.shape) == (classes.transform, classes.shape)
+        np.testing.assert_array_equal(values == nodata, classes.read(1) == classes.nodata)
+    strange = values[2 * SIDE + 16 : 3 * SIDE - 16, SIDE + 16 : 2 * SIDE - 16].mean()
+    usual = values[:, 3 * SIDE : 4 * SIDE].mean()
+    assert strange < usual
+    capsys.readouterr()
+    assert run([*call, "--applicability", "--tta", "flip", "--overwrite"]) == 2
+    assert "--tta none" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples
 from rsseg.distributed import StopSignals, process_group
-from rsseg.evaluation.model import Evaluation
+from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Method, Segmenter
 from rsseg.metrics import scores
 from rsseg.runs import RunFolder
