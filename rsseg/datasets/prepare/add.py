@@ -161,6 +161,11 @@ def _adopt(
         number += 1
     target = index.root / ADDED / f"{number:03d}"
     items = []
+    values = dict(index.label_map.values)
+    if values and IGNORE_INDEX not in (*values, *values.values()):
+        # New masks have pixels without a label, even if those of the dataset have none.
+        labels = LabelMap(values={**values, IGNORE_INDEX: IGNORE_INDEX})
+        index = index.model_copy(update={"label_map": labels})
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=index.root) as place:
         work = Path(place) / "new"
         for file, classes, scene in found:
