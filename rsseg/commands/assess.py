@@ -72,6 +72,33 @@ def suggest(
     print_result(f"{output}")
 
 
+def gap(
+    first: Annotated[Path, typer.Argument(help="Prepared dataset.")],
+    second: Annotated[Path, typer.Argument(help="Another one, with bands of the same names.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="Network whose features are compared.")
+    ] = "tf_efficientnet_lite0",
+    weights: Annotated[str, typer.Option("--weights", help="pretrained, or a .safetensors file.")] = "pretrained",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.evaluation.gap import dataset_gap
+
+    with stage_bar() as progress:
+        found = dataset_gap(first, second, backbone=backbone, weights=weights, seed=seed, progress=progress)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(b.band, *b.mean, *b.std) for b in found.bands]
+    print_table(("band", "mean 1", "mean 2", "std 1", "std 2"), rows, decimals=3)
+    print_note(f"{found.measure}, features of {found.backbone}, {found.images[0]} and {found.images[1]} images; random")
+    print_note(f"halves of the first set differ by up to {found.same:.3f} (95 %)")
+    print_result(f"distance {found.distance:.3f} (95 % interval {found.low:.3f} to {found.high:.3f})")
+    print_result(found.sentence)
+
+
 def sample(
     source: MapFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to write.")],

@@ -10,9 +10,11 @@ import pyogrio
 import pytest
 import rasterio
 import shapely
+import timm
 import yaml
 from numpy.typing import NDArray
 from rasterio.transform import Affine
+from safetensors.torch import save_file
 
 from rsseg.checkpoint import find_model
 from rsseg.cli import run
@@ -235,3 +237,31 @@ def test_the_applicability_layer_is_low_where_the_scene_is_strange(
     capsys.readouterr()
     assert run([*call, "--applicability", "--tta", "flip", "--overwrite"]) == 2
     assert "--tta none" in capsys.readouterr().err
+
+
+def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = SegmentationIndex.load(Path("data"))
+    shutil.copytree("data/images", "dark/images")
+    for path in Path("dark/images").glob("*.tif"):
+        with rasterio.open(path, "r+") as file:
+            file.write((255 - file.read()).astype(np.uint8))
+    items = tuple(item.model_copy(update={"mask": None, "classes": None}) for item in index.items)
+    index.model_copy(update={"items": items}).save(Path("dark"))
+    # The distances need a file of weights, whatever they are.
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), "weights.safetensors")
+    found = []
+    for second in ("data", "dark"):
+        assert run(["dataset", "gap", "data", second, "--weights", "weights.safetensors", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    same, other = found
+    assert same["distance"] == pytest.approx(0, abs=1e-6)
+    assert same["sentence"].startswith("Same domain")
+    assert other["distance"] > same["distance"]
+    assert other["low"] <= other["high"]
+    assert other["bands"][0]["mean"][0] != pytest.approx(other["bands"][0]["mean"][1], abs=0.001)
+
+
+def test_an_untrained_network_measures_no_gap(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["dataset", "gap", "data", "data", "--weights", "random"]) == 2
+    assert "untrained network" in capsys.readouterr().err
+    assert run(["dataset", "gap", "data", "nowhere"]) == 4
