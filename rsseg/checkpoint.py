@@ -173,6 +173,12 @@ def load_tensors(module: "nn.Module", path: Path) -> None:
     load_into(module, stored, str(path))
 
 
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """Tensors and metadata of a file of `write_tensors`; raises `WeightsError` if it is unreadable."""
+    with _opened(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
 def load_into(module: "nn.Module", stored: "Mapping[str, Tensor]", label: str) -> None:
     """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`."""
     own = module.state_dict()

@@ -1,4 +1,4 @@
-"""`rsseg sample` and `rsseg assess`: accuracy and areas of a map from reference points."""
+"""`rsseg suggest`: what to label next; `rsseg sample` and `rsseg assess`: accuracy and areas from reference points."""
 
 import csv
 import io
@@ -16,6 +16,87 @@ MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Class raster, such
 StrataFile = Annotated[
     Path | None, typer.Option("--strata", help="Raster of strata on the same grid (default: the map's classes).")
 ]
+
+
+def suggest(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or model file.")],
+    scenes: Annotated[list[str], typer.Argument(metavar="SCENES", help="As for predict; or one prepared dataset.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to write.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Windows to suggest.")] = 50,
+    block: Annotated[int, typer.Option("--block", help="Side of a window in pixels.")] = 256,
+    per_scene: Annotated[int | None, typer.Option("--per-scene", min=1, help="At most this many of a scene.")] = None,
+    chips: Annotated[
+        Path | None, typer.Option("--chips", help="New folder for the windows, with predicted masks to correct.")
+    ] = None,
+    bands: Annotated[
+        str | None, typer.Option("--bands", help="Names or numbers of the file's bands, in the model's order: 4,3,2.")
+    ] = None,
+    nodata: Annotated[float | None, typer.Option("--nodata", help="Nodata value instead of the declared one.")] = None,
+    aoi: Annotated[Path | None, typer.Option("--aoi", help="Only inside the polygons of this vector file.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
+    from rsseg.checkpoint import find_model
+    from rsseg.commands.predict import scene_options
+    from rsseg.commands.progress import stage_bar
+    from rsseg.scene.memory import prepare_model
+    from rsseg.scene.suggest import suggest as suggest_windows
+
+    names = bands.split(",") if bands else None
+    options = scene_options(bands=names, nodata=nodata, aoi=aoi, device=device)
+    with stage_bar() as progress:
+        found = suggest_windows(
+            model,
+            prepare_model(find_model(model), options),
+            scenes,
+            output,
+            options,
+            count=count,
+            block=block,
+            per_image=per_scene,
+            chips=chips,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(found)
+        return
+    columns = ("rank", "score", "scene", "row", "column", "reason")
+    print_table(columns, [(s.rank, s.score, Path(s.scene).name, s.row, s.col, s.reason) for s in found], decimals=3)
+    if len(found) < count:
+        print_note(f"There are no more than {len(found)} windows to choose from.")
+    if chips is not None:
+        print_note(f"Correct the masks in {chips / 'masks'}, then run: rsseg dataset add DATASET --chips {chips}")
+    print_result(f"{output}")
+
+
+def gap(
+    first: Annotated[Path, typer.Argument(help="Prepared dataset.")],
+    second: Annotated[Path, typer.Argument(help="Another one, with bands of the same names.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="Network whose features are compared.")
+    ] = "tf_efficientnet_lite0",
+    weights: Annotated[str, typer.Option("--weights", help="pretrained, or a .safetensors file.")] = "pretrained",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.evaluation.gap import dataset_gap
+
+    with stage_bar() as progress:
+        found = dataset_gap(first, second, backbone=backbone, weights=weights, seed=seed, progress=progress)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(b.band, *b.mean, *b.std) for b in found.bands]
+    print_table(("band", "mean 1", "mean 2", "std 1", "std 2"), rows, decimals=3)
+    print_note(f"{found.measure}, features of {found.backbone}, {found.images[0]} and {found.images[1]} images; random")
+    print_note(f"halves of the first set differ by up to {found.same:.3f} (95 %)")
+    print_result(f"distance {found.distance:.3f} (95 % interval {found.low:.3f} to {found.high:.3f})")
+    print_result(found.sentence)
 
 
 def sample(

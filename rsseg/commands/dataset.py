@@ -317,6 +317,40 @@ def split(
         print_note("Nothing was changed. Pass --overwrite to write these splits to the index.")
 
 
+@app.command()
+def add(
+    path: Folder,
+    chips: Annotated[Path | None, typer.Option("--chips", help="Folder of `rsseg suggest --chips`, corrected.")] = None,
+    src: Annotated[Path | None, typer.Option("--src", help="Or: scenes with labels drawn in a GIS.")] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help="Their labels: FILE or FILE:LAYER.")] = None,
+    field: Annotated[str | None, typer.Option("--field", help="Attribute with the class.")] = None,
+    extent: Annotated[
+        str | None, typer.Option("--extent", help="FILE or FILE:LAYER of areas that are labeled.")
+    ] = None,
+    background: Annotated[str | None, typer.Option("--background", help="Class of unlabeled pixels.")] = None,
+    tile: Annotated[int | None, typer.Option("--tile", help="Cut scenes into tiles of this side.")] = None,
+    split_name: Annotated[str, typer.Option("--split", help="Split of the new images.")] = "train",
+    jobs: Jobs = 2,
+) -> None:
+    """Add labeled images to a prepared dataset: corrected windows, or scenes with labels drawn in a GIS."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.datasets.prepare.add import add_chips, add_vectors
+    from rsseg.datasets.prepare.options import VectorOptions, parse_layer
+
+    if (chips is None) == (labels is None or src is None):
+        raise UsageError("give either --chips FOLDER, or --src SCENES with --labels FILE and --field NAME.")
+    if chips is not None:
+        added = add_chips(path, chips, split=split_name)
+    else:
+        where = {**parse_layer("labels", labels), **parse_layer("extent", extent)}
+        drawn = VectorOptions.model_validate({**where, "field": field, "background": background})
+        with stage_bar() as progress:
+            assert src is not None  # for the type checker: tested above
+            added = add_vectors(path, src, drawn, split=split_name, tile=tile, jobs=jobs, progress=progress)
+    print_note(f"{len(added)} labeled image(s) added to the split {split_name!r}.")
+    print_result(str(path))
+
+
 def _print_picture(pictures: Sequence["NDArray[np.uint8]"], legend: Sequence[tuple[tuple[int, int, int], str]]) -> None:
     """Print pictures `(h, w, 3)` side by side in half blocks, two pixels per character, and a legend below."""
     console = stdout()

@@ -75,6 +75,10 @@ def predict(
     unsure_class: Annotated[
         str | None, typer.Option("--unsure-class", help="Class of these pixels instead of no data.")
     ] = None,
+    applicability: Annotated[
+        bool,
+        typer.Option("--applicability", help="Also STEM_applicability.tif: nearness to the training data, 0 to 1."),
+    ] = False,
     polygons: Annotated[
         Path | None,
         typer.Option(
@@ -107,11 +111,12 @@ def predict(
     from rsseg.commands.progress import stage_bar
     from rsseg.runs import choose_model
     from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.blocks import with_applicability
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
-    options = _options(
+    options = scene_options(
         tile=tile,
         overlap=overlap,
         blend=blend,
@@ -129,6 +134,7 @@ def predict(
         probabilities=probabilities,
         min_confidence=min_confidence,
         unsure_class=unsure_class,
+        applicability=applicability,
         polygons=polygons,
         min_area=min_area,
         simplify=simplify,
@@ -150,7 +156,7 @@ def predict(
     outcomes: list[Outcome] = []
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        network = prepare_model(file, options)
+        network = with_applicability(file, prepare_model(file, options), options)
         _note_calibration(options, network.calibration)
         if dry_run:
             check_targets(network, targets, options, inputs)
@@ -205,6 +211,10 @@ def _print(outcomes: "list[Outcome]") -> None:
             areas = outcome.result.areas
             columns = ("class", "pixels", "share", "area (ha)")
             print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+            print_note(
+                "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
+                f"rsseg sample {outcome.output} --per-stratum 50 -o points.gpkg, then rsseg assess."
+            )
             for file in outcome.result.extra_outputs:
                 print_note(f"{file}")
             if outcome.result.polygons is not None:
@@ -243,7 +253,8 @@ def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _options(**values: Any) -> "SceneOptions":
+def scene_options(**values: Any) -> "SceneOptions":
+    """Options of a call; raises `UsageError` that names the option."""
     from rsseg.scene.options import SceneOptions
 
     try:

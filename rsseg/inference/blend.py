@@ -68,6 +68,8 @@ class PixelOutputs:
     """Pixels whose class has a lower probability get the class `unsure`."""
     unsure: int = IGNORE_INDEX
     """Class index; 255 for no data."""
+    applicability: bool = False
+    """How near the features are to those of the training data; only of a network that judges them."""
 
 
 CLASSES_ONLY = PixelOutputs()
@@ -82,11 +84,13 @@ class Decision:
     classes: uint8 (h, w) class indices; 255 for pixels without a sure class
     confidence: uint8 (h, w), probability of the class times `FULL`; None if not requested
     probabilities: uint8 (h, w, K), times `FULL`, or float16 or float32 (h, w, K); None if not requested
+    applicability: uint8 (h, w), times `FULL`; None if not requested
     """
 
     classes: NDArray[np.uint8]
     confidence: NDArray[np.uint8] | None = None
     probabilities: NDArray[Any] | None = None
+    applicability: NDArray[np.uint8] | None = None
 
     @classmethod
     def empty(cls, height: int, width: int, num_classes: int, outputs: PixelOutputs) -> "Decision":
@@ -96,6 +100,7 @@ class Decision:
             np.zeros((height, width), np.uint8),
             np.zeros((height, width), np.uint8) if outputs.confidence else None,
             np.zeros((height, width, num_classes), dtype) if dtype != "none" else None,
+            np.zeros((height, width), np.uint8) if outputs.applicability else None,
         )
 
     def put(self, area: tuple[slice, slice], part: "Decision") -> None:
@@ -105,6 +110,8 @@ class Decision:
             self.confidence[area] = part.confidence
         if self.probabilities is not None:
             self.probabilities[area] = part.probabilities
+        if self.applicability is not None and part.applicability is not None:
+            self.applicability[area] = part.applicability
 
 
 @dataclass(frozen=True, eq=False)

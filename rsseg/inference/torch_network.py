@@ -1,6 +1,6 @@
 """The network run by torch, on a CPU or a GPU; logits stay on the device until classes are decided."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,15 @@ class TensorLogits:
     channels_last layout only with the first axis
     full: (H, W)
     size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    features: float32 (C, h, w), last map of the backbone, if the network has a tap; covers the full size
+    applicability: float32 (1, 1, h, w) in 0..1 on the grid of the features, if the network judges them
     """
 
     low: Tensor
     full: tuple[int, int]
     size: tuple[int, int]
+    features: Tensor | None = None
+    applicability: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor) -> "TensorLogits":
@@ -59,6 +63,9 @@ class TensorLogits:
         kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
         for part, values in self.bands(rows):
             kept.put((part.within(rows.start), slice(None)), decide(values[..., cols.area].permute(1, 2, 0), outputs))
+        if self.applicability is not None and kept.applicability is not None:
+            full = resize_logits(self.applicability, self.full)[0, 0]
+            kept.applicability[:] = _as_bytes(full[rows.area, cols.area].clone())
         return kept
 
     def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
@@ -139,11 +146,15 @@ class TorchNetwork:
 
     segmenter: on the device, in eval mode
     precision: autocast type; float32: no autocast
+    tap: returns the last map of the backbone in the calling thread's last forward pass, see `FeatureTap`
+    judge: features of a tile -> its applicability, see `TensorLogits`
     """
 
     segmenter: Segmenter
     place: torch.device = _CPU
     precision: torch.dtype = torch.float32
+    tap: Callable[[], Tensor] | None = None
+    judge: Callable[[Tensor], Tensor] | None = None
 
     @property
     def task(self) -> Task:
@@ -234,4 +245,14 @@ class TorchNetwork:
         with torch.autocast(self.place.type, self.precision, enabled=self.precision != torch.float32):
             low = self.segmenter.low_resolution_logits(images)
         full = (images.shape[-2], images.shape[-1])
-        return [TensorLogits(values, full, (height, width)) for values in torch.split(low, 1)]
+        maps = [None] * len(low) if self.tap is None else self.tap()
+        return [
+            TensorLogits(
+                values,
+                full,
+                (height, width),
+                features,
+                None if self.judge is None or features is None else self.judge(features),
+            )
+            for values, features in zip(torch.split(low, 1), maps, strict=True)
+        ]

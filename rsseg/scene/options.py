@@ -57,6 +57,9 @@ class SceneOptions(BaseModel):
     """Pixels whose class has a lower probability get `unsure_class`."""
     unsure_class: str | None = None
     """A class of the model; None: no data."""
+    applicability: bool = False
+    """Also write how near the features are to those of the training data to `STEM_applicability.tif`: 0..1, 0.5 at the
+    distance that 95 % of the held-out windows do not exceed."""
     polygons: Path | None = None
     """Also write polygons of the classes to this file; an extension, such as `.gpkg`, names it after the output."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -82,6 +82,7 @@ class PreparedScene:
             None if calibration is None or not options.measures_probabilities else calibration.temperatures,
             options.min_confidence,
             find_unsure(self.network.task, options),
+            options.applicability,
         )
 
     @property
@@ -284,6 +285,9 @@ def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Pa
     products = [(output, class_product(task))]
     if options.confidence:
         products.append((output.with_name(f"{output.stem}_confidence.tif"), confidence_product()))
+    if options.applicability:
+        product = confidence_product("applicability")
+        products.append((output.with_name(f"{output.stem}_applicability.tif"), product))
     if options.probabilities != "none":
         name = output.with_name(f"{output.stem}_probabilities.tif")
         products.append((name, probability_product(task, options.probabilities)))

@@ -214,6 +214,8 @@ class _Sink:
         arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
         if decision.confidence is not None:
             arrays.append(np.where(valid, decision.confidence[:, kept], np.uint8(NODATA))[None])
+        if decision.applicability is not None:
+            arrays.append(np.where(valid, decision.applicability[:, kept], np.uint8(NODATA))[None])
         if decision.probabilities is not None:
             shares = decision.probabilities[:, kept].transpose(2, 0, 1)
             arrays.append(np.where(valid, shares, shares.dtype.type(self._prepared.products[-1][1].nodata)))
@@ -270,7 +272,7 @@ def _compute(
         first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
     span = Span(first, wanted.stop)
     # Close before the raster, so that the reader's thread stops.
-    with closing(_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
+    with closing(read_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
         strips = predict_strips(
             prepared.network,
             tiles,
@@ -283,7 +285,7 @@ def _compute(
         yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)
 
 
-def _ahead(items: Iterable[Tile]) -> Generator[Tile]:
+def read_ahead(items: Iterable[Tile]) -> Generator[Tile]:
     """Yield the items, made in a background thread at most `_TILES_AHEAD` early."""
     iterator = iter(items)
     end = object()

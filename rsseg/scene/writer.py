@@ -80,9 +80,9 @@ def class_product(task: Task) -> Product:
     )
 
 
-def confidence_product() -> Product:
-    """One band with the probability of the class."""
-    return Product("uint8", NODATA, "average", ("confidence",), scale=1 / FULL)
+def confidence_product(name: str = "confidence") -> Product:
+    """One band with a measured value in 0..1, such as the probability of the class."""
+    return Product("uint8", NODATA, "average", (name,), scale=1 / FULL)
 
 
 def probability_product(task: Task, kind: Literal["uint8", "float16"]) -> Product:

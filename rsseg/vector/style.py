@@ -30,6 +30,25 @@ def form_style(choices: Mapping[str, Sequence[str]], *, hidden: Sequence[str] = 
     return Xml.tostring(root, encoding="unicode")
 
 
+def outline_style(label: str, *, color: str = "255,127,0,255") -> str:
+    """QML that draws polygons as outlines, labeled with the values of a field."""
+    root = Xml.Element("qgis", version="3.22", styleCategories="Symbology|Labeling", labelsEnabled="1")
+    symbols = Xml.SubElement(Xml.SubElement(root, "renderer-v2", type="singleSymbol"), "symbols")
+    layer = Xml.SubElement(Xml.SubElement(symbols, "symbol", type="fill", name="0"), "layer")
+    layer.set("class", "SimpleFill")
+    options = Xml.SubElement(layer, "Option", type="Map")
+    for name, value in (
+        ("style", "no"),
+        ("outline_color", color),
+        ("outline_style", "solid"),
+        ("outline_width", "0.8"),
+    ):
+        Xml.SubElement(options, "Option", name=name, value=value, type="QString")
+    settings = Xml.SubElement(Xml.SubElement(root, "labeling", type="simple"), "settings")
+    Xml.SubElement(settings, "text-style", fieldName=label, textColor=color, fontSize="11", fontSizeUnit="Point")
+    return Xml.tostring(root, encoding="unicode")
+
+
 def _widget(fields: Xml.Element, name: str, kind: str) -> Xml.Element:
     field = Xml.SubElement(fields, "field", name=name)
     return Xml.SubElement(Xml.SubElement(field, "editWidget", type=kind), "config")

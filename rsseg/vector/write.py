@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 import pyogrio
 import shapely
 from numpy.typing import NDArray
+from rasterio.crs import CRS
 
 from rsseg.errors import MachineError, UsageError
-from rsseg.files import check_outputs, remove_leftovers, temporary_path
+from rsseg.files import check_outputs, remove_leftovers, replaced, temporary_path
 from rsseg.raster import Raster, Window
 from rsseg.task import NODATA, Task
 from rsseg.vector.grid import LONGITUDE_LATITUDE, Grid, reproject
 from rsseg.vector.polygons import PixelPolygon, trace_polygons
 from rsseg.vector.read import VECTOR_ERRORS
+from rsseg.vector.style import add_style
 
 # GDAL's warnings, with lines of source code, and those of missing coordinates, which are normal here. Once for the
 # process: a filter around a call leaks between threads.
@@ -101,6 +104,35 @@ def write_polygons(
         shutil.rmtree(work, ignore_errors=True)
         remove_leftovers(output.parent)
     return count
+
+
+def write_shapes(
+    output: Path,
+    shapes: Sequence[Any],
+    crs: CRS | None,
+    fields: Mapping[str, NDArray[Any]],
+    *,
+    layer: str,
+    style: str,
+) -> None:
+    """Write a GeoPackage of shapely polygons with their attributes and a style for QGIS.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    with replaced(output, sqlite3.Error, *VECTOR_ERRORS, ending=output.suffix) as temporary:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        pyogrio.raw.write(
+            temporary,
+            geometry=shapely.to_wkb(np.array(shapes, object)),
+            field_data=[v.astype(object) if v.dtype.kind == "U" else v for v in fields.values()],
+            fields=list(fields),
+            layer=layer,
+            driver="GPKG",
+            geometry_type="Polygon",
+            crs=None if crs is None else crs.to_wkt(),
+        )
+        add_style(temporary, layer, style)
 
 
 def _write_traced(path: Path, raster: Raster, grid: Grid, task: Task, min_area: float, simplify: float) -> int:
