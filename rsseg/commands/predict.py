@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,8 @@ from rsseg.commands.launch import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
-    from rsseg.scene.batch import Outcome, Target
+    from rsseg.scene.batch import Outcome, SceneJob, Target
+    from rsseg.scene.cluster import Cluster
     from rsseg.scene.options import SceneOptions
     from rsseg.scene.share import Share
 
@@ -91,15 +92,23 @@ def predict(
         bool, typer.Option("--resume-scene", help="Keep finished rows on disk and continue from them.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Predict on a Ray cluster: HOST:PORT, auto, or local."),
+    ] = None,
+    ray_cpus: Annotated[int, typer.Option("--ray-cpus", min=1, help="Cores of a worker on the cluster.")] = 1,
+    tries: Annotated[
+        int, typer.Option("--tries", min=1, help="With --ray: give up a scene that has lost so many workers.")
+    ] = 3,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()
-    from rsseg.commands.progress import stage_bar
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
+    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
+    from rsseg.scene.cluster import Cluster
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
@@ -134,50 +143,87 @@ def predict(
         print_note(f"No scene belongs to part {part}.")
         return
     file = choose_model(model, runs)
+    if ray is not None and (gpus > 1 or share.count > 1):
+        raise UsageError("--ray starts its own workers: leave out --gpus, and give --device cuda for a GPU per worker.")
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
     options = options.model_copy(update={"device": _own_device(device, share)})
-    inputs: list[Path | str] = [file, *scenes, *found]
-    outcomes: list[Outcome] = []
+    job = SceneJob(options, (file, *scenes, *found), skip_existing)
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        network = prepare_model(file, options)
         if dry_run:
-            check_targets(network, targets, options, inputs)
+            network = prepare_model(file, options)
+            check_targets(network.network.task, targets, options, job.inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
-        with stage_bar() as advance:
-
-            def progress(target: "Target") -> Any:
-                number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
-                return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
-
-            for outcome in predict_scenes(
-                network,
-                targets,
-                options,
-                inputs=inputs,
-                skip_existing=skip_existing,
-                on_plan=lambda plan: print_note(plan.text()),
-                progress=progress,
-                share=share,
-            ):
-                outcomes.append(outcome)
-                if outcome.exception is not None and len(targets) == 1 and not skip_existing:
-                    raise outcome.exception  # a single scene fails with its own exit code
-                if outcome.error is not None:
-                    print_error(outcome.error)
-                elif outcome.status == "skipped":
-                    print_note(f"{outcome.scene}: {outcome.output} is up to date.")
+        if ray is None:
+            outcomes = _here(file, targets, job, share)
+        else:
+            outcomes = _on_cluster(file, targets, job, Cluster(ray, ray_cpus, tries))
+        finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
     if not share.is_main:
         return
     if as_json:
-        print_json([o.result for o in outcomes if o.result] if len(found) == 1 else outcomes)
-    else:
-        _print(outcomes)
-    if failed := [outcome.scene for outcome in outcomes if outcome.status == "failed"]:
-        raise PartialFailure(f"{len(failed)} of {len(outcomes)} scenes failed: {', '.join(failed)}.")
+        print_json([o.result for o in finished if o.result] if len(found) == 1 else finished)
+    if failed := [outcome.scene for outcome in finished if outcome.status == "failed"]:
+        raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
+
+
+def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
+    """Predict in this process."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.scene.batch import predict_scenes
+    from rsseg.scene.memory import prepare_model
+
+    network = prepare_model(file, job.options)
+    with stage_bar() as advance:
+
+        def progress(target: "Target") -> Any:
+            number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
+            return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
+
+        yield from predict_scenes(
+            network,
+            targets,
+            job.options,
+            inputs=job.inputs,
+            skip_existing=job.skip_existing,
+            on_plan=lambda plan: print_note(plan.text()),
+            progress=progress,
+            share=share,
+        )
+
+
+def _on_cluster(file: Path, targets: "Sequence[Target]", job: "SceneJob", cluster: "Cluster") -> "Iterator[Outcome]":
+    """Predict on a Ray cluster."""
+    from rsseg.checkpoint import read_header
+    from rsseg.commands.progress import bar
+    from rsseg.scene.batch import run_batch
+    from rsseg.scene.cluster import on_ray
+
+    with bar("scenes") as advance:
+        advance(0, len(targets))
+        outcomes = run_batch(read_header(file).task, targets, job, on_ray(cluster, file, job))
+        for done, outcome in enumerate(outcomes, start=1):
+            advance(done, len(targets))
+            yield outcome
+
+
+def _collect(outcomes: "Iterator[Outcome]", *, one: bool, kept: bool) -> "list[Outcome]":
+    """Report outcomes as they come; results stay in memory only if they are `kept`."""
+    finished = []
+    for outcome in outcomes:
+        if outcome.exception is not None and one:
+            raise outcome.exception  # a single scene fails with its own exit code
+        if outcome.error is not None:
+            print_error(outcome.error)
+        elif outcome.status == "skipped":
+            print_note(f"{outcome.scene}: {outcome.output} is up to date.")
+        if not kept:
+            _print(outcome)
+        finished.append(outcome if kept else outcome.model_copy(update={"result": None, "exception": None}))
+    return finished
 
 
 def _own_device(name: str, share: "Share") -> str:
@@ -189,18 +235,17 @@ def _own_device(name: str, share: "Share") -> str:
     return str(own_device(name, int(os.environ["LOCAL_RANK"])))
 
 
-def _print(outcomes: "list[Outcome]") -> None:
-    for outcome in outcomes:
-        if outcome.result is not None:
-            areas = outcome.result.areas
-            columns = ("class", "pixels", "share", "area (ha)")
-            print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
-            for file in outcome.result.extra_outputs:
-                print_note(f"{file}")
-            if outcome.result.polygons is not None:
-                print_note(f"{outcome.result.polygons} polygons")
-        if outcome.status != "failed":
-            print_result(f"{outcome.output}")
+def _print(outcome: "Outcome") -> None:
+    if outcome.result is not None:
+        areas = outcome.result.areas
+        columns = ("class", "pixels", "share", "area (ha)")
+        print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+        for file in outcome.result.extra_outputs:
+            print_note(f"{file}")
+        if outcome.result.polygons is not None:
+            print_note(f"{outcome.result.polygons} polygons")
+    if outcome.status != "failed":
+        print_result(f"{outcome.output}")
 
 
 @contextmanager
