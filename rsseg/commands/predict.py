@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from rsseg.errors import Interrupted, PartialFailure, UsageError
 if TYPE_CHECKING:
     from rsseg.scene.batch import Outcome, SceneJob, Target
     from rsseg.scene.cluster import Cluster
-    from rsseg.scene.options import SceneOptions
+    from rsseg.scene.options import ClassArea, SceneOptions
     from rsseg.scene.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -25,7 +25,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def predict(
     scenes: Annotated[
-        list[str], typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), URLs.")
+        list[str],
+        typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), STAC items (.json), URLs."),
     ],
     model: Annotated[
         Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
@@ -45,6 +46,9 @@ def predict(
     ] = None,
     nodata: Annotated[
         float | None, typer.Option("--nodata", help="Nodata value instead of the declared one; nan is added to it.")
+    ] = None,
+    gsd: Annotated[
+        float | None, typer.Option("--gsd", help="Resample the scenes to this ground sampling distance in metres.")
     ] = None,
     zero_collar: Annotated[
         bool, typer.Option("--zero-collar", help="Treat pixels that are 0 in all bands as nodata.")
@@ -82,6 +86,14 @@ def predict(
         float, typer.Option("--simplify", min=0, help="Tolerance in pixels for simplifying polygon borders.")
     ] = 0.0,
     preview: Annotated[Path | None, typer.Option("--preview", help="Also a PNG with scene, classes, legend.")] = None,
+    asset: Annotated[str | None, typer.Option("--asset", help="Asset of STAC items to predict.")] = None,
+    mosaic: Annotated[
+        Path | None,
+        typer.Option("--mosaic", help="Also one map of all scenes: .vrt or .tif; areas count overlaps once."),
+    ] = None,
+    catalog: Annotated[
+        Path | None, typer.Option("--catalog", help="Also a list of the outputs: .json (STAC items) or .csv.")
+    ] = None,
     part: Annotated[
         str, typer.Option("--part", metavar="I/N", help="Predict the I-th of N parts of the scenes.")
     ] = "1/1",
@@ -108,6 +120,7 @@ def predict(
     wait_passively()
     from rsseg.runs import choose_model
     from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
+    from rsseg.scene.catalog import expand_items
     from rsseg.scene.cluster import Cluster
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.plan import prepare_scene
@@ -120,6 +133,7 @@ def predict(
         tta=tta,
         bands=bands.split(",") if bands else None,
         nodata=nodata,
+        gsd=gsd,
         zero_collar=zero_collar,
         aoi=aoi,
         batch_size=batch_size,
@@ -137,8 +151,11 @@ def predict(
         overwrite=overwrite,
     )
     share = Share.from_environment(os.environ)
-    found = find_scenes(scenes)
-    targets = choose_targets(found, output, _part(part))
+    named, ids = expand_items(scenes, asset)
+    found = find_scenes(named)
+    targets = choose_targets(found, output, _part(part), ids)
+    combined = _Combined(mosaic, catalog)
+    combined.check(targets, [*named, *found], overwrite=overwrite, again=skip_existing)
     if not targets:
         print_note(f"No scene belongs to part {part}.")
         return
@@ -148,7 +165,7 @@ def predict(
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
     options = options.model_copy(update={"device": _own_device(device, share)})
-    job = SceneJob(options, (file, *scenes, *found), skip_existing)
+    job = SceneJob(options, (file, *named, *found), skip_existing)
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
         if dry_run:
@@ -165,7 +182,13 @@ def predict(
     if not share.is_main:
         return
     if as_json:
-        print_json([o.result for o in finished if o.result] if len(found) == 1 else finished)
+        results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
+    areas = combined.write(file, finished)
+    if as_json:
+        print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
+    elif mosaic is not None:
+        _print_areas(areas)
+        print_result(f"{mosaic}")
     if failed := [outcome.scene for outcome in finished if outcome.status == "failed"]:
         raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
 
@@ -235,11 +258,52 @@ def _own_device(name: str, share: "Share") -> str:
     return str(own_device(name, int(os.environ["LOCAL_RANK"])))
 
 
+def _print_areas(areas: "Sequence[ClassArea]") -> None:
+    columns = ("class", "pixels", "share", "area (ha)")
+    print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+
+
+class _Combined(NamedTuple):
+    """Files about a whole batch."""
+
+    mosaic: Path | None
+    catalog: Path | None
+
+    def check(self, targets: "Sequence[Target]", inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
+        """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
+        from rsseg.files import check_outputs
+        from rsseg.scene.catalog import check_catalog, is_catalog
+        from rsseg.scene.mosaic import check_mosaic
+        from rsseg.scene.source import is_local, made_from
+
+        if self.mosaic is not None:
+            check_mosaic(self.mosaic)
+        if self.catalog is not None:
+            check_catalog(self.catalog)
+        read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
+        for option, path, is_own in (("--mosaic", self.mosaic, made_from), ("--catalog", self.catalog, is_catalog)):
+            if path is not None:
+                own = again and path.is_file() and bool(is_own(path))
+                check_outputs([(option, path)], read, overwrite=overwrite or own)
+
+    def write(self, model: Path, finished: "Sequence[Outcome]") -> "tuple[ClassArea, ...]":
+        """Write them from what is finished; returns the areas of the mosaic."""
+        from rsseg.checkpoint import read_header
+        from rsseg.scene.catalog import write_catalog
+        from rsseg.scene.mosaic import write_mosaic
+
+        if self.catalog is not None:
+            write_catalog(finished, self.catalog)
+            print_note(f"{self.catalog}")
+        rasters = [outcome.output for outcome in finished if outcome.status != "failed"]
+        if self.mosaic is None or not rasters:
+            return ()
+        return write_mosaic(rasters, read_header(model).task, self.mosaic)
+
+
 def _print(outcome: "Outcome") -> None:
     if outcome.result is not None:
-        areas = outcome.result.areas
-        columns = ("class", "pixels", "share", "area (ha)")
-        print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+        _print_areas(outcome.result.areas)
         for file in outcome.result.extra_outputs:
             print_note(f"{file}")
         if outcome.result.polygons is not None:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -86,13 +87,19 @@ def find_scenes(names: Sequence[str]) -> list[str]:
     return scenes
 
 
-def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, int] = (1, 1)) -> list[Target]:
+def choose_targets(
+    scenes: Sequence[str],
+    output: Path | None,
+    part: tuple[int, int] = (1, 1),
+    ids: Mapping[str, str] = MappingProxyType({}),
+) -> list[Target]:
     """Outputs of scenes: `output` itself for one scene, `STEM_rsseg.tif` in the folder `output` for several.
 
     Args:
         scenes: as `find_scenes` returns them.
         output: file or folder; None is the current folder.
         part: number of this part, from 1, and of parts: every n-th scene, so that machines can share the work.
+        ids: names of scenes that stand for their stems.
 
     Raises:
         UsageError: two scenes would write one file, or no such part.
@@ -100,7 +107,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     number, parts = part
     if not 1 <= number <= parts:
         raise UsageError(f"--part {number}/{parts}: there is no such part. Write 1/4 for the first of four.")
-    names = [f"{Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
+    names = [f"{ids.get(scene) or Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two scenes would be written to {twice[0]}; predict them into different folders.")
     into_folder = output is not None and (len(scenes) > 1 or is_folder(output) or output.suffix == "")
