@@ -62,6 +62,7 @@ bench-predict: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/predict_memory.py
 	$(BIN)/python benchmarks/predict_memory.py --stub --sides 5000 20000
 	$(BIN)/python benchmarks/predict_seams.py
+	$(BIN)/python benchmarks/predict_engines.py
 
 # Every method beside plain training of the same network: docs/results.md. Hours; a second call continues.
 # ACCURACY="--quick" runs three tiny cells; else for example ACCURACY="--data DATA --weights WEIGHTS --jobs 2 --hours 8".

@@ -22,7 +22,7 @@ class Idle(cluster._Worker):
     def check(self) -> dict[str, str]:
         return {"host": "here"}
 
-    def predict(self, target: Target, *, again: bool) -> Outcome:
+    def predict(self, target: Target, *, again: bool) -> Outcome:  # noqa: ARG002
         return Outcome(scene=target.scene, output=target.output, status="done", seconds=0.0)
 
 
@@ -43,7 +43,9 @@ def main() -> None:
             if number == chosen.scenes // 10:
                 held = resident_bytes()
         wall, used = time.perf_counter() - began, time.process_time() - used
-    print(f"{chosen.scenes / wall:.0f} tasks/s, {1e3 * used / chosen.scenes:.2f} ms of processor time of the driver each")
+    print(
+        f"{chosen.scenes / wall:.0f} tasks/s, {1e3 * used / chosen.scenes:.2f} ms of processor time of the driver each"
+    )
     print(f"driver: {held / 2**20:.1f} MB after a tenth, {resident_bytes() / 2**20:.1f} MB at the end")
 
 

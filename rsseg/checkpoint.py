@@ -5,6 +5,7 @@ start fast.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -115,6 +116,28 @@ def read_header(path: Path) -> ModelHeader:
         raise WeightsError(
             f"{path}: damaged header: {where[:200]}: {first['msg']}. Train or import the model again."
         ) from None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures of a network's probabilities, one per class, and the images that they were fitted on, in words."""
+
+    temperatures: tuple[float, ...]
+    fitted_on: str
+
+
+def calibration_of(header: ModelHeader, path: Path) -> Calibration | None:
+    """The temperatures in a header, if there are any; raises `WeightsError` if they are damaged."""
+    if (stored := header.training.get("calibration")) is None:
+        return None
+    try:
+        calibration = TypeAdapter(Calibration).validate_python(stored)
+        values = calibration.temperatures
+        if len(values) == header.task.num_classes and all(0 < value < math.inf for value in values):
+            return calibration
+    except ValidationError:
+        pass
+    raise WeightsError(f"{path}: damaged header: calibration. Train or import the model again.")
 
 
 def find_model(path: Path) -> Path:

@@ -22,6 +22,7 @@ from rsseg.commands import (
     info,
     predict,
     recipe,
+    report,
     runs,
     train,
     weights,
@@ -48,6 +49,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
+app.command("report")(report.report)
 app.command("sample")(assess.sample)
 app.command("assess")(assess.assess)
 app.add_typer(dataset.app, name="dataset")

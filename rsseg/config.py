@@ -40,6 +40,8 @@ class BackboneConfig(Strict):
     frozen_stages: Annotated[int, Field(ge=0)] = 0
     """Number of first stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for fine-tuning
     on few images."""
+    checkpoint: bool = False
+    """Activation checkpointing of a vision transformer: less memory in training for one more forward pass per step."""
     statistics: Literal["pretrained", "data"] = "pretrained"
     """Normalize with the statistics of the weights (their mean for other bands than red, green, blue) or of the
     training data."""
@@ -135,8 +137,7 @@ class TrainerConfig(Strict):
     """Let a GPU compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), which is several times
     as fast. Not with `deterministic`."""
     deterministic: bool = False
-    """Use torch's deterministic kernels on a GPU too (those of the CPU always are). A kernel without a deterministic
-    form is an error."""
+    """Use deterministic kernels on a GPU too, as a CPU always does; an operation that has none is an error."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -312,8 +313,7 @@ class EvalConfig(Strict):
     """Evaluation of a split, and the default tiling of scenes."""
 
     mode: Literal["tiled", "resized"] = "tiled"
-    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back: KTDA's published test
-    pipeline."""
+    """`resized` resizes each image to `tile` (aspect ratio not kept) and its logits back, as published for KTDA."""
     tile: Side | None = None
     """Side in pixels; None uses the network's."""
     overlap: Annotated[int, Field(ge=0)] | None = None
@@ -329,6 +329,8 @@ class EvalConfig(Strict):
     """Also average a horizontal mirror image."""
     ignore_classes: tuple[str, ...] = ()
     """Classes excluded from the scores: their labeled pixels are not counted."""
+    calibrate: Literal["none", "temperature", "per_class"] = "temperature"
+    """Temperature of the probabilities, fitted to the validation images (arXiv 1706.04599); classes do not change."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Self:
@@ -364,8 +366,7 @@ class BaseRecipe(Strict):
 
     @model_validator(mode="after")
     def _named_streams(self) -> Self:
-        unknown = set(self.trainer.stream_batch_sizes) - set(self.stream_names())
-        unknown |= set(self.data.streams) - set(self.stream_names())
+        unknown = {*self.trainer.stream_batch_sizes, *self.data.streams} - {*self.stream_names()}
         if unknown:
             raise ValueError(f"unknown stream {sorted(unknown)[0]!r}; this method has {sorted(self.stream_names())}")
         return self

@@ -92,6 +92,11 @@ class Scores(Result):
     `miou_absent_zero` counts an absent class as 0 (UniMatch, RS-MTDF);
     `mf1_all_predictions`, `kappa_all_predictions` count predictions on unlabeled pixels in the totals (RS-MTDF)."""
 
+    def miou_without(self, names: Sequence[str]) -> float | None:
+        """Mean IoU over the other classes; confusions with the left-out classes still count as errors."""
+        kept = [c.iou for c in self.classes if c.name not in names and c.iou is not None]
+        return float(np.mean(kept)) if kept else None
+
 
 def scores(matrix: Tensor | ArrayLike, class_names: Sequence[str], *, ignore: Sequence[str] = ()) -> Scores:
     """Compute the scores of a confusion matrix.

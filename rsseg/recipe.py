@@ -39,6 +39,7 @@ Override = str | tuple[str, object] | Flag
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _SHOWN = 20
 """Maximum number of problems listed."""
+_ABSENT = object()
 
 
 RENAMED: Mapping[str, str] = MappingProxyType(
@@ -155,12 +156,33 @@ def _validated(
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
-        problems = error.errors()
+        problems = _joined(error.errors(), values)
         found = [_explain(problem, label, document, values, options or {}) for problem in problems[:_SHOWN]]
         lines = [f"{where}: {what}" for where, what in found]
         lines += [f"{label}: {len(problems) - _SHOWN} more problems."] if len(problems) > _SHOWN else []
         flags = all(where.startswith("--") and not where.startswith("--set ") for where, _ in found)
         raise (UsageError if flags else RecipeError)("\n".join(lines)) from None
+
+
+def _joined(problems: Sequence[Any], values: dict[str, Any]) -> list[dict[str, Any]]:
+    """One problem per value: a value that fits no alternative, such as a number or `auto`, has one for each."""
+    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for problem in problems:
+        place: tuple[Any, ...] = problem["loc"]
+        node: Any = values
+        for depth, part in enumerate(place):
+            if depth == 0 and part in METHODS:
+                continue
+            inside = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+            if isinstance(node, (list, tuple)) and isinstance(part, int):
+                inside = node[part]
+            if inside is _ABSENT and not isinstance(node, dict):
+                place = place[:depth]  # the rest names the alternative
+                break
+            node = inside
+        known = joined.setdefault(place, {**problem, "loc": place, "msg": ""})
+        known["msg"] += (" or " if known["msg"] else "") + problem["msg"].removeprefix("Value error, ")
+    return list(joined.values())
 
 
 def _apply_override(values: dict[str, Any], override: Override) -> str:
@@ -208,7 +230,7 @@ def _explain(
             return where, f"'method' is missing; it is one of {', '.join(METHODS)}."
         case "union_tag_invalid":
             return where, f"method {shortened(values.get('method'))} is unknown; it is one of {', '.join(METHODS)}."
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = problem["msg"]
     shown = "" if isinstance(problem["input"], dict) else f" (found {shortened(problem['input'])})"
     return where, f"{key + ': ' if key else ''}{message}{shown}."
 

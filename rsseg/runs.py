@@ -118,6 +118,10 @@ class RunFolder:
         """State to resume from."""
         return self.path / "checkpoints" / "last.state" / "state.safetensors"
 
+    def evaluation(self, name: str) -> Path:
+        """Detailed evaluation of the model on a split, JSON; the folder of this name without `.json` has pictures."""
+        return self.path / "evaluations" / f"{name}.json"
+
     def manifest(self) -> Manifest:
         """Read the manifest; raise `UsageError` if it is missing or damaged."""
         try:
@@ -244,6 +248,12 @@ def find_run(path: Path | None, root: Path) -> RunFolder:
         if (candidate / MANIFEST).is_file():
             return RunFolder(candidate.with_name(candidate.readlink().name) if candidate.is_symlink() else candidate)
     raise UsageError(f"{path}: not a run folder. `rsseg runs ls` lists the runs.")
+
+
+def run_of(model: Path) -> RunFolder | None:
+    """The run that a model file is the model of, if it lies in a run folder."""
+    folder = model.resolve().parent
+    return RunFolder(folder) if model.name == MODEL_NAME and (folder / MANIFEST).is_file() else None
 
 
 def choose_model(model: Path | None, root: Path) -> Path:

@@ -108,7 +108,8 @@ DINO_RECOMMENDED = (
     _started("dinov2s-mtdf-recommended", "dinov2s-full"),
     Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
 )
-MTDF_SWITCHES = (
+MODE_SWITCHES = (
+    Arm("lite0-ktda-cutmix", "lite0-plain", TAUGHT_BY, rate_of="lite0-ktda-recommended", switch=True),
     _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
     Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
@@ -125,7 +126,7 @@ TARGET = (
     Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
-    _started("lite0-dasegnet-own-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
 )
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
 
@@ -151,7 +152,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         _dubai(
-            10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MTDF_SWITCHES), rates=None
+            10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MODE_SWITCHES), rates=None
         ),
         _dubai(45, (*FIRST, *TAUGHT)),
         Setting(

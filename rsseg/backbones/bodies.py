@@ -1,12 +1,14 @@
 """Feature maps of timm networks: levels of a pyramid, or token maps of a vision transformer."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rsseg.errors import WeightsError
 
@@ -151,6 +153,10 @@ class TokenMaps(_Body):
         self.out_indices = tuple(out_indices)
         self.normed = frozenset(normed)
         self.position = position
+        self.checkpoint = False
+        """Keep only each block's input for the backward pass, which computes the block again."""
+        self.again_in: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Context of that computation, for a caller that runs the blocks within one."""
 
     @property
     def position_prefix(self) -> int:
@@ -198,11 +204,17 @@ class TokenMaps(_Body):
         tokens = self._positioned(patches.flatten(1, 2), (rows, columns), position)
         maps = []
         for index, block in enumerate(network.blocks):
-            tokens = block(tokens)
+            tokens = self._block(block, tokens)
             if index in ascending:
                 plain = tokens[:, network.num_prefix_tokens :]
                 maps.append(plain.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2))
         return maps
+
+    def _block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return block(tokens)  # type: ignore[no-any-return]
+        contexts = lambda: (nullcontext(), self.again_in())  # noqa: E731 - torch calls it once per block
+        return checkpoint(block, tokens, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
     def _positioned(self, patches: Tensor, grid: tuple[int, int], position: PositionMode) -> Tensor:
         network = self.network

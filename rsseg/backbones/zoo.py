@@ -6,6 +6,7 @@ import torch
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
 from rsseg.backbones.bands import data_statistics, pretrained_statistics
+from rsseg.backbones.bodies import TokenMaps
 from rsseg.backbones.loading import Source, load_pretrained
 from rsseg.backbones.table import ZooEntry, find_entry
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
@@ -48,6 +49,12 @@ def assemble(entry: ZooEntry, config: BackboneConfig, task: Task, *, load_weight
         source = Source(weights.path, architecture, first_conv=built.first_conv, final_norm=entry.final_norm)
         load_pretrained(built.body, source, task.bands)
     built.body.freeze(config.frozen_stages)
+    if config.checkpoint:
+        if not isinstance(built.body, TokenMaps) or built.body.position is None:
+            raise RecipeError(
+                f"checkpoint: works for vision transformers with a position table, not for {entry.name}. Leave it out."
+            )
+        built.body.checkpoint = True
     return Backbone(
         _info(entry, config, task, built),
         built.body,

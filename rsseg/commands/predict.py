@@ -15,6 +15,7 @@ from rsseg.commands.launch import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
+    from rsseg.checkpoint import Calibration
     from rsseg.scene.batch import Outcome, SceneJob, Target
     from rsseg.scene.cluster import Cluster
     from rsseg.scene.options import ClassArea, SceneOptions
@@ -73,6 +74,12 @@ def predict(
     probabilities: Annotated[
         str, typer.Option("--probabilities", help="uint8 or float16: also STEM_probabilities.tif, a band per class.")
     ] = "none",
+    min_confidence: Annotated[
+        float, typer.Option("--min-confidence", help="Pixels whose class is less probable, such as 0.6, have no data.")
+    ] = 0.0,
+    unsure_class: Annotated[
+        str | None, typer.Option("--unsure-class", help="Class of these pixels instead of no data.")
+    ] = None,
     polygons: Annotated[
         Path | None,
         typer.Option(
@@ -118,6 +125,7 @@ def predict(
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()
+    from rsseg.checkpoint import calibration_of, read_header
     from rsseg.runs import choose_model
     from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
     from rsseg.scene.catalog import expand_items
@@ -143,6 +151,8 @@ def predict(
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
+        min_confidence=min_confidence,
+        unsure_class=unsure_class,
         polygons=polygons,
         min_area=min_area,
         simplify=simplify,
@@ -168,6 +178,7 @@ def predict(
     job = SceneJob(options, (file, *named, *found), skip_existing)
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
+        _note_calibration(options, calibration_of(read_header(file), file))
         if dry_run:
             network = prepare_model(file, options)
             check_targets(network.network.task, targets, options, job.inputs)
@@ -310,6 +321,16 @@ def _print(outcome: "Outcome") -> None:
             print_note(f"{outcome.result.polygons} polygons")
     if outcome.status != "failed":
         print_result(f"{outcome.output}")
+
+
+def _note_calibration(options: "SceneOptions", calibration: "Calibration | None") -> None:
+    if not options.measures_probabilities:
+        return
+    if calibration is None:
+        print_note("Probabilities as trained: this model has no temperature; networks are often surer than right.")
+        return
+    temperatures = ", ".join(f"{value:.3g}" for value in dict.fromkeys(calibration.temperatures))
+    print_note(f"Probabilities at temperature {temperatures}, fitted on {calibration.fitted_on}.")
 
 
 @contextmanager

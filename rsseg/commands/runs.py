@@ -1,13 +1,13 @@
-"""`rsseg runs`: list and show runs."""
+"""`rsseg runs`: list, show and compare runs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_facts, print_json, print_table
+from rsseg.commands.console import print_facts, print_json, print_note, print_table
 
-app = typer.Typer(help="List and show runs.", no_args_is_help=True)
+app = typer.Typer(help="List, show and compare runs.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -43,3 +43,46 @@ def show(
     print_facts(details.facts.items())
     if details.metric_rows:
         print_table(details.metric_columns, details.metric_rows)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="A B...", help="Run folders; differences are to the first.")],
+    split: Annotated[
+        str | None, typer.Option("--split", help="Evaluation to compare (default: test, else a common one).")
+    ] = None,
+    output: Root = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the same images, with 95 % intervals of the paired differences.
+
+    Each run needs an evaluation of the same split: `rsseg eval --model RUN --split test`.
+    """
+    from rsseg.report.comparison import compare_runs, score_name
+    from rsseg.runs import find_run
+
+    name, compared = compare_runs([find_run(run, output) for run in runs], split)
+    if as_json:
+        pairs = [(str(c.run.path), c.differences or {}) for c in compared]
+        values = [(path, {key: d.model_dump() for key, d in differences.items()}) for path, differences in pairs]
+        print_json({"split": name, "runs": [{"run": path, "differences": found} for path, found in values]})
+        return
+    for other in compared[1:]:
+        rows = [
+            (
+                score_name(key),
+                d.first,
+                d.second,
+                None if d.difference is None else f"{d.difference:+.4f}",
+                None if d.interval is None else f"{d.interval.low:+.4f} to {d.interval.high:+.4f}",
+            )
+            for key, d in (other.differences or {}).items()
+        ]
+        title = f"{name}: {compared[0].run.path.name} and {other.run.path.name}"
+        print_table(("score", "first", "second", "difference", "95 % interval"), rows, title=title)
+    for each in compared:
+        if each.evaluation.seen is not None:
+            print_note(f"{each.run.path}: these images were used for its {each.evaluation.seen}: no independent test.")
+    details = compared[0].evaluation.details
+    if details is not None:
+        print_note(f"Paired differences; {details.bootstrap}.")

@@ -12,6 +12,7 @@ from rsseg.errors import UsageError
 
 if TYPE_CHECKING:
     from rsseg.recipe import Recipe
+    from rsseg.training.progress import TrainResult
 
 
 def train(
@@ -105,7 +106,25 @@ def _train(
         progress.close()
     if as_json:
         print_json(result)
+        _report(result)
         return
     if result.scores is not None and result.scores.pixels:
         print_scores(result.scores)
     print_result(result.text())
+    _report(result)
+
+
+def _report(result: "TrainResult") -> None:
+    """Write the report, if there was an evaluation with labels; a failure does not fail the training."""
+    from rsseg.errors import RssegError
+    from rsseg.runs import RunFolder
+
+    run = RunFolder(result.run)
+    if os.environ.get("RANK", "0") != "0" or not run.evaluation("val").is_file():
+        return
+    from rsseg.report.page import write_report
+
+    try:
+        print_note(f"Report: {write_report(run)}")
+    except RssegError as error:
+        print_note(f"No report: {error}")

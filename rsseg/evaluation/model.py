@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -19,61 +18,18 @@ from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import current_ranks, max_over_ranks, sum_over_ranks
 from rsseg.errors import Interrupted, RecipeError
-from rsseg.fields import Result
+from rsseg.evaluation.collector import Collector, DetailOptions
+from rsseg.evaluation.result import Evaluation
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
-from rsseg.metrics import ConfusionMatrix, Scores, scores
+from rsseg.metrics import ConfusionMatrix
 from rsseg.recipe import recipe_from_dict
 
 Advance = Callable[[int, int], None]
 """Called with the number of images done and their total."""
-
-
-class Evaluation(Result):
-    """A confusion matrix and the scores derived from it."""
-
-    counts: tuple[tuple[int, ...], ...]
-    """(K + 1) rows of K: [target, prediction]; the last row counts the predictions on unlabeled pixels."""
-    scores: Scores
-    images: int
-    seconds: float
-    seen: str | None = None
-    """`training` or `selection` if the model was trained or selected on these images: not an independent test."""
-    entropy: float | None = None
-    """Mean normalized entropy of the probabilities, 0..1, if `evaluate` ran without labels; `counts` and `scores` are
-    then empty."""
-    unpredicted: int = 0
-    """Labeled pixels where a class raster has no data; excluded from the scores."""
-
-    @classmethod
-    def of(
-        cls,
-        counts: NDArray[np.int64],
-        names: Sequence[str],
-        ignore: Sequence[str],
-        *,
-        images: int,
-        seconds: float,
-        entropy: float | None = None,
-        unpredicted: int = 0,
-    ) -> Self:
-        """Score int64 (K + 1, K) counts; raises `DataError` for an ignored class that does not exist."""
-        return cls(
-            counts=tuple(tuple(row) for row in counts.tolist()),
-            scores=scores(counts, names, ignore=ignore),
-            images=images,
-            seconds=seconds,
-            entropy=entropy,
-            unpredicted=unpredicted,
-        )
-
-    @property
-    def matrix(self) -> NDArray[np.int64]:
-        """int64 (K, K) of labeled pixels, [target, prediction]."""
-        return np.array(self.counts[:-1], np.int64)
 
 
 @dataclass(frozen=True)
@@ -138,6 +94,7 @@ def evaluate(
     progress: Advance | None = None,
     labels: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    details: DetailOptions | None = None,
 ) -> Evaluation:
     """Score a network on selected images; the ranks of a process group share the images, and all get the result.
 
@@ -149,6 +106,7 @@ def evaluate(
         progress: called after every image of this process.
         labels: False reads no mask and measures the entropy instead.
         stop: asked after every image; ends the evaluation on all ranks once it returns True on any.
+        details: what else to measure, with labels only; None: nothing.
 
     Raises:
         DataError: unreadable files, an ignored class that does not exist.
@@ -159,6 +117,9 @@ def evaluate(
     config = recipe.eval.model_copy(update={"scales": tuple(scale * source.zoom for scale in recipe.eval.scales)})
     confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     share = len(source.items[ranks.rank :: ranks.world_size])
+    collector = None
+    if details is not None and labels:
+        collector = Collector(details, source, task, recipe.eval.ignore_classes, ranks, recipe.seed)
     samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
     if progress is not None:
         progress(0, share)
@@ -166,6 +127,9 @@ def evaluate(
         if sample.mask is None:
             probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)
             entropy += _entropy(probabilities[torch.tensor(sample.valid)])
+        elif collector is not None:
+            number = ranks.rank + (done - 1) * ranks.world_size
+            confusion.counts += collector.predict(number, segmenter, sample.image, sample.mask, config, device)
         else:
             prediction = predict_image(segmenter, sample.image, None, config, device=device)
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
@@ -178,7 +142,7 @@ def evaluate(
     total_entropy, pixels = sum_over_ranks(entropy.to(device)).tolist()
     totals = torch.cat([confusion.counts.flatten(), torch.tensor([share])]).to(device)
     *counts, images = sum_over_ranks(totals).tolist()
-    return Evaluation.of(
+    result = Evaluation.of(
         np.array(counts, np.int64).reshape(task.num_classes + 1, task.num_classes),
         task.class_names,
         recipe.eval.ignore_classes,
@@ -186,6 +150,11 @@ def evaluate(
         seconds=time.monotonic() - started,
         entropy=None if labels else total_entropy / max(pixels, 1),
     )
+    if collector is None:
+        return result
+    own = segmenter.calibration
+    found = collector.finish(None if own is None else own.temperatures, own.fitted_on if own else "", device)
+    return result.model_copy(update={"details": found})
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -202,6 +171,7 @@ def evaluate_model(
     split: str = "test",
     device: str = "auto",
     progress: Advance | None = None,
+    details: DetailOptions | None = None,
 ) -> Evaluation:
     """Score a model file on a split of its recipe's dataset, or of another one with the same classes.
 
@@ -211,6 +181,7 @@ def evaluate_model(
         split: `val` and `test` are the recipe's selections of these names, anything else is a split of the dataset.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         progress: called after every image.
+        details: see `evaluate`.
 
     Raises:
         WeightsError: the model cannot be loaded.
@@ -225,5 +196,5 @@ def evaluate_model(
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
         select = SelectConfig(split=split)
     source = Datasets(recipe.data, recipe.seed).open(select, split, segmenter.task, masks=True)
-    result = evaluate(segmenter, recipe, source, device=target, progress=progress)
+    result = evaluate(segmenter, recipe, source, device=target, progress=progress, details=details)
     return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from rsseg.errors import DataError
-from rsseg.evaluation.model import Advance, Evaluation
+from rsseg.evaluation.details import Scorer, details_of
+from rsseg.evaluation.model import Advance
+from rsseg.evaluation.result import Evaluation
 from rsseg.metrics import ConfusionMatrix
 from rsseg.raster import Raster, Window
 from rsseg.task import IGNORE_INDEX, Task
@@ -29,6 +31,7 @@ def evaluate_rasters(
     *,
     task: Task | None = None,
     ignore: tuple[str, ...] = (),
+    background: tuple[str, ...] | None = None,
     progress: Advance | None = None,
 ) -> Evaluation:
     """Score class rasters, paired by file name without extension; `STEM_rsseg` is a prediction of `STEM`.
@@ -41,6 +44,7 @@ def evaluate_rasters(
         truths: folder of rasters on the same grids, with the same values. Each must have a prediction.
         task: names of the values; None takes the names that the rasters carry, or the number of a value without one.
         ignore: names of classes excluded from the scores.
+        background: classes that some means leave out; None: those called background or clutter.
         progress: called before every pair.
 
     Raises:
@@ -50,13 +54,20 @@ def evaluate_rasters(
     started = time.monotonic()
     pairs = _pairs(predictions, truths)
     confusion, known = ConfusionMatrix(_NONE + 1), _Names()
+    tables: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # places and counts that are not 0, per pair
     for done, (predicted, true) in enumerate(pairs):
         if progress is not None:
             progress(done, len(pairs))
-        _compare(predicted, true, confusion, known)
+        one = ConfusionMatrix(_NONE + 1)
+        _compare(predicted, true, one, known)
+        confusion.counts += one.counts
+        flat = one.counts[: _NONE + 1].flatten().numpy()
+        tables.append((np.flatnonzero(flat), flat[flat > 0]))
     table = confusion.counts.numpy()[: _NONE + 1]
-    if task is not None or not _is_binary(table):
-        _drop_ignored(table, truths)
+    drops = task is not None or not _is_binary(table)
+    if drops:
+        _check_labeled(table, truths)
+        _drop_ignored(table)
     seen = [int(v) for v in np.flatnonzero(table[:_NONE, :_NONE].sum(1) + table[:_NONE, :_NONE].sum(0))]
     values = seen if task is None else [c.value for c in task.classes]
     names = known.of(seen) if task is None else task.class_names
@@ -64,7 +75,7 @@ def evaluate_rasters(
         raise DataError(
             f"{truths}, {predictions}: value {unknown[0]} is not a class of {names}. Declare it, or use 255."
         )
-    return Evaluation.of(
+    result = Evaluation.of(
         table[[*values, _NONE]][:, values],
         names,
         ignore,
@@ -72,6 +83,16 @@ def evaluate_rasters(
         seconds=time.monotonic() - started,
         unpredicted=int(table[:_NONE, _NONE].sum()),
     )
+    counts = np.zeros((len(pairs), len(values) + 1, len(values)), np.int64)
+    for number, (places, found) in enumerate(tables):
+        one_table = np.zeros_like(table)
+        one_table.flat[places] = found
+        if drops:
+            _drop_ignored(one_table)
+        counts[number] = one_table[[*values, _NONE]][:, values]
+    items = [(true.name, None, None) for _, true in pairs]
+    details = details_of(items, counts, None, Scorer(names, ignore, background), width=0, seed=0)
+    return result.model_copy(update={"details": details})
 
 
 def _is_binary(table: NDArray[np.int64]) -> bool:
@@ -80,8 +101,8 @@ def _is_binary(table: NDArray[np.int64]) -> bool:
     return bool(table[IGNORE_INDEX].any() and not table[others].any() and not table[:, others].any())
 
 
-def _drop_ignored(table: NDArray[np.int64], truths: Path) -> None:
-    """Count 255 as no label and no prediction."""
+def _check_labeled(table: NDArray[np.int64], truths: Path) -> None:
+    """Raise if 255 may be a class."""
     labeled = np.flatnonzero(np.delete(table, [IGNORE_INDEX, _NONE], axis=0).sum(1))
     if table[IGNORE_INDEX].any() and len(labeled) < 2:
         only = f"only {labeled[0]}" if len(labeled) else "nothing"
@@ -89,6 +110,10 @@ def _drop_ignored(table: NDArray[np.int64], truths: Path) -> None:
             f"{truths}: besides 255, which means no label, the rasters hold {only}. If 255 is a class, store it as "
             "another value there and in the predictions; if not, declare it as nodata in the files."
         )
+
+
+def _drop_ignored(table: NDArray[np.int64]) -> None:
+    """Count 255 as no label and no prediction."""
     table[_NONE] += table[IGNORE_INDEX]
     table[:, _NONE] += table[:, IGNORE_INDEX]
     table[IGNORE_INDEX] = table[:, IGNORE_INDEX] = 0

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsseg.inference.tiling import AxisPlan, Span, TilePlan
+from rsseg.task import IGNORE_INDEX
 
 Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
@@ -59,7 +60,14 @@ class PixelOutputs:
     """Outputs per pixel besides its class."""
 
     confidence: bool = False
-    probabilities: Literal["none", "uint8", "float16"] = "none"
+    probabilities: Literal["none", "uint8", "float16", "float32"] = "none"
+    temperatures: tuple[float, ...] | None = None
+    """Per class: the logits of a pixel are divided by that of its class before the softmax; None: 1. Classes do not
+    depend on it."""
+    min_confidence: float = 0.0
+    """Pixels whose class has a lower probability get the class `unsure`."""
+    unsure: int = IGNORE_INDEX
+    """Class index; 255 for no data."""
 
 
 CLASSES_ONLY = PixelOutputs()
@@ -71,9 +79,9 @@ FULL = 254
 class Decision:
     """Outputs of an area.
 
-    classes: uint8 (h, w) class indices
+    classes: uint8 (h, w) class indices; 255 for pixels without a sure class
     confidence: uint8 (h, w), probability of the class times `FULL`; None if not requested
-    probabilities: uint8 (h, w, K), times `FULL`, or float16 (h, w, K); None if not requested
+    probabilities: uint8 (h, w, K), times `FULL`, or float16 or float32 (h, w, K); None if not requested
     """
 
     classes: NDArray[np.uint8]
@@ -163,14 +171,22 @@ def decide_planes(logits: NDArray[np.float32], outputs: PixelOutputs) -> Decisio
     classes = argmax_planes(logits)
     if outputs == CLASSES_ONLY:
         return Decision(classes)
-    shares = np.exp(logits - logits.max(0))
+    scaled = logits - logits.max(0)
+    if outputs.temperatures is not None:
+        scaled /= np.array(outputs.temperatures, np.float32)[classes]
+    shares = np.exp(scaled)
     shares /= shares.sum(0)
-    confidence = np.rint(shares.max(0) * FULL).astype(np.uint8) if outputs.confidence else None
+    highest = shares.max(0)
+    confidence = np.rint(highest * FULL).astype(np.uint8) if outputs.confidence else None
+    if outputs.min_confidence:
+        classes[highest < outputs.min_confidence] = outputs.unsure
     match outputs.probabilities:
         case "none":
             return Decision(classes, confidence)
         case "float16":
             return Decision(classes, confidence, shares.transpose(1, 2, 0).astype(np.float16))
+        case "float32":
+            return Decision(classes, confidence, shares.transpose(1, 2, 0))
         case "uint8":
             return Decision(classes, confidence, np.rint(shares * FULL).astype(np.uint8).transpose(1, 2, 0))
 

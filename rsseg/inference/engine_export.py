@@ -1,17 +1,14 @@
 """Export of a network for other engines, checked against torch."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import rsseg
 from rsseg.errors import MachineError, UsageError
-from rsseg.files import write_json
 from rsseg.inference.device import measure_tile
-from rsseg.inference.engines import ExportedFacts, facts_path
 from rsseg.inference.graph import write_graph
 from rsseg.inference.network import load_segmenter, ready_to_predict
 from rsseg.methods.base import Segmenter
@@ -30,8 +27,8 @@ class _LowResolution(nn.Module):
         return self.network.low_resolution_logits(images).float()
 
 
-def export_for_engines(file: Path, graph: Path, digest: str) -> ExportedFacts:
-    """Export the network of a model file to `graph`, and write its facts once the graph has proved equal.
+def export_for_engines(file: Path, graph: Path) -> dict[str, Any]:
+    """Export the network of a model file to `graph`, and return its facts once the graph has proved equal.
 
     Raises:
         UsageError: the network cannot be exported, or the graph computes other logits.
@@ -57,19 +54,15 @@ def export_for_engines(file: Path, graph: Path, digest: str) -> ExportedFacts:
             f"{graph}: cannot be written: {error.strerror}. Make room, or give --engine torch."
         ) from None
     cost_side = fixed or _PROBE
-    facts = ExportedFacts(
-        model=digest,
-        rsseg=rsseg.__version__,
-        task=network.task,
-        fill=network.fill,
-        tile=hint,
-        input_multiple=multiple,
-        side=fixed,
-        cost_side=cost_side,
-        cost=measure_tile(network, cost_side, cpu, torch.float32),
-    )
-    write_json(facts_path(graph), json.loads(facts.model_dump_json()))
-    return facts
+    return {
+        "task": network.task,
+        "fill": network.fill,
+        "tile": hint,
+        "input_multiple": multiple,
+        "side": fixed,
+        "cost_side": cost_side,
+        "cost": measure_tile(network, cost_side, cpu, torch.float32),
+    }
 
 
 def _noise(network: Segmenter, height: int, width: int) -> Tensor:

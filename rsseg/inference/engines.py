@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import rsseg
 from rsseg.checkpoint import find_model
 from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
-from rsseg.files import hidden_path
+from rsseg.files import hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
 from rsseg.inference.machine import Cost, has_native_bfloat16
 from rsseg.inference.predict import Compute, extended
@@ -267,17 +267,20 @@ def exported_graph(file: Path) -> tuple[Path, ExportedFacts]:
     from rsseg.inference.engine_export import export_for_engines
 
     graph = places[0] if os.access(file.parent, os.W_OK) else places[1]
-    return graph, export_for_engines(file, graph, digest)
+    found = {**export_for_engines(file, graph), "model": digest, "rsseg": rsseg.__version__}
+    facts = ExportedFacts.model_validate(found)
+    write_json(_facts_path(graph), facts.model_dump(mode="json"))
+    return graph, facts
 
 
-def facts_path(graph: Path) -> Path:
+def _facts_path(graph: Path) -> Path:
     """The JSON file beside a graph, which is written last."""
     return graph.with_suffix(".json")
 
 
 def _read_facts(graph: Path, digest: str) -> ExportedFacts | None:
     try:
-        facts = ExportedFacts.model_validate(json.loads(facts_path(graph).read_text(encoding="utf-8")))
+        facts = ExportedFacts.model_validate(json.loads(_facts_path(graph).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
         return None
     return facts if graph.is_file() and (facts.model, facts.rsseg) == (digest, rsseg.__version__) else None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsseg.config import EvalConfig
-from rsseg.inference.blend import Tile, blend_logits
+from rsseg.inference.blend import CLASSES_ONLY, Decision, PixelOutputs, Tile, blend_logits
 from rsseg.inference.machine import NO_MEMORY, memory_errors
 from rsseg.inference.predict import (
     Compute,
@@ -20,7 +20,7 @@ from rsseg.inference.predict import (
     predict_tile_logits,
 )
 from rsseg.inference.tiling import TilePlan
-from rsseg.inference.torch_network import TorchNetwork, argmax_classes
+from rsseg.inference.torch_network import TorchNetwork, decide
 from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
@@ -55,17 +55,51 @@ def predict_image(
     Raises:
         MachineError: the device has too little memory for a single tile.
     """
-    pixels = _filled(segmenter, image, valid)
-    views = _views_of(config)
     with memory_errors(NO_MEMORY.format(device=device)):
-        if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
-            plan, tiles, compute = _tiles_of(segmenter, pixels, config)
-            network = TorchNetwork(segmenter, torch.device(device))
-            strips = predict_strips(network, tiles, plan, config.blend, compute)
-            return np.concatenate([strip.classes for strip in strips])
-        if len(views) == 1:
-            return argmax_classes(_view_logits(segmenter, pixels, views[0], config, device))
-        return argmax_classes(_mean_probabilities(segmenter, pixels, config, device))
+        strips = _strips(segmenter, _filled(segmenter, image, valid), config, CLASSES_ONLY, device)
+        return np.concatenate([decision.classes for decision in strips])
+
+
+def predict_and_sample(
+    segmenter: Segmenter, image: Tensor, pixels: NDArray[np.int64], config: EvalConfig, *, device: torch.device | str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """`predict_image`, and the probabilities of some pixels: float32 (n, K), at temperature 1.
+
+    Args:
+        segmenter: on `device`, in eval mode.
+        image: as for `predict_image`, filled where there is no data.
+        pixels: int (n,), flat positions in the image, ascending.
+        config: see `predict_image`.
+        device: where the network runs.
+    """
+    classes, sampled, first = [], [np.zeros((0, segmenter.task.num_classes), np.float32)], 0
+    with memory_errors(NO_MEMORY.format(device=device)):
+        for decision in _strips(segmenter, image, config, PixelOutputs(probabilities="float32"), device):
+            assert decision.probabilities is not None  # for the type checker: they are asked for
+            last = first + decision.classes.size
+            inside = pixels[np.searchsorted(pixels, first) : np.searchsorted(pixels, last)] - first
+            sampled.append(decision.probabilities.reshape(-1, segmenter.task.num_classes)[inside])
+            classes.append(decision.classes)
+            first = last
+    return np.concatenate(classes), np.concatenate(sampled)
+
+
+def _strips(
+    segmenter: Segmenter, pixels: Tensor, config: EvalConfig, outputs: PixelOutputs, device: torch.device | str
+) -> Iterator[Decision]:
+    """Rows of the image from top to bottom; all at once where the whole image passes through the network."""
+    views = _views_of(config)
+    if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
+        plan, tiles, compute = _tiles_of(segmenter, pixels, config)
+        network = TorchNetwork(segmenter, torch.device(device))
+        for strip in predict_strips(network, tiles, plan, config.blend, compute, outputs=outputs):
+            yield strip.decision
+    elif len(views) == 1:
+        yield decide(_view_logits(segmenter, pixels, views[0], config, device), outputs)
+    else:
+        mean = _mean_probabilities(segmenter, pixels, config, device)
+        # Logarithms of probabilities serve as logits.
+        yield decide(mean if outputs == CLASSES_ONLY else mean.clamp_min(1e-30).log(), outputs)
 
 
 def predict_probabilities(

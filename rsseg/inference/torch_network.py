@@ -106,17 +106,28 @@ def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (h, w, K)."""
     if outputs == CLASSES_ONLY:
         return Decision(argmax_classes(logits))
-    shares = logits.float().softmax(-1)
-    confidence = shares.amax(-1).mul_(FULL).round_().to(torch.uint8).cpu().numpy() if outputs.confidence else None
+    classes, scaled = argmax_classes(logits), logits.float()
+    if outputs.temperatures is not None:
+        factors = torch.tensor([1 / t for t in outputs.temperatures], device=scaled.device)
+        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
+    shares = scaled.softmax(-1)
+    highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
+    if highest is not None and outputs.min_confidence:
+        classes[(highest < outputs.min_confidence).cpu().numpy()] = outputs.unsure
+    confidence = _as_bytes(highest) if highest is not None and outputs.confidence else None
     match outputs.probabilities:
         case "none":
-            return Decision(argmax_classes(logits), confidence)
+            return Decision(classes, confidence)
         case "float16":
-            return Decision(argmax_classes(logits), confidence, shares.half().cpu().numpy())
+            return Decision(classes, confidence, shares.half().cpu().numpy())
+        case "float32":
+            return Decision(classes, confidence, shares.cpu().numpy())
         case "uint8":
-            return Decision(
-                argmax_classes(logits), confidence, shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
-            )
+            return Decision(classes, confidence, _as_bytes(shares))
+
+
+def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:
+    return shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
 
 
 _CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Building blocks that networks share: bilinear resizing, convolution blocks, and control of batch norms."""
+"""Building blocks that methods share: bilinear resizing, CutMix, convolution blocks, and control of batch norms."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,16 @@ def resize(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) ->
 def resize_logits(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """`resize` in float32 for any input type, as softmax needs it and CPUs are twice as fast in it."""
     return resize(logits.float(), size, align_corners=align_corners)
+
+
+def cutmix(x: Tensor, mix: Tensor) -> Tensor:
+    """Replace the pixels in the box of each sample i by those of sample B - 1 - i.
+
+    Args:
+        x: (B, H, W) or (B, C, H, W), any dtype.
+        mix: bool (B, H, W), True inside the box.
+    """
+    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
 
 
 class ConvBNReLU(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rsseg.backbones.backbone import Backbone
+from rsseg.checkpoint import Calibration
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.errors import MachineError, RecipeError
 from rsseg.layers.ema import Frozen
@@ -64,6 +65,7 @@ class Segmenter(nn.Module, ABC):
         self.input_multiple = input_multiple
         self.fill = tuple(fill)
         self.tile = tile
+        self.calibration: Calibration | None = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Self, cast
 
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone, BackboneInfo
+from rsseg.backbones.bodies import TokenMaps
 from rsseg.backbones.table import find_entry
 from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
@@ -89,6 +91,9 @@ class TunedNetwork(nn.Module):
         # which they are merged. It is no submodule, so that its tensors are not saved twice.
         merged = None if self.adapters is None else segmenter.with_backbone(copy.deepcopy(segmenter.backbone))
         self._shipped = (merged or segmenter,)
+        body = segmenter.backbone.body
+        if self.adapters is not None and isinstance(body, TokenMaps):  # blocks that are computed again need them again
+            body.again_in = partial(self.adapters.added_to, segmenter.backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         """float (B, C, H, W) in scaled units -> float logits (B, K, H, W)."""

@@ -62,7 +62,7 @@ def load_model(path: Path) -> "Segmenter":
     Raises:
         WeightsError: there is no model, or it is damaged, foreign, or of another version.
     """
-    from rsseg.checkpoint import find_model, load_tensors, read_header
+    from rsseg.checkpoint import calibration_of, find_model, load_tensors, read_header
 
     file = find_model(path)
     header = read_header(file)
@@ -77,6 +77,7 @@ def load_model(path: Path) -> "Segmenter":
             "Use the version that made it, or train the model again."
         ) from None
     load_tensors(segmenter, file)
+    segmenter.calibration = calibration_of(header, file)
     return segmenter.eval()
 
 

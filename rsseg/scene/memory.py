@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rsseg.checkpoint import Calibration, calibration_of, read_header
 from rsseg.errors import MachineError, UsageError
 from rsseg.inference.engines import open_engine
 from rsseg.inference.machine import Cost, free_bytes, keep_heap, memory_errors, resident_bytes
@@ -57,6 +58,7 @@ class PreparedNetwork:
     measure: side of a square tile -> its time and memory
     held_before: bytes that the process held before
     gpu_bytes: total memory of the GPU, 0 for a CPU
+    calibration: of the model's probabilities
     """
 
     network: Network
@@ -65,6 +67,7 @@ class PreparedNetwork:
     measure: Callable[[int], Cost]
     held_before: int
     gpu_bytes: int = 0
+    calibration: Calibration | None = None
     _costs: dict[int, Cost] = field(default_factory=dict)
 
     def cost(self, height: int, width: int) -> Cost:
@@ -106,6 +109,7 @@ def prepare_network(segmenter: "Segmenter", options: SceneOptions) -> PreparedNe
         measure=lambda side: measure_tile(network, side, device, dtype),
         held_before=held,
         gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+        calibration=segmenter.calibration,
     )
 
 
@@ -122,7 +126,10 @@ def prepare_model(model: Path, options: SceneOptions) -> PreparedNetwork:
     keep_heap()
     held = resident_bytes()
     if (ready := open_engine(model, options.engine, options.device, options.dtype)) is not None:
-        return PreparedNetwork(ready.network, ready.model, ready.weights_bytes, ready.measure, held)
+        calibration = calibration_of(read_header(model), model)
+        return PreparedNetwork(
+            ready.network, ready.model, ready.weights_bytes, ready.measure, held, calibration=calibration
+        )
     from rsseg.inference.network import load_segmenter
 
     return prepare_network(load_segmenter(model), options)

@@ -58,6 +58,10 @@ class SceneOptions(BaseModel):
     """Also write the probability of the class to `STEM_confidence.tif`."""
     probabilities: Literal["none", "uint8", "float16"] = "none"
     """Also write the probability of each class to `STEM_probabilities.tif`."""
+    min_confidence: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Pixels whose class has a lower probability get `unsure_class`."""
+    unsure_class: str | None = None
+    """A class of the model; None: no data."""
     polygons: Path | None = None
     """Also write polygons of the classes to this file; an extension, such as `.gpkg`, names it after the output."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -75,6 +79,11 @@ class SceneOptions(BaseModel):
     """Cloud-optimized GeoTIFF with overviews, or a plain tiled GeoTIFF."""
     overwrite: bool = False
     """Replace existing outputs."""
+
+    @property
+    def measures_probabilities(self) -> bool:
+        """Whether an output depends on the probabilities of the classes."""
+        return self.confidence or self.probabilities != "none" or self.min_confidence > 0
 
 
 class ClassArea(Result):

@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rsseg.checkpoint import Calibration
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
 from rsseg.gdal import category_names
-from rsseg.inference.blend import PixelOutputs
+from rsseg.inference.blend import CLASSES_ONLY, PixelOutputs
 from rsseg.inference.machine import memory_errors
 from rsseg.inference.predict import Compute, Network, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
@@ -19,7 +20,7 @@ from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
 from rsseg.scene.source import ground_sides, identify_files, local_file, open_scene, source_files
 from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
-from rsseg.task import Task
+from rsseg.task import IGNORE_INDEX, Task
 from rsseg.vector.aoi import Region, read_region, region_files
 from rsseg.vector.write import polygon_files
 
@@ -37,6 +38,7 @@ class PreparedScene:
 
     files: everything that is read for the scene, the area of interest included
     region: the area of interest
+    calibration: of the model's probabilities
     model: hash of the network's weights
     panels: of `plan`
     products: final name and content of each raster, the class raster first
@@ -53,6 +55,7 @@ class PreparedScene:
     bands: tuple[int, ...]
     region: Region | None
     network: Network
+    calibration: Calibration | None
     model: str
     compute: Compute
     plan: TilePlan
@@ -74,7 +77,15 @@ class PreparedScene:
     @property
     def pixel_outputs(self) -> PixelOutputs:
         """Values to compute for each pixel."""
-        return PixelOutputs(self.options.confidence, self.options.probabilities)
+        options, calibration = self.options, self.calibration
+        return PixelOutputs(
+            options.confidence,
+            options.probabilities,
+            # Without probabilities the network's classes need no temperature, nor the slower path.
+            None if calibration is None or not options.measures_probabilities else calibration.temperatures,
+            options.min_confidence,
+            find_unsure(self.network.task, options),
+        )
 
     @property
     def tiles(self) -> int:
@@ -100,6 +111,8 @@ class PreparedScene:
             "device": self.network.device.partition(":")[0],
             "engine": self.network.engine,
         }
+        if self.pixel_outputs != CLASSES_ONLY:
+            settings |= asdict(self.pixel_outputs)
         parts = [identify_files(self.files), self.model, settings]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -148,6 +161,7 @@ def prepare_scene(
         MachineError: the prediction does not fit into the allowed memory.
     """
     network = prepared.network
+    find_unsure(network.task, options)
     with open_scene(scene, options, None) as raster:
         if raster.info.colormap is not None and len(network.task.bands) > 1:
             raise DataError(
@@ -189,6 +203,7 @@ def prepare_scene(
         bands=bands,
         region=region,
         network=network,
+        calibration=prepared.calibration,
         model=prepared.model,
         compute=Compute(fit.batch_size, fit.tiling.least, poses, fit.parallel_batches),
         plan=fit.plan,
@@ -202,6 +217,24 @@ def prepare_scene(
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=(*_band_warnings(info, network.task, options), *_gsd_warnings(info, network.task), *fit.warnings),
     )
+
+
+def find_unsure(task: Task, options: SceneOptions) -> int:
+    """Index of the class for pixels below `min_confidence`; 255 for no data.
+
+    Raises:
+        UsageError: there is no such class, or it would never be used.
+    """
+    name = options.unsure_class
+    if name is None:
+        return IGNORE_INDEX
+    if not options.min_confidence:
+        raise UsageError(f"--unsure-class {name}: has no effect without --min-confidence. Give both, such as 0.6.")
+    if name not in task.class_names:
+        raise UsageError(
+            f"--unsure-class {name}: the model has no such class. Choose one of {', '.join(task.class_names)}."
+        )
+    return task.class_names.index(name)
 
 
 def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[str, Path]]:

@@ -199,7 +199,8 @@ class _Sink:
 
     def __init__(self, prepared: PreparedScene, writers: list[SceneWriter]) -> None:
         self._prepared, self._writers = prepared, writers
-        self._values = np.array([c.value for c in prepared.network.task.classes], np.uint8)
+        self._values = np.full(256, NODATA, np.uint8)  # also for index 255: the network is not sure
+        self._values[: prepared.network.task.num_classes] = [c.value for c in prepared.network.task.classes]
         self._pixel_areas = Grid(prepared.info).pixel_areas()
         self._areas = np.zeros(256)
         self._row = [0] * len(prepared.panels)

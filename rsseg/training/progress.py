@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from rsseg.evaluation.model import Evaluation
+from rsseg.evaluation.result import Evaluation
 from rsseg.fields import Result
 from rsseg.metrics import Scores
 from rsseg.runs import ExitState
@@ -67,11 +67,14 @@ class TrainResult(Result):
     """Validation scores of the shipped weights, if they were evaluated."""
     model: Path
     seconds: float
+    calibration: str = ""
+    """Temperatures, calibration errors and images of the fit, in words; empty without labeled validation images."""
     next_command: str
 
     def text(self) -> str:
-        """Score, model file and next command."""
+        """Score, calibration, model file and next command."""
         best = "no validation score" if self.best_score is None else f"best {self.monitor} {self.best_score:.4f}"
+        calibration = f"{self.calibration}\n" if self.calibration else ""
         at = "" if self.best_step is None else f" at step {self.best_step}"
         if self.state == "stopped":
             end = (
@@ -80,7 +83,7 @@ class TrainResult(Result):
             )
         else:
             end = f"{self.reason}, {self.steps} steps"
-        return f"{best}{at} ({end})\n{self.model}\n{self.next_command}"
+        return f"{best}{at} ({end})\n{calibration}{self.model}\n{self.next_command}"
 
 
 class Progress:

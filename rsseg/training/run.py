@@ -29,6 +29,7 @@ from rsseg.task import Task
 from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
+from rsseg.training.final import evaluate_shipped
 from rsseg.training.norm_statistics import open_statistics, ship_statistics
 from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import (
@@ -140,7 +141,18 @@ def train(
             if built.statistics and recipe.norm_statistics and ranks.is_main and not reason.startswith("SIG"):
                 device = str(built.hardware.device)
                 ship_statistics(recipe, recipe.norm_statistics, built.statistics, run.model, device)
-        result = _result(run, recipe, counters, reason, recorder)
+            calibration = ""
+            if built.validation is not None and recipe.trainer.monitor != "entropy" and not reason.startswith("SIG"):
+                calibration = evaluate_shipped(
+                    run,
+                    recipe,
+                    plan,
+                    built.validation,
+                    built.streams,
+                    built.hardware.device,
+                    stop=lambda: signals.received is not None,
+                )
+        result = _result(run, recipe, counters, reason, recorder).model_copy(update={"calibration": calibration})
         listener.on_end(result)
         if result.state == "interrupted":
             raise Interrupted(

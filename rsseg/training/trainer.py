@@ -15,7 +15,7 @@ from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals
 from rsseg.errors import Interrupted, RecipeError
-from rsseg.evaluation.model import Evaluation
+from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.device import Hardware, prefetched

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from rsseg.checkpoint import load_into
 from rsseg.config import OptimizerConfig, ScheduleConfig
 from rsseg.data.streams import Samples
+from rsseg.layers.blocks import cutmix
 from rsseg.layers.ema import Ema
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, cutmix, pseudo_label_loss
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, pseudo_label_loss
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
 from rsseg.methods.mtdf.recipe import MTDFRecipe

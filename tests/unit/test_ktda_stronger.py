@@ -134,6 +134,26 @@ def test_unlabeled_crops_are_taught_by_the_weak_view_to_the_strong_one(teacher: 
     assert loss(weak.flip(1)) != pytest.approx(expected, rel=1e-3)
 
 
+def test_boxes_of_cutmix_hold_the_partners_pixels_and_what_the_teacher_says_of_them(teacher: Path) -> None:
+    base = PLAIN | {"student": {"name": "resnet_mini", "weights": "random"}}
+    weak, strong = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 3, 32, 32)
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    labeled = batch_of()["labeled"]
+
+    def loss(mix: torch.Tensor, images: torch.Tensor = weak, *, cutmix: bool = True) -> float:
+        method = taught(teacher, base, unlabeled=True, cutmix=cutmix).eval()
+        views = strong if images is weak else strong.flip(0)
+        samples = Samples(images, valid, strong=views, mix=mix[:, None])
+        return method.training_step({"labeled": labeled, "unlabeled": samples}, 0).losses["taught_unlabeled"].item()
+
+    nowhere, everywhere = torch.zeros(2, 32, 32, dtype=torch.bool), torch.ones(2, 32, 32, dtype=torch.bool)
+    half = nowhere.clone()
+    half[:, :16] = True
+    assert loss(everywhere) == pytest.approx(loss(nowhere, weak.flip(0)), rel=1e-5)  # the pair exchanged, whole
+    assert loss(half) != pytest.approx(loss(nowhere), rel=1e-4)
+    assert loss(half, cutmix=False) == loss(nowhere, cutmix=False)
+
+
 def test_strong_views_do_not_enter_the_batch_norms(teacher: Path) -> None:
     base = PLAIN | {"student": {"name": "resnet_mini", "weights": "random"}}
     method = taught(teacher, base, unlabeled=True).train()

@@ -10,8 +10,8 @@ import torch
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import RecipeError
 from rsseg.inference.network import ready_to_predict
-from rsseg.layers.blocks import resize
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.layers.blocks import cutmix, resize
+from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, pseudo_label_loss
 from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
 from rsseg.methods.registry import load_model

@@ -142,7 +142,7 @@ def test_threshold_of_an_uncertain_class_falls_and_that_of_the_most_certain_stay
     labels = torch.tensor([[[0, 0, 1, 1]]])
     pseudo = PseudoLabels(labels, torch.tensor([[[1.0, 1.0, 0.5, 0.7]]]), torch.ones_like(labels, dtype=torch.bool))
     torch.testing.assert_close(thresholds(pseudo), torch.tensor([0.9, 0.9 * 0.8, 0.9]))
-    assert thresholds.state_dict().keys() == {"running"}
+    assert thresholds.state_dict().keys() == {"running_mean"}
     invalid = PseudoLabels(labels, pseudo.confidence, torch.zeros_like(pseudo.valid))
     torch.testing.assert_close(thresholds(invalid), torch.tensor([0.9, 0.72, 0.9]))
 

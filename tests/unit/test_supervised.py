@@ -1,5 +1,6 @@
 """Plain supervised training: every decoder on every kind of backbone, frozen and adapted backbones, rates."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,45 @@ def test_merged_weights_compute_what_training_computed() -> None:
         method.deployable().eval()(batch["labeled"].images), batch["labeled"].masks
     )
     torch.testing.assert_close(trained, merged)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_checkpointing_gives_the_same_gradients_and_keeps_fewer_activations(tune: str) -> None:
+    kept: list[int] = []
+    gradients: list[dict[str, torch.Tensor]] = []
+    for checkpoint in (False, True):
+        method = method_of(VIT | {"checkpoint": checkpoint, "drop_path": 0.2}, tune=tune, lora={"rank": 2}).train()
+        with torch.no_grad():
+            for name, parameter in method.named_parameters():
+                if name.endswith(".up"):
+                    parameter.fill_(0.1)
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = method(batch_of(), 0).losses["seg"]
+        loss.backward()
+        gradients.append({name: p.grad for name, p in method.named_parameters() if p.grad is not None})
+    assert kept[1] < kept[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_average_of_a_checkpointed_network_has_adapters_of_its_own() -> None:
+    network = method_of(VIT | {"checkpoint": True}, tune="lora").network
+    average = copy.deepcopy(network)
+    again = average.frozen.module.body.again_in
+    assert again.func.__self__ is average.adapters
+    assert again.args[0] is average.frozen.module
+
+
+def test_checkpointing_a_convolutional_backbone_is_refused() -> None:
+    with pytest.raises(RecipeError, match="not for convnext_mini"):
+        method_of(PYRAMID | {"checkpoint": True})
 
 
 def test_merged_copy_moves_with_its_method() -> None:

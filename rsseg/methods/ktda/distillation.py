@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone
+from rsseg.layers.blocks import cutmix
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import cosine_distance, softened_kl
 from rsseg.methods.base import Segmenter
@@ -83,15 +84,19 @@ class TaskTeacher(nn.Module):
         with torch.no_grad():
             return cast(Segmenter, self.frozen.module).predict_logits(images)
 
-    def loss(self, student: Tensor, images: Tensor, valid: Tensor) -> Tensor:
+    def loss(self, student: Tensor, images: Tensor, valid: Tensor, mix: Tensor | None = None) -> Tensor:
         """Weighted divergence.
 
         Args:
             student: float logits (B, K, H, W); gradients flow.
             images: float (B, C, H, W), input of the teacher.
-                valid: bool (B, H, W), False for pixels to exclude.
+            valid: bool (B, H, W), False for pixels to exclude.
+            mix: bool (B, H, W), CutMix box of the student's images, which the teacher's logits then follow.
         """
-        return self.settings.weight * probability_loss(student, self.logits(images), valid, self.settings.temperature)
+        theirs = self.logits(images)
+        if mix is not None:
+            theirs, valid = cutmix(theirs, mix), cutmix(valid, mix)
+        return self.settings.weight * probability_loss(student, theirs, valid, self.settings.temperature)
 
 
 def probability_loss(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
-from rsseg.layers.blocks import unrecorded_statistics
+from rsseg.layers.blocks import cutmix, unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
@@ -111,9 +111,13 @@ class KTDAMethod(Method):
         """
         assert self.task_teacher is not None  # for the type checker
         assert samples.strong is not None  # the stream's spec requires it
+        images, mix = samples.strong[:, 0], None
+        if self.task_teacher.settings.cutmix and samples.mix is not None:
+            mix = samples.mix[:, 0]
+            images = cutmix(images, mix)
         with unrecorded_statistics(self.segmenter):
-            logits = self.segmenter(samples.strong[:, 0])
-        return self.task_teacher.loss(logits, samples.images, samples.valid)
+            logits = self.segmenter(images)
+        return self.task_teacher.loss(logits, samples.images, samples.valid, mix)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""

@@ -130,7 +130,10 @@ class TaskTeacherConfig(Strict):
     unlikely classes."""
     unlabeled: bool = False
     """Also use the teacher on the stream `unlabeled`. The teacher gets the crop, the student a strong view of it
-    (`data.strong`, colours only), so that the student does not just copy the teacher's errors."""
+    (`data.strong`), so that the student does not just copy the teacher's errors."""
+    cutmix: bool = False
+    """`unlabeled` only: paste a box of another crop into the strong view (`data.strong.cutmix_*`), and into the
+    teacher's probabilities. Boundaries without context make the student rely on what is inside each object."""
 
 
 class KTDARecipe(BaseRecipe):

@@ -6,6 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from rsseg.layers.blocks import cutmix
 from rsseg.layers.losses import pixel_cross_entropy
 
 
@@ -43,16 +44,6 @@ class PseudoLabels:
         return self.confident(threshold).sum() / self.valid.sum().clamp(min=1)
 
 
-def cutmix(x: Tensor, mix: Tensor) -> Tensor:
-    """Replace the pixels in the box of each sample i by those of sample B - 1 - i.
-
-    Args:
-        x: (B, H, W) or (B, C, H, W), any dtype.
-        mix: bool (B, H, W), True inside the box.
-    """
-    return torch.where(mix if x.ndim == 3 else mix[:, None], x.flip(0), x)
-
-
 def pseudo_label_loss(
     logits: Tensor, pseudo: PseudoLabels, *, threshold: float | Tensor, divisor: Literal["valid", "confident"] = "valid"
 ) -> Tensor:
@@ -77,23 +68,24 @@ def pseudo_label_loss(
 class ClassThresholds(nn.Module):
     """Confidence thresholds by class, from a running mean of the confidence of each class's pseudo-labels."""
 
-    running: Tensor
+    running_mean: Tensor
 
     def __init__(self, num_classes: int, confidence: float, *, momentum: float = 0.95) -> None:
         """Start with the threshold `confidence` for every class; the most certain class keeps it."""
         super().__init__()
         self.confidence, self.momentum = confidence, momentum
-        self.register_buffer("running", torch.ones(num_classes))
+        # Named as that of batch norms, which the trainer restores after a discarded step.
+        self.register_buffer("running_mean", torch.ones(num_classes))
 
     @torch.no_grad()
     def forward(self, pseudo: PseudoLabels) -> Tensor:
         """Record the pseudo-labels of one batch; returns the thresholds, float (K,)."""
-        classes = torch.arange(len(self.running), device=self.running.device)
+        classes = torch.arange(len(self.running_mean), device=self.running_mean.device)
         shown = (pseudo.labels[..., None] == classes) & pseudo.valid[..., None]
         count = shown.flatten(0, 2).sum(0)
         mean = (shown * pseudo.confidence[..., None]).flatten(0, 2).sum(0) / count.clamp(min=1)
-        self.running.lerp_(torch.where(count > 0, mean, self.running), 1.0 - self.momentum)
-        return self.confidence * self.running / self.running.max()
+        self.running_mean.lerp_(torch.where(count > 0, mean, self.running_mean), 1.0 - self.momentum)
+        return self.confidence * self.running_mean / self.running_mean.max()
 
 
 def complementary_masks(pairs: int, channels: int, *, device: torch.device | str = "cpu") -> Tensor:

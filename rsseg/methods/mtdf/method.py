@@ -11,10 +11,10 @@ from rsseg.backbones.backbone import Backbone
 from rsseg.backbones.zoo import create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
-from rsseg.layers.blocks import has_batch_norm, resize, unrecorded_statistics
+from rsseg.layers.blocks import cutmix, has_batch_norm, resize, unrecorded_statistics
 from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import LoadModel, Method, ParamGroup, StepOutput, start_from
-from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, complementary_masks, cutmix, pseudo_label_loss
+from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, complementary_masks, pseudo_label_loss
 from rsseg.methods.mtdf.network import MTDFSegmenter, StudentOutput, assemble_segmenter, crop_sizes, teacher_task
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.task import Task
