@@ -174,9 +174,9 @@ def _joined(problems: Sequence[Any], values: dict[str, Any]) -> list[dict[str, A
             if depth == 0 and part in METHODS:
                 continue
             inside = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-            if isinstance(node, (list, tuple)) and isinstance(part, int):
+            if isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
                 inside = node[part]
-            if inside is _ABSENT and not isinstance(node, dict):
+            if inside is _ABSENT and not isinstance(node, (dict, list, tuple)):
                 place = place[:depth]  # the rest names the alternative
                 break
             node = inside

@@ -53,5 +53,5 @@ def test_run_records_the_number_it_found(
     monkeypatch.setattr(sys, "argv", ["rsseg", "train", "--recipe", str(recipe), "--batch-size", "many"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 3
-    assert "trainer.batch_size" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err

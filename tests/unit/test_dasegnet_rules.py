@@ -21,7 +21,11 @@ from rsseg.task import IGNORE_INDEX
 from tests.conftest import rgb_task
 from tests.unit.dasegnet_models import make_method, make_recipe
 
-PUBLISHED = [load_recipe(name) for name in packaged_recipes() if name.startswith("dasegnet-")]
+PUBLISHED = [
+    load_recipe(name)
+    for name in packaged_recipes()
+    if name.startswith("dasegnet-") and not name.startswith("dasegnet-recommended")
+]
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:

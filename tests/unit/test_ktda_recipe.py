@@ -65,4 +65,4 @@ def test_training_parts_that_do_not_fit_are_refused(changes: dict[str, Any], mes
 )
 def test_networks_trained_for_one_size_ask_for_tiles_of_it(changes: dict[str, Any], flexible: bool) -> None:
     tile = build_segmenter(recipe_of(TAUGHT, **changes), TASK).tile
-    assert (tile.flexible, tile.size) == ((True, 1024) if flexible else (False, 32))
+    assert (tile.flexible, tile.size) == ((True, 1280) if flexible else (False, 32))
