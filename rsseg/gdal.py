@@ -10,9 +10,10 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import RasterioError
 from rasterio.transform import Affine
+from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
 from rsseg.errors import DataError
@@ -21,6 +22,9 @@ STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": F
 """Without these, GDAL returns truncated JPEG and PNG files without an error."""
 _MOST_SHIFT = 0.51
 """Tolerance in pixels for rounded coordinates of the same grid."""
+
+_EXACT = 1e-4
+"""Error of a resampled position in pixels; GDAL fails with 0."""
 
 Mirror = tuple[bool, bool]
 """Whether rows and whether columns are in reverse order."""
@@ -39,11 +43,45 @@ class _Located(Protocol):
     def transform(self) -> Affine: ...
 
 
-def open_dataset(file: Path | str, options: dict[str, Any]) -> Any:
-    """Open a file with rasterio under GDAL options; raises `DataError`."""
+class _Resampled(WarpedVRT):  # type: ignore[misc]
+    """A warped raster with the names, scales and offsets of its bands, which GDAL drops."""
+
+    @property
+    def descriptions(self) -> tuple[str | None, ...]:
+        return (*self.src_dataset.descriptions, *[None] * (self.count - self.src_dataset.count))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (*self.src_dataset.scales, *[1.0] * (self.count - self.src_dataset.count))
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        return (*self.src_dataset.offsets, *[0.0] * (self.count - self.src_dataset.count))
+
+
+def open_dataset(file: Path | str, options: dict[str, Any], shrink: tuple[float, float] | None = None) -> Any:
+    """Open a file with rasterio under GDAL options; raises `DataError`.
+
+    `shrink` makes the pixels larger by these factors along columns and rows: the mean of the pixels that a larger one
+    covers, or bilinear between them for smaller ones.
+    """
     try:
         with rasterio.Env(**options):
-            return rasterio.open(os.fspath(file))
+            dataset = rasterio.open(os.fspath(file))
+            if shrink is None:
+                return dataset
+            width, height = max(1, round(dataset.width / shrink[0])), max(1, round(dataset.height / shrink[1]))
+            flags = dataset.mask_flag_enums[0]
+            return _Resampled(
+                dataset,
+                crs=dataset.crs,
+                transform=dataset.transform * Affine.scale(dataset.width / width, dataset.height / height),
+                width=width,
+                height=height,
+                resampling=Resampling.average if max(shrink) > 1 else Resampling.bilinear,
+                tolerance=_EXACT,
+                add_alpha=MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags,
+            )
     except RasterioError as error:
         if "://" not in str(file) and not str(file).startswith("/vsi") and not Path(file).exists():
             raise DataError(f"{file}: there is no such file.") from None

@@ -120,6 +120,7 @@ class Raster:
         nodata: float | None = None,
         zero_collar: bool = False,
         columns: int | None = None,
+        shrink: tuple[float, float] | None = None,
     ) -> None:
         """Open for reading.
 
@@ -130,6 +131,7 @@ class Raster:
             nodata: value without data in every band, instead of what the files declare; NaN is added to it.
             zero_collar: treat pixels that are 0 in every band as nodata.
             columns: width of the widest window to read, of which GDAL caches two rows of blocks; None: the whole width.
+            shrink: see `gdal.open_dataset`.
 
         Raises:
             DataError: a file is missing or unreadable, the files lie on different grids, or a band does not exist.
@@ -140,7 +142,7 @@ class Raster:
         self._options: dict[str, Any] = {"GDAL_NUM_THREADS": 1, **gdal.STRICT}
         self._stack = ExitStack()
         try:
-            datasets = [self._stack.enter_context(gdal.open_dataset(file, self._options)) for file in files]
+            datasets = [self._stack.enter_context(gdal.open_dataset(file, self._options, shrink)) for file in files]
             self._parts = self._choose(datasets, bands)
             self.info = self._describe(nodata)
         except BaseException:
@@ -203,8 +205,7 @@ class Raster:
         """Stored values `(count, h, w)` of `info.stored_dtype`: no nodata, no scale. For label masks."""
         window = window or Window(0, 0, self.info.height, self.info.width)
         row, col, height, width = window
-        inside = 0 <= row < row + height <= self.info.height and 0 <= col < col + width <= self.info.width
-        if not inside:
+        if not (0 <= row < row + height <= self.info.height and 0 <= col < col + width <= self.info.width):
             raise ValueError(f"{window} is not inside the {self.info.height} x {self.info.width} pixels of {self.name}")
         with self._reading():
             parts = [
@@ -343,8 +344,7 @@ class Raster:
 
     def _bands(self) -> list[tuple[Any, int]]:
         """File and 1-based number of each band to read, in order."""
-        by_file = [(part.dataset, band) for part in self._parts for band in part.bands]
-        return [by_file[i] for i in self._order]
+        return [[(part.dataset, band) for part in self._parts for band in part.bands][i] for i in self._order]
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

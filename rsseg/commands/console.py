@@ -142,4 +142,6 @@ def _plain(data: Any) -> Any:
         return data.model_dump(mode="json")
     if isinstance(data, list | tuple):
         return [_plain(item) for item in data]
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
     return data

@@ -2,10 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from pydantic import ValidationError
@@ -16,8 +16,9 @@ from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import Calibration
-    from rsseg.scene.batch import Outcome, Target
-    from rsseg.scene.options import SceneOptions
+    from rsseg.scene.batch import Outcome, SceneJob, Target
+    from rsseg.scene.cluster import Cluster
+    from rsseg.scene.options import ClassArea, SceneOptions
     from rsseg.scene.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -25,7 +26,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def predict(
     scenes: Annotated[
-        list[str], typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), URLs.")
+        list[str],
+        typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), STAC items (.json), URLs."),
     ],
     model: Annotated[
         Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
@@ -45,6 +47,9 @@ def predict(
     ] = None,
     nodata: Annotated[
         float | None, typer.Option("--nodata", help="Nodata value instead of the declared one; nan is added to it.")
+    ] = None,
+    gsd: Annotated[
+        float | None, typer.Option("--gsd", help="Resample the scenes to this ground sampling distance in metres.")
     ] = None,
     zero_collar: Annotated[
         bool, typer.Option("--zero-collar", help="Treat pixels that are 0 in all bands as nodata.")
@@ -92,6 +97,14 @@ def predict(
         float, typer.Option("--simplify", min=0, help="Tolerance in pixels for simplifying polygon borders.")
     ] = 0.0,
     preview: Annotated[Path | None, typer.Option("--preview", help="Also a PNG with scene, classes, legend.")] = None,
+    asset: Annotated[str | None, typer.Option("--asset", help="Asset of STAC items to predict.")] = None,
+    mosaic: Annotated[
+        Path | None,
+        typer.Option("--mosaic", help="Also one map of all scenes: .vrt or .tif; areas count overlaps once."),
+    ] = None,
+    catalog: Annotated[
+        Path | None, typer.Option("--catalog", help="Also a list of the outputs: .json (STAC items) or .csv.")
+    ] = None,
     part: Annotated[
         str, typer.Option("--part", metavar="I/N", help="Predict the I-th of N parts of the scenes.")
     ] = "1/1",
@@ -102,17 +115,26 @@ def predict(
         bool, typer.Option("--resume-scene", help="Keep finished rows on disk and continue from them.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Predict on a Ray cluster: HOST:PORT, auto, or local."),
+    ] = None,
+    ray_cpus: Annotated[int, typer.Option("--ray-cpus", min=1, help="Cores of a worker on the cluster.")] = 1,
+    tries: Annotated[
+        int, typer.Option("--tries", min=1, help="With --ray: give up a scene that has lost so many workers.")
+    ] = 3,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()
-    from rsseg.commands.progress import stage_bar
+    from rsseg.checkpoint import calibration_of, read_header
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import check_targets, choose_targets, find_scenes, predict_scenes
-    from rsseg.scene.blocks import with_applicability
-    from rsseg.scene.memory import prepare_model
+    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
+    from rsseg.scene.blocks import prepare_judging_model
+    from rsseg.scene.catalog import expand_items
+    from rsseg.scene.cluster import Cluster
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
@@ -123,6 +145,7 @@ def predict(
         tta=tta,
         bands=bands.split(",") if bands else None,
         nodata=nodata,
+        gsd=gsd,
         zero_collar=zero_collar,
         aoi=aoi,
         batch_size=batch_size,
@@ -143,57 +166,103 @@ def predict(
         overwrite=overwrite,
     )
     share = Share.from_environment(os.environ)
-    found = find_scenes(scenes)
-    targets = choose_targets(found, output, _part(part))
+    named, ids = expand_items(scenes, asset)
+    found = find_scenes(named)
+    targets = choose_targets(found, output, _part(part), ids)
+    combined = _Combined(mosaic, catalog)
+    combined.check(targets, [*named, *found], overwrite=overwrite, again=skip_existing)
     if not targets:
         print_note(f"No scene belongs to part {part}.")
         return
     file = choose_model(model, runs)
+    if ray is not None and (gpus > 1 or share.count > 1):
+        raise UsageError("--ray starts its own workers: leave out --gpus, and give --device cuda for a GPU per worker.")
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
     options = options.model_copy(update={"device": _own_device(device, share)})
-    inputs: list[Path | str] = [file, *scenes, *found]
-    outcomes: list[Outcome] = []
+    job = SceneJob(options, (file, *named, *found), skip_existing)
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
         print_note(f"Model: {file}")
-        network = with_applicability(file, prepare_model(file, options), options)
-        _note_calibration(options, network.calibration)
+        _note_calibration(options, calibration_of(read_header(file), file))
         if dry_run:
-            check_targets(network, targets, options, inputs)
+            network = prepare_judging_model(file, options)
+            check_targets(network.network.task, targets, options, job.inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
-        with stage_bar() as advance:
-
-            def progress(target: "Target") -> Any:
-                number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
-                return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
-
-            for outcome in predict_scenes(
-                network,
-                targets,
-                options,
-                inputs=inputs,
-                skip_existing=skip_existing,
-                on_plan=lambda plan: print_note(plan.text()),
-                progress=progress,
-                share=share,
-            ):
-                outcomes.append(outcome)
-                if outcome.exception is not None and len(targets) == 1 and not skip_existing:
-                    raise outcome.exception  # a single scene fails with its own exit code
-                if outcome.error is not None:
-                    print_error(outcome.error)
-                elif outcome.status == "skipped":
-                    print_note(f"{outcome.scene}: {outcome.output} is up to date.")
+        if ray is None:
+            outcomes = _here(file, targets, job, share)
+        else:
+            outcomes = _on_cluster(file, targets, job, Cluster(ray, ray_cpus, tries))
+        finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
     if not share.is_main:
         return
     if as_json:
-        print_json([o.result for o in outcomes if o.result] if len(found) == 1 else outcomes)
-    else:
-        _print(outcomes)
-    if failed := [outcome.scene for outcome in outcomes if outcome.status == "failed"]:
-        raise PartialFailure(f"{len(failed)} of {len(outcomes)} scenes failed: {', '.join(failed)}.")
+        results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
+    areas = combined.write(file, finished)
+    if as_json:
+        print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
+    elif mosaic is not None:
+        _print_areas(areas)
+        print_result(f"{mosaic}")
+    if failed := [outcome.scene for outcome in finished if outcome.status == "failed"]:
+        raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
+
+
+def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
+    """Predict in this process."""
+    from rsseg.commands.progress import stage_bar
+    from rsseg.scene.batch import predict_scenes
+    from rsseg.scene.blocks import prepare_judging_model
+
+    network = prepare_judging_model(file, job.options)
+    with stage_bar() as advance:
+
+        def progress(target: "Target") -> Any:
+            number = f"{targets.index(target) + 1}/{len(targets)} " if len(targets) > 1 else ""
+            return lambda done, total: advance(f"{number}{Path(target.scene).name}", done, total)
+
+        yield from predict_scenes(
+            network,
+            targets,
+            job.options,
+            inputs=job.inputs,
+            skip_existing=job.skip_existing,
+            on_plan=lambda plan: print_note(plan.text()),
+            progress=progress,
+            share=share,
+        )
+
+
+def _on_cluster(file: Path, targets: "Sequence[Target]", job: "SceneJob", cluster: "Cluster") -> "Iterator[Outcome]":
+    """Predict on a Ray cluster."""
+    from rsseg.checkpoint import read_header
+    from rsseg.commands.progress import bar
+    from rsseg.scene.batch import run_batch
+    from rsseg.scene.cluster import on_ray
+
+    with bar("scenes") as advance:
+        advance(0, len(targets))
+        outcomes = run_batch(read_header(file).task, targets, job, on_ray(cluster, file, job))
+        for done, outcome in enumerate(outcomes, start=1):
+            advance(done, len(targets))
+            yield outcome
+
+
+def _collect(outcomes: "Iterator[Outcome]", *, one: bool, kept: bool) -> "list[Outcome]":
+    """Report outcomes as they come; results stay in memory only if they are `kept`."""
+    finished = []
+    for outcome in outcomes:
+        if outcome.exception is not None and one:
+            raise outcome.exception  # a single scene fails with its own exit code
+        if outcome.error is not None:
+            print_error(outcome.error)
+        elif outcome.status == "skipped":
+            print_note(f"{outcome.scene}: {outcome.output} is up to date.")
+        if not kept:
+            _print(outcome)
+        finished.append(outcome if kept else outcome.model_copy(update={"result": None, "exception": None}))
+    return finished
 
 
 def _own_device(name: str, share: "Share") -> str:
@@ -205,22 +274,62 @@ def _own_device(name: str, share: "Share") -> str:
     return str(own_device(name, int(os.environ["LOCAL_RANK"])))
 
 
-def _print(outcomes: "list[Outcome]") -> None:
-    for outcome in outcomes:
-        if outcome.result is not None:
-            areas = outcome.result.areas
-            columns = ("class", "pixels", "share", "area (ha)")
-            print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
-            print_note(
-                "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
-                f"rsseg sample {outcome.output} --per-stratum 50 -o points.gpkg, then rsseg assess."
-            )
-            for file in outcome.result.extra_outputs:
-                print_note(f"{file}")
-            if outcome.result.polygons is not None:
-                print_note(f"{outcome.result.polygons} polygons")
-        if outcome.status != "failed":
-            print_result(f"{outcome.output}")
+def _print_areas(areas: "Sequence[ClassArea]") -> None:
+    columns = ("class", "pixels", "share", "area (ha)")
+    print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
+    print_note(
+        "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
+        "rsseg sample MAP --per-stratum 50 -o points.gpkg, then rsseg assess."
+    )
+
+
+class _Combined(NamedTuple):
+    """Files about a whole batch."""
+
+    mosaic: Path | None
+    catalog: Path | None
+
+    def check(self, targets: "Sequence[Target]", inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
+        """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
+        from rsseg.files import check_outputs
+        from rsseg.scene.catalog import check_catalog, is_catalog
+        from rsseg.scene.mosaic import check_mosaic
+        from rsseg.scene.source import is_local, made_from
+
+        if self.mosaic is not None:
+            check_mosaic(self.mosaic)
+        if self.catalog is not None:
+            check_catalog(self.catalog)
+        read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
+        for option, path, is_own in (("--mosaic", self.mosaic, made_from), ("--catalog", self.catalog, is_catalog)):
+            if path is not None:
+                own = again and path.is_file() and bool(is_own(path))
+                check_outputs([(option, path)], read, overwrite=overwrite or own)
+
+    def write(self, model: Path, finished: "Sequence[Outcome]") -> "tuple[ClassArea, ...]":
+        """Write them from what is finished; returns the areas of the mosaic."""
+        from rsseg.checkpoint import read_header
+        from rsseg.scene.catalog import write_catalog
+        from rsseg.scene.mosaic import write_mosaic
+
+        if self.catalog is not None:
+            write_catalog(finished, self.catalog)
+            print_note(f"{self.catalog}")
+        rasters = [outcome.output for outcome in finished if outcome.status != "failed"]
+        if self.mosaic is None or not rasters:
+            return ()
+        return write_mosaic(rasters, read_header(model).task, self.mosaic)
+
+
+def _print(outcome: "Outcome") -> None:
+    if outcome.result is not None:
+        _print_areas(outcome.result.areas)
+        for file in outcome.result.extra_outputs:
+            print_note(f"{file}")
+        if outcome.result.polygons is not None:
+            print_note(f"{outcome.result.polygons} polygons")
+    if outcome.status != "failed":
+        print_result(f"{outcome.output}")
 
 
 def _note_calibration(options: "SceneOptions", calibration: "Calibration | None") -> None:

@@ -1,27 +1,31 @@
-"""Batches of scenes: find them, choose their outputs, predict one after the other."""
+"""Batches of scenes: find them, choose their outputs, predict them here or elsewhere, keep records."""
 
 import glob
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rsseg.errors import RssegError, UsageError
-from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder
+from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder, write_text
 from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
+from rsseg.task import Task
 from rsseg.text import read_lines
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
 """One line per scene that was tried, beside the outputs."""
+QUARANTINE = "rsseg_quarantine.txt"
+"""List of the scenes that failed, each below its reason; can be given to `rsseg predict`."""
 
 
 class Target(NamedTuple):
@@ -83,13 +87,19 @@ def find_scenes(names: Sequence[str]) -> list[str]:
     return scenes
 
 
-def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, int] = (1, 1)) -> list[Target]:
+def choose_targets(
+    scenes: Sequence[str],
+    output: Path | None,
+    part: tuple[int, int] = (1, 1),
+    ids: Mapping[str, str] = MappingProxyType({}),
+) -> list[Target]:
     """Outputs of scenes: `output` itself for one scene, `STEM_rsseg.tif` in the folder `output` for several.
 
     Args:
         scenes: as `find_scenes` returns them.
         output: file or folder; None is the current folder.
         part: number of this part, from 1, and of parts: every n-th scene, so that machines can share the work.
+        ids: names of scenes that stand for their stems.
 
     Raises:
         UsageError: two scenes would write one file, or no such part.
@@ -97,7 +107,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     number, parts = part
     if not 1 <= number <= parts:
         raise UsageError(f"--part {number}/{parts}: there is no such part. Write 1/4 for the first of four.")
-    names = [f"{Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
+    names = [f"{ids.get(scene) or Path(scene).stem}{PRODUCT_ENDING}.tif" for scene in scenes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two scenes would be written to {twice[0]}; predict them into different folders.")
     into_folder = output is not None and (len(scenes) > 1 or is_folder(output) or output.suffix == "")
@@ -107,9 +117,7 @@ def choose_targets(scenes: Sequence[str], output: Path | None, part: tuple[int, 
     return targets[number - 1 :: parts]
 
 
-def check_targets(
-    prepared: PreparedNetwork, targets: Sequence[Target], options: SceneOptions, inputs: Iterable[Path | str]
-) -> None:
+def check_targets(task: Task, targets: Sequence[Target], options: SceneOptions, inputs: Iterable[Path | str]) -> None:
     """Raise if outputs of a batch would replace one another or an input of any scene.
 
     Raises:
@@ -118,9 +126,26 @@ def check_targets(
     for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
         if len(targets) > 1 and name is not None and not is_extension(name):
             raise UsageError(f"{option} {name}: for several scenes give the extension only, such as {name.suffix}.")
-    outputs = [pair for t in targets for pair in list_outputs(prepared.network.task, t.output, options)]
+    outputs = [pair for t in targets for pair in list_outputs(task, t.output, options)]
     read = source_files([str(name) for name in inputs] + [target.scene for target in targets])
     check_outputs(outputs, [file for name in read if (file := local_file(name))], overwrite=True)
+
+
+class SceneJob(NamedTuple):
+    """What to do with each scene of a batch.
+
+    options: of all scenes
+    inputs: further files that no output may replace: the model, scenes of other parts
+    skip_existing: leave out scenes whose outputs exist and were made from the same scene, model and options
+    """
+
+    options: SceneOptions
+    inputs: tuple[Path | str, ...] = ()
+    skip_existing: bool = False
+
+
+Execute = Callable[[Sequence[Target]], Iterator[Outcome]]
+"""Predict scenes, in any order; yield the outcome of each."""
 
 
 def predict_scenes(
@@ -134,59 +159,110 @@ def predict_scenes(
     progress: Callable[[Target], Progress] | None = None,
     share: Share = ALONE,
 ) -> Iterator[Outcome]:
-    """Predict one scene after the other; one that fails does not stop the rest.
-
-    Of several scenes, the outcomes are appended to `JOURNAL` beside the outputs.
+    """Predict one scene after the other in this process; see `run_batch`.
 
     Args:
         prepared: the network.
         targets: scenes and outputs.
         options: of all scenes.
-        inputs: further files that no output may replace: the model, scenes of other parts.
-        skip_existing: leave out scenes whose outputs exist and were made from the same scene, model and options.
+        inputs: see `SceneJob`.
+        skip_existing: see `SceneJob`.
         on_plan: called before each scene.
         progress: returns the `Progress` of a scene.
         share: this process's part of every scene; only the main one has results.
+    """
+    job = SceneJob(options, tuple(inputs), skip_existing)
+
+    def execute(waiting: Sequence[Target]) -> Iterator[Outcome]:
+        for target in waiting:
+            yield predict_target(prepared, target, job, on_plan=on_plan, progress=progress, share=share)
+
+    return run_batch(prepared.network.task, targets, job, execute, records=share.is_main)
+
+
+def run_batch(
+    task: Task, targets: Sequence[Target], job: SceneJob, execute: Execute, *, records: bool = True
+) -> Iterator[Outcome]:
+    """Predict scenes; one that fails does not stop the rest.
+
+    Of several scenes, the outcomes are appended to `JOURNAL` beside the outputs, and those that failed are listed in
+    `QUARANTINE`, which is removed if all succeed.
+
+    Args:
+        task: of the model.
+        targets: scenes and outputs.
+        job: what to do with each.
+        execute: where to do it.
+        records: write journal and quarantine list.
 
     Raises:
         UsageError: see `check_targets`.
     """
-    check_targets(prepared, targets, options, inputs)
-    for target in targets:
-        start = time.monotonic()
-        result, skipped = None, False
-        failure: Exception | None = None
-        try:
-            with share.of_scene(target.output, resume=options.resume):
-                # An existing output is compared before it is refused.
-                tolerant = options.model_copy(update={"overwrite": options.overwrite or skip_existing})
-                scene = prepare_scene(prepared, target.scene, target.output, tolerant, inputs)
-                skipped = skip_existing and _is_done(scene, options)
-                if skipped:
-                    if share.is_main:
-                        make_extras(scene, only_missing=True)
-                else:
-                    if on_plan is not None:
-                        on_plan(scene.describe())
-                    told = None if progress is None else progress(target)
-                    result = predict_prepared(scene, progress=told, share=share)
-        except Exception as error:  # one bad file must not end a long batch
-            failure = error
-        message = None
-        if failure is not None:
-            message = str(failure) if isinstance(failure, RssegError) else f"{target.scene}: unexpected {failure!r}"
-        outcome = Outcome(
-            scene=target.scene,
-            output=target.output,
-            status="skipped" if skipped and not failure else "failed" if failure else "done",
-            seconds=time.monotonic() - start,
-            error=message,
-            result=result,
-            exception=failure,
-        )
-        if len(targets) > 1 and share.is_main:
+    check_targets(task, targets, job.options, job.inputs)
+    failed: dict[Target, str] = {}
+    for outcome in execute(targets):
+        if outcome.error is not None:
+            failed[Target(outcome.scene, outcome.output)] = outcome.error
+        if len(targets) > 1 and records:
             _append_to_journal(outcome)
         yield outcome
+    if len(targets) > 1 and records:
+        _write_quarantine(targets, failed)
+
+
+def predict_target(
+    prepared: PreparedNetwork,
+    target: Target,
+    job: SceneJob,
+    *,
+    keep_finished: bool = False,
+    on_plan: Callable[[ScenePlan], None] | None = None,
+    progress: Callable[[Target], Progress] | None = None,
+    share: Share = ALONE,
+) -> Outcome:
+    """Predict one scene of a batch; no exception but those that end the process.
+
+    Args:
+        prepared: the network.
+        target: scene and output.
+        job: what to do.
+        keep_finished: skip what is done even if the job does not ask for it.
+        on_plan: called before the prediction.
+        progress: returns the `Progress` of the scene.
+        share: this process's part.
+    """
+    start = time.monotonic()
+    options, skip = job.options, job.skip_existing or keep_finished
+    result, skipped = None, False
+    failure: Exception | None = None
+    try:
+        with share.of_scene(target.output, resume=options.resume):
+            # An existing output is compared before it is refused.
+            tolerant = options.model_copy(update={"overwrite": options.overwrite or skip})
+            scene = prepare_scene(prepared, target.scene, target.output, tolerant, job.inputs)
+            skipped = skip and _is_done(scene, options)
+            if skipped:
+                if share.is_main:
+                    make_extras(scene, only_missing=True)
+            else:
+                if on_plan is not None:
+                    on_plan(scene.describe())
+                told = None if progress is None else progress(target)
+                result = predict_prepared(scene, progress=told, share=share)
+    except Exception as error:  # one bad file must not end a long batch
+        failure = error
+    message = None
+    if failure is not None:
+        message = str(failure) if isinstance(failure, RssegError) else f"{target.scene}: unexpected {failure!r}"
+    return Outcome(
+        scene=target.scene,
+        output=target.output,
+        status="skipped" if skipped and not failure else "failed" if failure else "done",
+        seconds=time.monotonic() - start,
+        error=message,
+        result=result,
+        exception=failure,
+    )
 
 
 def _is_done(scene: PreparedScene, options: SceneOptions) -> bool:
@@ -229,3 +305,18 @@ def _append_to_journal(outcome: Outcome) -> None:
     path = outcome.output.parent / JOURNAL
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(path, json.dumps(line))
+
+
+def _write_quarantine(targets: Sequence[Target], failed: Mapping[Target, str]) -> None:
+    path = targets[0].output.parent / QUARANTINE
+    lines = []
+    for target in targets:
+        if target in failed:
+            reason = " ".join(failed[target].split())
+            # Names in a list are relative to its folder.
+            lines += [f"# {reason}", str(Path(target.scene).absolute()) if is_local(target.scene) else target.scene]
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "\n".join(lines) + "\n")
+    else:
+        path.unlink(missing_ok=True)

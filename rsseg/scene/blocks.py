@@ -26,7 +26,7 @@ from rsseg.inference.torch_network import TensorLogits
 from rsseg.raster import RasterInfo
 from rsseg.recipe import recipe_from_dict
 from rsseg.scene.batch import find_scenes
-from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork
+from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, prepare_model
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import read_ahead
@@ -293,13 +293,14 @@ def load_reference(model: Path, prepared: PreparedNetwork, *, progress: Progress
     return reference
 
 
-def with_applicability(model: Path, prepared: PreparedNetwork, options: SceneOptions) -> PreparedNetwork:
-    """The network, which also judges how near its features are to the training images' if the options ask for it.
+def prepare_judging_model(model: Path, options: SceneOptions) -> PreparedNetwork:
+    """`prepare_model`, which also judges how near features are to the training images' if the options ask for it.
 
     Raises:
         UsageError: another engine than torch, blending or test-time augmentation.
         WeightsError: see `load_reference`.
     """
+    prepared = prepare_model(model, options)
     if not options.applicability:
         return prepared
     if options.blend != "crop" or options.tta != "none":

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from rsseg.fields import Result
+from rsseg.task import NODATA, Task
 from rsseg.text import duration
 
 Progress = Callable[[int, int], None]
@@ -37,6 +40,8 @@ class SceneOptions(BaseModel):
     """Names or 1-based numbers of the file's bands, in the model's order."""
     nodata: float | None = None
     """Nodata value, instead of what the file declares."""
+    gsd: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Resample the scene to pixels of this many metres on the ground, window by window; None keeps its pixels."""
     zero_collar: bool = False
     """Treat pixels that are 0 in every band as nodata."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
@@ -96,6 +101,25 @@ class ClassArea(Result):
     square_meters: float | None
     """On the ellipsoid; None without known coordinates."""
     hectares: float | None
+
+    @classmethod
+    def table(
+        cls, task: Task, counts: NDArray[np.int64], square_meters: NDArray[np.float64] | None
+    ) -> "tuple[ClassArea, ...]":
+        """Area of each class in the order of the task, from the pixels and square metres of each value, (256,)."""
+        total = max(int(counts[:NODATA].sum()), 1)
+        areas = [None if square_meters is None else float(square_meters[c.value]) for c in task.classes]
+        return tuple(
+            cls(
+                name=c.name,
+                value=c.value,
+                pixels=int(counts[c.value]),
+                share=int(counts[c.value]) / total,
+                square_meters=area,
+                hectares=None if area is None else area / 1e4,
+            )
+            for c, area in zip(task.classes, areas, strict=True)
+        )
 
 
 class SceneResult(Result):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rsseg.inference.tiling import Panel, TilePlan
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
-from rsseg.scene.source import identify_files, local_file, open_scene, source_files
+from rsseg.scene.source import ground_sides, identify_files, local_file, open_scene, source_files
 from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
 from rsseg.task import IGNORE_INDEX, Task
 from rsseg.vector.aoi import Region, read_region, region_files
@@ -25,6 +26,8 @@ from rsseg.vector.write import polygon_files
 
 _MOST_SIDE, _MOST_PIXELS = 10**8, 10**14
 """The land of the Earth has 1.5e14 m2."""
+_GSD_RATIO = 1.5
+"""Pixels that are larger or smaller than those of the training by more than this factor are worth a warning."""
 _TRIM_AT = 0.9
 """Share of the estimate, or of `max_memory`, above which free memory is returned to the system."""
 
@@ -100,7 +103,7 @@ class PreparedScene:
         Tiles are included: they follow from the size of the scene, the network and the options. Batch size and free
         memory are left out: they change the last digits of logits at most.
         """
-        names = {"blend", "nodata", "zero_collar", "tta", "confidence", "probabilities", "format"}
+        names = {"blend", "nodata", "gsd", "zero_collar", "tta", "confidence", "probabilities", "format"}
         settings = self.options.model_dump(mode="json", include=names) | {
             "bands": self.bands,
             "tile": (self.plan.rows.tile, self.plan.cols.tile),
@@ -213,7 +216,7 @@ def prepare_scene(
         memory_bytes=fit.memory_bytes,
         trim_above=prepared.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
-        warnings=(*_band_warnings(info, network.task, options), *fit.warnings),
+        warnings=(*_band_warnings(info, network.task, options), *_gsd_warnings(info, network.task), *fit.warnings),
     )
 
 
@@ -279,6 +282,19 @@ def _band_warnings(info: RasterInfo, task: Task, options: SceneOptions) -> list[
             f"Give the order with --bands {','.join(f'NAME_OF_{band.upper()}' for band in task.bands)}"
         )
     return warnings
+
+
+def _gsd_warnings(info: RasterInfo, task: Task) -> list[str]:
+    sides = ground_sides(info)
+    if task.gsd_m is None or sides is None:
+        return []
+    gsd = math.sqrt(sides[0] * sides[1])
+    if 1 / _GSD_RATIO <= gsd / task.gsd_m <= _GSD_RATIO:
+        return []
+    return [
+        f"the pixels are {gsd:.3g} m on the ground, the network was trained at {task.gsd_m:g} m. Resample with "
+        f"--gsd {task.gsd_m:g}"
+    ]
 
 
 def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Path, Product], ...]:

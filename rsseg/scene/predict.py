@@ -240,19 +240,7 @@ class _Sink:
 
     def class_areas(self, task: Task) -> tuple[ClassArea, ...]:
         """Area of each class, in the order of the task's classes."""
-        total = max(int(self.counts[:NODATA].sum()), 1)
-        areas = [None if self._pixel_areas is None else float(self._areas[c.value]) for c in task.classes]
-        return tuple(
-            ClassArea(
-                name=c.name,
-                value=c.value,
-                pixels=int(self.counts[c.value]),
-                share=int(self.counts[c.value]) / total,
-                square_meters=area,
-                hectares=None if area is None else area / 1e4,
-            )
-            for c, area in zip(task.classes, areas, strict=True)
-        )
+        return ClassArea.table(task, self.counts, None if self._pixel_areas is None else self._areas)
 
 
 def _compute(

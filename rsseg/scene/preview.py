@@ -41,7 +41,7 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     palette = np.zeros((256, 4), np.uint8)
     for info in task.classes:
         palette[info.value] = (*info.color, 255)
-    painted = palette[_read(classes, nearest=True)[0][0].astype(np.uint8)]
+    painted = palette[_read(classes, picture.shape[:2])[0][0].astype(np.uint8)]
     legend = [(info.color, info.name) for info in task.classes]
     sheet = draw_sheet([Image.fromarray(picture), Image.fromarray(painted)], legend)
     about = PngInfo()
@@ -52,14 +52,14 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     return output
 
 
-def _read(path: Path | str, *, nearest: bool = False) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Three bands or one at reduced size, float32 (bands, h, w), and where they have data."""
+def _read(path: Path | str, size: tuple[int, ...] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Three bands or one at reduced size, float32 (bands, h, w), and where they have data; classes at `size`."""
     try:
         with rasterio.open(path) as file:
             factor = min(1.0, SIDE / max(file.width, file.height))
-            size = max(1, round(file.height * factor)), max(1, round(file.width * factor))
+            resampling = Resampling.average if size is None else Resampling.nearest
+            size = size or (max(1, round(file.height * factor)), max(1, round(file.width * factor)))
             bands = _shown_bands(list(file.colorinterp))
-            resampling = Resampling.nearest if nearest else Resampling.average
             pixels = file.read(bands, out_shape=(len(bands), *size), resampling=resampling, out_dtype=np.float32)
             return pixels, file.dataset_mask(out_shape=size) > 0
     except RasterioError as error:

@@ -15,7 +15,7 @@ from rsseg.errors import UsageError
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.scene.batch import JOURNAL, Outcome, Target, choose_targets, find_scenes, predict_scenes
+from rsseg.scene.batch import JOURNAL, QUARANTINE, Outcome, Target, choose_targets, find_scenes, predict_scenes
 from rsseg.scene.memory import PreparedNetwork, prepare_network
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
@@ -75,6 +75,13 @@ def test_broken_scene_does_not_stop_the_rest_and_is_in_the_journal(tmp_path: Pat
     lines = [json.loads(line) for line in (tmp_path / "out" / JOURNAL).read_text().splitlines()]
     assert [line["status"] for line in lines] == ["done", "failed", "done"]
     assert "b.tif" in lines[1]["error"]
+    quarantine = tmp_path / "out" / QUARANTINE
+    assert find_scenes([str(quarantine)]) == [str(scenes[1])]
+    assert quarantine.read_text().startswith("# ")
+    write_tif(scenes[1], random_pixels(40, 50))
+    again = predict_scenes(ready_for(ConvSegmenter(make_task())), targets, options(), skip_existing=True)
+    assert statuses(list(again)) == ["skipped", "done", "skipped"]
+    assert not quarantine.exists()
 
 
 def test_existing_products_are_skipped_only_if_made_from_the_same(tmp_path: Path, scenes: list[Path]) -> None:

@@ -82,7 +82,10 @@ def test_what_fails_in_one_process_ends_all_with_its_exit_code(folder: Path) -> 
     batch = predict(folder, "in", "-o", "out", "--gpus", "2")
     assert batch.returncode == 7, batch.stderr
     assert "1 of 2 scenes failed" in batch.stderr
-    assert [name for name in files_in(folder / "out") if not name.startswith("b_")] == ["rsseg_journal.jsonl"]
+    assert [name for name in files_in(folder / "out") if not name.startswith("b_")] == [
+        "rsseg_journal.jsonl",
+        "rsseg_quarantine.txt",
+    ]
 
 
 def part(tmp_path: Path, number: int, start: str, segmenter: Segmenter, **choices: Any) -> SceneResult | None:

@@ -1,7 +1,9 @@
 """One rank of the two-process tests: trains a small method, writes weights and losses. Arguments: folder, accumulation,
 name of the case."""
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,11 +14,13 @@ from safetensors.torch import save_file
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg.config import BaseRecipe
-from rsseg.data.streams import Batch, Samples
+from rsseg.data.streams import Batch, Samples, training_batches
 from rsseg.distributed import StopSignals, process_group
 from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Method, Segmenter
+from rsseg.methods.registry import method_for
 from rsseg.metrics import scores
+from rsseg.recipe import recipe_from_dict
 from rsseg.runs import RunFolder
 from rsseg.training.checkpoints import Checkpoints
 from rsseg.training.device import Hardware
@@ -24,6 +28,7 @@ from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
+from tests.conformance.cases import make_case, recipe_files
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 from tests.unit.dasegnet_models import SIDE, make_method
 
@@ -66,7 +71,42 @@ def domains(number: int) -> Batch:
     return {"source": Samples(source, valid, masks), "target": Samples(target**2, valid)}
 
 
-CASES: Mapping[str, Callable[[dict[str, Any]], Made]] = MappingProxyType({"toy": toy, "dasegnet": dasegnet})
+def real(file: str) -> Callable[[dict[str, Any]], Made]:
+    """A small recipe on images, without what draws random numbers in a forward pass; plain SGD, as above."""
+
+    def make(trainer: dict[str, Any]) -> Made:
+        folder = Path(tempfile.mkdtemp())
+        case = make_case({path.stem: path for path in recipe_files()}[file], folder)
+        values = case.recipe.model_dump(mode="json", exclude_unset=True)
+        values["trainer"] |= {"steps": 3, "batch_size": 2, **trainer}
+        values["optimizers"] = {"main": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
+        recipe = recipe_from_dict(values, file)
+        torch.manual_seed(0)
+        method = method_for(recipe, case.task)
+        for module in method.modules():
+            if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
+                module.p = 0.0
+        accumulate = recipe.trainer.grad_accum_steps
+        loaded = training_batches(case.recipe, method.streams, case.task, device="cpu", start_step=0)
+        pool = [next(loaded) for _ in range(12)]
+        loaded.close()
+        shutil.rmtree(folder)
+
+        def batches(start: int, rank: int, ranks: int) -> Iterator[Batch]:
+            yield from (pool[micro * ranks + rank] for micro in range(start * accumulate, len(pool) // ranks))
+
+        return recipe, method, batches
+
+    return make
+
+
+CASES: Mapping[str, Callable[[dict[str, Any]], Made]] = MappingProxyType(
+    {
+        "toy": toy,
+        "dasegnet": dasegnet,
+        "supervised": real("demo-supervised"),
+    }
+)
 
 
 class Losses(Progress):

@@ -13,6 +13,9 @@ HANGING_S = 15.0
 """Far above the second that it takes, far below the minutes that a process group waits for a lost process."""
 
 
+LOSSES = {"toy": 2, "dasegnet": 6, "supervised": 1}
+
+
 def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -21,7 +24,14 @@ def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("case", "rtol", "atol"), [("toy", 1e-10, 1e-12), ("dasegnet", 1e-4, 1e-6)])
+@pytest.mark.parametrize(
+    ("case", "rtol", "atol"),
+    [
+        ("toy", 1e-10, 1e-12),
+        ("dasegnet", 1e-4, 1e-6),
+        ("supervised", 1e-4, 1e-6),
+    ],
+)
 def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: float, atol: float, tmp_path: Path) -> None:
     done = in_two_processes("-m", "tests.training.ddp_worker", str(tmp_path), "2", case)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -33,7 +43,7 @@ def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: floa
     assert one.keys() == two.keys()
     # running statistics follow the images that each process sees; they are the main process's
     compared = [name for name in one if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    assert sum(name.startswith("loss.") for name in compared) == (2 if case == "toy" else 6)
+    assert sum(name.startswith("loss.") for name in compared) == LOSSES[case]
     for name in compared:
         single = name.startswith("loss.")  # logged in single precision
         assert not single or one[name].max() > 0
