@@ -230,7 +230,7 @@ def _on_device(loader: DataLoader[_HostBatch | Exception], scalings: Mapping[str
             if isinstance(batch, Exception):
                 raise batch
             yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}
-    except (ConnectionError, EOFError) as error:  # it died while it sent a batch, and not as torch would report it
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # it died while it sent a batch
         raise MachineError(
             f"a loader process ended: {error!r}. The system may have stopped it; choose fewer loader workers."
         ) from None
