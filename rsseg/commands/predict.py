@@ -203,7 +203,7 @@ def predict(
     if as_json:
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
-        _print_areas(areas)
+        _print_areas(areas, mosaic)
         print_result(f"{mosaic}")
     if failed := [outcome.scene for outcome in finished if outcome.status == "failed"]:
         raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
@@ -274,12 +274,12 @@ def _own_device(name: str, share: "Share") -> str:
     return str(own_device(name, int(os.environ["LOCAL_RANK"])))
 
 
-def _print_areas(areas: "Sequence[ClassArea]") -> None:
+def _print_areas(areas: "Sequence[ClassArea]", output: Path) -> None:
     columns = ("class", "pixels", "share", "area (ha)")
     print_table(columns, [(a.name, a.pixels, a.share, a.hectares) for a in areas])
     print_note(
         "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
-        "rsseg sample MAP --per-stratum 50 -o points.gpkg, then rsseg assess."
+        f"rsseg sample {output} --per-stratum 50 -o points.gpkg, then rsseg assess."
     )
 
 
@@ -323,7 +323,7 @@ class _Combined(NamedTuple):
 
 def _print(outcome: "Outcome") -> None:
     if outcome.result is not None:
-        _print_areas(outcome.result.areas)
+        _print_areas(outcome.result.areas, outcome.output)
         for file in outcome.result.extra_outputs:
             print_note(f"{file}")
         if outcome.result.polygons is not None:
