@@ -132,9 +132,8 @@ def predict(
     from rsseg.checkpoint import calibration_of, read_header
     from rsseg.runs import choose_model
     from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
-    from rsseg.scene.blocks import prepare_judging_model
     from rsseg.scene.catalog import expand_items
-    from rsseg.scene.cluster import Cluster
+    from rsseg.scene.cluster import Cluster, prepare_for
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
@@ -185,7 +184,7 @@ def predict(
         print_note(f"Model: {file}")
         _note_calibration(options, calibration_of(read_header(file), file))
         if dry_run:
-            network = prepare_judging_model(file, options)
+            network = prepare_for(file, options)
             check_targets(network.network.task, targets, options, job.inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
@@ -213,9 +212,9 @@ def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Shar
     """Predict in this process."""
     from rsseg.commands.progress import stage_bar
     from rsseg.scene.batch import predict_scenes
-    from rsseg.scene.blocks import prepare_judging_model
+    from rsseg.scene.cluster import prepare_for
 
-    network = prepare_judging_model(file, job.options)
+    network = prepare_for(file, job.options)
     with stage_bar() as advance:
 
         def progress(target: "Target") -> Any:

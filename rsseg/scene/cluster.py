@@ -17,8 +17,8 @@ import rsseg
 from rsseg.errors import MachineError, RssegError, UsageError
 from rsseg.files import is_folder
 from rsseg.scene.batch import Execute, Outcome, SceneJob, Target, predict_target
-from rsseg.scene.blocks import prepare_judging_model
-from rsseg.scene.memory import PreparedNetwork
+from rsseg.scene.memory import PreparedNetwork, prepare_model
+from rsseg.scene.options import SceneOptions
 
 _CONNECT_S = 10.0
 """Time limit for reaching the cluster."""
@@ -30,6 +30,15 @@ _STORE_BYTES = 80 << 20
 """Ray's object store on this machine: only names and results pass through it."""
 _LIBRARY_BYTES = 1 << 30
 """Memory of a worker besides --max-memory: Python, torch, GDAL."""
+
+
+def prepare_for(model: Path, options: SceneOptions) -> PreparedNetwork:
+    """Prepare a model for a prediction, here or on a worker; torch is imported only if an option needs it."""
+    if not options.applicability:
+        return prepare_model(model, options)
+    from rsseg.scene.blocks import prepare_judging_model
+
+    return prepare_judging_model(model, options)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class _Worker:
         os.chdir(self._plan.folder)
         torch.set_num_threads(self._plan.threads)
         try:
-            self._prepared = prepare_judging_model(self._plan.model, self._plan.job.options)
+            self._prepared = prepare_for(self._plan.model, self._plan.job.options)
             facts = {"rsseg": rsseg.__version__, "torch": version("torch"), "model": _digest(self._plan.model)}
         except RssegError as error:
             return host | {"error": str(error).rstrip(".")}
