@@ -269,7 +269,7 @@ def test_page_and_csv_show_every_cell_and_the_paired_difference(dataset: Path, t
     assert "+0.030 ± 0.028" in row
     assert "0.550 | 0.610" in row
     assert "Failed: mini-fixmatch, seed 0: training diverged" in page
-    assert "- demo-4, mini-fixmatch, seed 1" in page
+    assert "- demo-4, mini-fixmatch: seeds 0, 1" in page
     assert "(results/demo-4-seeds.svg)" in page
     assert (tmp_path / "docs" / "results" / "demo-4-curves.svg").is_file()
     rows = list(csv.DictReader((tmp_path / "docs" / "results.csv").open()))
