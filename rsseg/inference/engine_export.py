@@ -94,8 +94,10 @@ def _run(graph: Path, images: np.ndarray) -> np.ndarray:
 
         program = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return np.array(program(images)[0])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # a graph that does not run is an error of ours, said once
     try:
-        session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         return np.asarray(session.run(None, {"images": images})[0])
     except Exception as error:  # onnxruntime's own kinds
         raise RuntimeError(str(error)) from None
