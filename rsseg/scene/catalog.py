@@ -73,21 +73,22 @@ def _items(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Items of all pages of a collection, each with the name of its page."""
     seen: set[str] = set()
     page: str | None = name
+    is_empty = True
     while page is not None and page not in seen:
         seen.add(page)
         content = load_json(_read(page), page, DataError)
         kind = content.get("type") if isinstance(content, dict) else None
         if kind not in ("Feature", "FeatureCollection") or (kind == "Feature" and "assets" not in content):
             raise DataError(f"{page}: neither a STAC item nor an item collection (GeoJSON with assets).")
-        features = [content] if kind == "Feature" else content.get("features", [])
-        for item in features:
+        for item in [content] if kind == "Feature" else content.get("features") or []:
+            is_empty = False
             if not isinstance(item, dict) or not isinstance(item.get("assets"), dict):
                 raise DataError(f"{page}: a feature without assets is no STAC item.")
             yield page, item
-        links = content.get("links", []) if kind == "FeatureCollection" else []
+        links = content.get("links") or [] if kind == "FeatureCollection" else []
         following = next((link["href"] for link in links if link.get("rel") == "next" and "href" in link), None)
         page = None if following is None else urljoin(page, following)
-    if not features:
+    if is_empty:
         raise DataError(f"{name}: a collection without items.")
 
 

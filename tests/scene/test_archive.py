@@ -82,6 +82,13 @@ def test_files_that_are_no_items_are_refused(tmp_path: Path, text: str, message:
         expand_items([str(tmp_path / "items.json")])
 
 
+def test_last_page_of_a_collection_may_be_empty(tmp_path: Path) -> None:
+    collection(tmp_path / "last.json")
+    next_page = [{"rel": "next", "href": "last.json"}]
+    first = collection(tmp_path / "first.json", item("a", visual="a.tif"), links=next_page)
+    assert expand_items([first])[0] == [str(tmp_path / "a.tif")]
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder, and HOST:PORT of a server of it, in a process of its own: GDAL holds the lock of this one."""
