@@ -26,7 +26,7 @@ from rsseg.files import hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
 from rsseg.inference.machine import Cost, has_native_bfloat16
 from rsseg.inference.predict import Compute, extended
-from rsseg.inference.tiling import Span
+from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.task import Task, TileHint
 
 EngineName = Literal["torch", "onnx", "openvino", "auto"]
@@ -82,32 +82,22 @@ class ArrayLogits:
     def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
         """See `rsseg.inference.blend.TileLogits`."""
         kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
-        step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS) if self._factor else rows.length
+        step = rows.length
+        if row_factor(self.low.shape[1], self.full[0]):
+            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
         for start in range(rows.start, rows.stop, step):
             part = Span(start, min(start + step, rows.stop))
             kept.put((part.within(rows.start), slice(None)), decide_planes(self._rows(part)[..., cols.area], outputs))
         return kept
 
-    @property
-    def _factor(self) -> int:
-        """Scale factor if a range of rows can be resized separately; 0 if that would shift its pixels."""
-        height = self.low.shape[1]
-        factor = self.full[0] // height
-        return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
-
     def _rows(self, rows: Span) -> NDArray[np.float32]:
-        if not (factor := self._factor):
-            first, low, height = 0, self.low, self.full[0]
-        else:
-            # Bilinear: a row depends on the low-resolution rows above and below it.
-            above = max(rows.start // factor - 1, 0)
-            below = min(-(-rows.stop // factor) + 1, self.low.shape[1])
-            first, low, height = above * factor, self.low[:, above:below], (below - above) * factor
-        part = slice(rows.start - first, rows.stop - first)
-        if low.shape[1:] == (height, self.full[1]):
-            return low[:, part, : self.size[1]]
-        resized = [cv2.resize(plane, (self.full[1], height), interpolation=cv2.INTER_LINEAR) for plane in low]
-        return np.stack([plane[part, : self.size[1]] for plane in resized]).astype(np.float32, copy=False)
+        source, resized = resized_rows(rows, self.low.shape[1], self.full[0])
+        low, area = self.low[:, source.area], rows.within(resized.start)
+        if low.shape[1:] == (resized.length, self.full[1]):
+            return low[:, area, : self.size[1]]
+        size = (self.full[1], resized.length)
+        planes = [cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR)[area, : self.size[1]] for plane in low]
+        return np.stack(planes).astype(np.float32, copy=False)
 
 
 @dataclass(eq=False)

@@ -53,6 +53,21 @@ class Span:
         return slice(self.start - origin, self.stop - origin)
 
 
+def row_factor(low: int, full: int) -> int:
+    """Scale factor if ranges of `low` rows can be resized to `full` separately; 0 if that would shift their pixels."""
+    factor = full // low
+    return factor if factor * low == full and factor & (factor - 1) == 0 else 0
+
+
+def resized_rows(rows: Span, low: int, full: int) -> tuple[Span, Span]:
+    """The rows of low resolution to resize bilinearly, and the rows that they become, `rows` among them."""
+    if not (factor := row_factor(low, full)):
+        return Span(0, low), Span(0, full)
+    # A row depends on the low-resolution rows above and below it.
+    source = Span(max(rows.start // factor - 1, 0), min(-(-rows.stop // factor) + 1, low))
+    return source, Span(source.start * factor, source.stop * factor)
+
+
 @dataclass(frozen=True)
 class AxisPlan:
     """Tiles along one axis, each of `tile` pixels.

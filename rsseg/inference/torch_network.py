@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsseg.inference.blend import CLASSES_ONLY, FULL, Decision, PixelOutputs
 from rsseg.inference.predict import Compute, extended
-from rsseg.inference.tiling import Span
+from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.layers.blocks import resize_logits
 from rsseg.methods.base import Segmenter
 from rsseg.task import Task, TileHint
@@ -74,29 +74,16 @@ class TensorLogits:
         On a GPU there is one part, because each part costs kernel launches.
         """
         step = rows.length
-        if self.low.device.type == "cpu" and self._factor:
+        if self.low.device.type == "cpu" and row_factor(self.low.shape[2], self.full[0]):
             step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
         for start in range(rows.start, rows.stop, step):
             part = Span(start, min(start + step, rows.stop))
             yield part, self._rows(part)
 
-    @property
-    def _factor(self) -> int:
-        """Scale factor if a range of rows can be resized separately; 0 if that would shift its pixels."""
-        height = self.low.shape[2]
-        factor = self.full[0] // height
-        return factor if factor * height == self.full[0] and factor & (factor - 1) == 0 else 0
-
     def _rows(self, rows: Span) -> Tensor:
-        if not (factor := self._factor):
-            first, low, height = 0, self.low, self.full[0]
-        else:
-            # Bilinear: a row depends on the low-resolution rows above and below it.
-            above = max(rows.start // factor - 1, 0)
-            below = min(-(-rows.stop // factor) + 1, self.low.shape[2])
-            first, low, height = above * factor, self.low[:, :, above:below], (below - above) * factor
-        logits = resize_logits(low, (height, self.full[1]))[0]
-        return logits[:, rows.start - first : rows.stop - first, : self.size[1]]
+        source, resized = resized_rows(rows, self.low.shape[2], self.full[0])
+        logits = resize_logits(self.low[:, :, source.area], (resized.length, self.full[1]))[0]
+        return logits[:, rows.within(resized.start), : self.size[1]]
 
 
 def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
