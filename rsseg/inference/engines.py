@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.task import Task, TileHint
 
+Program = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""float32 (1, C, H, W) -> (1, K, h, w)."""
 EngineName = Literal["torch", "onnx", "openvino", "auto"]
 _PACKAGES: dict[Literal["openvino", "onnx"], str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 """In the order of preference of `auto`."""
@@ -104,17 +107,17 @@ class ArrayLogits:
 class EngineNetwork:
     """See `rsseg.inference.predict.Network`: an exported graph.
 
-    start: number of threads -> function that computes float32 (1, C, H, W) -> (1, K, h, w)
+    start: threads of a batch and number of parallel batches -> a program, which may be called by several threads
     """
 
     facts: ExportedFacts
     engine: str
     dtype: str
-    start: Callable[[int, int], Callable[[NDArray[np.float32]], NDArray[np.float32]]]
+    start: Callable[[int, int], Program]
     device: str = "cpu"
     asynchronous: bool = False
-    _lanes: threading.local = field(default_factory=threading.local)
-    _run: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    _local: threading.local = field(default_factory=threading.local)
+    _program: Program | None = None
     _lock: Any = field(default_factory=threading.Lock)
 
     @property
@@ -144,7 +147,7 @@ class EngineNetwork:
 
     def use_threads(self, count: int) -> None:
         """See `Network`."""
-        self._lanes.threads = count
+        self._local.threads = count
 
     def logits(self, images: Sequence[NDArray[np.float32]], compute: Compute) -> list[ArrayLogits]:
         """See `Network.logits`; one image at a time, as batches are no faster on a CPU."""
@@ -177,16 +180,16 @@ class EngineNetwork:
                 f"--engine {self.engine} computes this network in tiles of {self.facts.side} pixels, not of "
                 f"{full[0]} x {full[1]}. Leave out --tile, or give --engine torch."
             )
-        low = self._runner()(np.ascontiguousarray(image)[None])
+        low = self._started()(np.ascontiguousarray(image)[None])
         return ArrayLogits(np.asarray(low[0], np.float32), full, size)
 
-    def _runner(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        """One program for all lanes, started for the number of threads of the first."""
+    def _started(self) -> Program:
+        """One program for all parallel batches, each with the number of threads of the first."""
         with self._lock:
-            if self._run is None:
-                count = getattr(self._lanes, "threads", self.threads())
-                self._run = self.start(count, max(self.threads() // count, 1))
-        return self._run
+            if self._program is None:
+                count = getattr(self._local, "threads", self.threads())
+                self._program = self.start(count, max(self.threads() // count, 1))
+        return self._program
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def open_engine(model: Path, engine: EngineName, device: str, precision: str) ->
     graph, facts = exported_graph(find_model(model))
     wide = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16())
     dtype = "bfloat16" if engine == "openvino" and wide else "float32"
-    network = EngineNetwork(facts, engine, dtype, _STARTS[engine](graph, dtype))
+    network = EngineNetwork(facts, engine, dtype, partial(_PROGRAMS[engine], graph, dtype))
     return ReadyEngine(network, facts.model, graph.stat().st_size)
 
 
@@ -276,50 +279,43 @@ def _read_facts(graph: Path, digest: str) -> ExportedFacts | None:
     return facts if graph.is_file() and (facts.model, facts.rsseg) == (digest, rsseg.__version__) else None
 
 
-def _start_onnx(graph: Path, dtype: str) -> Any:
-    def start(threads: int, lanes: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:  # noqa: ARG001
-        import onnxruntime
+def _onnx_program(graph: Path, _dtype: str, threads: int, _parallel_batches: int) -> Program:
+    import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Spinning threads take the cores from the reader, the writer and other programs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(None, {"images": images})[0]
-
-    del dtype
-    return start
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Spinning threads take the cores from the reader, the writer and other programs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
 
 
-def _start_openvino(graph: Path, dtype: str) -> Any:
-    def start(threads: int, lanes: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        import openvino
+def _openvino_program(graph: Path, dtype: str, threads: int, parallel_batches: int) -> Program:
+    import openvino
 
-        core, local, lock = openvino.Core(), threading.local(), threading.Lock()
-        compiled: dict[tuple[int, ...], Any] = {}
-        settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
-            "INFERENCE_NUM_THREADS": threads * lanes,
-            "NUM_STREAMS": lanes,
-        }
+    core, local, lock = openvino.Core(), threading.local(), threading.Lock()
+    compiled: dict[tuple[int, ...], Any] = {}
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+        "INFERENCE_NUM_THREADS": threads * parallel_batches,
+        "NUM_STREAMS": parallel_batches,
+    }
 
-        def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
-            with lock:
-                if images.shape not in compiled:
-                    compiled.clear()  # a scene has tiles of one size
-                    model = core.read_model(str(graph))
-                    model.reshape(list(images.shape))
-                    compiled[images.shape] = core.compile_model(model, "CPU", settings)
-                program = compiled[images.shape]
-            if getattr(local, "program", None) is not program:
-                local.program, local.request = program, program.create_infer_request()
-            result = local.request.infer([images], share_inputs=True)
-            return np.array(result[0], np.float32)
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with lock:
+            if images.shape not in compiled:
+                compiled.clear()  # a scene has tiles of one size
+                model = core.read_model(str(graph))
+                model.reshape(list(images.shape))
+                compiled[images.shape] = core.compile_model(model, "CPU", settings)
+            program = compiled[images.shape]
+        if getattr(local, "program", None) is not program:
+            local.program, local.request = program, program.create_infer_request()
+        result = local.request.infer([images], share_inputs=True)
+        return np.array(result[0], np.float32)
 
-        return run
-
-    return start
+    return run
 
 
-_STARTS = {"onnx": _start_onnx, "openvino": _start_openvino}
+_PROGRAMS = {"onnx": _onnx_program, "openvino": _openvino_program}

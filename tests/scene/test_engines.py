@@ -110,6 +110,30 @@ def test_engine_that_cannot_be_used_is_a_message(
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
+@pytest.mark.parametrize("logits", [None, np.nan])
+def test_graph_that_does_not_give_torchs_logits_is_refused_in_a_sentence_and_auto_takes_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], logits: float | None
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def run_graph(_: Path, images: np.ndarray) -> np.ndarray:
+        if logits is None:
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape")
+        return np.full((1, 4, images.shape[2] // 4, images.shape[3] // 4), logits, np.float32)
+
+    monkeypatch.setattr("rsseg.inference.engine_export._run", run_graph)
+    file, scene = write_network(tmp_path), write_tif(tmp_path / "scene.tif", patches(64, 64))
+    arguments = ["predict", str(scene), "--model", str(file), "-o", str(tmp_path / "out.tif"), "--engine"]
+    assert run([*arguments, "onnx"]) == 2
+    problem = "does not run on images of" if logits is None else "computes other logits than rsseg's own for images of"
+    error = capsys.readouterr().err
+    assert f"{file}: exported for other engines, the network {problem} 256 x 256 pixels. Give --engine torch." in error
+    assert "Reshape" not in error
+    assert not list(tmp_path.glob(".*.onnx"))
+    assert run([*arguments, "auto"]) == 0
+    assert "with torch" in capsys.readouterr().err
+
+
 def test_engine_that_is_not_installed_is_a_message_and_auto_takes_torch(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
