@@ -131,9 +131,8 @@ def predict(
     wait_passively()
     from rsseg.checkpoint import calibration_of, read_header
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes
+    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes, prepare_for
     from rsseg.scene.catalog import expand_items
-    from rsseg.scene.cluster import Cluster, prepare_for
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
@@ -192,6 +191,8 @@ def predict(
         if ray is None:
             outcomes = _here(file, targets, job, share)
         else:
+            from rsseg.scene.cluster import Cluster
+
             outcomes = _on_cluster(file, targets, job, Cluster(ray, ray_cpus, tries))
         finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
     if not share.is_main:
@@ -211,8 +212,7 @@ def predict(
 def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
     """Predict in this process."""
     from rsseg.commands.progress import stage_bar
-    from rsseg.scene.batch import predict_scenes
-    from rsseg.scene.cluster import prepare_for
+    from rsseg.scene.batch import predict_scenes, prepare_for
 
     network = prepare_for(file, job.options)
     with stage_bar() as advance:

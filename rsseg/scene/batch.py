@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rsseg.errors import RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder, write_text
-from rsseg.scene.memory import PreparedNetwork
+from rsseg.scene.memory import PreparedNetwork, prepare_model
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
@@ -49,6 +49,16 @@ class Outcome(BaseModel):
     result: SceneResult | None = None
     exception: Annotated[Exception | None, Field(exclude=True)] = None
     """Of a failed scene."""
+
+
+def prepare_for(model: Path, options: SceneOptions) -> PreparedNetwork:
+    """`prepare_model` for all outputs of the options; torch is imported only if the engine or an output needs it."""
+    prepared = prepare_model(model, options)
+    if not options.applicability:
+        return prepared
+    from rsseg.scene.blocks import add_judge
+
+    return add_judge(model, prepared, options)
 
 
 def find_scenes(names: Sequence[str]) -> list[str]:

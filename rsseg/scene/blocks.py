@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rsseg.checkpoint import find_model, read_header
 from rsseg.config import SelectConfig
-from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
+from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.sources import select_items
 from rsseg.errors import DataError, UsageError, WeightsError
 from rsseg.files import temporary_path
@@ -25,13 +25,11 @@ from rsseg.inference.tiling import Panel, Span
 from rsseg.inference.torch_network import TensorLogits
 from rsseg.raster import RasterInfo
 from rsseg.recipe import recipe_from_dict
-from rsseg.scene.batch import find_scenes
-from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, prepare_model
+from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import read_ahead
 from rsseg.scene.source import read_tiles
-from rsseg.task import Task
 
 Progress = Callable[[str, int, int], None]
 """Called with a file or the images in words, and the numbers of finished and of all tiles or images."""
@@ -91,24 +89,6 @@ class _Part(NamedTuple):
     entropy: NDArray[np.float64]
     features: NDArray[np.float32]
     cells: NDArray[np.float32]
-
-
-def open_images(names: Sequence[str], task: Task, options: SceneOptions) -> list[Image]:
-    """Scenes, or the unlabeled images of a prepared dataset.
-
-    Raises:
-        DataError: the dataset has no unlabeled image, or several files per image.
-    """
-    if len(names) == 1 and (Path(names[0]).is_dir() or names[0].endswith(".json")) and _is_dataset(Path(names[0])):
-        index = SegmentationIndex.load(Path(names[0]))
-        items = [item for item in index.items if item.mask is None]
-        if not items:
-            raise DataError(
-                f"{names[0]}: every image has a mask, so none is left to choose from. Give scenes, or a dataset with "
-                "unlabeled images."
-            )
-        return dataset_images(index, items, task.bands, options)
-    return [Image(scene, options, scene) for scene in find_scenes(names)]
 
 
 def dataset_images(
@@ -293,16 +273,13 @@ def load_reference(model: Path, prepared: PreparedNetwork, *, progress: Progress
     return reference
 
 
-def prepare_judging_model(model: Path, options: SceneOptions) -> PreparedNetwork:
-    """`prepare_model`, which also judges how near features are to the training images' if the options ask for it.
+def add_judge(model: Path, prepared: PreparedNetwork, options: SceneOptions) -> PreparedNetwork:
+    """Let the network also judge how near features are to those of the model's training images.
 
     Raises:
         UsageError: another engine than torch, blending or test-time augmentation.
         WeightsError: see `load_reference`.
     """
-    prepared = prepare_model(model, options)
-    if not options.applicability:
-        return prepared
     if options.blend != "crop" or options.tta != "none":
         raise UsageError("--applicability is computed per tile. Use it with --blend crop and --tta none.")
     prepared = replace(prepared, network=with_features(prepared.network, "--applicability"))
@@ -335,7 +312,3 @@ def _make_reference(model: Path, prepared: PreparedNetwork, progress: Progress) 
         return reference.with_threshold(features(recipe.data.val or SelectConfig(), "val"), "validation images")
     except DataError:  # without validation images the training windows judge one another
         return reference.with_threshold(reference.vectors, "training images")
-
-
-def _is_dataset(path: Path) -> bool:
-    return path.suffix == ".json" or (path / INDEX_NAME).is_file()

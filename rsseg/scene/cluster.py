@@ -16,9 +16,8 @@ from typing import Any
 import rsseg
 from rsseg.errors import MachineError, RssegError, UsageError
 from rsseg.files import is_folder
-from rsseg.scene.batch import Execute, Outcome, SceneJob, Target, predict_target
-from rsseg.scene.memory import PreparedNetwork, prepare_model
-from rsseg.scene.options import SceneOptions
+from rsseg.scene.batch import Execute, Outcome, SceneJob, Target, predict_target, prepare_for
+from rsseg.scene.memory import PreparedNetwork
 
 _CONNECT_S = 10.0
 """Time limit for reaching the cluster."""
@@ -30,15 +29,6 @@ _STORE_BYTES = 80 << 20
 """Ray's object store on this machine: only names and results pass through it."""
 _LIBRARY_BYTES = 1 << 30
 """Memory of a worker besides --max-memory: Python, torch, GDAL."""
-
-
-def prepare_for(model: Path, options: SceneOptions) -> PreparedNetwork:
-    """Prepare a model for a prediction, here or on a worker; torch is imported only if an option needs it."""
-    if not options.applicability:
-        return prepare_model(model, options)
-    from rsseg.scene.blocks import prepare_judging_model
-
-    return prepare_judging_model(model, options)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,6 @@ class PreparedScene:
     products: tuple[tuple[Path, Product], ...]
     polygons: Path | None
     preview: Path | None
-    parallel_batches: int
     memory_bytes: int
     trim_above: int
     seconds: float
@@ -132,7 +131,7 @@ class PreparedScene:
             redundancy=self.plan.redundancy * self.tiles / self.plan.count,
             blend=self.options.blend,
             batch_size=self.compute.batch_size,
-            parallel_batches=self.parallel_batches,
+            parallel_batches=self.compute.parallel_batches,
             device=self.network.device,
             dtype=self.network.dtype,
             engine=self.network.engine,
@@ -212,7 +211,6 @@ def prepare_scene(
         products=products,
         polygons=polygons,
         preview=preview,
-        parallel_batches=fit.parallel_batches,
         memory_bytes=fit.memory_bytes,
         trim_above=prepared.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),

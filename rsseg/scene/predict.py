@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.errors import MachineError
+from rsseg.errors import MachineError, UsageError
 from rsseg.inference.blend import Strip, Tile
 from rsseg.inference.machine import HeapGuard, memory_errors
 from rsseg.inference.predict import predict_strips
@@ -58,11 +58,16 @@ def predict_scene(
         progress: called with the number of finished tiles and of all tiles.
 
     Raises:
-        UsageError: an output exists already, would replace an input or cannot be written; overlap and tile do not fit.
+        UsageError: an output exists already, would replace an input or cannot be written; overlap and tile do not fit;
+            applicability, which a network without its model file cannot judge.
         DataError: the scene is missing, damaged, or lacks bands.
         MachineError: the disk is full, there is too little memory, or the device does not exist.
     """
     options = options or SceneOptions()
+    if options.applicability:
+        raise UsageError(
+            "applicability needs the training images of a model file: see `rsseg.scene.memory.prepare_model`."
+        )
     prepared = prepare_scene(prepare_network(segmenter, options), scene, Path(output), options)
     result = predict_prepared(prepared, progress=progress)
     assert result is not None  # for the type checker: this process is the only one

@@ -11,6 +11,7 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
+from rsseg.data.index import INDEX_NAME, SegmentationIndex
 from rsseg.datasets.prepare.add import Chip, write_chip, write_chip_classes
 from rsseg.errors import DataError, UsageError
 from rsseg.fields import Result
@@ -19,7 +20,16 @@ from rsseg.inference.blend import CLASSES_ONLY
 from rsseg.inference.features import Reference, with_features
 from rsseg.inference.tiling import Span
 from rsseg.raster import RasterInfo, Window
-from rsseg.scene.blocks import LEAST_BLOCK, Blocks, Image, Progress, load_reference, measure_blocks, open_images
+from rsseg.scene.batch import find_scenes
+from rsseg.scene.blocks import (
+    LEAST_BLOCK,
+    Blocks,
+    Image,
+    Progress,
+    dataset_images,
+    load_reference,
+    measure_blocks,
+)
 from rsseg.scene.memory import PreparedNetwork
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
@@ -181,7 +191,7 @@ def suggest(
         raise UsageError(f"{chips}: --chips exists already. Choose another folder.")
     prepared = replace(prepared, network=with_features(prepared.network, "suggest"))
     task = prepared.network.task
-    images = open_images(names, task, options)
+    images = _open_images(names, task, options)
     reference = load_reference(model, prepared, progress=progress)
     blocks = measure_blocks(prepared, images, block, progress=progress)
     choices = choose_blocks(blocks, reference, count, classes=task.class_names, per_image=per_image)
@@ -212,6 +222,28 @@ def suggest(
             _write_chip(prepared, blocks.images[number], suggestion, chips)
         write_chip_classes(chips, task)
     return found
+
+
+def _open_images(names: Sequence[str], task: Task, options: SceneOptions) -> list[Image]:
+    """Scenes, or the unlabeled images of a prepared dataset.
+
+    Raises:
+        DataError: the dataset has no unlabeled image, or several files per image.
+    """
+    if len(names) == 1 and (Path(names[0]).is_dir() or names[0].endswith(".json")) and _is_dataset(Path(names[0])):
+        index = SegmentationIndex.load(Path(names[0]))
+        items = [item for item in index.items if item.mask is None]
+        if not items:
+            raise DataError(
+                f"{names[0]}: every image has a mask, so none is left to choose from. Give scenes, or a dataset with "
+                "unlabeled images."
+            )
+        return dataset_images(index, items, task.bands, options)
+    return [Image(scene, options, scene) for scene in find_scenes(names)]
+
+
+def _is_dataset(path: Path) -> bool:
+    return path.suffix == ".json" or (path / INDEX_NAME).is_file()
 
 
 def _write(output: Path, found: Sequence[Suggestion], infos: Sequence[RasterInfo], task: Task) -> None:

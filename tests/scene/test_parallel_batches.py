@@ -73,7 +73,7 @@ def test_free_memory_decides_nothing_but_how_many_batches_run_in_parallel(
         scarce = prepare_scene(prepare_network(segmenter, choices), scene, tmp_path / "out.tif", choices)
         monkeypatch.setattr("rsseg.scene.memory.free_bytes", lambda: 64 << 30)
         plenty = prepare_scene(prepare_network(segmenter, choices), scene, tmp_path / "out.tif", choices)
-    assert (scarce.parallel_batches, plenty.parallel_batches) == (1, 3)
+    assert (scarce.compute.parallel_batches, plenty.compute.parallel_batches) == (1, 3)
     assert (scarce.plan, scarce.panels, scarce.compute.batch_size) == (
         plenty.plan,
         plenty.panels,

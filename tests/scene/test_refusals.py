@@ -142,3 +142,10 @@ def test_cog_is_refused_while_the_disk_has_too_little_room_for_it(
     with pytest.raises(MachineError, match="--format gtiff"):
         predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
     assert files_in(tmp_path) == ["scene.tif"]
+
+
+def test_applicability_without_a_model_file_is_refused_instead_of_written_as_zeros(tmp_path: Path) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(20, 20))
+    with pytest.raises(UsageError, match="applicability needs the training images of a model file"):
+        predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(applicability=True))
+    assert files_in(tmp_path) == ["scene.tif"]
