@@ -257,8 +257,8 @@ def predict_target(
             else:
                 if on_plan is not None:
                     on_plan(scene.describe())
-                told = None if progress is None else progress(target)
-                result = predict_prepared(scene, progress=told, share=share)
+                of_scene = None if progress is None else progress(target)
+                result = predict_prepared(scene, progress=of_scene, share=share)
     except Exception as error:  # one bad file must not end a long batch
         failure = error
     message = None

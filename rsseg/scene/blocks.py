@@ -16,7 +16,6 @@ from rsseg.config import SelectConfig
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.sources import select_items
 from rsseg.errors import DataError, UsageError, WeightsError
-from rsseg.files import temporary_path
 from rsseg.inference.blend import Tile, TileLogits
 from rsseg.inference.features import REFERENCE_NAME, Reference, feature_backbone, window_cells, with_features
 from rsseg.inference.machine import memory_errors
@@ -126,7 +125,7 @@ def measure_blocks(
         DataError: an image is missing, damaged, or lacks bands.
         UsageError: too many blocks.
     """
-    parts, infos = [], []
+    parts, infos, held = [], [], 0
     for number, image in enumerate(images):
         alone: Progress = progress if len(images) == 1 else lambda *_: None
         info, windows, counts, entropy, features = _measure_image(prepared, image, side, alone)
@@ -137,7 +136,8 @@ def measure_blocks(
         infos.append(info)
         where = np.full(int(kept.sum()), number, np.int64)
         parts.append((where, windows[kept], counts[kept], entropy[kept], features[kept]))
-        if sum(part[4].size for part in parts) > _MOST_VALUES:
+        held += parts[-1][4].size
+        if held > _MOST_VALUES:
             raise UsageError(
                 f"--block {side}: too many blocks for the memory. Choose a larger --block or fewer scenes."
             )
@@ -148,8 +148,7 @@ def measure_blocks(
 def _measure_image(
     prepared: PreparedNetwork, image: Image, side: int, progress: Progress
 ) -> tuple[RasterInfo, NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]]:
-    unused = temporary_path(Path.cwd() / "suggest.tif")
-    scene = prepare_scene(prepared, image.file, unused, image.options)
+    scene = prepare_scene(prepared, image.file, None, image.options)
     info, task = scene.info, scene.network.task
     rows, cols = (-(-length // side) for length in (info.height, info.width))
     channels = feature_backbone(prepared.network.segmenter).info.channels[-1]  # type: ignore[attr-defined]

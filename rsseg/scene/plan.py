@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -144,14 +144,18 @@ class PreparedScene:
 
 
 def prepare_scene(
-    prepared: PreparedNetwork, scene: Path | str, output: Path, options: SceneOptions, inputs: Iterable[Path | str] = ()
+    prepared: PreparedNetwork,
+    scene: Path | str,
+    output: Path | None,
+    options: SceneOptions,
+    inputs: Iterable[Path | str] = (),
 ) -> PreparedScene:
     """Open a scene, check the outputs, and choose the options that are None.
 
     Args:
         prepared: the network.
         scene: anything GDAL can open.
-        output: the class raster.
+        output: the class raster; None: nothing will be written.
         options: see `SceneOptions`.
         inputs: further files that no output may replace, such as the model.
 
@@ -184,14 +188,14 @@ def prepare_scene(
     if options.aoi is not None:
         region = read_region(options.aoi, info)
         files += tuple(str(file) for file in region_files(options.aoi))
-    products = _products(network.task, output, options)
-    polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
-    read: list[Path | str] = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
-    check_outputs(list_outputs(network.task, output, options), read, overwrite=options.overwrite)
-    # A side file of that name would become one of the output; it may be that of an earlier, deleted one.
-    side = output.with_name(f"{output.name}.aux.xml")
-    own = category_names(str(side)) == {c.value: c.name for c in network.task.classes}
-    check_outputs([("--output", side)], read, overwrite=options.overwrite or output.exists() or own)
+    products: tuple[tuple[Path, Product], ...] = ()
+    polygons: Path | None = None
+    preview: Path | None = None
+    if output is not None:
+        products = _products(network.task, output, options)
+        polygons, preview = (_named_after(output, name) for name in (options.polygons, options.preview))
+        read = [*inputs, *{path for file in files if (path := local_file(file)) is not None}]
+        _check_outputs(network.task, output, options, read)
     with memory_errors(OUT_OF_MEMORY):
         fit = fit_memory(prepared, info, [product for _, product in products], options)
     poses = poses_of(options.tta)
@@ -216,6 +220,14 @@ def prepare_scene(
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=(*_band_warnings(info, network.task, options), *_gsd_warnings(info, network.task), *fit.warnings),
     )
+
+
+def _check_outputs(task: Task, output: Path, options: SceneOptions, read: Sequence[Path | str]) -> None:
+    check_outputs(list_outputs(task, output, options), read, overwrite=options.overwrite)
+    # A side file of that name would become one of the output; it may be that of an earlier, deleted one.
+    side = output.with_name(f"{output.name}.aux.xml")
+    own = category_names(str(side)) == {c.value: c.name for c in task.classes}
+    check_outputs([("--output", side)], read, overwrite=options.overwrite or output.exists() or own)
 
 
 def find_unsure(task: Task, options: SceneOptions) -> int:

@@ -15,7 +15,7 @@ from rsseg.data.index import INDEX_NAME, SegmentationIndex
 from rsseg.datasets.prepare.add import Chip, write_chip, write_chip_classes
 from rsseg.errors import DataError, UsageError
 from rsseg.fields import Result
-from rsseg.files import check_outputs, temporary_path
+from rsseg.files import check_outputs
 from rsseg.inference.blend import CLASSES_ONLY
 from rsseg.inference.features import Reference, with_features
 from rsseg.inference.tiling import Span
@@ -265,8 +265,7 @@ def _write(output: Path, found: Sequence[Suggestion], infos: Sequence[RasterInfo
 
 def _write_chip(prepared: PreparedNetwork, image: Image, suggestion: Suggestion, folder: Path) -> None:
     """Cut a window with its predicted mask."""
-    unused = temporary_path(folder / "chip.tif")
-    scene = prepare_scene(prepared, image.file, unused, image.options)
+    scene = prepare_scene(prepared, image.file, None, image.options)
     window = Window(suggestion.row, suggestion.col, suggestion.height, suggestion.width)
     with scene.open() as raster:
         pixels, valid = raster.read(window)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from rsseg.errors import DataError, MachineError, UsageError
+from rsseg.scene.memory import prepare_network
+from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import StoppingSegmenter, files_in, options, random_pixels, read_classes
@@ -96,6 +98,8 @@ DISK_FULL = """
 import resource, signal, sys
 from pathlib import Path
 from rsseg.errors import MachineError
+from rsseg.scene.memory import prepare_network
+from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import predict_scene
 from tests.scene.helpers import options
 from tests.toys import ConvSegmenter, make_task
@@ -149,3 +153,12 @@ def test_applicability_without_a_model_file_is_refused_instead_of_written_as_zer
     with pytest.raises(UsageError, match="applicability needs the training images of a model file"):
         predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options(applicability=True))
     assert files_in(tmp_path) == ["scene.tif"]
+
+
+def test_scene_that_is_only_read_needs_no_folder_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = write_tif(tmp_path / "scene.tif", random_pixels(20, 20))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    prepared = prepare_network(ConvSegmenter(make_task()), options())
+    assert prepare_scene(prepared, scene, None, options()).products == ()
+    with pytest.raises(UsageError, match="no writable folder"):
+        prepare_scene(prepared, scene, tmp_path / "out.tif", options())
