@@ -25,7 +25,7 @@ def write_item(model: Path, header: ModelHeader, segmenter: Segmenter, output: P
 def item_of(model: Path, header: ModelHeader, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
     """A STAC item, as JSON values; `folder` is where it will lie."""
     task = header.task
-    name = f"{header.recipe.get('name', model.stem)}"
+    name = str(header.recipe.get("name", model.stem))
     made = datetime.fromtimestamp(model.stat().st_mtime, UTC)
     properties: dict[str, Any] = {
         "datetime": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -67,9 +67,8 @@ def _input(header: ModelHeader, segmenter: Segmenter) -> dict[str, Any]:
     task = header.task
     side = -1 if segmenter.tile.flexible else segmenter.tile.size
     scaling = [
-        step
+        {"type": "processing", "format": "python", "expression": f"pixel * {scale!r} + {offset!r}"}
         for scale, offset in zip(task.scale, task.offset, strict=True)
-        for step in ({"type": "processing", "format": "python", "expression": f"pixel * {scale!r} + {offset!r}"},)
     ]
     return {
         "name": "image",

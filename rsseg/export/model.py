@@ -14,10 +14,10 @@ from rsseg.checkpoint import ModelHeader, find_model, read_header
 from rsseg.errors import CheckFailed, MachineError, UsageError
 from rsseg.export.mlm import write_item
 from rsseg.export.targets import Geometry, TargetName, check_target, divisor, metadata_of
-from rsseg.files import check_outputs, publish, temporary_path
+from rsseg.files import check_outputs, replaced
 from rsseg.inference.graph import write_graph
 from rsseg.inference.network import load_segmenter, ready_to_predict
-from rsseg.inference.predict import Compute
+from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Panel, Span, plan_tiles
 from rsseg.inference.torch_network import TorchNetwork
 from rsseg.layers.blocks import resize_logits
@@ -108,14 +108,14 @@ def export_model(
     geometry = Geometry(side, min(network.tile.overlap, side // 4), resolution)
     deployed = Deployed(network).eval()
     image = torch.full((1, len(header.task.bands), side, side), 0.5) * 255 / divisor(header.task)
+    program = None
     if target == "torch-export":
-        run = _write_program(deployed, image, output, header, geometry)
+        program = _write_program(deployed, image, output, header, geometry)
     else:
         write_graph(deployed, image, output, metadata=metadata_of(header, geometry))
-        run = onnx_runner(output)
     agreement = None
     if check is not None:
-        agreement = compare(network, run, check, geometry)
+        agreement = compare(network, program or onnx_runner(output), check, geometry)
         if agreement[0] < LEAST_AGREEMENT:
             raise CheckFailed(
                 f"{output}: {agreement[0]:.3%} of {agreement[1]} pixels of {check} have rsseg's own class, below "
@@ -135,17 +135,13 @@ def _side(network: Segmenter, tile: int | None) -> int:
 
 def _write_program(deployed: Deployed, image: Tensor, output: Path, header: ModelHeader, geometry: Geometry) -> Runner:
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(output, ".pt2")
     try:
-        with torch.no_grad():
+        with replaced(output, ending=".pt2") as temporary, torch.no_grad():
             program = torch.export.export(deployed, (image,))
-        torch.export.save(program, temporary, extra_files=metadata_of(header, geometry))
-        publish(temporary, output)
+            torch.export.save(program, temporary, extra_files=metadata_of(header, geometry))
     except RuntimeError as error:
         message = str(error).strip().splitlines()[0]
         raise UsageError(f"{output}: torch.export cannot write this network: {message}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     module: Any = program.module()
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -162,21 +158,12 @@ def onnx_runner(path: Path) -> Runner:
         MachineError: onnxruntime is missing.
     """
 
-    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        session = sessions[0] if sessions else _session(path)
-        sessions[:] = [session]
-        return session.run(None, {"images": pixels})[0]  # type: ignore[no-any-return]
-
-    sessions: list[Any] = []
-    return run
-
-
-def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
         raise MachineError("--check needs the package onnxruntime: pip install 'rsseg[onnx]'.") from None
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(None, {"images": pixels})[0]
 
 
 def compare(network: Segmenter, run: Runner, scene: Path | str, geometry: Geometry) -> tuple[float, int]:
@@ -214,8 +201,6 @@ def _tiles(network: Segmenter, scene: Path | str, side: int) -> Iterator[tuple[T
             if number % step or tile.is_empty or tile.valid is None:
                 continue
             image = torch.from_numpy(tile.load())
-            rows, columns = (min(length, side) for length in image.shape[1:])
-            padded = nn.functional.pad(image[None], (0, side - columns, 0, side - rows), mode="replicate")[0]
             valid = np.zeros((side, side), np.bool_)
-            valid[:rows, :columns] = tile.valid
-            yield padded, valid
+            valid[: image.shape[1], : image.shape[2]] = tile.valid
+            yield extended(image, side, side), valid
