@@ -152,6 +152,12 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path | s
             raise UsageError(f"{path}: cannot be written, {folder} is no writable folder. Choose another {option}.")
 
 
+def content_hash(path: Path) -> bytes:
+    """BLAKE2b hash of a file's content, 16 bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
 def is_file(path: Path | str) -> bool:
     """False also for a name that no file can have, such as one that is too long."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises

@@ -140,7 +140,7 @@ def _write_program(deployed: Deployed, image: Tensor, output: Path, header: Mode
             program = torch.export.export(deployed, (image,))
             torch.export.save(program, temporary, extra_files=metadata_of(header, geometry))
     except RuntimeError as error:
-        message = str(error).strip().splitlines()[0]
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"{output}: torch.export cannot write this network: {message}") from None
     module: Any = program.module()
 

@@ -4,7 +4,6 @@ A network is exported once, beside its model file: the graph, and a JSON file wi
 contain the hash of the model file.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import rsseg
 from rsseg.checkpoint import find_model
 from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
-from rsseg.files import hidden_path, write_json
+from rsseg.files import content_hash, hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
 from rsseg.inference.machine import Cost, has_native_bfloat16
 from rsseg.inference.predict import Compute, extended
@@ -250,8 +249,7 @@ def exported_graph(file: Path) -> tuple[Path, ExportedFacts]:
         UsageError: the network cannot be exported.
         MachineError: the package onnx is missing, or no folder can be written.
     """
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    digest = content_hash(file).hex()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsseg" / "engines"
     places = [hidden_path(file, f".{digest[:16]}.onnx"), cache / f"{digest}.onnx"]
     for graph in places:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.errors import MachineError, RssegError, UsageError
-from rsseg.files import publish, temporary_path
+from rsseg.files import temporary_path
 
 OPSET = 17
 """Newest operator set that every target reads."""
@@ -36,8 +36,8 @@ def write_graph(
     """
     onnx = _onnx()
     axes = {name: {0: "batch", 2: f"{name}_rows", 3: f"{name}_columns"} for name in ("images", "logits")}
-    temporary = temporary_path(path, ".onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path, ".onnx")
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's own deprecation, and that Python values are constant
@@ -56,11 +56,11 @@ def write_graph(
         onnx.helper.set_model_props(model, dict(metadata or {}))
         onnx.checker.check_model(model)
         onnx.save(model, str(temporary))
-        publish(temporary, path)
+        temporary.replace(path)
     except (OSError, RssegError):
         raise
     except Exception as error:  # the exporter raises many kinds
-        message = str(error).strip().splitlines()[0]
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"{path}: this network cannot be written as ONNX (opset {OPSET}): {message}") from None
     finally:
         temporary.unlink(missing_ok=True)

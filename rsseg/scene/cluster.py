@@ -1,6 +1,5 @@
 """Batches on a Ray cluster: a scene per task; lost workers are replaced, scenes that keep losing them are given up."""
 
-import hashlib
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 import rsseg
 from rsseg.errors import MachineError, RssegError, UsageError
-from rsseg.files import is_folder
+from rsseg.files import content_hash, is_folder
 from rsseg.scene.batch import Execute, Outcome, SceneJob, Target, predict_target, prepare_for
 from rsseg.scene.memory import PreparedNetwork
 
@@ -62,7 +61,7 @@ def on_ray(cluster: Cluster, model: Path, job: SceneJob) -> Execute:
             another version of rsseg, torch or the model.
         UsageError: the address is invalid.
     """
-    facts = {"rsseg": rsseg.__version__, "torch": version("torch"), "model": _digest(model)}
+    facts = _facts(model)
     plan = _Assignment(model, job, str(Path.cwd()), cluster.cpus)
 
     def execute(targets: Sequence[Target]) -> Iterator[Outcome]:
@@ -105,7 +104,7 @@ class _Worker:
         torch.set_num_threads(self._plan.threads)
         try:
             self._prepared = prepare_for(self._plan.model, self._plan.job.options)
-            facts = {"rsseg": rsseg.__version__, "torch": version("torch"), "model": _digest(self._plan.model)}
+            facts = _facts(self._plan.model)
         except RssegError as error:
             return host | {"error": str(error).rstrip(".")}
         network = self._prepared.network
@@ -279,6 +278,6 @@ def _reached(address: str) -> str:
     return address
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+def _facts(model: Path) -> dict[str, str]:
+    """What all workers must have in common with the process that started them."""
+    return {"rsseg": rsseg.__version__, "torch": version("torch"), "model": content_hash(model).hex()}

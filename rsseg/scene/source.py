@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError
-from rsseg.files import is_file
+from rsseg.files import content_hash, is_file
 from rsseg.inference.blend import Tile
 from rsseg.inference.predict import NetworkFacts
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
@@ -85,8 +85,7 @@ def identify_files(files: Iterable[Path | str]) -> str:
         if path is None:
             digest.update(str(file).encode())
         else:
-            with path.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).digest())
+            digest.update(content_hash(path))
             if path != Path(file):
                 digest.update(str(file).encode())
     return digest.hexdigest()
