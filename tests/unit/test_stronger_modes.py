@@ -132,11 +132,6 @@ def test_link_to_the_newest_run_is_replaced_by_the_run_that_it_names_now(tuned: 
     assert recipe.task_teacher.model == tuned
 
 
-def test_old_name_of_start_is_refused_with_the_new_one() -> None:
-    with pytest.raises(ValidationError, match="start_from is now called start"):
-        mtdf_models.recipe_of(start_from="x")
-
-
 def test_threshold_of_an_uncertain_class_falls_and_that_of_the_most_certain_stays() -> None:
     thresholds = ClassThresholds(3, 0.9, momentum=0.5)
     labels = torch.tensor([[[0, 0, 1, 1]]])

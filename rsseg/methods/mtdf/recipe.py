@@ -96,13 +96,6 @@ class MTDFRecipe(BaseRecipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "start_from" in values:
-            raise ValueError("start_from is now called start; rename it")
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
     def _without_idle_teachers(cls, values: Any) -> Any:
         """Drop the teachers that `only_teachers` leaves out, so that their weights are not needed."""
         if not isinstance(values, dict) or not isinstance(values.get("only_teachers"), list | tuple):
