@@ -13,10 +13,10 @@ import time
 
 import torch
 
+from benchmarks.scenes import make_task
 from rsseg.data.streams import Samples
 from rsseg.methods.registry import method_for
 from rsseg.recipe import recipe_from_dict
-from rsseg.task import ClassInfo, Task
 from rsseg.training.optimizers import build_optimizers
 
 SIDE, BATCH, STEPS = 252, 8, 3
@@ -39,9 +39,7 @@ def measure(mode: str) -> None:
     values = {"method": "supervised", "name": "x", "data": {"path": "x", "augment": {"crop_size": SIDE}}}
     values |= {"backbone": backbone, "decoder": {"type": "dpt"}, "tune": tune, "lora": {"targets": targets}}
     recipe = recipe_from_dict(values, "benchmark")
-    classes = tuple(ClassInfo(name=f"c{i}", value=i, color=(i, i, i)) for i in range(5))
-    task = Task(name="x", classes=classes, bands=("red", "green", "blue"), scale=(1.0,) * 3, offset=(0.0,) * 3)
-    method = method_for(recipe, task).train()
+    method = method_for(recipe, make_task(5)).train()
     (optimizer,) = build_optimizers(method, recipe.optimizers).values()
     images, masks = torch.rand(BATCH, 3, SIDE, SIDE), torch.randint(0, 5, (BATCH, SIDE, SIDE))
     batch = {"labeled": Samples(images, torch.ones_like(masks, dtype=torch.bool), masks)}

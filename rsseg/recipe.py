@@ -39,13 +39,13 @@ Override = str | tuple[str, object] | Flag
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _SHOWN = 20
 """Maximum number of problems listed."""
-_ABSENT = object()
 
 
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         "kind": "type",
         "taps": "out_indices",
+        "start_from": "start",
         "norm_taps": "out_norm",
         "ce_divisor": "loss_divisor",
         "cross_entropy_divisor": "loss_divisor",
@@ -167,22 +167,26 @@ def _validated(
 def _joined(problems: Sequence[Any], values: dict[str, Any]) -> list[dict[str, Any]]:
     """One problem per value: a value that fits no alternative, such as a number or `auto`, has one for each."""
     joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+    messages: dict[tuple[Any, ...], dict[str, None]] = {}
     for problem in problems:
-        place: tuple[Any, ...] = problem["loc"]
-        node: Any = values
-        for depth, part in enumerate(place):
-            if depth == 0 and part in METHODS:
-                continue
-            inside = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-            if isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
-                inside = node[part]
-            if inside is _ABSENT and not isinstance(node, (dict, list, tuple)):
-                place = place[:depth]  # the rest names the alternative
-                break
-            node = inside
-        known = joined.setdefault(place, {**problem, "loc": place, "msg": ""})
-        known["msg"] += (" or " if known["msg"] else "") + problem["msg"].removeprefix("Value error, ")
-    return list(joined.values())
+        place = _place(problem, values)
+        joined.setdefault(place, {**problem, "loc": place})
+        messages.setdefault(place, {})[problem["msg"].removeprefix("Value error, ")] = None
+    return [problem | {"msg": " or ".join(messages[place])} for place, problem in joined.items()]
+
+
+def _place(problem: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+    """Keys and indices of a problem in the recipe, without the names of method and alternative that Pydantic adds."""
+    place: tuple[Any, ...] = problem["loc"]
+    if place and place[0] in METHODS:
+        place = place[1:]
+    node: Any = values
+    for depth, part in enumerate(place):
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            return place if problem["type"] == "missing" else place[:depth]
+    return place
 
 
 def _apply_override(values: dict[str, Any], override: Override) -> str:
@@ -211,7 +215,7 @@ def _explain(
     problem: Any, label: str, document: YamlDocument, values: dict[str, Any], options: Mapping[tuple[str, ...], str]
 ) -> tuple[str, str]:
     """Place and description of one Pydantic error."""
-    path = [part for part in problem["loc"] if not (part in METHODS and part == problem["loc"][0])]
+    path = problem["loc"]
     line = document.line_of(path)
     where = f"{label}, line {line}" if line else label
     parts = tuple(str(part) for part in path)

@@ -8,6 +8,7 @@ import typer
 
 from rsseg.commands.console import is_live, print_json, print_note, print_result, print_scores, stderr
 from rsseg.commands.launch import silent, start_workers
+from rsseg.commands.recipe import Overrides
 from rsseg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ def train(
     recipe: Annotated[str | None, typer.Option("--recipe", help="A file, or the name of a packaged recipe.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Must agree with the recipe.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset (recipe: data.path).")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (trainer.steps).")] = None,
     batch_size: Annotated[
         str | None, typer.Option("--batch-size", help="A number, or auto: what fits into memory (trainer.batch_size).")

@@ -117,6 +117,7 @@ class LabelLoss(nn.Module):
         divisor: Literal["all", "valid"] = "valid",
     ) -> Tensor:
         """Scalar; arguments as for `cross_entropy`. `class_weights` replace the recipe's."""
+        logits = resize_logits(logits, target.shape[-2:])  # once for both terms
         loss = cross_entropy(
             logits,
             target,

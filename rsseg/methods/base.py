@@ -106,6 +106,17 @@ class Segmenter(nn.Module, ABC):
         return F.pad(images, (0, right, 0, bottom), mode=mode)
 
 
+FLEXIBLE_TILE = TileHint(size=1280, overlap=128, flexible=True)
+"""Of convolutional networks."""
+
+
+def preferred_tile(backbone: Backbone, crop_size: int) -> TileHint:
+    """Large tiles for a convolutional backbone; the training crop's side where attention spans the whole tile."""
+    if backbone.info.kind == "pyramid":
+        return FLEXIBLE_TILE
+    return TileHint(size=crop_size, overlap=crop_size // 4, flexible=False)
+
+
 LARGEST_NETWORK = 4_000_000_000
 """Parameters; the zoo's largest network has 1.1e9."""
 

@@ -19,7 +19,7 @@ from rsseg.layers.decoders import LinearHead, SegFormerHead, SeparableASPPHead, 
 from rsseg.layers.dpt import PYRAMID_FACTORS, DPTHead, TokenPyramid
 from rsseg.layers.ema import Frozen
 from rsseg.layers.lora import LowRankAdapters
-from rsseg.methods.base import ParamGroup, Segmenter, TileHint
+from rsseg.methods.base import ParamGroup, Segmenter, preferred_tile
 from rsseg.methods.plain_recipe import DecoderConfig, PlainConfig
 from rsseg.task import Task
 
@@ -39,9 +39,7 @@ class PlainSegmenter(Segmenter):
             align_corners: of the resize to the image.
             crop_size: side of the training crops in pixels, also the tile size of a transformer.
         """
-        info = backbone.info
-        attends = info.kind == "vit"
-        tile = TileHint(crop_size, crop_size // 4, flexible=False) if attends else TileHint(1280, 128, flexible=True)
+        info, tile = backbone.info, preferred_tile(backbone, crop_size)
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
         self.backbone, self.decoder = backbone, decoder
         self.align_corners, self.crop_size = align_corners, crop_size

@@ -30,10 +30,14 @@ class DecoderConfig(Strict):
     widths: tuple[Width, Width, Width, Width] = (48, 96, 192, 384)
     """`dpt` only: channels of the four maps (small; base 96, 192, 384, 768; large 256, 512, 1024, 1024)."""
 
-    @property
-    def pools_to_one(self) -> bool:
-        """Whether a batch norm gets one value per image and channel, and so needs two images."""
-        return self.type == "deeplabv3plus" or (self.type == "upernet" and 1 in self.pool_scales)
+    def check_batch(self, batch: int) -> None:
+        """Raise `ValueError` if a batch norm would get one value per channel."""
+        pools_to_one = self.type == "deeplabv3plus" or (self.type == "upernet" and 1 in self.pool_scales)
+        if batch == 1 and pools_to_one:
+            raise ValueError(
+                f"trainer.batch_size: the decoder {self.type!r} needs two images, as one of its batch norms "
+                "sees one value of each; raise it, or choose another decoder"
+            )
 
 
 class LoraConfig(Strict):
@@ -71,11 +75,3 @@ class PlainConfig(Strict):
         if self.tune != "full" and self.layer_decay != 1.0:
             raise ValueError(f"layer_decay: acts on a backbone that trains, but tune is {self.tune!r}; leave it out")
         return self
-
-    def check_batch(self, batch: int) -> None:
-        """Raise `ValueError` if a batch norm of the decoder would see one value per channel."""
-        if batch == 1 and self.decoder.pools_to_one:
-            raise ValueError(
-                f"trainer.batch_size: the decoder {self.decoder.type!r} needs two images, as one of its batch norms "
-                "sees one value of each; raise it, or choose another decoder"
-            )

@@ -48,7 +48,8 @@ def largest_batch(recipe: Recipe, task: Task, hardware: Hardware, *, memory: int
     )
 
     def peak(count: int) -> int:
-        batch = {spec.name: _samples(recipe, spec, task, count, hardware.device) for spec in method.streams}
+        sizes = {spec.name: recipe.trainer.stream_batch_sizes.get(spec.name, count) for spec in method.streams}
+        batch = {s.name: _samples(recipe, s, task, sizes[s.name], hardware.device) for s in method.streams}
         with _measured(hardware.device) as bytes_of:
             step.gradients(batch, 0, 0)
             step.update()

@@ -60,11 +60,10 @@ def describe_validation(recipe: Recipe, plan: TrainPlan, validation: Source, str
     split = plan.validation
     assert split is not None  # for the type checker: `validation` was opened from it
     text = f"{split.path}, split {split.split}{f', domain {named}' if named else ''}, {split.images} images"
-    adapted = [(plan.streams["target"].path, streams["target"])] if "target" in streams else []
-    elsewhere = [
-        path != split.path or domains.isdisjoint({item.domain for item in target.items}) for path, target in adapted
-    ]
-    if any(elsewhere):
+    target = streams.get("target")
+    if target is not None and (
+        plan.streams["target"].path != split.path or domains.isdisjoint(item.domain for item in target.items)
+    ):
         return f"{text}; the source domain: confidences of the target domain are not calibrated"
     if recipe.norm_statistics is not None:
         return f"{text}; confidences where the batch-norm statistics were measured may differ"

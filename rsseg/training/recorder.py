@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,13 @@ class Recorder(Progress):
         """Log why the run ended early."""
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = str(error) if isinstance(error, RssegError) else repr(error)
-        for _ in range(_TRIES):
-            # A full disk may have caused the error, and must not hide it.
-            try:
-                self._run.update_manifest(state=state, reason=reason, finished=now())
-                self._log(reason)
-                self._event("error", {"text": reason})
-                break
-            except RssegError:
-                break
-            except RuntimeError:
-                continue
+        with suppress(RssegError):  # a full disk may have caused the error, and must not hide it
+            for _ in range(_TRIES):
+                with suppress(RuntimeError):
+                    self._run.update_manifest(state=state, reason=reason, finished=now())
+                    self._log(reason)
+                    self._event("error", {"text": reason})
+                    break
         self._listener.on_error(error)
 
     def _drop_after(self, step: int) -> None:

@@ -1,7 +1,8 @@
 """Experiment trackers, optional packages behind the recorder: `trainer.log: [tensorboard, wandb]`."""
 
 import importlib.util
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rsseg.errors import UsageError
@@ -30,8 +31,8 @@ def with_trackers(run: RunFolder, recipe: Recipe, listener: Progress, *, start_s
         start_step: step that the run resumes after; 0 for a new one. Later reports of the same run are replaced.
     """
     for name in recipe.trainer.log:
-        tracker = TensorBoard(run, start_step) if name == "tensorboard" else WandB(run, recipe, start_step)
-        listener = _Tee(tracker, listener)
+        tensorboard = name == "tensorboard"
+        listener = TensorBoard(run, listener, start_step) if tensorboard else WandB(run, recipe, listener, start_step)
     return listener
 
 
@@ -52,49 +53,84 @@ def evaluation_values(report: EvaluationReport) -> Iterator[tuple[str, float]]:
     yield from ((f"val/{name}", value) for name, value in named.items() if value is not None)
 
 
-class TensorBoard(Progress):
+class Tracker(Progress, ABC):
+    """Sends the values of every report to a tracker, then the report to a listener."""
+
+    def __init__(self, listener: Progress) -> None:
+        self._listener = listener
+
+    @abstractmethod
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Send named values."""
+
+    @abstractmethod
+    def close(self, result: TrainResult | None) -> None:
+        """Finish; None after an error."""
+
+    def on_start(self, plan: TrainPlan) -> None:
+        """Forward it."""
+        self._listener.on_start(plan)
+
+    def on_step(self, report: StepReport) -> None:
+        """Write losses, rates and speed."""
+        self.write(dict(step_values(report)), report.step)
+        self._listener.on_step(report)
+
+    def on_evaluation(self, report: EvaluationReport) -> None:
+        """Write the scores."""
+        self.write(dict(evaluation_values(report)), report.step)
+        self._listener.on_evaluation(report)
+
+    def on_message(self, text: str) -> None:
+        """Forward it."""
+        self._listener.on_message(text)
+
+    def on_end(self, result: TrainResult) -> None:
+        """Finish."""
+        self.close(result)
+        self._listener.on_end(result)
+
+    def on_error(self, error: BaseException) -> None:
+        """Finish as failed."""
+        self.close(None)
+        self._listener.on_error(error)
+
+
+class TensorBoard(Tracker):
     """Event files in `RUN/tensorboard`; show them with `tensorboard --logdir runs`."""
 
-    def __init__(self, run: RunFolder, start_step: int) -> None:
+    def __init__(self, run: RunFolder, listener: Progress, start_step: int) -> None:
         """Open a writer; values of steps that a resumed run repeats are hidden."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        super().__init__(listener)
         purge = start_step + 1 if start_step else None
         self._writer: Any = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge)
 
     def on_start(self, plan: TrainPlan) -> None:
         """Write the plan as text."""
         self._writer.add_text("plan", f"```\n{plan.text()}\n```", plan.start_step)
+        super().on_start(plan)
 
-    def on_step(self, report: StepReport) -> None:
-        """Write losses, rates and speed."""
-        self._write(step_values(report), report.step)
-
-    def on_evaluation(self, report: EvaluationReport) -> None:
-        """Write the scores."""
-        self._write(evaluation_values(report), report.step)
-
-    def on_end(self, result: TrainResult) -> None:  # noqa: ARG002
-        """Close the file."""
-        self._writer.close()
-
-    def on_error(self, error: BaseException) -> None:  # noqa: ARG002
-        """Close the file."""
-        self._writer.close()
-
-    def _write(self, values: Iterator[tuple[str, float]], step: int) -> None:
-        for name, value in values:
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def close(self, result: TrainResult | None) -> None:  # noqa: ARG002
+        """See `Tracker`."""
+        self._writer.close()
 
-class WandB(Progress):
+
+class WandB(Tracker):
     """A run of Weights & Biases; its own environment variables choose project, mode and server."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, start_step: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, listener: Progress, start_step: int) -> None:
         """Start the run, named after the run folder; a resumed one continues under the same id."""
         import wandb
 
+        super().__init__(listener)
         self._run: Any = wandb.init(
             dir=str(run.path),
             id=run.path.name,
@@ -103,50 +139,12 @@ class WandB(Progress):
             resume="allow" if start_step else None,
         )
 
-    def on_step(self, report: StepReport) -> None:
-        """Log losses, rates and speed."""
-        self._run.log(dict(step_values(report)), step=report.step)
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self._run.log(values, step=step)
 
-    def on_evaluation(self, report: EvaluationReport) -> None:
-        """Log the scores."""
-        self._run.log(dict(evaluation_values(report)), step=report.step)
-
-    def on_end(self, result: TrainResult) -> None:
+    def close(self, result: TrainResult | None) -> None:
         """Add the best score and finish."""
-        self._run.summary.update({"best_score": result.best_score, "best_step": result.best_step})
-        self._run.finish(exit_code=0 if result.state == "finished" else 1)
-
-    def on_error(self, error: BaseException) -> None:  # noqa: ARG002
-        """Finish as failed."""
-        self._run.finish(exit_code=1)
-
-
-class _Tee(Progress):
-    """Reports to one listener, then to another."""
-
-    def __init__(self, first: Progress, second: Progress) -> None:
-        self._both = first, second
-
-    def on_start(self, plan: TrainPlan) -> None:
-        for one in self._both:
-            one.on_start(plan)
-
-    def on_step(self, report: StepReport) -> None:
-        for one in self._both:
-            one.on_step(report)
-
-    def on_evaluation(self, report: EvaluationReport) -> None:
-        for one in self._both:
-            one.on_evaluation(report)
-
-    def on_message(self, text: str) -> None:
-        for one in self._both:
-            one.on_message(text)
-
-    def on_end(self, result: TrainResult) -> None:
-        for one in self._both:
-            one.on_end(result)
-
-    def on_error(self, error: BaseException) -> None:
-        for one in self._both:
-            one.on_error(error)
+        if result is not None:
+            self._run.summary.update({"best_score": result.best_score, "best_step": result.best_step})
+        self._run.finish(exit_code=0 if result is not None and result.state == "finished" else 1)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from rsseg.config import SelectConfig
@@ -110,6 +111,16 @@ def _write_dataset(root: Path, task: Task, wanted: Mapping[tuple[str, str | None
             )
     label_map = LabelMap(values={index: index for index in range(CLASSES)})
     SegmentationIndex(task=task, label_map=label_map, items=tuple(items)).save(root)
+
+
+def without_dropout(method: Method) -> Method:
+    """The method, of which nothing is dropped at random: the draws differ between devices and ranks."""
+    for module in method.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return method
 
 
 def trained(

@@ -14,8 +14,7 @@ import pytest
 import rasterio
 import torch
 from safetensors.torch import load_file
-from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -33,7 +32,7 @@ from rsseg.training.graphs import WARM_UP, CudaRecorder
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
 from rsseg.training.step import seed_everything
-from tests.conformance.cases import Case, make_case, recipe_files, trained
+from tests.conformance.cases import Case, make_case, recipe_files, trained, without_dropout
 from tests.training.replaying import CpuRecorder
 from tests.training.test_step import Messages
 
@@ -89,13 +88,7 @@ class DrawnOnTheCpu(TorchDispatchMode):
 
 def losses_and_gradients(case: Case, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
-    method = case.method().train()
-    for module in method.modules():  # kernels of dropout differ
-        if isinstance(module, nn.Dropout | nn.Dropout2d):
-            module.p = 0.0
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    method = method.to(device)
+    method = without_dropout(case.method()).train().to(device)
     batches = training_batches(case.recipe, method.streams, case.task, device=device, start_step=0)
     batch = next(batches)
     batches.close()

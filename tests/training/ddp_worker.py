@@ -28,7 +28,7 @@ from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.state import Counters, Identity, Parts
 from rsseg.training.trainer import Trainer
-from tests.conformance.cases import make_case, recipe_files
+from tests.conformance.cases import make_case, recipe_files, without_dropout
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 from tests.unit.dasegnet_models import SIDE, make_method
 
@@ -71,21 +71,20 @@ def domains(number: int) -> Batch:
     return {"source": Samples(source, valid, masks), "target": Samples(target**2, valid)}
 
 
-def real(file: str) -> Callable[[dict[str, Any]], Made]:
-    """A small recipe on images, without what draws random numbers in a forward pass; plain SGD, as above."""
+def real(file: str, **changes: Any) -> Callable[[dict[str, Any]], Made]:
+    """A small recipe with changes, on images; nothing in a forward pass draws random numbers, which differ between
+    ranks. Plain SGD, as above.
+    """
 
     def make(trainer: dict[str, Any]) -> Made:
         folder = Path(tempfile.mkdtemp())
         case = make_case({path.stem: path for path in recipe_files()}[file], folder)
-        values = case.recipe.model_dump(mode="json", exclude_unset=True)
+        values = case.recipe.model_dump(mode="json", exclude_unset=True) | changes
         values["trainer"] |= {"steps": 3, "batch_size": 2, **trainer}
         values["optimizers"] = {"main": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
         recipe = recipe_from_dict(values, file)
         torch.manual_seed(0)
-        method = method_for(recipe, case.task)
-        for module in method.modules():
-            if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
-                module.p = 0.0
+        method = without_dropout(method_for(recipe, case.task))
         accumulate = recipe.trainer.grad_accum_steps
         loaded = training_batches(case.recipe, method.streams, case.task, device="cpu", start_step=0)
         pool = [next(loaded) for _ in range(12)]
@@ -105,6 +104,8 @@ CASES: Mapping[str, Callable[[dict[str, Any]], Made]] = MappingProxyType(
         "toy": toy,
         "dasegnet": dasegnet,
         "supervised": real("demo-supervised"),
+        "ktda": real("ktda"),
+        "mtdf": real("mtdf-vit", complementary_dropout=False),
     }
 )
 

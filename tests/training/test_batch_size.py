@@ -14,6 +14,7 @@ from rsseg.runs import find_run
 from rsseg.training import batch_size
 from rsseg.training.batch_size import LARGEST, largest_batch
 from rsseg.training.device import Hardware
+from tests.conformance.cases import make_case, recipe_files
 from tests.conftest import rgb_task
 from tests.training.recipes import tiny_recipe, tiny_values
 
@@ -30,6 +31,19 @@ def test_batch_grows_with_the_memory_up_to_a_limit(tmp_path: Path) -> None:
     small, large = (largest_batch(recipe, rgb_task(), CPU, memory=n * MEGABYTE) for n in (8, 16))
     assert 2 < small < large < 3 * small
     assert largest_batch(recipe, rgb_task(), CPU, memory=10**12) == LARGEST
+
+
+def test_stream_of_its_own_batch_size_keeps_it(tmp_path: Path) -> None:
+    recipe = make_case(next(file for file in recipe_files() if file.stem == "mtdf-vit"), tmp_path).recipe
+
+    def largest(sizes: dict[str, int]) -> int:
+        trainer = recipe.trainer.model_copy(update={"batch_size": "auto", "stream_batch_sizes": sizes})
+        wanted = recipe.model_copy(update={"trainer": trainer})
+        return largest_batch(wanted, rgb_task(), CPU, memory=128 * MEGABYTE)
+
+    alone, beside_few, beside_many = largest({}), largest({"unlabeled": 1}), largest({"unlabeled": 12})
+    assert beside_many < beside_few
+    assert alone < beside_few
 
 
 def test_memory_for_not_even_two_images_is_a_limit_of_the_machine(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ HANGING_S = 15.0
 """Far above the second that it takes, far below the minutes that a process group waits for a lost process."""
 
 
-LOSSES = {"toy": 2, "dasegnet": 6, "supervised": 1}
+LOSSES = {"toy": 2, "dasegnet": 6, "supervised": 1, "ktda": 4, "mtdf": 3}
 
 
 def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +30,8 @@ def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
         ("toy", 1e-10, 1e-12),
         ("dasegnet", 1e-4, 1e-6),
         ("supervised", 1e-4, 1e-6),
+        ("ktda", 1e-4, 1e-6),
+        ("mtdf", 1e-4, 1e-6),
     ],
 )
 def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: float, atol: float, tmp_path: Path) -> None:

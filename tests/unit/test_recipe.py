@@ -41,6 +41,13 @@ def test_misspelt_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
         load_recipe(file)
 
 
+@pytest.mark.parametrize("given", ["[-1, 2]", "[a, 2]", "{a: 1}", "some", "[[1], 2]"])
+def test_value_that_fits_no_alternative_is_one_problem_of_its_key(given: str, tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    with pytest.raises(RecipeError, match=r"^--set loss\.class_weights: loss\.class_weights: [^\n]*'auto' or [^\n]*$"):
+        load_recipe(file, [f"loss.class_weights={given}"])
+
+
 def test_misspelt_key_deep_inside_is_found(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL.replace("crop_size", "cropsize"))
     with pytest.raises(
@@ -58,6 +65,7 @@ def test_misspelt_key_deep_inside_is_found(tmp_path: Path) -> None:
         ("student: {name: convnext_atto}\ncross_entropy_divisor: all", "cross_entropy_divisor", "loss_divisor"),
         ("student: {name: convnext_atto}\nnorm_weight_decay: all", "norm_weight_decay", "weight_decay_exempt"),
         ("student: {name: convnext_atto}\ndecoder_lr_scale: 2", "decoder_lr_scale", "head_lr_scale"),
+        ("student: {name: convnext_atto}\nstart_from: x", "start_from", "start"),
     ],
 )
 def test_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str, key: str, new: str) -> None:

@@ -62,6 +62,17 @@ def tuned(tmp_path: Path) -> Path:
     return written(segmenter, recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("method", "stream"), [("mtdf", "labeled"), ("mtdf", "unlabeled"), ("dasegnet", "source"), ("dasegnet", "target")]
+)
+def test_one_image_of_any_stream_is_refused_where_a_norm_would_see_one_value(method: str, stream: str) -> None:
+    head = {"type": "upernet", "channels": 8}
+    part = {"single": {"decoder": head}} if method == "dasegnet" else {"decoder": head}
+    assert recipe_of(method, trainer={"batch_size": 2}, **part)
+    with pytest.raises(RecipeError, match=r"'upernet' needs two images"):
+        recipe_of(method, trainer={"batch_size": 2, "stream_batch_sizes": {stream: 1}}, **part)
+
+
 def predicted(segmenter: torch.nn.Module) -> torch.Tensor:
     return segmenter.eval()(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)))
 
@@ -130,11 +141,6 @@ def test_link_to_the_newest_run_is_replaced_by_the_run_that_it_names_now(tuned: 
     assert recipe.method == "ktda"
     assert recipe.task_teacher is not None
     assert recipe.task_teacher.model == tuned
-
-
-def test_old_name_of_start_is_refused_with_the_new_one() -> None:
-    with pytest.raises(ValidationError, match="start_from is now called start"):
-        mtdf_models.recipe_of(start_from="x")
 
 
 def test_threshold_of_an_uncertain_class_falls_and_that_of_the_most_certain_stays() -> None:

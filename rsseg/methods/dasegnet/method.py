@@ -80,8 +80,8 @@ class DASegNetMethod(Method):
             recipe: has adversarial training or self-training only if their parts are given.
             segmenter: the network that is trained and shipped.
             discriminators: for source style and target style; None without adversarial training.
-                teacher: labels target images; None without self-training.
-                class_weights: float (K,) for the cross-entropies of the source and the target decoder; None: all equal.
+            teacher: labels target images; None without self-training.
+            class_weights: float (K,) for the cross-entropies of the source and the target decoder; None: all equal.
             streams: source, and target unless the run is source-only.
         """
         super().__init__()

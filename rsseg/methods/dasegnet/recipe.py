@@ -221,5 +221,6 @@ class DASegNetRecipe(BaseRecipe):
         teacher = None if self.self_training is None else self.self_training.teacher
         if teacher is not None and (teacher.type != "whole" or teacher.start != "student"):
             raise ValueError("self_training.teacher: single needs {type: whole, start: student}")
-        self.single.check_batch(self.trainer.batch_of("source"))
+        for stream in self.stream_names() if self.self_training is not None else ("source",):
+            self.single.decoder.check_batch(self.trainer.batch_of(stream))
         return self

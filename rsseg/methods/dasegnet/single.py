@@ -23,8 +23,7 @@ class SingleMethod(Method):
         super().__init__()
         self.recipe = recipe
         self.network = network
-        fill = network.shipped().fill
-        self.fill = fill
+        self.fill = fill = network.shipped().fill
         config = recipe.self_training
         self.teacher = None if config is None else Teacher(config.teacher, network, _no_random_teacher)
         self.streams: tuple[StreamSpec, ...] = (StreamSpec("source", "train", masks=True, fill=fill),)
@@ -35,11 +34,9 @@ class SingleMethod(Method):
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one micro-step on the streams `source` and `target`; accuracy in percent of the source's pixels."""
         source = batch["source"]
-        if source.masks is None:
-            raise ValueError("the source stream has no masks; its StreamSpec must require them")
         logits = self.network(source.images)
-        losses = {"seg": self.label_loss(logits, source.masks, divisor=self.recipe.loss_divisor)}
-        logs = {"acc": pixel_accuracy(logits, source.masks)}
+        losses = {"seg": self.label_loss(logits, source.labels, divisor=self.recipe.loss_divisor)}
+        logs = {"acc": pixel_accuracy(logits, source.labels)}
         if self.teacher is not None:
             taught, logs["pseudo_ratio"] = self._pseudo_losses(source, batch["target"])
             losses |= taught

@@ -13,15 +13,7 @@ from rsseg.layers.blocks import cutmix, unrecorded_statistics
 from rsseg.layers.decoders import FCNHead
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
-from rsseg.methods.base import (
-    LoadModel,
-    Method,
-    ParamGroup,
-    Segmenter,
-    StepOutput,
-    check_same_task,
-    start_from,
-)
+from rsseg.methods.base import LoadModel, Method, ParamGroup, Segmenter, StepOutput, check_same_task, start_from
 from rsseg.methods.ktda.distillation import Distillation, TaskTeacher
 from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, make_fam
 from rsseg.methods.ktda.parts import FeatureAlignment
@@ -89,17 +81,16 @@ class KTDAMethod(Method):
         for i, module in enumerate(self.aux_heads):
             head = cast(AuxHead, module)
             suffix = f"_{i}" if len(self.aux_heads) > 1 else ""
-            logits = self._at_size(head(student.features), masks)
+            aux = self._at_size(head(student.features), masks)
             share = head.weight / len(self.aux_heads)
-            losses[f"aux{suffix}"] = share * self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)
-            logs[f"aux{suffix}_acc"] = pixel_accuracy(logits, masks)
+            losses[f"aux{suffix}"] = share * self.label_loss(aux, masks, divisor=self.recipe.loss_divisor)
+            logs[f"aux{suffix}_acc"] = pixel_accuracy(aux, masks)
         if self.distillation:
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
             losses["distill"] = self.distillation(images, aligned)
         if self.task_teacher is not None:
-            logits = self._at_size(student.logits, masks)
             losses["taught"] = self.task_teacher.loss(logits, images, batch["labeled"].valid)
             if "unlabeled" in batch:
                 losses["taught_unlabeled"] = self._taught_unlabeled(batch["unlabeled"])

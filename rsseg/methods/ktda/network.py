@@ -13,7 +13,7 @@ from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize_logits
 from rsseg.layers.decoders import SegFormerHead, UPerNet
-from rsseg.methods.base import Segmenter, TileHint
+from rsseg.methods.base import FLEXIBLE_TILE, Segmenter, TileHint
 from rsseg.methods.ktda.parts import (
     BottleneckMlp,
     FeatureAlignment,
@@ -24,8 +24,6 @@ from rsseg.methods.ktda.parts import (
 )
 from rsseg.methods.ktda.recipe import DecoderConfig, FamConfig, FmmConfig, KTDARecipe
 from rsseg.task import Task
-
-_FLEXIBLE_TILE = TileHint(size=1280, overlap=128, flexible=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class KTDASegmenter(Segmenter):
         fuse: bool = False,
         neck: MultiLevelNeck | None = None,
         fmm: FeatureModulation | None = None,
-        tile: TileHint = _FLEXIBLE_TILE,
+        tile: TileHint = FLEXIBLE_TILE,
     ) -> None:
         info = student.info
         super().__init__(task, input_multiple=info.input_multiple, fill=info.mean, tile=tile)
@@ -214,4 +212,4 @@ def _tile_hint(recipe: KTDARecipe) -> TileHint:
     if attends or (recipe.fam and not recipe.side and recipe.fam.grid != "auto"):
         crop = recipe.data.augment_of("labeled").crop_size
         return TileHint(size=crop, overlap=crop // 8, flexible=False)
-    return _FLEXIBLE_TILE
+    return FLEXIBLE_TILE

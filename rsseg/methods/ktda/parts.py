@@ -25,7 +25,7 @@ class FeatureAlignment(nn.Module):
             in_channels: per student level.
             out_channels: per teacher map.
             grid: side of the square grid for images of any shape (published); None: one cell per started patch of
-                    the image.
+                the image.
             patch: the teacher's patch size in pixels; used only without `grid`.
         """
         super().__init__()

@@ -74,7 +74,6 @@ class ClassThresholds(nn.Module):
         """Start with the threshold `confidence` for every class; the most certain class keeps it."""
         super().__init__()
         self.confidence, self.momentum = confidence, momentum
-        # Named as that of batch norms, which the trainer restores after a discarded step.
         self.register_buffer("running_mean", torch.ones(num_classes))
 
     @torch.no_grad()

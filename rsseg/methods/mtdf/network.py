@@ -12,7 +12,7 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize, resize_logits, unrecorded_statistics
 from rsseg.layers.dpt import DPTHead
-from rsseg.methods.base import Segmenter, TileHint
+from rsseg.methods.base import Segmenter, preferred_tile
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.methods.plain import fitting_decoder
 from rsseg.task import Task, task_with_bands
@@ -135,10 +135,7 @@ class MTDFSegmenter(Segmenter):
             tile: training crop side in pixels, the preferred tile of a transformer.
             align_corners: of the resize of the logits to the image.
         """
-        info = backbone.info
-        # attention spans the whole tile, so tiles stay at the training size
-        convolutional = info.kind == "pyramid"
-        hint = TileHint(1280, 128, flexible=True) if convolutional else TileHint(tile, tile // 4, flexible=False)
+        info, hint = backbone.info, preferred_tile(backbone, tile)
         super().__init__(task, input_multiple=info.input_multiple, fill=fill or info.mean, tile=hint)
         self.backbone = backbone
         self.head = head

@@ -96,13 +96,6 @@ class MTDFRecipe(BaseRecipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "start_from" in values:
-            raise ValueError("start_from is now called start; rename it")
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
     def _without_idle_teachers(cls, values: Any) -> Any:
         """Drop the teachers that `only_teachers` leaves out, so that their weights are not needed."""
         if not isinstance(values, dict) or not isinstance(values.get("only_teachers"), list | tuple):
@@ -125,8 +118,10 @@ class MTDFRecipe(BaseRecipe):
             raise ValueError(
                 "complementary_dropout drops half of the channels in each of two views: set strong_views to 2"
             )
-        if self.decoder is not None and self.decoder.pools_to_one and self.trainer.batch_size == 1:
-            raise ValueError(f"trainer.batch_size: the decoder {self.decoder.type!r} needs two images; raise it")
+        if self.decoder is not None:
+            self.decoder.check_batch(self.trainer.batch_of("labeled"))
+            if self.unlabeled:
+                self.decoder.check_batch(self.strong_views * self.trainer.batch_of("unlabeled"))
         if self.decoder is not None and self.decoder.type == "deeplabv3plus":
             raise ValueError("decoder.type: mtdf's student has four maps; choose segformer, upernet, dpt or linear")
         return self
