@@ -162,6 +162,34 @@ def test_polygons_drawn_on_a_scene_are_added(place: Path, capsys: pytest.Capture
     assert run(["dataset", "verify", "data"]) == 0
 
 
+def test_scenes_of_one_name_in_two_folders_stay_two_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for number, folder in enumerate(("2019", "2020")):
+        left = 500_000 + 1000 * number
+        pixels = np.full((3, SIDE, SIDE), 60 + number, np.uint8)
+        write_tif(
+            Path("scenes") / folder / "tile.tif", pixels, crs="EPSG:32631", transform=Affine(1, 0, left, 0, -1, 64)
+        )
+        lines.append(shapely.LineString([(left, 32), (left + SIDE, 32)]))
+    pyogrio.raw.write(
+        "lines.geojson", shapely.to_wkb(np.array(lines, object)), [np.array(["field", "water"], object)], ["kind"],
+        geometry_type="LineString", crs="EPSG:32631",
+    )  # fmt: skip
+    call = ["dataset", "add", "data", "--src", "scenes", "--labels", "lines.geojson", "--field", "kind"]
+    assert run(call) == 2
+    assert "--width METRES" in " ".join(capsys.readouterr().err.split())
+    assert run([*call, "--width", "4"]) == 0
+    index = SegmentationIndex.load(Path("data"))
+    new = [item for item in index.items if item.image.startswith("added/")]
+    assert [item.image for item in new] == [f"added/001/images/{year}/tile.tif" for year in (2019, 2020)]
+    reader = SampleReader(index, index.task.bands, cache=False)
+    assert [int(reader.image(item)[0].max()) for item in new] == [60, 61]
+    assert [set(np.unique(reader.mask(item)).tolist()) for item in new] == [{0, 255}, {2, 255}]
+    assert "listed in data/added/001/label-issues.csv" in " ".join(capsys.readouterr().err.split())
+    assert "road" in Path("data/added/001/label-issues.csv").read_text()
+    assert run([*call, "--width", "4"]) == 4, "they are added already"
+
+
 def test_bad_calls_name_the_remedy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*call: str) -> tuple[int, str]:
         code = run([*call])
@@ -183,6 +211,8 @@ def test_bad_calls_name_the_remedy(place: Path, capsys: pytest.CaptureFixture[st
     assert (code, "either --chips" in said) == (2, True)
     code, said = refused("dataset", "add", "data", "--chips", "nowhere")
     assert (code, "no image" in said) == (4, True)
+    code, said = refused("dataset", "add", "data", "--src", "scene.tif", "--labels", "x.gpkg", "--tile", "0")
+    assert (code, "error: --tile Input should be greater" in said) == (2, True)
 
 
 def test_a_model_without_features_or_dataset_and_a_dataset_without_candidates(
