@@ -20,6 +20,7 @@ from rsseg.checkpoint import find_model
 from rsseg.cli import run
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.evaluation.gap import verdict
 from rsseg.inference.features import REFERENCE_NAME
 from tests.conftest import rgb_task, write_tif
 from tests.training.recipes import tiny_values
@@ -289,6 +290,15 @@ def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.Capt
     assert other["distance"] > same["distance"]
     assert other["low"] <= other["high"]
     assert other["bands"][0]["mean"][0] != pytest.approx(other["bands"][0]["mean"][1], abs=0.001)
+
+
+def test_a_verdict_that_rests_on_a_guess_says_so() -> None:
+    for distance, start in ((0.29, "Moderate: "), (0.31, "Far: ")):
+        text = verdict(distance, 0.1, (None, None))
+        assert text.startswith(start)
+        assert "between moderate and far, 0.3, is a guess" in text
+    assert "guess" not in verdict(0.05, 0.1, (None, None))
+    assert "0.5 m and 2 m: set data.match_gsd" in verdict(0.05, 0.1, (0.5, 2.0))
 
 
 def test_an_untrained_network_measures_no_gap(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
