@@ -9,7 +9,7 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from rsseg.commands.console import print_facts, print_json, print_note, print_result, print_table, stdout
+from rsseg.commands.console import AsJson, print_facts, print_json, print_note, print_result, print_table, stdout
 from rsseg.errors import DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="Folder made by `rsseg dataset prepare`.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads.")]
 Stretch = Literal["none", "minmax"]
