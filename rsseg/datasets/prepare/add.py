@@ -3,7 +3,7 @@
 import glob
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -145,11 +145,11 @@ def add_vectors(dataset: Path, options: PrepareOptions, *, split: str, progress:
                 "of that type."
             )
         reader = SampleReader(new, new.task.bands, cache=False)
-        found = [
+        found = (
             _Labeled(new.root / i.image, i.image.removeprefix(f"{IMAGES}/"), reader.mask(i), i.scene or i.image)
             for i in new.items
             if i.mask is not None
-        ]
+        )
         items = _adopt(index, found, split)
         if (made / ISSUES_NAME).is_file():
             listed = index.root / Path(*Path(items[0].image).parts[:2]) / ISSUES_NAME
@@ -167,7 +167,7 @@ class _Labeled(NamedTuple):
     scene: str
 
 
-def _adopt(index: SegmentationIndex, found: Sequence[_Labeled], split: str) -> list[IndexItem]:
+def _adopt(index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> list[IndexItem]:
     """Copy images and write their masks (class indices) as the dataset's label map reads them; extends the index."""
     # added/NNN/images/NAME
     known = {
@@ -175,8 +175,6 @@ def _adopt(index: SegmentationIndex, found: Sequence[_Labeled], split: str) -> l
         for item in index.items
         if item.image.startswith(f"{ADDED}/")
     }
-    if twice := [one.name for one in found if one.name in known]:
-        raise DataError(f"{index.root}: {twice[0]} was added before. Add only new windows, or give it another name.")
     number = 1
     while (index.root / ADDED / f"{number:03d}").exists():
         number += 1
@@ -190,6 +188,10 @@ def _adopt(index: SegmentationIndex, found: Sequence[_Labeled], split: str) -> l
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=index.root) as place:
         work = Path(place) / "new"
         for file, name, classes, scene in found:
+            if name in known:
+                raise DataError(
+                    f"{index.root}: {name} was added before. Add only new windows, or give it another name."
+                )
             image = work / IMAGES / name
             image.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, image)
