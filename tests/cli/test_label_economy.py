@@ -168,9 +168,15 @@ def test_scenes_of_one_name_in_two_folders_stay_two_images(place: Path, capsys: 
     for number, folder in enumerate(("2019", "2020")):
         left = 500_000 + 1000 * number
         pixels = np.full((3, SIDE, SIDE), 60 + number, np.uint8)
+        pixels[:, :8] = 9
         write_tif(
             Path("scenes") / folder / "tile.tif", pixels, crs="EPSG:32631", transform=Affine(1, 0, left, 0, -1, 64)
         )
+        if number:  # nodata is declared beside one of the files
+            bands = "".join(
+                f'<PAMRasterBand band="{b}"><NoDataValue>9</NoDataValue></PAMRasterBand>' for b in (1, 2, 3)
+            )
+            Path(f"scenes/{folder}/tile.tif.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
         lines.append(shapely.LineString([(left, 32), (left + SIDE, 32)]))
     pyogrio.raw.write(
         "lines.geojson", shapely.to_wkb(np.array(lines, object)), [np.array(["field", "water"], object)], ["kind"],
@@ -185,6 +191,7 @@ def test_scenes_of_one_name_in_two_folders_stay_two_images(place: Path, capsys: 
     assert [item.image for item in new] == [f"added/001/images/{year}/tile.tif" for year in (2019, 2020)]
     reader = SampleReader(index, index.task.bands, cache=False)
     assert [int(reader.image(item)[0].max()) for item in new] == [60, 61]
+    assert [int(reader.image(item)[1].sum()) for item in new] == [SIDE * SIDE, SIDE * (SIDE - 8)]
     assert [set(np.unique(reader.mask(item)).tolist()) for item in new] == [{0, 255}, {2, 255}]
     assert "listed in data/added/001/label-issues.csv" in " ".join(capsys.readouterr().err.split())
     assert "road" in Path("data/added/001/label-issues.csv").read_text()

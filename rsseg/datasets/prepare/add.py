@@ -20,10 +20,11 @@ from rsseg.datasets.measure import open_image, open_mask
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.run import Progress, prepare
 from rsseg.datasets.prepare.tiles import TileMetadata, write_tile
+from rsseg.datasets.prepare.transfer import place_file
 from rsseg.datasets.prepare.vectors import ISSUES_NAME
 from rsseg.errors import DataError
 from rsseg.files import write_text
-from rsseg.raster import RasterInfo, Window
+from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, Color, Task
 
 IMAGES, MASKS, CLASSES = "images", "masks", "classes.yaml"
@@ -192,9 +193,7 @@ def _adopt(index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> l
                 raise DataError(
                     f"{index.root}: {name} was added before. Add only new windows, or give it another name."
                 )
-            image = work / IMAGES / name
-            image.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, image)
+            image = work / place_file(f"{IMAGES}/{name}", file, Raster, work)
             with open_image([image], index.task.bands) as raster:
                 info = raster.info
             mask = work / MASKS / Path(name).with_suffix(".tif")
