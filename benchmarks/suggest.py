@@ -125,9 +125,10 @@ def replay(setting: Setting, seed: int, rounds: int, done: Mapping[tuple[Any, ..
     items = [item for item in select_items(index, select, split="train", seed=0) if item.mask is not None]
     order = np.random.default_rng(seed).permutation(len(items))
     first = [items[i] for i in order[: setting.start]]
-    for rule in RULES:
-        labeled, rng, model = first, np.random.default_rng([seed, 1]), None
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        start, common, later = None, Path(folder, "first"), Path(folder, "later")
+        for rule in RULES:
+            labeled, rng, model = first, np.random.default_rng([seed, 1]), start
             for number in range(rounds + 1):
                 if number:
                     names = {item.image for item in labeled}
@@ -137,16 +138,18 @@ def replay(setting: Setting, seed: int, rounds: int, done: Mapping[tuple[Any, ..
                         labeled = [item for item in items if item.image in known.labeled]
                     else:
                         if model is None and rule != "random":
-                            model, _ = trained(setting, labeled, seed, Path(folder))
+                            model, _ = trained(setting, labeled, seed, later if number > 1 else common)
+                            start = start if number > 1 else model
                         labeled = [*labeled, *choose(rule, model or Path(), index, pool, setting.add, rng)]
                 key = (setting, rule if number else "random", seed, number)
                 if key in done:
-                    model = None
+                    model = None if number else start
                     continue
-                start = time.process_time()
-                model, miou = trained(setting, labeled, seed, Path(folder))
+                begin = time.process_time()
+                model, miou = trained(setting, labeled, seed, later if number else common)
+                start = start if number else model
                 cell = Cell(
-                    setting, key[1], seed, number, tuple(i.image for i in labeled), miou, time.process_time() - start
+                    setting, key[1], seed, number, tuple(i.image for i in labeled), miou, time.process_time() - begin
                 )
                 append_line(out, json.dumps(asdict(cell)))
                 done = {**done, key: cell}
@@ -155,9 +158,10 @@ def replay(setting: Setting, seed: int, rounds: int, done: Mapping[tuple[Any, ..
 
 def trained(setting: Setting, labeled: Sequence[IndexItem], seed: int, folder: Path) -> tuple[Path, float]:
     """Model and mIoU on the test split."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     listed = folder / "labeled.txt"
     listed.write_text("".join(f"{item.image}\n" for item in labeled), encoding="utf-8")
-    shutil.rmtree(folder / "runs", ignore_errors=True)
     result = train(recipe_of(setting, listed, seed), output=folder / "runs", progress=Progress())
     miou = evaluate_model(result.model, split="test", device="cpu").scores.miou
     return result.model, 0.0 if miou is None else miou

@@ -8,9 +8,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rsseg.task import Color
 
+_RGB = ("red", "green", "blue")
 _MARGIN = 12
 _ROW = 30
 """Height of a line of the legend in pixels."""
+
+
+def shown_bands(bands: Sequence[str]) -> tuple[str, ...]:
+    """Red, green and blue; without them the first three bands, or the first one."""
+    if set(_RGB) <= set(bands):
+        return _RGB
+    return tuple(bands[:3] if len(bands) > 2 else bands[:1])
 
 
 def stretched(pixels: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:

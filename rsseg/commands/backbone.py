@@ -1,16 +1,14 @@
 """`rsseg backbone`: the networks that recipes can name."""
 
-from typing import Annotated
-
 import typer
 
-from rsseg.commands.console import print_json, print_table
+from rsseg.commands.console import AsJson, print_json, print_table
 
 app = typer.Typer(help="List the backbones that recipes can name.", no_args_is_help=True)
 
 
 @app.command()
-def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def ls(as_json: AsJson = False) -> None:
     """List the backbones with kind, size, strides, and licence and presence of their weights."""
     from dataclasses import asdict
 

@@ -5,8 +5,9 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
@@ -16,6 +17,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rsseg.metrics import Scores
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+"""Option of every command that prints a result."""
 _PIPE_WIDTH = 10_000
 """Width in a file or pipe: one line per row of a table. COLUMNS limits it."""
 _LONG_CELL = 20

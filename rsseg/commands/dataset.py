@@ -9,7 +9,7 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from rsseg.commands.console import print_facts, print_json, print_note, print_result, print_table, stdout
+from rsseg.commands.console import AsJson, print_facts, print_json, print_note, print_result, print_table, stdout
 from rsseg.errors import DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -18,16 +18,40 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Prepare and check datasets.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="Folder made by `rsseg dataset prepare`.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads.")]
 Stretch = Literal["none", "minmax"]
 By = Literal["scene", "block"]
-Touched = Literal["centre", "all"]
 OWN = "Only for `folder` and `vectors`"
 FOLDER = "Only for `folder`"
 VECTORS = "Only for `vectors`"
 KNOWN = "Not for `folder`"
+# Options of `prepare vectors` that `add` has too.
+DRAWN = "Vector labels"
+LabelField = Annotated[str | None, typer.Option("--field", help=f"{DRAWN}: attribute with the class.")]
+LabelsCrs = Annotated[
+    str | None, typer.Option("--labels-crs", help=f"{DRAWN}: of a file that states none, such as EPSG:25832.")
+]
+Extent = Annotated[
+    str | None,
+    typer.Option("--extent", help=f"{DRAWN}: FILE or FILE:LAYER of areas that are labeled; the rest is ignored."),
+]
+Background = Annotated[
+    str | None, typer.Option("--background", help=f"{DRAWN}: class of unlabeled pixels (default: ignored).")
+]
+Touched = Annotated[
+    Literal["centre", "all"] | None,
+    typer.Option("--touched", help=f"{DRAWN}: pixels by centre (default), or all touched."),
+]
+Buffer = Annotated[
+    float | None, typer.Option("--buffer", help=f"{DRAWN}: widen polygons, in metres; -0.5 narrows them.")
+]
+LineWidth = Annotated[float | None, typer.Option("--width", help=f"{DRAWN}: of lines and points, in metres.")]
+Priority = Annotated[
+    str | None, typer.Option("--priority", help=f"{DRAWN}: classes drawn over others, uppermost first.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help=f"{DRAWN}: defects of the labels are errors.")]
+Tile = Annotated[int | None, typer.Option("--tile", help="Cut images into square tiles of this side.")]
 _GAP = 2
 """Columns between two pictures."""
 
@@ -61,7 +85,7 @@ def prepare(
     src: Annotated[Path | None, typer.Option("--src", help="Folder, zip or tar of the publisher.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Output folder (default: data/NAME).")] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow the download.")] = False,
-    tile: Annotated[int | None, typer.Option("--tile", help="Cut images into square tiles of this side.")] = None,
+    tile: Tile = None,
     stride: Annotated[int | None, typer.Option("--stride", help="Distance between tiles (default: the side).")] = None,
     bands: Annotated[str | None, typer.Option("--bands", help="Band names in file order: red,green,nir.")] = None,
     scale: Annotated[
@@ -72,29 +96,15 @@ def prepare(
         str | None,
         typer.Option("--labels", help="`vectors`: FILE or FILE:LAYER. Known datasets: see `dataset list NAME`."),
     ] = None,
-    field: Annotated[str | None, typer.Option("--field", help=f"{VECTORS}: attribute with the class.")] = None,
-    labels_crs: Annotated[
-        str | None, typer.Option("--labels-crs", help=f"{VECTORS}: of a file that states none, such as EPSG:25832.")
-    ] = None,
-    extent: Annotated[
-        str | None,
-        typer.Option("--extent", help=f"{VECTORS}: FILE or FILE:LAYER of areas that are labeled; the rest is ignored."),
-    ] = None,
-    background: Annotated[
-        str | None, typer.Option("--background", help=f"{VECTORS}: class of unlabeled pixels (default: ignored).")
-    ] = None,
-    touched: Annotated[
-        Touched | None, typer.Option("--touched", help=f"{VECTORS}: pixels by centre (default), or all touched.")
-    ] = None,
-    buffer: Annotated[
-        float | None, typer.Option("--buffer", help=f"{VECTORS}: widen polygons, in metres; -0.5 narrows them.")
-    ] = None,
-    width: Annotated[float | None, typer.Option("--width", help=f"{VECTORS}: of lines and points, in metres.")] = None,
-    priority: Annotated[
-        str | None,
-        typer.Option("--priority", help=f"{VECTORS}: classes drawn over others, uppermost first."),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help=f"{VECTORS}: defects of the labels are errors.")] = False,
+    field: LabelField = None,
+    labels_crs: LabelsCrs = None,
+    extent: Extent = None,
+    background: Background = None,
+    touched: Touched = None,
+    buffer: Buffer = None,
+    width: LineWidth = None,
+    priority: Priority = None,
+    strict: Strict = False,
     split_field: Annotated[
         str | None, typer.Option("--split-field", help=f"{VECTORS}: attribute with the split.")
     ] = None,
@@ -145,7 +155,7 @@ def prepare(
 
     from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.prepare.options import parse_ignored, parse_layer, parse_options, parse_pairs, parse_scale
+    from rsseg.datasets.prepare.options import drawing_values, parse_ignored, parse_options, parse_pairs, parse_scale
     from rsseg.datasets.prepare.run import prepare as prepare_dataset
     from rsseg.datasets.prepare.run import unfinished
 
@@ -157,20 +167,14 @@ def prepare(
         "unlabeled": unlabeled,
         "split_as": parse_pairs("--split-as", split_as or []),
         "split_lists": parse_pairs("--split-list", split_list or []),
-        "field": field,
-        "labels_crs": labels_crs,
-        "background": background,
-        "touched": touched,
-        "buffer": buffer,
-        "width": width,
-        "priority": priority.split(",") if priority else None,
-        "strict": strict,
         "split_field": split_field,
         "split_block": split_block,
-        **parse_layer("labels", labels if drawn else None),
-        **parse_layer("extent", extent),
     }
-    given = {key: value for key, value in own.items() if value not in (None, (), {}, False)}
+    given = {key: value for key, value in own.items() if value not in (None, (), {})}
+    given |= drawing_values(
+        labels if drawn else None, extent, priority, field=field, labels_crs=labels_crs, background=background,
+        touched=touched, buffer=buffer, width=width, strict=strict,
+    )  # fmt: skip
     options = parse_options(
         name,
         {
@@ -323,30 +327,36 @@ def add(
     chips: Annotated[Path | None, typer.Option("--chips", help="Folder of `rsseg suggest --chips`, corrected.")] = None,
     src: Annotated[Path | None, typer.Option("--src", help="Or: scenes with labels drawn in a GIS.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="Their labels: FILE or FILE:LAYER.")] = None,
-    field: Annotated[str | None, typer.Option("--field", help="Attribute with the class.")] = None,
-    extent: Annotated[
-        str | None, typer.Option("--extent", help="FILE or FILE:LAYER of areas that are labeled.")
-    ] = None,
-    background: Annotated[str | None, typer.Option("--background", help="Class of unlabeled pixels.")] = None,
-    tile: Annotated[int | None, typer.Option("--tile", help="Cut scenes into tiles of this side.")] = None,
+    field: LabelField = None,
+    labels_crs: LabelsCrs = None,
+    extent: Extent = None,
+    background: Background = None,
+    touched: Touched = None,
+    buffer: Buffer = None,
+    width: LineWidth = None,
+    priority: Priority = None,
+    strict: Strict = False,
+    tile: Tile = None,
     split_name: Annotated[str, typer.Option("--split", help="Split of the new images.")] = "train",
     jobs: Jobs = 2,
 ) -> None:
     """Add labeled images to a prepared dataset: corrected windows, or scenes with labels drawn in a GIS."""
     from rsseg.commands.progress import stage_bar
     from rsseg.datasets.prepare.add import add_chips, add_vectors
-    from rsseg.datasets.prepare.options import VectorOptions, parse_layer
+    from rsseg.datasets.prepare.options import drawing_values, parse_options
 
     if (chips is None) == (labels is None or src is None):
         raise UsageError("give either --chips FOLDER, or --src SCENES with --labels FILE and --field NAME.")
+    drawn = drawing_values(
+        labels, extent, priority, field=field, labels_crs=labels_crs, background=background, touched=touched,
+        buffer=buffer, width=width, strict=strict,
+    )  # fmt: skip
     if chips is not None:
         added = add_chips(path, chips, split=split_name)
     else:
-        where = {**parse_layer("labels", labels), **parse_layer("extent", extent)}
-        drawn = VectorOptions.model_validate({**where, "field": field, "background": background})
+        options = parse_options("vectors", {"src": src, "tile": tile, "jobs": jobs, "vectors": drawn})
         with stage_bar() as progress:
-            assert src is not None  # for the type checker: tested above
-            added = add_vectors(path, src, drawn, split=split_name, tile=tile, jobs=jobs, progress=progress)
+            added = add_vectors(path, options, split=split_name, progress=progress)
     print_note(f"{len(added)} labeled image(s) added to the split {split_name!r}.")
     print_result(str(path))
 

@@ -7,12 +7,9 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from rsseg import __version__
-from rsseg.commands.console import print_facts, print_json, print_note
+from rsseg.commands.console import AsJson, print_facts, print_json, print_note
 from rsseg.errors import CheckFailed
 
 PACKAGES = (
@@ -23,7 +20,7 @@ FOREIGN = ("GDAL_DATA", "PROJ_LIB", "PROJ_DATA", "GDAL_DRIVER_PATH")
 """Variables that point to the data of another GDAL or PROJ, which breaks rasterio's own."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check versions, devices, codecs, disk and cache; exit 8 and name the remedy if something is wrong."""
     facts, problems = _versions()
     for check in (_devices, _codecs, _disk, _environment):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_scores, print_table
+from rsseg.commands.console import AsJson, print_json, print_note, print_scores, print_table
 from rsseg.commands.launch import wait_passively
 from rsseg.errors import CheckFailed, UsageError
 
@@ -49,7 +49,7 @@ def evaluate(
         typer.Option("--background", help="Class to leave out of a second mIoU (default: background or clutter)."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --per-image.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a model on labeled data (the newest finished run on its test split), or two folders of rasters.
 
@@ -70,8 +70,7 @@ def evaluate(
 
             result = evaluate_rasters(pred, truth, background=left_out, progress=advance)
         else:
-            width = 2 if boundary_width is None else boundary_width
-            result = _evaluate_model(model, runs, data, split, device, width, left_out, advance)
+            result = _evaluate_model(model, runs, data, split, device, boundary_width, left_out, advance)
     scores = result.scores
     if as_json:
         print_json(result)
@@ -109,12 +108,13 @@ def _evaluate_model(
     data: Path | None,
     split: str,
     device: str,
-    boundary_width: int,
+    boundary_width: int | None,
     background: tuple[str, ...] | None,
     advance: Callable[[int, int], None],
 ) -> "Evaluation":
     """Score a model, and keep the result in the run that it belongs to."""
     from rsseg.evaluation.collector import DetailOptions
+    from rsseg.evaluation.details import BOUNDARY_WIDTH
     from rsseg.evaluation.model import evaluate_model
     from rsseg.evaluation.result import save_evaluation
     from rsseg.runs import choose_model, run_of
@@ -123,7 +123,8 @@ def _evaluate_model(
     print_note(f"Model: {file}")
     run, name = run_of(file), split if data is None else f"{data.resolve().name}-{split}"
     pictures = None if run is None else run.evaluation(name).with_suffix("")
-    options = DetailOptions(boundary_width=boundary_width, background=background, examples=pictures)
+    width = BOUNDARY_WIDTH if boundary_width is None else boundary_width
+    options = DetailOptions(boundary_width=width, background=background, examples=pictures)
     result = evaluate_model(file, data=data, split=split, device=device, progress=advance, details=options)
     if run is not None:
         save_evaluation(result, run.evaluation(name))
@@ -148,7 +149,7 @@ def _print_details(details: "Details", by: str | None) -> None:
     if details.boundary_width:
         name = f"boundary mIoU ({details.boundary_width} px)"
         rows.append((name, details.boundary_miou, ranges.get("boundary_miou")))
-    for calibration in [details.calibration] if details.calibration is not None else []:
+    if (calibration := details.calibration) is not None:
         rows.append(("calibration error, as trained", calibration.before.ece, None))
         if calibration.after is not None:
             rows.append(("calibration error, with temperature", calibration.after.ece, None))
@@ -156,16 +157,16 @@ def _print_details(details: "Details", by: str | None) -> None:
         print_note(f"mIoU {ranges.get('miou')}, OA {ranges.get('oa')}: {details.bootstrap}")
     if rows:
         print_table(("score", "value", "95 % interval"), rows)
-    if details.calibration is not None and details.calibration.fitted_on:
-        print_note(f"The temperature was fitted on {details.calibration.fitted_on}.")
-    for wanted, groups in (("domain", details.domains), ("scene", details.scenes)):
-        if by == wanted:
-            if not groups:
-                print_note(f"The images of this split have no {wanted} that joins several of them.")
-                continue
-            columns = (wanted, "images", "mIoU", "mF1", "OA", "boundary mIoU")
-            lines = [(g.name, g.images, g.scores.miou, g.scores.mf1, g.scores.oa, g.boundary_miou) for g in groups]
-            print_table(columns, lines)
+    if calibration is not None and calibration.fitted_on:
+        print_note(f"The temperature was fitted on {calibration.fitted_on}.")
+    if by is None:
+        return
+    if groups := details.domains if by == "domain" else details.scenes:
+        columns = (by, "images", "mIoU", "mF1", "OA", "boundary mIoU")
+        lines = [(g.name, g.images, g.scores.miou, g.scores.mf1, g.scores.oa, g.boundary_miou) for g in groups]
+        print_table(columns, lines)
+    else:
+        print_note(f"The images of this split have no {by} that joins several of them.")
 
 
 def _parse_bound(text: str | None) -> tuple[str, float] | None:

@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_facts, print_json, print_note, print_table
+from rsseg.commands.console import AsJson, print_facts, print_json, print_note, print_table
 
 app = typer.Typer(help="List, show and compare runs.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table
-from rsseg.errors import UsageError
+from rsseg.commands.console import AsJson, print_json, print_note, print_result, print_table
 
 app = typer.Typer(help="List, fetch, check and import weights.", no_args_is_help=True)
 
@@ -14,7 +13,7 @@ Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
 
 
 @app.command()
-def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def ls(as_json: AsJson = False) -> None:
     """List the backbones with pretrained weights, and whether these are on this machine."""
     from rsseg.backbones.table import ENTRIES
     from rsseg.backbones.weights import is_cached
@@ -63,13 +62,11 @@ def import_checkpoint(
     """Convert a checkpoint that the authors published into a model, without executing anything in it."""
     from rsseg.data.sources import Datasets
     from rsseg.datasets.cards import find_card
+    from rsseg.files import check_outputs
     from rsseg.methods.registry import import_checkpoint as import_for
     from rsseg.recipe import load_recipe
 
-    if output.exists() and file.exists() and output.samefile(file):
-        raise UsageError(f"{output} is the checkpoint to import. Choose another name for the model.")
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists. Choose another name, or add --overwrite.")
+    check_outputs([("--output", output)], [file], overwrite=overwrite)
     loaded = load_recipe(recipe, [("data.path", data)] if data else (), method=method)
     task = Datasets(loaded.data).task if data else find_card(loaded.data.path.name).task()
     import_for(file, loaded, task, output=output)

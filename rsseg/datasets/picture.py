@@ -12,11 +12,10 @@ from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.datasets.prepare.stage import output_errors
 from rsseg.errors import DataError, UsageError
 from rsseg.files import replaced
-from rsseg.picture import draw_sheet, stretched
+from rsseg.picture import draw_sheet, shown_bands, stretched
 from rsseg.task import IGNORE_INDEX
 
 _IGNORED = (200, 200, 200)
-_RGB = ("red", "green", "blue")
 
 
 def find_sample(index: SegmentationIndex, which: str | None) -> IndexItem:
@@ -36,9 +35,7 @@ def sample_colors(index: SegmentationIndex, item: IndexItem, side: int) -> tuple
 
     The image is stretched between percentiles 2 and 98 per band; without red, green and blue its first bands are shown.
     """
-    bands = index.task.bands
-    shown = _RGB if set(_RGB) <= set(bands) else (bands[:3] if len(bands) > 2 else bands[:1])
-    reader = SampleReader(index, shown, cache=False)
+    reader = SampleReader(index, shown_bands(index.task.bands), cache=False)
     pixels, valid = reader.image(item)
     image = np.where(valid[..., None], stretched(pixels, valid), np.uint8(255))
     step = max(-(-max(valid.shape) // side), 1)

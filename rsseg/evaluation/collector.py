@@ -28,7 +28,8 @@ from rsseg.evaluation.details import BOUNDARY_WIDTH, Details, Example, Scorer, c
 from rsseg.inference.image import predict_and_sample
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix
-from rsseg.task import IGNORE_INDEX, Task
+from rsseg.picture import shown_bands, stretched
+from rsseg.task import Task
 
 SIDE = 288
 """Longest side of a picture in pixels."""
@@ -199,17 +200,9 @@ def _reduced(width: int, height: int) -> tuple[int, int]:
 
 
 def _small_picture(pixels: NDArray[np.generic], valid: NDArray[np.bool_], bands: Sequence[str]) -> Image.Image:
-    """Red, green and blue, or the first three bands, stretched between percentiles 2 and 98."""
-    named = [bands.index(color) for color in ("red", "green", "blue") if color in bands]
-    chosen = named if len(named) == 3 else [0, 1, 2] if len(bands) >= 3 else [0, 0, 0]
+    """The bands to show, reduced and stretched; white where there is no data."""
     size = _reduced(pixels.shape[2], pixels.shape[1])
     mask = np.asarray(Image.fromarray(valid).resize(size, Image.Resampling.NEAREST))
-    channels = []
-    for band in chosen:
-        values = Image.fromarray(pixels[band].astype(np.float32)).resize(size, Image.Resampling.BOX)
-        small = np.nan_to_num(np.asarray(values))
-        low, high = np.percentile(small[mask], (2, 98)) if mask.any() else (0.0, 1.0)
-        channels.append(np.clip((small - low) / max(high - low, 1e-6), 0, 1) * 255)
-    picture = np.stack(channels, -1).astype(np.uint8)
-    picture[~mask] = IGNORE_INDEX
-    return Image.fromarray(picture)
+    layers = [Image.fromarray(pixels[bands.index(band)].astype(np.float32)) for band in shown_bands(bands)]
+    small = np.stack([np.asarray(layer.resize(size, Image.Resampling.BOX)) for layer in layers])
+    return Image.fromarray(np.where(mask[..., None], stretched(small, mask), np.uint8(255)))

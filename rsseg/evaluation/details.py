@@ -164,6 +164,10 @@ class Scorer:
         """Of (K + 2, K + 1) counts; the last class is the interior."""
         return scores(counts, (*self.names, INTERIOR), ignore=self.ignore)
 
+    def boundary_miou(self, counts: NDArray[np.int64] | None) -> float | None:
+        """Mean boundary IoU of (K + 2, K + 1) counts; None if they were not requested."""
+        return None if counts is None else self.boundary(counts).miou_without((INTERIOR,))
+
     def means(self, counts: NDArray[np.int64], boundary: NDArray[np.int64] | None) -> dict[str, float | None]:
         """The scores that have intervals."""
         found = self.scores(counts)
@@ -171,7 +175,7 @@ class Scorer:
         if self.background:
             values["miou_without_background"] = found.miou_without(self.background)
         if boundary is not None:
-            values["boundary_miou"] = self.boundary(boundary).miou_without((INTERIOR,))
+            values["boundary_miou"] = self.boundary_miou(boundary)
         return values | {f"iou_{c.name}": c.iou for c in found.classes}
 
 
@@ -196,9 +200,7 @@ def details_of(
     """
     scenes = [scene or name for name, scene, _ in items]
     domains = [domain for _, _, domain in items]
-    distinct = sorted(set(scenes))
-    place = np.array([distinct.index(scene) for scene in scenes], np.int64)
-    number = len(distinct)
+    number, draws = len(set(scenes)), _draws(scenes, seed)
     edges = None if boundary is None else scorer.boundary(boundary.sum(0))
     total = scorer.scores(counts.sum(0))
     return Details(
@@ -207,7 +209,7 @@ def details_of(
         ),
         domains=_groups(domains, counts, boundary, scorer) if any(domains) else (),
         scenes=_groups(scenes, counts, boundary, scorer) if number < len(items) else (),
-        intervals=_bootstrap(place, number, counts, boundary, scorer, seed),
+        intervals={} if draws is None else _intervals(_resampled(draws, counts, boundary, scorer)),
         bootstrap=f"95 % percentile bootstrap over {number} scenes, {RESAMPLES} resamples, seed {seed}"
         if number > 1
         else "no interval: one scene only",
@@ -215,7 +217,7 @@ def details_of(
         boundary=f"pixels at most {width} px from another class, on whole images; image borders are no boundary"
         if boundary is not None
         else "not measured",
-        boundary_miou=None if edges is None else edges.miou_without((INTERIOR,)),
+        boundary_miou=None if boundary is None else scorer.boundary_miou(boundary.sum(0)),
         boundary_classes={} if edges is None else {c.name: c.iou for c in edges.classes if c.name != INTERIOR},
         background=scorer.background,
         miou_without_background=total.miou_without(scorer.background) if scorer.background else None,
@@ -241,7 +243,7 @@ def _image(
         miou=found.miou,
         mf1=found.mf1,
         oa=found.oa,
-        boundary_miou=None if boundary is None else scorer.boundary(boundary).miou_without((INTERIOR,)),
+        boundary_miou=scorer.boundary_miou(boundary),
         classes=tuple(c.iou for c in found.classes),
     )
 
@@ -257,32 +259,30 @@ def _groups(
                 name=str(key),
                 images=int(chosen.sum()),
                 scores=scorer.scores(counts[chosen].sum(0)),
-                boundary_miou=None
-                if boundary is None
-                else scorer.boundary(boundary[chosen].sum(0)).miou_without((INTERIOR,)),
+                boundary_miou=None if boundary is None else scorer.boundary_miou(boundary[chosen].sum(0)),
             )
         )
     return tuple(groups)
 
 
-def _bootstrap(
-    place: NDArray[np.int64],
-    number: int,
-    counts: NDArray[np.int64],
-    boundary: NDArray[np.int64] | None,
-    scorer: Scorer,
-    seed: int,
-) -> dict[str, Interval]:
-    if number < 2:
-        return {}
-    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)[:, place]
-    resampled = _weighted_sums(drawn, counts)
-    edges = None if boundary is None else _weighted_sums(drawn, boundary)
-    rows = [scorer.means(sums, None if edges is None else edges[i]) for i, sums in enumerate(resampled)]
-    return intervals_of(rows)
+def _draws(scenes: Sequence[str], seed: int) -> NDArray[np.int64] | None:
+    """(R, N) how often each resample of the scenes contains an image; None if there is only one scene."""
+    names, place = np.unique(scenes, return_inverse=True)
+    if (number := len(names)) < 2:
+        return None
+    return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)[:, place]
 
 
-def intervals_of(rows: Sequence[dict[str, float | None]]) -> dict[str, Interval]:
+def _resampled(
+    weights: NDArray[np.int64], counts: NDArray[np.int64], boundary: NDArray[np.int64] | None, scorer: Scorer
+) -> list[dict[str, float | None]]:
+    """Scores of R weighted sums of the images' matrices; weights (R, N)."""
+    sums = _weighted_sums(weights, counts)
+    edges = [None] * len(sums) if boundary is None else _weighted_sums(weights, boundary)
+    return [scorer.means(*pair) for pair in zip(sums, edges, strict=True)]
+
+
+def _intervals(rows: Sequence[dict[str, float | None]]) -> dict[str, Interval]:
     """The 95 % percentile interval of each value; resamples without a value are left out."""
     found = {}
     for name in rows[0]:
@@ -324,17 +324,13 @@ def paired_differences(
     """
     others = {image.image: image for image in second}
     pairs = [(image, others[image.image]) for image in first]
-    scenes = sorted({image.scene for image in first})
-    place = np.array([scenes.index(image.scene) for image in first], np.int64)
     both = [np.array([pair[i].counts for pair in pairs], np.int64) for i in (0, 1)]
     edges: list[NDArray[np.int64]] = []
     if all(image.boundary_counts is not None for pair in pairs for image in pair):
         edges = [np.array([pair[i].boundary_counts for pair in pairs], np.int64) for i in (0, 1)]
 
     def values(weights: NDArray[np.int64], i: int) -> list[dict[str, float | None]]:
-        sums = _weighted_sums(weights, both[i])
-        of_edges = _weighted_sums(weights, edges[i]) if edges else None
-        return [scorer.means(m, None if of_edges is None else of_edges[n]) for n, m in enumerate(sums)]
+        return _resampled(weights, both[i], edges[i] if edges else None, scorer)
 
     def minus(a: dict[str, float | None], b: dict[str, float | None]) -> dict[str, float | None]:
         return {k: None if (x := a[k]) is None or (y := b[k]) is None else y - x for k in a}
@@ -342,10 +338,8 @@ def paired_differences(
     whole = np.ones((1, len(pairs)), np.int64)
     (before,), (after,) = values(whole, 0), values(whole, 1)
     intervals: dict[str, Interval] = {}
-    if (number := len(scenes)) > 1:
-        drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)[:, place]
-        rows = [minus(a, b) for a, b in zip(values(drawn, 0), values(drawn, 1), strict=True)]
-        intervals = intervals_of(rows)
+    if (draws := _draws([image.scene for image in first], seed)) is not None:
+        intervals = _intervals([minus(a, b) for a, b in zip(values(draws, 0), values(draws, 1), strict=True)])
     change = minus(before, after)
     return {
         name: Difference(first=before[name], second=after[name], difference=change[name], interval=intervals.get(name))

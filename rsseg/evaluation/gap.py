@@ -23,6 +23,7 @@ _MOST_IMAGES = 200
 _ROUNDS = 200
 """Bootstrap samples, and random halves of the first set."""
 _FAR = 0.3
+"""A guess: not compared with losses of accuracy yet."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -107,17 +108,20 @@ def dataset_gap(
             for i, band in enumerate(bands)
         ),
         gsd_m=gsd,
-        sentence=_sentence(distance, same, gsd),
+        sentence=verdict(distance, same, gsd),
     )
 
 
-def _sentence(distance: float, same: float, gsd: tuple[float | None, float | None]) -> str:
+def verdict(distance: float, same: float, gsd: tuple[float | None, float | None]) -> str:
+    """What a distance means, given that between halves of one set and the pixel sizes in metres."""
     if distance <= same:
         text = "Same domain: the sets differ no more than random halves of the first one. Adaptation is not needed."
     elif distance < _FAR:
         text = "Moderate: the sets differ. Try the model as it is, and adaptation beside it."
     else:
         text = "Far: the sets hardly resemble each other. Expect a loss of accuracy; label some images of the second."
+    if distance > same:
+        text += f" The border between moderate and far, {_FAR:g}, is a guess."
     if gsd[0] is not None and gsd[1] is not None and not 0.67 < gsd[0] / gsd[1] < 1.5:
         text += f" Their pixels measure {gsd[0]:g} m and {gsd[1]:g} m: set data.match_gsd."
     return text

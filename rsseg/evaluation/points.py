@@ -12,8 +12,7 @@ import numpy as np
 import pyogrio
 import shapely
 from numpy.typing import NDArray
-from pyogrio.errors import DataLayerError, DataSourceError, FieldError
-from rasterio.crs import CRS
+from pyogrio.errors import DataSourceError
 
 from rsseg.errors import DataError, UsageError
 from rsseg.evaluation.assessment import Assessment, Sample, Strata, allocate, assess, sample_size
@@ -21,7 +20,7 @@ from rsseg.fields import Result
 from rsseg.files import check_outputs, replaced
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
-from rsseg.vector.read import VECTOR_ERRORS, vector_reason
+from rsseg.vector.read import attribute_text, find_field, find_layer, layer_crs, spatial_layers, vector_errors
 from rsseg.vector.style import add_style, form_style
 
 LAYER = "points"
@@ -301,33 +300,21 @@ def _read(
     points: Path, layer: str | None, field: str, grid: Grid
 ) -> tuple[NDArray[np.int64], list[str], NDArray[np.int64]]:
     """(n, 2) row and column, labels as text ("" for none) and feature ids."""
-    try:
-        layers = [str(name) for name, _ in pyogrio.list_layers(points)]
-        if layer is None:
-            layer = layers[0] if len(layers) == 1 else LAYER
+    if layer is None and len(spatial_layers(points)) > 1:
+        layer = LAYER
+    layer = find_layer(points, layer)
+    find_field(points, layer, field, "--field")
+    with vector_errors(points):
         meta, fids, geometry, columns = pyogrio.raw.read(points, layer=layer, columns=[field], return_fids=True)
-    except DataLayerError:
-        raise DataError(f"{points}: there is no layer {layer!r}; there are {', '.join(layers)}.") from None
-    except (*VECTOR_ERRORS, FieldError) as error:
-        reason = vector_reason(error, points)
-        raise DataError(f"{points}: cannot be read: {reason}. Give a vector file with points.") from None
-    if field not in meta["fields"].tolist():
-        have = ", ".join(str(name) for name in pyogrio.read_info(points, layer=layer)["fields"])
-        raise DataError(f"{points}: there is no field {field!r}; there are {have}. Choose one with --field.")
-    shapes = shapely.from_wkb(geometry)
+        shapes = shapely.from_wkb(geometry)
     usual = (shapely.get_type_id(shapes) == 0) & ~shapely.is_empty(shapes)
     _refuse(fids[~usual], f"{points}: {{}} are not points. Give one point per feature.")
     where = shapely.get_coordinates(shapes)
-    if meta["crs"] and grid.crs is not None:
-        where = reproject(where, CRS.from_user_input(meta["crs"]), grid.crs, str(points))
+    crs = layer_crs(points, meta["crs"])
+    if crs is not None and grid.crs is not None:
+        where = reproject(where, crs, grid.crs, str(points))
     places = np.floor(grid.to_pixels(where)[:, ::-1]).astype(np.int64)
-    return places, [_text(value) for value in columns[0]], fids
-
-
-def _text(value: object) -> str:
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    return places, [attribute_text(value) for value in columns[0]], fids
 
 
 def _classes_of(

@@ -19,7 +19,7 @@ from rsseg.report.comparison import Compared, compare_runs, evaluations_of, scor
 from rsseg.report.figures import difference_chart, line_chart, reliability_chart
 from rsseg.runs import Manifest, RunFolder
 from rsseg.task import ClassInfo
-from rsseg.text import load_json
+from rsseg.text import duration, load_json
 
 REPORT = "report.html"
 _PARTS = ("input.jpg", "truth.png", "prediction.png", "error.png")
@@ -109,7 +109,9 @@ def write_comparison(runs: Sequence[RunFolder], file: Path, split: str | None = 
                 )
             ],
             manifests=[run.manifest() for run in runs],
-            command=shlex.join(["rsseg", "report", *(str(run.path) for run in runs), "--output", str(file)]),
+            command=shlex.join(
+                ["rsseg", "report", *(str(run.path) for run in runs), "--split", name, "--output", str(file)]
+            ),
             made=datetime.now().astimezone().isoformat(timespec="minutes"),
         )
     )
@@ -122,7 +124,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"score": _score, "count": _count, "signed": _signed, "duration": _duration}
+    environment.filters |= {"score": _score, "count": _count, "signed": _signed}
     environment.globals |= {"score_name": score_name, "zip": zip}
     return environment
 
@@ -138,12 +140,6 @@ def _signed(value: float | None) -> str:
 def _count(value: int) -> str:
     """With thin spaces between thousands."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{seconds:.0f} s"
 
 
 def _hex(info: ClassInfo) -> str:
@@ -251,12 +247,12 @@ def _cost(manifest: Manifest, steps: Sequence[Mapping[str, str]], main: Evaluati
     rows: list[tuple[str, str]] = [("device", str(manifest.plan["device_name"]))]
     if manifest.finished:
         wall = datetime.fromisoformat(manifest.finished) - datetime.fromisoformat(manifest.created)
-        rows.append(("training, with all evaluations", _duration(wall.total_seconds())))
+        rows.append(("training, with all evaluations", duration(wall.total_seconds())))
     speeds = sorted(float(row["images_per_s"]) for row in steps if row.get("images_per_s"))
     if speeds:
         rows.append(("training speed, median", f"{speeds[len(speeds) // 2]:.1f} images/s"))
         rows.append(("peak memory", f"{max(float(row['memory_mb']) for row in steps) / 1000:.2f} GB"))
-    rows.append(("this evaluation", f"{_duration(main.seconds)} for {main.images} images"))
+    rows.append(("this evaluation", f"{duration(main.seconds)} for {main.images} images"))
     rows.append(("parameters shipped", f"{manifest.plan['parameters'] / 1e6:.2f} M"))
     return rows
 

@@ -19,7 +19,15 @@ from rsseg.errors import DataError, UsageError
 from rsseg.raster import RasterInfo, Window
 from rsseg.vector.grid import Grid
 from rsseg.vector.place import MARGIN, Placed, Shapes, buffered, place, polygon_parts, single_parts
-from rsseg.vector.read import find_field, find_layer, layer_crs, layer_fields, nearest, vector_errors
+from rsseg.vector.read import (
+    attribute_text,
+    find_field,
+    find_layer,
+    layer_crs,
+    layer_fields,
+    nearest,
+    vector_errors,
+)
 
 _LISTED = 20
 """Maximum number of feature ids in a message."""
@@ -157,7 +165,7 @@ def read_features(
             path, layer=layer, columns=list(dict.fromkeys(fields)), force_2d=True, return_fids=True
         )
         shapes = shapely.from_wkb(wkb)
-    texts = {name: tuple(map(_text, column)) for name, column in zip(about["fields"], columns, strict=True)}
+    texts = {name: tuple(map(attribute_text, column)) for name, column in zip(about["fields"], columns, strict=True)}
     shapes, owner, issues = _drawable(shapes, np.asarray(fids))
     if not len(shapes):
         reasons = "; ".join(issue.text() for issue in issues) or "the layer is empty"
@@ -345,12 +353,3 @@ def _mappings(polygons: Shapes) -> list[dict[str, Any]]:
     loops = [coordinates[start:stop] for start, stop in pairwise(edges)]
     ends = bounds.tolist()
     return [{"type": "Polygon", "coordinates": loops[i:j]} for i, j in pairwise(ends)]
-
-
-def _text(value: Any) -> str:
-    """An attribute as text: whole numbers without a fraction, "" for NULL."""
-    if value is None or (isinstance(value, float | np.floating) and not np.isfinite(value)):
-        return ""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).strip()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyogrio
 import shapely
 from pyogrio._err import CPLE_BaseError  # what GDAL's own errors are raised as; it has no public name
@@ -102,6 +103,15 @@ def layer_crs(path: Path, text: str | None) -> CRS | None:
     """The coordinate system that a file states; raises `DataError` for an unknown one."""
     with vector_errors(path):
         return None if text is None else CRS.from_user_input(text)
+
+
+def attribute_text(value: object) -> str:
+    """An attribute's value as text: whole numbers without a fraction, "" for NULL."""
+    if isinstance(value, float | np.floating):
+        if not np.isfinite(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    return "" if value is None else str(value).strip()
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

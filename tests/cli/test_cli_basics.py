@@ -225,3 +225,15 @@ def test_bar_knows_its_total_from_the_start(monkeypatch: pytest.MonkeyPatch) -> 
     shown = screen.file.getvalue()
     assert "0/3" in shown
     assert "0/?" not in shown
+
+
+def test_import_of_a_checkpoint_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, model = tmp_path / "authors.pth", tmp_path / "model.safetensors"
+    for path in (checkpoint, model):
+        path.write_bytes(b"mine")
+    call = ["weights", "import", str(checkpoint), "--recipe", "grass", "--output"]
+    assert run([*call, str(model)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run([*call, str(checkpoint), "--overwrite"]) == 2
+    assert "would replace the input" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == model.read_bytes() == b"mine"

@@ -20,6 +20,7 @@ from rsseg.checkpoint import find_model
 from rsseg.cli import run
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+from rsseg.evaluation.gap import verdict
 from rsseg.inference.features import REFERENCE_NAME
 from tests.conftest import rgb_task, write_tif
 from tests.training.recipes import tiny_values
@@ -162,6 +163,41 @@ def test_polygons_drawn_on_a_scene_are_added(place: Path, capsys: pytest.Capture
     assert run(["dataset", "verify", "data"]) == 0
 
 
+def test_scenes_of_one_name_in_two_folders_stay_two_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for number, folder in enumerate(("2019", "2020")):
+        left = 500_000 + 1000 * number
+        pixels = np.full((3, SIDE, SIDE), 60 + number, np.uint8)
+        pixels[:, :8] = 9
+        write_tif(
+            Path("scenes") / folder / "tile.tif", pixels, crs="EPSG:32631", transform=Affine(1, 0, left, 0, -1, 64)
+        )
+        if number:  # nodata is declared beside one of the files
+            bands = "".join(
+                f'<PAMRasterBand band="{b}"><NoDataValue>9</NoDataValue></PAMRasterBand>' for b in (1, 2, 3)
+            )
+            Path(f"scenes/{folder}/tile.tif.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+        lines.append(shapely.LineString([(left, 32), (left + SIDE, 32)]))
+    pyogrio.raw.write(
+        "lines.geojson", shapely.to_wkb(np.array(lines, object)), [np.array(["field", "water"], object)], ["kind"],
+        geometry_type="LineString", crs="EPSG:32631",
+    )  # fmt: skip
+    call = ["dataset", "add", "data", "--src", "scenes", "--labels", "lines.geojson", "--field", "kind"]
+    assert run(call) == 2
+    assert "--width METRES" in " ".join(capsys.readouterr().err.split())
+    assert run([*call, "--width", "4"]) == 0
+    index = SegmentationIndex.load(Path("data"))
+    new = [item for item in index.items if item.image.startswith("added/")]
+    assert [item.image for item in new] == [f"added/001/images/{year}/tile.tif" for year in (2019, 2020)]
+    reader = SampleReader(index, index.task.bands, cache=False)
+    assert [int(reader.image(item)[0].max()) for item in new] == [60, 61]
+    assert [int(reader.image(item)[1].sum()) for item in new] == [SIDE * SIDE, SIDE * (SIDE - 8)]
+    assert [set(np.unique(reader.mask(item)).tolist()) for item in new] == [{0, 255}, {2, 255}]
+    assert "listed in data/added/001/label-issues.csv" in " ".join(capsys.readouterr().err.split())
+    assert "road" in Path("data/added/001/label-issues.csv").read_text()
+    assert run([*call, "--width", "4"]) == 4, "they are added already"
+
+
 def test_bad_calls_name_the_remedy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*call: str) -> tuple[int, str]:
         code = run([*call])
@@ -183,6 +219,8 @@ def test_bad_calls_name_the_remedy(place: Path, capsys: pytest.CaptureFixture[st
     assert (code, "either --chips" in said) == (2, True)
     code, said = refused("dataset", "add", "data", "--chips", "nowhere")
     assert (code, "no image" in said) == (4, True)
+    code, said = refused("dataset", "add", "data", "--src", "scene.tif", "--labels", "x.gpkg", "--tile", "0")
+    assert (code, "error: --tile Input should be greater" in said) == (2, True)
 
 
 def test_a_model_without_features_or_dataset_and_a_dataset_without_candidates(
@@ -259,6 +297,15 @@ def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.Capt
     assert other["distance"] > same["distance"]
     assert other["low"] <= other["high"]
     assert other["bands"][0]["mean"][0] != pytest.approx(other["bands"][0]["mean"][1], abs=0.001)
+
+
+def test_a_verdict_that_rests_on_a_guess_says_so() -> None:
+    for distance, start in ((0.29, "Moderate: "), (0.31, "Far: ")):
+        text = verdict(distance, 0.1, (None, None))
+        assert text.startswith(start)
+        assert "between moderate and far, 0.3, is a guess" in text
+    assert "guess" not in verdict(0.05, 0.1, (None, None))
+    assert "0.5 m and 2 m: set data.match_gsd" in verdict(0.05, 0.1, (0.5, 2.0))
 
 
 def test_an_untrained_network_measures_no_gap(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

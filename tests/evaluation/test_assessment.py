@@ -205,7 +205,10 @@ def test_perfect_labels_give_perfect_accuracy_and_the_mapped_areas(class_map: Pa
     assert result.warnings == ()
 
 
-def test_labels_in_other_coordinates_and_as_values_are_understood(class_map: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("q.geojson", np.int64), ("q.gpkg", np.float32)])
+def test_labels_in_other_coordinates_and_as_values_are_understood(
+    class_map: Path, tmp_path: Path, name: str, dtype: type[np.generic]
+) -> None:
     draw_points(class_map, tmp_path / "p.gpkg", SampleSize(per_stratum=30))
     pixels = value_at(class_map)
     _, _, geometry, (rows, cols) = pyogrio.raw.read(tmp_path / "p.gpkg", columns=["row", "col"], layer="points")
@@ -213,17 +216,16 @@ def test_labels_in_other_coordinates_and_as_values_are_understood(class_map: Pat
 
     x, y = shapely.get_coordinates(shapely.from_wkb(geometry)).T
     lonlat = np.array(transform("EPSG:32633", "EPSG:4326", x, y)).T
-    truth = np.where(rows % 2 == 0, pixels[rows, cols], 1).astype(np.int64)
+    truth = np.where(rows % 2 == 0, pixels[rows, cols], 1).astype(dtype)
     pyogrio.raw.write(
-        tmp_path / "q.geojson",
+        tmp_path / name,
         geometry=shapely.to_wkb(shapely.points(lonlat)),
         field_data=[truth],
         fields=["klasse"],
-        driver="GeoJSON",
         geometry_type="Point",
         crs="EPSG:4326",
     )
-    result = assess_points(class_map, tmp_path / "q.geojson", field="klasse")
+    result = assess_points(class_map, tmp_path / name, field="klasse")
     assert np.array(result.counts).sum() == 90
     assert np.array(result.counts)[0, 1] == ((pixels[rows, cols] == 0) & (rows % 2 == 1)).sum()
 
@@ -258,7 +260,9 @@ def test_unknown_truth_points_off_the_map_and_missing_fields_are_named(class_map
     label(tmp_path / "p.gpkg", lambda row, col: "lava")
     with pytest.raises(DataError, match=r"15 feature\(s\) \(1, 2, 3, 4, 5, ...\) have 'lava'; the classes are water"):
         assess_points(class_map, tmp_path / "p.gpkg")
-    with pytest.raises(DataError, match=r"no field 'klass'; there are id, row, col, stratum, truth, note"):
+    with pytest.raises(
+        DataError, match=r"--field klass: .* no such field; there are id, row, col, stratum, truth, note"
+    ):
         assess_points(class_map, tmp_path / "p.gpkg", field="klass")
     with pytest.raises(DataError, match="no layer 'x'; there are points"):
         assess_points(class_map, tmp_path / "p.gpkg", layer="x")

@@ -185,7 +185,9 @@ def test_comparison_page_shows_differences_and_is_not_overwritten(
 ) -> None:
     command = ["report", str(finished.path), str(better.path), "-o", "both.html"]
     assert run(command) == 0
-    page = Page(Path("both.html").read_text())
+    text = Path("both.html").read_text()
+    assert "better --split test --output both.html" in text
+    page = Page(text)
     assert page.balanced
     assert any(row[0] == "mIoU" and row[3].startswith("+0.") for row in page.rows if len(row) == 5)
     assert run(command) == 2

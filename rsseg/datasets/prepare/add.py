@@ -1,11 +1,12 @@
 """Add labeled images to a prepared dataset: windows with corrected masks, or scenes with labels drawn in a GIS."""
 
+import glob
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
@@ -16,12 +17,14 @@ from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex, match_class
 from rsseg.data.labels import LabelTable, histogram
 from rsseg.datasets.class_file import ClassEntry, ClassFile, class_file_text, load_classes
 from rsseg.datasets.measure import open_image, open_mask
-from rsseg.datasets.prepare.options import PrepareOptions, VectorOptions
+from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.run import Progress, prepare
 from rsseg.datasets.prepare.tiles import TileMetadata, write_tile
+from rsseg.datasets.prepare.transfer import place_file
+from rsseg.datasets.prepare.vectors import ISSUES_NAME
 from rsseg.errors import DataError
 from rsseg.files import write_text
-from rsseg.raster import RasterInfo, Window
+from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, Color, Task
 
 IMAGES, MASKS, CLASSES = "images", "masks", "classes.yaml"
@@ -93,7 +96,7 @@ def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[Index
     order[: len(names)] = [index.task.class_names.index(name) for name in names]
     found = []
     for file in files:
-        mask = next(iter(sorted((chips / MASKS).glob(f"{file.stem}.*"))), None)
+        mask = next(iter(sorted((chips / MASKS).glob(f"{glob.escape(file.stem)}.*"))), None)
         if mask is None:
             raise DataError(f"{file}: there is no mask {MASKS}/{file.stem}.tif. Restore it, or remove the image.")
         with open_image([file], index.task.bands) as image, open_mask(mask, image.info) as raster:
@@ -102,60 +105,77 @@ def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[Index
                     f"{file}: the pixels are {image.info.dtype}, those of {dataset} {index.task.dtype}. Cut the "
                     "windows from the same kind of scene."
                 )
-            found.append((file, order[table.read(raster, None)], _scene_of(file)))
+            found.append(_Labeled(file, file.name, order[table.read(raster, None)], _scene_of(file)))
     return _adopt(index, found, split)
 
 
-def add_vectors(
-    dataset: Path, scenes: Path, labels: VectorOptions, *, split: str, tile: int | None, jobs: int, progress: Progress
-) -> list[IndexItem]:
+def add_vectors(dataset: Path, options: PrepareOptions, *, split: str, progress: Progress) -> list[IndexItem]:
     """Draw the labels of a vector file on scenes, as `prepare vectors` does, and add the labeled images to a dataset.
 
     Args:
         dataset: prepared dataset, whose classes the labels have.
-        scenes: folder or file.
-        labels: the vector file; `classes` is ignored.
+        options: those of `prepare vectors`; output, class file, bands and splits are replaced.
         split: of the new images.
-        tile: side to cut scenes into; None keeps them whole.
-        jobs: threads.
         progress: see `prepare`.
 
     Raises:
         DataError: no label lies in a scene, an unknown class, or bands or a pixel type that differ from the dataset's.
         UsageError: options that contradict each other.
     """
-    index = SegmentationIndex.load(dataset)
+    index, labels = SegmentationIndex.load(dataset), options.vectors
+    assert labels is not None
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=index.root) as folder:
         classes = Path(folder) / CLASSES
         write_text(classes, class_file_text(_class_file(index.task)))
-        made = prepare(
-            "vectors",
-            PrepareOptions(
-                src=scenes,
-                out=Path(folder) / "made",
-                tile=tile,
-                jobs=jobs,
-                bands=index.task.bands,
-                split_ratio={"train": 1.0},
-                vectors=labels.model_copy(update={"classes": classes}),
-            ),
-            progress,
-        )
+
+        def forward(text: str, done: int, total: int) -> None:
+            if folder not in text:  # a file that is moved later
+                progress(text, done, total)
+
+        own: dict[str, Any] = {
+            "out": Path(folder) / "made",
+            "bands": index.task.bands,
+            "split_ratio": {"train": 1.0},
+            "vectors": labels.model_copy(update={"classes": classes}),
+        }
+        made = prepare("vectors", options.model_copy(update=own), forward)
         new = match_classes(SegmentationIndex.load(made), index.task.classes, what=str(labels.labels))
         if new.task.dtype != index.task.dtype:
-            raise DataError(f"{scenes}: the pixels are {new.task.dtype}, those of {dataset} {index.task.dtype}.")
+            raise DataError(
+                f"{options.src}: the pixels are {new.task.dtype}, those of {dataset} {index.task.dtype}. Give scenes "
+                "of that type."
+            )
         reader = SampleReader(new, new.task.bands, cache=False)
-        items = [item for item in new.items if item.mask is not None]
-        return _adopt(index, [(new.root / i.image, reader.mask(i), i.scene or i.image) for i in items], split)
+        found = (
+            _Labeled(new.root / i.image, i.image.removeprefix(f"{IMAGES}/"), reader.mask(i), i.scene or i.image)
+            for i in new.items
+            if i.mask is not None
+        )
+        items = _adopt(index, found, split)
+        if (made / ISSUES_NAME).is_file():
+            listed = index.root / Path(*Path(items[0].image).parts[:2]) / ISSUES_NAME
+            shutil.move(made / ISSUES_NAME, listed)
+            progress(f"all issues of the labels are listed in {listed}", 1, 1)
+        return items
 
 
-def _adopt(
-    index: SegmentationIndex, found: Sequence[tuple[Path, NDArray[np.uint8], str]], split: str
-) -> list[IndexItem]:
+class _Labeled(NamedTuple):
+    """An image to add, its name below the folder of images, its class indices uint8 (h, w), and its scene."""
+
+    file: Path
+    name: str
+    classes: NDArray[np.uint8]
+    scene: str
+
+
+def _adopt(index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> list[IndexItem]:
     """Copy images and write their masks (class indices) as the dataset's label map reads them; extends the index."""
-    known = {Path(item.image).name for item in index.items if item.image.startswith(f"{ADDED}/")}
-    if twice := [file.name for file, _, _ in found if file.name in known]:
-        raise DataError(f"{index.root}: {twice[0]} was added before. Add only new windows, or give it another name.")
+    # added/NNN/images/NAME
+    known = {
+        str(PurePosixPath(*PurePosixPath(item.image).parts[3:]))
+        for item in index.items
+        if item.image.startswith(f"{ADDED}/")
+    }
     number = 1
     while (index.root / ADDED / f"{number:03d}").exists():
         number += 1
@@ -168,13 +188,15 @@ def _adopt(
         index = index.model_copy(update={"label_map": labels})
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=index.root) as place:
         work = Path(place) / "new"
-        for file, classes, scene in found:
-            image = work / IMAGES / file.name
-            image.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, image)
+        for file, name, classes, scene in found:
+            if name in known:
+                raise DataError(
+                    f"{index.root}: {name} was added before. Add only new windows, or give it another name."
+                )
+            image = work / place_file(f"{IMAGES}/{name}", file, Raster, work)
             with open_image([image], index.task.bands) as raster:
                 info = raster.info
-            mask = work / MASKS / f"{file.stem}.tif"
+            mask = work / MASKS / Path(name).with_suffix(".tif")
             encoded = _encoded(classes, index.label_map)
             bands = ("label",) if len(encoded) == 1 else ("red", "green", "blue")
             metadata = TileMetadata(info.crs, info.transform, names=bands)

@@ -114,9 +114,10 @@ class Drawing:
             found.append(Issue(reason, (int(features.fids[lower]), int(features.fids[upper]))))
         counts = self.counts()
         missing = [n for n, count in counts.items() if not count and n != self._options.background]
+        found = [issue for issue in found if issue.fids]
         if missing:
             found.append(Issue(f"no feature in any scene has the class {', '.join(missing)}", ()))
-        return [issue for issue in found if issue.fids or issue.reason.startswith("no feature")]
+        return found
 
     def _names_of(self, feature: int) -> str:
         index = int(self._index[feature])

@@ -206,12 +206,20 @@ def parse_scale(text: str) -> Literal["auto"] | tuple[float, float]:
         raise UsageError(f"--scale {text}: expected auto or fixed:LOW,HIGH, such as fixed:0,10000.") from None
 
 
-def parse_layer(option: str, text: str | None) -> dict[str, Any]:
-    """`FILE` or `FILE:LAYER` of `--labels` or `--extent` as values of `VectorOptions`."""
-    if text is None:
-        return {}
-    path, layer = split_layer(text)
-    return {option: path, "layer" if option == "labels" else f"{option}_layer": layer}
+def drawing_values(labels: str | None, extent: str | None, priority: str | None, **others: Any) -> dict[str, Any]:
+    """Values of `VectorOptions`, without options that were not given.
+
+    Args:
+        labels: `FILE` or `FILE:LAYER` of --labels.
+        extent: the same of --extent.
+        priority: names of classes, separated by commas.
+        others: fields of `VectorOptions`.
+    """
+    values: dict[str, Any] = {**others, "priority": priority.split(",") if priority else None}
+    for option, layer, text in (("labels", "layer", labels), ("extent", "extent_layer", extent)):
+        if text is not None:
+            values[option], values[layer] = split_layer(text)
+    return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
 def parse_pairs(option: str, texts: tuple[str, ...] | list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rsseg.data.index import LabelMap
 from rsseg.datasets.card import DatasetCard, Labels, Variant
 from rsseg.datasets.cards import find_card
-from rsseg.datasets.class_file import load_classes
+from rsseg.datasets.class_file import ClassFile, load_classes
 from rsseg.datasets.layouts import Layout, find_prefix
 from rsseg.datasets.prepare.drawing import Drawing
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
@@ -114,20 +114,7 @@ def _own(card: DatasetCard, options: PrepareOptions) -> Plan:
     classes = load_classes(options.folder.classes)
     labels = Labels("own", "of the class file", classes.class_infos(), classes.label_map())
     bands = options.bands or classes.bands or ()
-    return Plan(
-        card=card,
-        name=classes.name,
-        labels=_ignoring(labels, options),
-        variants=(Variant(_layout(options.folder, options), bands),),
-        rule=None,
-        grid=_grid(None, options),
-        bands=None,
-        gsd_m=classes.gsd_m,
-        nodata=classes.nodata,
-        zero_collar=classes.ignore_zero_collar,
-        stretch=options.stretch == "minmax",
-        subset=options.subset,
-    )
+    return _of_classes(card, classes, labels, Variant(_layout(options.folder, options), bands), options)
 
 
 def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
@@ -139,12 +126,21 @@ def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
     classes = drawing.classes
     bands = options.bands or classes.bands or ()
     lists = {target: _lines(path) for target, path in options.vectors.split_lists.items()}
+    variant = vector_variant(options, bands, lists)
+    plan = _of_classes(card, classes, vector_labels(classes), variant, options)
+    return dataclasses.replace(plan, rule=vector_rule(options), drawing=drawing)
+
+
+def _of_classes(
+    card: DatasetCard, classes: ClassFile, labels: Labels, variant: Variant, options: PrepareOptions
+) -> Plan:
+    """Plan for files of your own, described by a class file."""
     return Plan(
         card=card,
         name=classes.name,
-        labels=_ignoring(vector_labels(classes), options),
-        variants=(vector_variant(options, bands, lists),),
-        rule=vector_rule(options),
+        labels=_ignoring(labels, options),
+        variants=(variant,),
+        rule=None,
         grid=_grid(None, options),
         bands=None,
         gsd_m=classes.gsd_m,
@@ -152,7 +148,6 @@ def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
         zero_collar=classes.ignore_zero_collar,
         stretch=options.stretch == "minmax",
         subset=options.subset,
-        drawing=drawing,
     )
 
 

@@ -139,7 +139,7 @@ def _copy(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) ->
         with _open(item, files, how) as raster:
             whole = Window(0, 0, raster.info.height, raster.info.width)
         return _cut(item, (whole,), files, stage, how)
-    names = [_place(name, files[name], Raster, stage) for name in _names(item)]
+    names = [place_file(name, files[name], Raster, stage) for name in _names(item)]
     mask = item.mask
     if mask is not None and how.converts_masks:
         require_free_disk(stage, files[mask].stat().st_size)
@@ -147,11 +147,11 @@ def _copy(part: _Part, files: Mapping[str, Path], stage: Path, how: Transfer) ->
         mask = f"masks/{PurePosixPath(_names(item)[0]).with_suffix('.tif')}"
         _convert_mask(item, files, stage / mask, how)
     elif mask is not None:
-        mask = _place(mask, files[mask], open_mask, stage)
+        mask = place_file(mask, files[mask], open_mask, stage)
     return [item.model_copy(update={"image": "|".join(names), "mask": mask})]
 
 
-def _place(name: str, source: Path, opened: Callable[[Path], Raster], stage: Path) -> str:
+def place_file(name: str, source: Path, opened: Callable[[Path], Raster], stage: Path) -> str:
     """Hard-link (or copy) a file and its side files, or write a file that refers to other files as GeoTIFF.
 
     Args:
