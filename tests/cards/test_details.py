@@ -208,12 +208,12 @@ def test_tiny_images_and_odd_names_work(tmp_path: Path, size: tuple[int, int]) -
 def web(tmp_path: Path) -> Iterator[str]:
     """A server of a folder on this machine."""
 
-    class Progress(SimpleHTTPRequestHandler):
+    class Silent(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing."""
 
     (tmp_path / "served").mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Progress, directory=str(tmp_path / "served")))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path / "served")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
