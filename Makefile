@@ -51,7 +51,7 @@ bench: bench-predict
 	$(BIN)/python benchmarks/strong_views.py
 	$(BIN)/python benchmarks/dasegnet_step.py
 
-# Every GPU figure, in at most four minutes; needs a GPU.
+# GPU figures, as many as fit into four minutes; needs a GPU.
 bench-gpu: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu.py
 

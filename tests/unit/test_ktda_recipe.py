@@ -17,7 +17,7 @@ from tests.unit.ktda_models import PLAIN, TASK, TAUGHT, recipe_of
         ({"teacher": TAUGHT["teacher"]}, "need feature alignment"),
         ({"fuse": True}, "need feature alignment"),
         ({"fam": {"width": 8}}, "without a teacher"),
-        ({"optimizers": {"head": {}}}, "optimizers: this recipe needs"),
+        ({"optimizers": {"head": {}}}, r"optimizers: this recipe needs \['main'\]"),
         ({"trainer": {"batch_size": 1}}, "needs two samples"),
     ],
 )

@@ -201,7 +201,7 @@ def test_value_255_can_be_a_class(tmp_path: Path) -> None:
 
 
 def test_masks_saved_as_jpeg_are_not_to_be_ignored_value_by_value(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="JPEG compression changes values"):
+    with pytest.raises(DataError, match="JPEG compression changes values: export the masks as PNG or GeoTIFF"):
         prepared(tmp_path, lambda p, m: Image.fromarray(m).save(p), suffix="jpg", values=(0, 100, 200))
 
 

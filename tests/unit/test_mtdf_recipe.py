@@ -28,7 +28,7 @@ MULTISPECTRAL = Task(
         ({"teachers": [TEACHERS[0], TEACHERS[0]]}, "share a name"),
         ({"complementary_dropout": True}, "set strong_views to 2"),
         ({"only_teachers": ["vti"]}, "names 'vti'; the recipe's teachers are"),
-        ({"optimizers": {"head": {}}}, "optimizers: this recipe needs"),
+        ({"optimizers": {"head": {}}}, r"optimizers: this recipe needs \['main'\]"),
         ({"data": {"path": "x", "streams": {"unlabelled": {}}}}, "unknown stream"),
     ],
 )
