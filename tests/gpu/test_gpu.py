@@ -1,7 +1,7 @@
 """A GPU against the CPU: `pytest -m gpu`, nothing to download.
 
-Without a GPU most of them run in short with the CPU in its place. Comparisons of the two devices then compare the CPU with
-itself: they stay runnable, but show nothing.
+Without a GPU most of them run in short with the CPU in its place. Comparisons of the two devices then compare the CPU
+with itself: they stay runnable, but show nothing.
 """
 
 import os
