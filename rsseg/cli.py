@@ -13,16 +13,12 @@ import typer
 from rsseg import __version__
 from rsseg.commands import (
     assess,
-    backbone,
-    cog,
     dataset,
     doctor,
     evaluate,
-    export,
     info,
     predict,
     recipe,
-    report,
     runs,
     train,
     weights,
@@ -48,8 +44,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
-app.command("export")(export.export)
-app.command("report")(report.report)
+app.command("export")(runs.export)
+app.command("report")(runs.report)
 app.command("suggest")(assess.suggest)
 app.command("sample")(assess.sample)
 app.command("assess")(assess.assess)
@@ -57,9 +53,9 @@ dataset.app.command("gap")(assess.gap)
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(runs.app, name="runs")
-app.add_typer(backbone.app, name="backbone")
+app.add_typer(weights.backbones, name="backbone")
 app.add_typer(weights.app, name="weights")
-app.add_typer(cog.app, name="cog")
+app.add_typer(info.cog, name="cog")
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 

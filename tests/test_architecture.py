@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.commands.launch import wait_passively
+from rsseg.commands.train import wait_passively
 
 PACKAGE = Path(__file__).parents[1] / "rsseg"
 

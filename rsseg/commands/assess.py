@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table
+from rsseg.commands.console import print_json, print_note, print_result, print_table, stage_bar
 
 if TYPE_CHECKING:
     from rsseg.evaluation.assessment import Assessment, Estimate
@@ -40,7 +40,6 @@ def suggest(
     """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
     from rsseg.checkpoint import find_model
     from rsseg.commands.predict import scene_options
-    from rsseg.commands.progress import stage_bar
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.suggest import suggest as suggest_windows
 
@@ -83,7 +82,6 @@ def gap(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
-    from rsseg.commands.progress import stage_bar
     from rsseg.evaluation.gap import dataset_gap
 
     with stage_bar() as progress:

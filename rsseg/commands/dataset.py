@@ -9,7 +9,16 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from rsseg.commands.console import AsJson, print_facts, print_json, print_note, print_result, print_table, stdout
+from rsseg.commands.console import (
+    AsJson,
+    print_facts,
+    print_json,
+    print_note,
+    print_result,
+    print_table,
+    stage_bar,
+    stdout,
+)
 from rsseg.errors import DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -153,7 +162,6 @@ def prepare(
     """
     import os
 
-    from rsseg.commands.progress import stage_bar
     from rsseg.data.index import SegmentationIndex
     from rsseg.datasets.prepare.options import drawing_values, parse_ignored, parse_options, parse_pairs, parse_scale
     from rsseg.datasets.prepare.run import prepare as prepare_dataset
@@ -223,7 +231,6 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every mask and image once; list problems and exit with 4 if there are any."""
-    from rsseg.commands.progress import stage_bar
     from rsseg.datasets.verify import verify as verify_dataset
 
     with stage_bar() as progress:
@@ -252,7 +259,6 @@ def verify(
 @app.command()
 def stats(path: Folder, jobs: Jobs = 2, as_json: AsJson = False) -> None:
     """Show band statistics and class areas per split."""
-    from rsseg.commands.progress import stage_bar
     from rsseg.datasets.verify import statistics
 
     with stage_bar() as progress:
@@ -341,7 +347,6 @@ def add(
     jobs: Jobs = 2,
 ) -> None:
     """Add labeled images to a prepared dataset: corrected windows, or scenes with labels drawn in a GIS."""
-    from rsseg.commands.progress import stage_bar
     from rsseg.datasets.prepare.add import add_chips, add_vectors
     from rsseg.datasets.prepare.options import drawing_values, parse_options
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsseg.commands.console import AsJson, print_json, print_note, print_scores, print_table
-from rsseg.commands.launch import wait_passively
+from rsseg.commands.console import AsJson, bar, print_json, print_note, print_scores, print_table
+from rsseg.commands.train import wait_passively
 from rsseg.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def evaluate(
     The evaluation of a run is kept in its folder for `rsseg report` and `rsseg runs compare`.
     """
     wait_passively()
-    from rsseg.commands.progress import bar
     from rsseg.files import check_outputs
 
     bound = _parse_bound(fail_under)

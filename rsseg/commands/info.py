@@ -1,12 +1,12 @@
-"""`rsseg info`: the contents of a model file or a scene."""
+"""`rsseg info` and `rsseg cog`: the contents of a model file or a scene, and the layout of GeoTIFFs."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rsseg.commands.console import print_facts, print_json, print_note, print_table
-from rsseg.errors import DataError
+from rsseg.commands.console import print_error, print_facts, print_json, print_note, print_result, print_table
+from rsseg.errors import CheckFailed, DataError
 
 
 def info(
@@ -82,3 +82,28 @@ def _show_scene(name: str, *, as_json: bool) -> None:
     )
     if not placed:
         print_note("This raster has no coordinates, so outputs made from it have none.")
+
+
+cog = typer.Typer(help="Check cloud-optimized GeoTIFFs.", no_args_is_help=True)
+
+
+@cog.command("validate")
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="GeoTIFFs on this machine.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check whether files are cloud-optimized GeoTIFFs; exit code 8 if one is not. A warning counts."""
+    from rsseg.scene.cog import check_cog
+
+    reports = [check_cog(file) for file in files]
+    if as_json:
+        print_json(reports)
+    for report in reports:
+        for finding in (*report.errors, *report.warnings):
+            print_error(f"{report.file}: {finding}")
+        if not as_json:
+            print_result(f"{report.file}: {'valid' if report.is_valid else 'not valid'}")
+    if wrong := sum(not report.is_valid for report in reports):
+        raise CheckFailed(
+            f"{wrong} of {len(reports)} files are not valid COGs. `rsseg predict --format cog` writes one."
+        )

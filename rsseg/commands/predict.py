@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from pydantic import ValidationError
 
-from rsseg.commands.console import print_error, print_json, print_note, print_result, print_table
-from rsseg.commands.launch import silent, start_workers, wait_passively
+from rsseg.commands.console import bar, print_error, print_json, print_note, print_result, print_table, stage_bar
+from rsseg.commands.train import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
@@ -211,7 +211,6 @@ def predict(
 
 def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
     """Predict in this process."""
-    from rsseg.commands.progress import stage_bar
     from rsseg.scene.batch import predict_scenes, prepare_for
 
     network = prepare_for(file, job.options)
@@ -236,7 +235,6 @@ def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Shar
 def _on_cluster(file: Path, targets: "Sequence[Target]", job: "SceneJob", cluster: "Cluster") -> "Iterator[Outcome]":
     """Predict on a Ray cluster."""
     from rsseg.checkpoint import read_header
-    from rsseg.commands.progress import bar
     from rsseg.scene.batch import run_batch
     from rsseg.scene.cluster import on_ray
 

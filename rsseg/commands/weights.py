@@ -1,4 +1,4 @@
-"""`rsseg weights`: pretrained weights on this machine, and published checkpoints."""
+"""`rsseg backbone` and `rsseg weights`: the networks that recipes can name, their weights, published checkpoints."""
 
 from pathlib import Path
 from typing import Annotated
@@ -72,3 +72,32 @@ def import_checkpoint(
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")
     print_result(str(output))
+
+
+backbones = typer.Typer(help="List the backbones that recipes can name.", no_args_is_help=True)
+
+
+@backbones.command("ls")
+def backbone_ls(as_json: AsJson = False) -> None:
+    """List the backbones with kind, size, strides, and licence and presence of their weights."""
+    from dataclasses import asdict
+
+    from rsseg.backbones.table import ENTRIES
+    from rsseg.backbones.weights import is_cached
+
+    if as_json:
+        print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in ENTRIES])
+        return
+    columns = ("name", "kind", "size", "stride", "licence of the weights", "on this machine")
+    rows = [
+        (
+            entry.name,
+            entry.kind,
+            f"{entry.millions:.1f} M",
+            str(entry.patch_size or ", ".join(str(stride) for stride in entry.strides)),
+            entry.license,
+            "yes" if is_cached(entry) else "no",
+        )
+        for entry in ENTRIES
+    ]
+    print_table(columns, rows)

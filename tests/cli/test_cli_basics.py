@@ -13,8 +13,7 @@ from rich.console import Console
 
 from rsseg import __version__
 from rsseg.cli import run
-from rsseg.commands.console import print_facts, print_table
-from rsseg.commands.progress import bar, stage_bar
+from rsseg.commands.console import bar, print_facts, print_table, stage_bar
 
 
 def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +122,7 @@ def test_limit_of_the_machine_is_no_bug(
 def test_progress_off_a_terminal_is_one_line_per_message_and_interval(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rsseg.commands.progress.INTERVAL_S", 0.05)
+    monkeypatch.setattr("rsseg.commands.console.INTERVAL_S", 0.05)
     with stage_bar() as advance:
         advance("fetch x.zip: 3 GB, licence CC-BY", 0, 1)
         advance("fetch x.zip: 3 GB, licence CC-BY", 1, 1)
@@ -217,8 +216,8 @@ def test_loop_of_one_item_prints_no_title_in_a_pipe(capsys: pytest.CaptureFixtur
 
 def test_bar_knows_its_total_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr("rsseg.commands.progress.is_live", lambda: True)
-    monkeypatch.setattr("rsseg.commands.progress.stderr", lambda: screen)
+    monkeypatch.setattr("rsseg.commands.console.is_live", lambda: True)
+    monkeypatch.setattr("rsseg.commands.console.stderr", lambda: screen)
     with bar("evaluate") as advance:
         advance(0, 3)
     assert isinstance(screen.file, io.StringIO)
