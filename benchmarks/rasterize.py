@@ -97,8 +97,8 @@ def checksum(pixels: np.ndarray) -> int:
 
 
 def whole(source: Path, tile: int) -> list[int]:
-    from rsseg.datasets.prepare.drawing import Drawing
     from rsseg.datasets.prepare.options import PrepareOptions
+    from rsseg.datasets.prepare.vectors import Drawing
 
     del tile
     classes = source / "classes.yaml"

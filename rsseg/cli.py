@@ -14,9 +14,8 @@ from rsseg import __version__
 from rsseg.commands import (
     assess,
     dataset,
-    doctor,
     evaluate,
-    info,
+    inspect,
     predict,
     recipe,
     runs,
@@ -55,9 +54,9 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(runs.app, name="runs")
 app.add_typer(weights.backbones, name="backbone")
 app.add_typer(weights.app, name="weights")
-app.add_typer(info.cog, name="cog")
-app.command("info")(info.info)
-app.command("doctor")(doctor.doctor)
+app.add_typer(inspect.cog, name="cog")
+app.command("info")(inspect.info)
+app.command("doctor")(inspect.doctor)
 
 
 def _print_version(asked: bool) -> None:

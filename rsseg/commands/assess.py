@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table, stage_bar
+from rsseg.commands.console import AsJson, print_json, print_note, print_result, print_table, stage_bar
 
 if TYPE_CHECKING:
     from rsseg.evaluation.assessment import Assessment, Estimate
@@ -35,7 +35,7 @@ def suggest(
     aoi: Annotated[Path | None, typer.Option("--aoi", help="Only inside the polygons of this vector file.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
     from rsseg.checkpoint import find_model
@@ -79,7 +79,7 @@ def gap(
     ] = "tf_efficientnet_lite0",
     weights: Annotated[str, typer.Option("--weights", help="pretrained, or a .safetensors file.")] = "pretrained",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
     from rsseg.evaluation.gap import dataset_gap
@@ -112,7 +112,7 @@ def sample(
     strata: StrataFile = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sample.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw a stratified random sample of a map as points to label in a GIS (Olofsson et al. 2014)."""
     from rsseg.evaluation.points import SampleSize, draw_points
@@ -137,7 +137,7 @@ def assess(
     strata: StrataFile = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Also write the estimates per class as CSV.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing CSV file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate a map's accuracy and the true areas of its classes, with 95 % intervals, from labeled points."""
     from rsseg.evaluation.points import assess_points

@@ -20,7 +20,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from rsseg.metrics import Scores
 
-
+INTERVAL_S = 10.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 """Option of every command that prints a result."""
 _PIPE_WIDTH = 10_000
@@ -152,9 +152,6 @@ def _plain(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _plain(value) for key, value in data.items()}
     return data
-
-
-INTERVAL_S = 10.0
 
 
 @contextmanager

@@ -112,9 +112,8 @@ def _evaluate_model(
     advance: Callable[[int, int], None],
 ) -> "Evaluation":
     """Score a model, and keep the result in the run that it belongs to."""
-    from rsseg.evaluation.collector import DetailOptions
     from rsseg.evaluation.details import BOUNDARY_WIDTH
-    from rsseg.evaluation.model import evaluate_model
+    from rsseg.evaluation.model import DetailOptions, evaluate_model
     from rsseg.evaluation.result import save_evaluation
     from rsseg.runs import choose_model, run_of
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import print_json, print_note, print_result, print_table
+from rsseg.commands.console import AsJson, print_json, print_note, print_result, print_table
 from rsseg.errors import UsageError
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
@@ -17,7 +17,7 @@ Overrides = Annotated[
 
 
 @app.command()
-def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def ls(as_json: AsJson = False) -> None:
     """List the packaged recipes."""
     from rsseg.recipe import load_recipe, packaged_recipes
 

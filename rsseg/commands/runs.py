@@ -11,6 +11,7 @@ from rsseg.errors import UsageError
 
 app = typer.Typer(help="List, show and compare runs.", no_args_is_help=True)
 
+_TARGETS = "onnx, deepness, geodeep, torch-export or stac-mlm"
 Root = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.")]
 
 
@@ -59,7 +60,7 @@ def compare(
 
     Each run needs an evaluation of the same split: `rsseg eval --model RUN --split test`.
     """
-    from rsseg.report.comparison import compare_runs, score_name
+    from rsseg.evaluation.result import compare_runs, score_name
     from rsseg.runs import find_run
 
     name, compared = compare_runs([find_run(run, output) for run in runs], split)
@@ -123,9 +124,6 @@ def report(
     print_result(str(write_comparison(found, file, split)))
 
 
-_TARGETS = "onnx, deepness, geodeep, torch-export or stac-mlm"
-
-
 def export(
     model: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run folder or model file (default: the newest run).")
@@ -146,7 +144,7 @@ def export(
         str | None, typer.Option("--check", metavar="SCENE", help="Compare classes with rsseg's own on this scene.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model for other programs: ONNX (QGIS Deepness, geodeep, any runtime), torch.export, or a STAC item."""
     wait_passively()

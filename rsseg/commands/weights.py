@@ -7,6 +7,7 @@ import typer
 
 from rsseg.commands.console import AsJson, print_json, print_note, print_result, print_table
 
+backbones = typer.Typer(help="List the backbones that recipes can name.", no_args_is_help=True)
 app = typer.Typer(help="List, fetch, check and import weights.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
@@ -72,9 +73,6 @@ def import_checkpoint(
     import_for(file, loaded, task, output=output)
     print_note(f"Imported {file}. Apply it with `rsseg predict SCENE --model {output}`.")
     print_result(str(output))
-
-
-backbones = typer.Typer(help="List the backbones that recipes can name.", no_args_is_help=True)
 
 
 @backbones.command("ls")

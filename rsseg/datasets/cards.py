@@ -6,9 +6,8 @@ from types import MappingProxyType
 
 from rsseg.data.index import LabelMap
 from rsseg.datasets.card import RGB, DatasetCard, Labels, Variant, classes_of
-from rsseg.datasets.known.isprs import POTSDAM, VAIHINGEN
-from rsseg.datasets.known.ktda import CLOUD, GRASS, L8BIOME
-from rsseg.datasets.known.land_cover import CITY_OSM, DEEPGLOBE, GID5, LANDCOVERNET_S2, LOVEDA
+from rsseg.datasets.known.aerial import CITY_OSM, POTSDAM, VAIHINGEN
+from rsseg.datasets.known.satellite import CLOUD, DEEPGLOBE, GID5, GRASS, L8BIOME, LANDCOVERNET_S2, LOVEDA
 from rsseg.datasets.layouts import Layout
 from rsseg.datasets.splits import SplitRule, as_found
 from rsseg.errors import UsageError

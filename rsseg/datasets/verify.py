@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
-from rsseg.datasets.measure import MaskError, Moments, count_classes, in_order, measure_item, open_image
+from rsseg.datasets.measure import MaskError, Moments, Survey, count_classes, in_order, measure_item, open_image
 from rsseg.datasets.splits import UNUSED, scene_of
-from rsseg.datasets.survey import Survey
 from rsseg.errors import DataError
 from rsseg.fields import Result
 from rsseg.raster import Raster

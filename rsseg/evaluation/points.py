@@ -21,7 +21,7 @@ from rsseg.files import check_outputs, replaced
 from rsseg.raster import Raster, Window
 from rsseg.vector.grid import Grid, PixelAreas, reproject
 from rsseg.vector.read import attribute_text, find_field, find_layer, layer_crs, spatial_layers, vector_errors
-from rsseg.vector.style import add_style, form_style
+from rsseg.vector.write import add_style, form_style
 
 LAYER = "points"
 TRUTH = "truth"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from rsseg.checkpoint import ModelHeader, find_model, read_header
 from rsseg.errors import CheckFailed, MachineError, UsageError
-from rsseg.export.mlm import write_item
-from rsseg.export.targets import Geometry, TargetName, check_target, divisor, metadata_of
+from rsseg.export.targets import Geometry, TargetName, check_target, divisor, metadata_of, write_item
 from rsseg.files import check_outputs, replaced
 from rsseg.inference.graph import write_graph
 from rsseg.inference.network import load_segmenter, ready_to_predict

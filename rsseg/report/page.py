@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import UsageError
-from rsseg.evaluation.result import Evaluation
+from rsseg.evaluation.result import Compared, Evaluation, compare_runs, evaluations_of, score_name
 from rsseg.files import read_rows, write_text
-from rsseg.report.comparison import Compared, compare_runs, evaluations_of, score_name
 from rsseg.report.figures import difference_chart, line_chart, reliability_chart
 from rsseg.runs import Manifest, RunFolder
 from rsseg.task import ClassInfo

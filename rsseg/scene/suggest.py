@@ -35,8 +35,7 @@ from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
 from rsseg.task import Task
 from rsseg.vector.grid import Grid, reproject
-from rsseg.vector.style import outline_style
-from rsseg.vector.write import write_shapes
+from rsseg.vector.write import outline_style, write_shapes
 
 _HIGH, _FAR, _MUCH = 0.75, 1.5, 0.2
 """Reasons are named above this quantile of the entropy, this multiple of the median distance, this share of a class."""

@@ -9,8 +9,7 @@ from rsseg import distributed
 from rsseg.checkpoint import Calibration, read_header, write_model
 from rsseg.data.sources import Source
 from rsseg.errors import Interrupted
-from rsseg.evaluation.collector import DetailOptions
-from rsseg.evaluation.model import evaluate
+from rsseg.evaluation.model import DetailOptions, evaluate
 from rsseg.evaluation.result import save_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.recipe import Recipe

@@ -18,8 +18,7 @@ from rsseg.errors import DataError, RssegWarning
 from rsseg.raster import RasterInfo, Window
 from rsseg.text import load_json
 from rsseg.vector.grid import Grid
-from rsseg.vector.place import place, polygon_parts
-from rsseg.vector.read import find_layer, layer_crs, spatial_layers, vector_errors
+from rsseg.vector.read import find_layer, layer_crs, place, polygon_parts, spatial_layers, vector_errors
 
 Polygons = NDArray[np.object_]
 """Shapely polygons and multipolygons."""

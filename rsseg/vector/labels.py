@@ -18,14 +18,20 @@ from rasterio.transform import Affine
 from rsseg.errors import DataError, UsageError
 from rsseg.raster import RasterInfo, Window
 from rsseg.vector.grid import Grid
-from rsseg.vector.place import MARGIN, Placed, Shapes, buffered, place, polygon_parts, single_parts
 from rsseg.vector.read import (
+    MARGIN,
+    Placed,
+    Shapes,
     attribute_text,
+    buffered,
     find_field,
     find_layer,
     layer_crs,
     layer_fields,
     nearest,
+    place,
+    polygon_parts,
+    single_parts,
     vector_errors,
 )
 

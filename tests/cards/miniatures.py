@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rsseg.datasets.cards import CARDS
-from rsseg.datasets.known.isprs import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
+from rsseg.datasets.known.aerial import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
 from rsseg.task import Color
 from tests.conftest import write_png, write_tif
 

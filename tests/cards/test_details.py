@@ -13,9 +13,8 @@ import pytest
 import rasterio
 
 from rsseg.data.index import SegmentationIndex
-from rsseg.datasets.card import WebSource
+from rsseg.datasets.card import WebSource, fetch_web
 from rsseg.datasets.cards import CARDS
-from rsseg.datasets.prepare.hub import fetch_web
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.run import prepare
 from rsseg.errors import DataError, UsageError

@@ -6,7 +6,7 @@ import pytest
 
 from rsseg.data.index import IndexItem
 from rsseg.datasets.cards import CARDS
-from rsseg.datasets.known.isprs import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
+from rsseg.datasets.known.aerial import POTSDAM_TEST, POTSDAM_TRAIN, VAIHINGEN_TEST, VAIHINGEN_TRAIN
 from rsseg.datasets.splits import labeled_lists
 
 

@@ -148,7 +148,7 @@ def test_doctor_finds_this_machine_ready(
     monkeypatch.chdir(tmp_path)
     for name in ("GDAL_DATA", "PROJ_LIB", "PROJ_DATA", "GDAL_DRIVER_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("rsseg.commands.doctor.version", from_a_source_tree)
+    monkeypatch.setattr("rsseg.commands.inspect.version", from_a_source_tree)
     assert run(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["facts"]
     assert facts["rsseg"] == __version__

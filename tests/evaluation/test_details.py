@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rsseg.checkpoint import read_header, write_model
 from rsseg.cli import run
 from rsseg.evaluation.calibration import PixelSample, fit_temperatures, sample_positions, score_calibration
-from rsseg.evaluation.collector import choose_examples
 from rsseg.evaluation.details import Scorer, boundary_labels, count_boundaries, details_of, paired_differences
+from rsseg.evaluation.model import choose_examples
 from rsseg.evaluation.result import load_evaluation
 from rsseg.inference.network import load_segmenter
 from rsseg.metrics import scores
@@ -210,7 +210,7 @@ def test_calibration_is_a_switch_of_the_recipe(
     def fit(sample: PixelSample, *, per_class: bool) -> tuple[float, ...]:
         return (1.0, 2.0, 3.0) if per_class else (2.0,) * 3
 
-    monkeypatch.setattr("rsseg.evaluation.collector.fit_temperatures", fit)
+    monkeypatch.setattr("rsseg.evaluation.model.fit_temperatures", fit)
     recipe = tiny_recipe(rgb_dataset, trainer={"steps": 1}, eval={"calibrate": choice})
     segmenter = load_segmenter(train(recipe, output=tmp_path, progress=Progress()).model)
     if choice == "none":

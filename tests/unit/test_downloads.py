@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rsseg.datasets.card import DatasetCard, WebSource
+from rsseg.datasets.card import DatasetCard, WebSource, fetch_web
 from rsseg.datasets.cards import CARDS
-from rsseg.datasets.prepare.hub import fetch_web
 from rsseg.errors import DataError
 
 CONTENT = bytes(range(256)) * 4000

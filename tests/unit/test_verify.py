@@ -11,8 +11,8 @@ from PIL import Image
 
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
+from rsseg.datasets.measure import Survey
 from rsseg.datasets.prepare.run import prepare
-from rsseg.datasets.survey import Survey
 from rsseg.datasets.verify import statistics, verify
 from rsseg.errors import DataError
 from rsseg.raster import Window

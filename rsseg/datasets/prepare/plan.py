@@ -10,11 +10,10 @@ from rsseg.datasets.card import DatasetCard, Labels, Variant
 from rsseg.datasets.cards import find_card
 from rsseg.datasets.class_file import ClassFile, load_classes
 from rsseg.datasets.layouts import Layout, find_prefix
-from rsseg.datasets.prepare.drawing import Drawing
 from rsseg.datasets.prepare.options import FolderOptions, PrepareOptions
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.vectors import vector_labels, vector_rule, vector_variant
-from rsseg.datasets.splits import SplitRule, ratio_rule
+from rsseg.datasets.prepare.vectors import Drawing
+from rsseg.datasets.splits import RATIO, TRAIN, SplitRule, as_found, check_shares, ratio_rule
 from rsseg.errors import DataError, UsageError
 from rsseg.task import IGNORE_INDEX, Color
 from rsseg.text import read_lines
@@ -126,9 +125,9 @@ def _drawn(card: DatasetCard, options: PrepareOptions) -> Plan:
     classes = drawing.classes
     bands = options.bands or classes.bands or ()
     lists = {target: _lines(path) for target, path in options.vectors.split_lists.items()}
-    variant = vector_variant(options, bands, lists)
-    plan = _of_classes(card, classes, vector_labels(classes), variant, options)
-    return dataclasses.replace(plan, rule=vector_rule(options), drawing=drawing)
+    variant = _vector_variant(options, bands, lists)
+    plan = _of_classes(card, classes, _vector_labels(classes), variant, options)
+    return dataclasses.replace(plan, rule=_vector_rule(options), drawing=drawing)
 
 
 def _of_classes(
@@ -215,3 +214,42 @@ def _lines(path: Path) -> list[str]:
     if names := read_lines(path):
         return names
     raise DataError(f"{path}: the list is empty.")
+
+
+def _vector_labels(classes: ClassFile) -> Labels:
+    """Classes of the drawn masks, which hold their indices."""
+    values = {**{i: i for i in range(len(classes.classes))}, IGNORE_INDEX: IGNORE_INDEX}
+    return Labels("own", "of the vector file", classes.class_infos(), LabelMap(values=values))
+
+
+def _vector_variant(options: PrepareOptions, bands: tuple[str, ...], lists: Mapping[str, Sequence[str]]) -> Variant:
+    """Layout of the scenes; masks are drawn later."""
+    own = options.vectors
+    assert own is not None
+    pattern = own.images or "**/*"
+    layout = Layout(
+        images=pattern,
+        split_as=own.split_as,
+        split_lists=lists,
+        one_split=None if "{split}" in pattern or lists else TRAIN,
+        masks_later=True,
+    )
+    return Variant(layout, bands)
+
+
+def _vector_rule(options: PrepareOptions) -> SplitRule | None:
+    """How the splits are found; None: from the folders or lists."""
+    own = options.vectors
+    assert own is not None
+    shares = dict(options.split_ratio) or RATIO
+    check_shares("--split-ratio", shares)
+    if own.split_field is not None or own.split_lists or (own.images and "{split}" in own.images):
+        if options.split_ratio:
+            raise UsageError("--split-ratio: the splits are given by the field, the lists or the folders already.")
+        if own.split_field is None:
+            return None
+        return SplitRule("field", f"field {own.split_field}", as_found, ("train",), tiles=options.tile is not None)
+    if own.split_block is not None:
+        title = f"blocks of {own.split_block} pixels, seed {options.seed}"
+        return SplitRule("block", title, as_found, tuple(shares), tiles=True)
+    return ratio_rule(shares)

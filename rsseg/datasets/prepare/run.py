@@ -15,9 +15,9 @@ from typing import Any
 import rsseg
 from rsseg.data.index import INDEX_NAME, IndexItem, SegmentationIndex
 from rsseg.data.labels import LabelTable
+from rsseg.datasets.card import fetch
 from rsseg.datasets.layouts import Layout, list_files
 from rsseg.datasets.prepare.archives import gather, is_archive
-from rsseg.datasets.prepare.drawing import Drawing
 from rsseg.datasets.prepare.finish import finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
@@ -32,6 +32,7 @@ from rsseg.datasets.prepare.stage import (
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.datasets.prepare.transfer import Transfer, transfer
 from rsseg.datasets.prepare.vectors import (
+    Drawing,
     assign_splits,
     draw_scenes,
     report_issues,
@@ -123,8 +124,6 @@ def _errors_name(source: Path, stage: Path) -> Iterator[None]:
 
 def _find_source(plan: Plan, options: PrepareOptions, out: Path, progress: Progress) -> Path:
     if options.src is None:
-        from rsseg.datasets.prepare.hub import fetch
-
         return fetch(plan.card, out.parent, download=options.download, offline=options.offline, progress=progress)
     try:
         options.src.stat()
