@@ -1,6 +1,7 @@
 """Files written atomically, logs and tables, checks of outputs, names of temporary files."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -13,7 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rsseg.errors import MachineError, UsageError
+from rsseg.errors import DataError, MachineError, UsageError
+
+_LONG_NAME = 240
+"""Maximum bytes of a file name, which leave room for the suffix of a temporary name."""
 
 
 @contextmanager
@@ -27,6 +31,31 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
         raise MachineError(
             f"{path}: cannot be written: {reason}. Free some space or choose another --output."
         ) from None
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Turn file system errors while writing `out` into errors of rsseg.
+
+    Raises:
+        MachineError: it cannot be written, or the disk is full.
+        UsageError: its name is too long.
+        DataError: the name of a file in it is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or out
+        if error.errno == errno.ENAMETOOLONG:
+            kind = UsageError if len(os.fsencode(out.name)) > _LONG_NAME else DataError
+            raise kind(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
+            ) from None
+        if error.errno is None:
+            raise
+        raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
 
 
 @contextmanager

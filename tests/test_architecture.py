@@ -29,7 +29,7 @@ methods.base
 methods.plain_recipe
 data | backbones | layers | runs
 checkpoint | metrics | vector
-foreign | raster | picture
+foreign | raster
 task | config | files | distributed | gdal | text
 fields
 errors

@@ -285,7 +285,7 @@ def inspect(
 ) -> None:
     """Show one image, its mask in class colours, and a legend."""
     from rsseg.data.index import SegmentationIndex
-    from rsseg.datasets.picture import find_sample, legend, sample_colors, save_sample
+    from rsseg.data.picture import find_sample, legend, sample_colors, save_sample
 
     index = SegmentationIndex.load(path)
     item = find_sample(index, image)

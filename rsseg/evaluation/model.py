@@ -19,6 +19,7 @@ from torch import Tensor
 from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
+from rsseg.data.picture import shown_bands, stretched
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import Ranks, current_ranks, max_over_ranks, sum_over_ranks
 from rsseg.errors import Interrupted, MachineError, RecipeError
@@ -37,7 +38,6 @@ from rsseg.inference.network import load_segmenter
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix
-from rsseg.picture import shown_bands, stretched
 from rsseg.recipe import recipe_from_dict
 from rsseg.task import Task
 

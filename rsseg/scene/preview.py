@@ -10,9 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import RasterioError
 
+from rsseg.data.picture import draw_sheet, stretched
 from rsseg.errors import DataError
 from rsseg.files import replaced
-from rsseg.picture import draw_sheet, stretched
 from rsseg.scene.source import TAG
 from rsseg.task import Task
 

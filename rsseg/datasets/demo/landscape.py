@@ -5,16 +5,16 @@ water and shadow, or pale roofs and clouds. Texture, shape and context separate 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.datasets.demo.looks import Look, Rgb
-
 FIELD, FOREST, ROAD, BUILDING, WATER, CLOUD = range(6)
 
+Rgb = tuple[float, float, float]
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]
@@ -24,39 +24,25 @@ Area = tuple[slice, slice]
 EVERYWHERE: Area = (slice(None), slice(None))
 
 
-class Place(NamedTuple):
-    """image uint8 (H, W, 3), never 0, and label uint8 (H, W): the class index of each pixel."""
+@dataclass(frozen=True)
+class Look:
+    """Appearance of a region: reflectance 0..1 of its surfaces, atmosphere and sensor."""
 
-    image: NDArray[np.uint8]
-    label: NDArray[np.uint8]
-
-
-def generate_place(
-    rng: np.random.Generator, height: int, width: int, look: Look, *, cloud_level: float | None
-) -> Place:
-    """Generate a place; equal generator states give equal pixels.
-
-    Args:
-        rng: random generator.
-        height: rows.
-        width: columns.
-        look: the region.
-        cloud_level: clouds appear where a noise of unit variance exceeds this; None for a clear sky.
-    """
-    shape = (height, width)
-    canvas = _Canvas(rng, shape, look)
-    canvas.fields()
-    canvas.forests()
-    canvas.waters()
-    for road in canvas.roads():
-        for _ in range(max(len(road) // 200, 1)):
-            canvas.settlement(road)
-    canvas.farmsteads()
-    surface = canvas.lit()
-    label = canvas.label
-    if cloud_level is not None:
-        surface, label = _add_clouds(rng, surface, label, cloud_level)
-    return Place(_sense(rng, surface, look), label)
+    crops: tuple[Rgb, ...]
+    woods: tuple[Rgb, ...]
+    roads: tuple[Rgb, ...]
+    roofs: tuple[Rgb, ...]
+    waters: tuple[Rgb, ...]
+    parcel_px: tuple[float, float]
+    """Range of the sides of parcels."""
+    crown_px: float
+    """Diameter of a tree crown."""
+    haze: float
+    """Share of scattered light, 0..1."""
+    haze_color: Rgb
+    response: tuple[Rgb, Rgb, Rgb]
+    """Sensor response: rows are the output bands, columns red, green and blue of the surface."""
+    gamma: float
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], size: float, octaves: int = 1) -> Floats:
@@ -95,7 +81,7 @@ def _shifted(array: NDArray[Pixel], dy: int, dx: int) -> NDArray[Pixel]:
     return array[rows[:, None], cols]
 
 
-class _Canvas:
+class Canvas:
     """The ground while it is painted, from fields upward; later layers cover earlier ones."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int], look: Look) -> None:
@@ -130,6 +116,7 @@ class _Canvas:
         return u - u.min(), v - v.min()
 
     def fields(self) -> None:
+        """Parcels with crop rows, grassy rims and hedges."""
         rng, (short, long) = self.rng, self.look.parcel_px
         u, v = self._oriented(7.0)
         edges = np.cumsum(rng.uniform(short, long, int(u.max() / short) + 3)).astype(np.float32)
@@ -159,6 +146,7 @@ class _Canvas:
         self._woods(hedged & (rim < 4.0))
 
     def forests(self) -> None:
+        """Forests and copses."""
         shape, rng = self.shape, self.rng
         wooded = smooth_noise(rng, shape, _between(rng, 90, 150), 4) > _between(rng, 0.3, 1.5)
         copses = smooth_noise(rng, shape, 30, 2) > 2.6
@@ -180,6 +168,7 @@ class _Canvas:
             self.shadow[area] |= _shifted(grown, step, step) & ~grown & 1
 
     def waters(self) -> None:
+        """A river, lakes, both or none, with shallow water along their banks."""
         rng, shape = self.rng, self.shape
         water = np.zeros(shape, bool)
         if rng.random() < 0.5 or max(shape) > 600:
@@ -363,7 +352,7 @@ class _Canvas:
         return np.asarray(self.color * dark * terrain[..., None], np.float32)
 
 
-def _add_clouds(
+def add_clouds(
     rng: np.random.Generator, surface: Floats, label: NDArray[np.uint8], level: float
 ) -> tuple[Floats, NDArray[np.uint8]]:
     """Add clouds, and their soft shadows along the sun's direction; thin rims keep the label of the ground."""
@@ -380,7 +369,7 @@ def _add_clouds(
     return np.asarray(clouded, np.float32), np.where(opacity > 0.45, np.uint8(CLOUD), label)
 
 
-def _sense(rng: np.random.Generator, surface: Floats, look: Look) -> NDArray[np.uint8]:
+def sense(rng: np.random.Generator, surface: Floats, look: Look) -> NDArray[np.uint8]:
     """Simulate the sensor: band response, haze, exposure, optical blur, noise, 8 bits (1..255)."""
     seen = surface @ np.array(look.response, np.float32).T
     haze = look.haze * _between(rng, 0.7, 1.3)

@@ -20,8 +20,8 @@ _LABELS: tuple[Labels, ...] = (
     color_labels("full", "all pixels; black is ignored where it occurs", CLASSES, ignored=[_BORDER]),
     color_labels("no-boundary", "object borders are black and ignored", CLASSES, ignored=[_BORDER]),
 )
-_TERMS = "ISPRS benchmark terms (research)"
-_CITATION = "ISPRS 2D Semantic Labeling Contest; data: German Society for Photogrammetry (DGPF) and ISPRS WG III/4"
+_ISPRS_TERMS = "ISPRS benchmark terms (research)"
+_ISPRS = "ISPRS 2D Semantic Labeling Contest; data: German Society for Photogrammetry (DGPF) and ISPRS WG III/4"
 
 POTSDAM_TRAIN = tuple(
     f"{row}_{col}"
@@ -49,7 +49,7 @@ POTSDAM = DatasetCard(
     name="potsdam",
     title="urban land cover, 5 cm (ISPRS Potsdam)",
     size="38 of 6000 px",
-    license=_TERMS,
+    license=_ISPRS_TERMS,
     labels=_LABELS,
     variants=tuple(
         _potsdam(code, bands, labels, suffix)
@@ -96,7 +96,7 @@ POTSDAM = DatasetCard(
     gsd_m=0.05,
     notes="--bands red,green,blue takes 2_Ortho_RGB, nir,red,green 3_Ortho_IRRG, red,green,blue,nir 4_Ortho_RGBIR. "
     "--ignore-class clutter for scores without clutter.",
-    citation=_CITATION,
+    citation=_ISPRS,
 )
 
 VAIHINGEN_TRAIN = (1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37)
@@ -123,7 +123,7 @@ VAIHINGEN = DatasetCard(
     name="vaihingen",
     title="urban land cover, 9 cm (ISPRS Vaihingen)",
     size="33 areas",
-    license=_TERMS,
+    license=_ISPRS_TERMS,
     labels=_LABELS,
     variants=(_vaihingen("full", "", ("{any}*_noBoundary.tif",)), _vaihingen("no-boundary", "_noBoundary", ())),
     rules=(
@@ -160,7 +160,7 @@ VAIHINGEN = DatasetCard(
     ),
     gsd_m=0.09,
     notes="Bands are near infrared, red, green. --ignore-class clutter for scores without clutter.",
-    citation=_CITATION,
+    citation=_ISPRS,
 )
 
 

@@ -12,7 +12,7 @@ from rsseg.datasets.splits import RATIO, SHARES, SplitRule, as_found, by_scene, 
 from rsseg.errors import DataError
 from rsseg.task import IGNORE_INDEX, Color
 
-_CITATION = (
+_KTDA = (
     "Knowledge Transfer and Domain Adaptation for Fine-Grained Remote Sensing Image Segmentation "
     "(KTDA); archives of the authors"
 )
@@ -41,7 +41,7 @@ GRASS = DatasetCard(
     rules=(SplitRule("shipped", "as in the archive", as_found, ("train", "val")),),
     notes="No test split: published figures are on val, which also selected the weights. "
     "Unlabeled pixels are stored as low.",
-    citation=_CITATION,
+    citation=_KTDA,
     hub=HubSource(_HUB, "grass.zip"),
 )
 
@@ -67,7 +67,7 @@ CLOUD = DatasetCard(
     rules=(SplitRule("shipped", "as in the archive", as_found),),
     gsd_m=30.0,
     notes="Select weights on val; the published figures selected them on test.",
-    citation=f"{_CITATION}; masks: Foga et al. 2017, doi:10.5066/F7251GDH",
+    citation=f"{_KTDA}; masks: Foga et al. 2017, doi:10.5066/F7251GDH",
     hub=HubSource(_HUB, "cloud.zip"),
 )
 

@@ -24,7 +24,6 @@ from rsseg.datasets.prepare.plan import Plan, make_plan
 from rsseg.datasets.prepare.stage import (
     JOURNAL,
     holds_request,
-    output_errors,
     partial_folder,
     require_free_disk,
     staged_folder,
@@ -44,6 +43,7 @@ from rsseg.datasets.prepare.vectors import (
 )
 from rsseg.datasets.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
+from rsseg.files import output_errors
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, and the numbers of finished and of all steps (0 while unknown)."""

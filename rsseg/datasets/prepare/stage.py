@@ -1,8 +1,6 @@
 """A folder that appears only when it is complete."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rsseg.data.index import INDEX_NAME
-from rsseg.errors import DataError, MachineError, UsageError
+from rsseg.errors import DataError, MachineError
+from rsseg.files import output_errors
 
 REQUEST_NAME = "prepared.json"
 """File next to the index with the request, so that a repeated request is skipped."""
 JOURNAL = ".done"
 """Below the stage: results of finished steps."""
-_LONG_NAME = 240
-"""Maximum bytes of a file name, which leave room for the suffix of a temporary name."""
 
 
 @contextmanager
@@ -45,31 +42,6 @@ def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> 
             shutil.rmtree(stage, ignore_errors=True)
             raise
         _replace(out, stage)
-
-
-@contextmanager
-def output_errors(out: Path) -> Iterator[None]:
-    """Turn file system errors while writing `out` into errors of rsseg.
-
-    Raises:
-        MachineError: it cannot be written, or the disk is full.
-        UsageError: its name is too long.
-        DataError: the name of a file in it is too long.
-    """
-    try:
-        yield
-    except OSError as error:
-        name = error.filename or out
-        if error.errno == errno.ENAMETOOLONG:
-            kind = UsageError if len(os.fsencode(out.name)) > _LONG_NAME else DataError
-            raise kind(f"{name}: the file name is too long. Shorten it, or pass a shorter --out.") from None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"{out}: the disk is full. Free some space and repeat the command to resume, or pass another --out."
-            ) from None
-        if error.errno is None:
-            raise
-        raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
 
 
 def _clear(stage: Path) -> None:
