@@ -12,7 +12,6 @@ import typer
 
 from rsseg import __version__
 from rsseg.commands import (
-    assess,
     dataset,
     evaluate,
     inspect,
@@ -45,10 +44,10 @@ app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(runs.export)
 app.command("report")(runs.report)
-app.command("suggest")(assess.suggest)
-app.command("sample")(assess.sample)
-app.command("assess")(assess.assess)
-dataset.app.command("gap")(assess.gap)
+app.command("suggest")(evaluate.suggest)
+app.command("sample")(evaluate.sample)
+app.command("assess")(evaluate.assess)
+dataset.app.command("gap")(evaluate.gap)
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(runs.app, name="runs")

@@ -58,6 +58,16 @@ def output_errors(out: Path) -> Iterator[None]:
         raise MachineError(f"{name}: {error.strerror}. Check its permissions, or pass another --out.") from None
 
 
+def require_free_disk(folder: Path, needed: int) -> None:
+    """Raise `MachineError` unless the disk of `folder` has `needed` free bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed. "
+            "Free some space, or pass --out on another disk."
+        )
+
+
 @contextmanager
 def replaced(path: Path, *errors: type[Exception], ending: str = "") -> Iterator[Path]:
     """A temporary file beside `path` that replaces it if the block succeeds, else is removed; see `writing`."""

@@ -1,18 +1,35 @@
-"""`rsseg eval`."""
+"""Accuracy of models and maps, with labels (`eval`), reference points (`sample`, `assess`) or none (`gap`, `suggest`)."""
 
+import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsseg.commands.console import AsJson, bar, print_json, print_note, print_scores, print_table
+from rsseg.commands.console import (
+    AsJson,
+    bar,
+    print_json,
+    print_note,
+    print_result,
+    print_scores,
+    print_table,
+    stage_bar,
+)
 from rsseg.commands.train import wait_passively
 from rsseg.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
+    from rsseg.evaluation.assessment import Assessment, Estimate
     from rsseg.evaluation.details import Details
     from rsseg.evaluation.result import Evaluation
+
+MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Class raster, such as `rsseg predict` writes.")]
+StrataFile = Annotated[
+    Path | None, typer.Option("--strata", help="Raster of strata on the same grid (default: the map's classes).")
+]
 
 
 def evaluate(
@@ -177,3 +194,178 @@ def _parse_bound(text: str | None) -> tuple[str, float] | None:
     except ValueError:
         pass
     raise UsageError(f"--fail-under {text}: write miou=0.7, mf1=0.7 or oa=0.7, with a value from 0 to 1.")
+
+
+def suggest(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or model file.")],
+    scenes: Annotated[list[str], typer.Argument(metavar="SCENES", help="As for predict; or one prepared dataset.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to write.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Windows to suggest.")] = 50,
+    block: Annotated[int, typer.Option("--block", help="Side of a window in pixels.")] = 256,
+    per_scene: Annotated[int | None, typer.Option("--per-scene", min=1, help="At most this many of a scene.")] = None,
+    chips: Annotated[
+        Path | None, typer.Option("--chips", help="New folder for the windows, with predicted masks to correct.")
+    ] = None,
+    bands: Annotated[
+        str | None, typer.Option("--bands", help="Names or numbers of the file's bands, in the model's order: 4,3,2.")
+    ] = None,
+    nodata: Annotated[float | None, typer.Option("--nodata", help="Nodata value instead of the declared one.")] = None,
+    aoi: Annotated[Path | None, typer.Option("--aoi", help="Only inside the polygons of this vector file.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
+    from rsseg.checkpoint import find_model
+    from rsseg.commands.predict import scene_options
+    from rsseg.scene.memory import prepare_model
+    from rsseg.scene.suggest import suggest as suggest_windows
+
+    names = bands.split(",") if bands else None
+    options = scene_options(bands=names, nodata=nodata, aoi=aoi, device=device)
+    with stage_bar() as progress:
+        found = suggest_windows(
+            model,
+            prepare_model(find_model(model), options),
+            scenes,
+            output,
+            options,
+            count=count,
+            block=block,
+            per_image=per_scene,
+            chips=chips,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(found)
+        return
+    columns = ("rank", "score", "scene", "row", "column", "reason")
+    print_table(columns, [(s.rank, s.score, Path(s.scene).name, s.row, s.col, s.reason) for s in found], decimals=3)
+    if len(found) < count:
+        print_note(f"There are no more than {len(found)} windows to choose from.")
+    if chips is not None:
+        print_note(f"Correct the masks in {chips / 'masks'}, then run: rsseg dataset add DATASET --chips {chips}")
+    print_result(f"{output}")
+
+
+def gap(
+    first: Annotated[Path, typer.Argument(help="Prepared dataset.")],
+    second: Annotated[Path, typer.Argument(help="Another one, with bands of the same names.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="Network whose features are compared.")
+    ] = "tf_efficientnet_lite0",
+    weights: Annotated[str, typer.Option("--weights", help="pretrained, or a .safetensors file.")] = "pretrained",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
+    from rsseg.evaluation.gap import dataset_gap
+
+    with stage_bar() as progress:
+        found = dataset_gap(first, second, backbone=backbone, weights=weights, seed=seed, progress=progress)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(b.band, *b.mean, *b.std) for b in found.bands]
+    print_table(("band", "mean 1", "mean 2", "std 1", "std 2"), rows, decimals=3)
+    print_note(f"{found.measure}, features of {found.backbone}, {found.images[0]} and {found.images[1]} images; random")
+    print_note(f"halves of the first set differ by up to {found.same:.3f} (95 %)")
+    print_result(f"distance {found.distance:.3f} (95 % interval {found.low:.3f} to {found.high:.3f})")
+    print_result(found.sentence)
+
+
+def sample(
+    source: MapFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GeoPackage to write.")],
+    per_stratum: Annotated[int | None, typer.Option("--per-stratum", help="Points per stratum.")] = None,
+    target_se: Annotated[
+        float | None,
+        typer.Option("--target-se", help="Or: target standard error of the overall accuracy, such as 0.01."),
+    ] = None,
+    expected_accuracy: Annotated[
+        float, typer.Option("--expected-accuracy", help="Expected user's accuracy, for --target-se.")
+    ] = 0.8,
+    least: Annotated[int, typer.Option("--least", help="Minimum points per stratum, for --target-se.")] = 50,
+    strata: StrataFile = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sample.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a stratified random sample of a map as points to label in a GIS (Olofsson et al. 2014)."""
+    from rsseg.evaluation.points import SampleSize, draw_points
+
+    size = SampleSize(per_stratum, target_se, expected_accuracy, least)
+    drawn = draw_points(source, output, size, strata=strata, seed=seed, overwrite=overwrite)
+    if as_json:
+        print_json(drawn)
+        return
+    print_table(("stratum", "pixels", "points"), [(n, drawn.pixels[n], drawn.points[n]) for n in drawn.points])
+    for warning in drawn.warnings:
+        print_note(f"warning: {warning}")
+    print_note(f"Label every point in the field `truth`, then run: rsseg assess {source} {output}")
+    print_result(f"{output}")
+
+
+def assess(
+    source: MapFile,
+    points: Annotated[Path, typer.Argument(help="Labeled points, in any vector format.")],
+    field: Annotated[str, typer.Option("--field", help="Attribute with the true class, as name or value.")] = "truth",
+    layer: Annotated[str | None, typer.Option("--layer", help="Layer of the file, if it has several.")] = None,
+    strata: StrataFile = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Also write the estimates per class as CSV.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing CSV file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate a map's accuracy and the true areas of its classes, with 95 % intervals, from labeled points."""
+    from rsseg.evaluation.points import assess_points
+    from rsseg.files import check_outputs, write_text
+
+    if table is not None:
+        inputs = [file for file in (source, points, strata) if file is not None]
+        check_outputs([("--csv", table)], inputs, overwrite=overwrite)
+    result = assess_points(source, points, field=field, strata=strata, layer=layer)
+    if table is not None:
+        write_text(table, _csv(result))
+    if as_json:
+        print_json(result)
+        return
+    overall = result.overall_accuracy
+    columns = ("class", "points", "user's accuracy", "producer's accuracy", "mapped share", "area share", "area (ha)")
+    rows = [
+        (
+            c.name,
+            c.points,
+            _interval(c.users_accuracy),
+            _interval(c.producers_accuracy),
+            c.mapped_share,
+            _interval(c.area_share),
+            None if c.area_ha is None else _interval(c.area_ha, decimals=2),
+        )
+        for c in result.classes
+    ]
+    print_table(columns, rows)
+    print_result(f"overall accuracy {_interval(overall)} (95 % interval, {result.points} points)")
+    for warning in result.warnings:
+        print_note(f"warning: {warning}")
+
+
+def _interval(estimate: "Estimate", *, decimals: int = 3) -> str | None:
+    if estimate.value is None:
+        return None
+    half = "-" if estimate.half_width is None else f"{estimate.half_width:.{decimals}f}"
+    return f"{estimate.value:.{decimals}f} ± {half}"
+
+
+def _csv(result: "Assessment") -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    measures = ("users_accuracy", "producers_accuracy", "area_share", "area_ha")
+    writer.writerow(["class", "points", "mapped_share", *(f"{m}{end}" for m in measures for end in ("", "_se", "_95"))])
+    overall = result.overall_accuracy
+    for c in result.classes:
+        estimates = [c.users_accuracy, c.producers_accuracy, c.area_share, c.area_ha]
+        cells = [v for e in estimates for v in ((e.value, e.se, e.half_width) if e else (None, None, None))]
+        writer.writerow([c.name, c.points, c.mapped_share, *cells])
+    writer.writerow(["overall accuracy", result.points, "", overall.value, overall.se, overall.half_width])
+    return text.getvalue()

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from pydantic import ValidationError
 
-from rsseg.commands.console import (
-    AsJson,
-    bar,
-    print_error,
-    print_json,
-    print_note,
-    print_result,
-    print_table,
-    stage_bar,
-)
+from rsseg.commands.console import bar, print_error, print_json, print_note, print_result, print_table, stage_bar
 from rsseg.commands.train import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
 
@@ -134,7 +125,7 @@ def predict(
     ] = 3,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()

@@ -326,7 +326,7 @@ def test_a_dataset_without_training_images_is_an_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = own_source(tmp_path / "src")
     usage = run.require_free_disk.__globals__["shutil"].disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("rsseg.datasets.prepare.stage.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("rsseg.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(MachineError, match="free, about"):
         prepare("folder", own_options(source, tmp_path / "out"), quiet)
     assert not (tmp_path / "out").exists()

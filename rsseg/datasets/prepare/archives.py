@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from rsseg.datasets.layouts import SIDECARS, WORLD_FILES, Layout, PathPattern, list_files
-from rsseg.datasets.prepare.stage import require_free_disk
 from rsseg.errors import DataError
+from rsseg.files import require_free_disk
 
 _PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _NESTED = 3

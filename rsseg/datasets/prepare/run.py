@@ -5,6 +5,7 @@ name when it is complete; repeating an interrupted call resumes it.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +22,8 @@ from rsseg.datasets.prepare.archives import gather, is_archive
 from rsseg.datasets.prepare.finish import finish_index
 from rsseg.datasets.prepare.options import PrepareOptions
 from rsseg.datasets.prepare.plan import Plan, make_plan
-from rsseg.datasets.prepare.stage import (
-    JOURNAL,
-    holds_request,
-    partial_folder,
-    require_free_disk,
-    staged_folder,
-)
 from rsseg.datasets.prepare.tiles import Grid
-from rsseg.datasets.prepare.transfer import Transfer, transfer
+from rsseg.datasets.prepare.transfer import JOURNAL, Transfer, transfer
 from rsseg.datasets.prepare.vectors import (
     Drawing,
     assign_splits,
@@ -43,12 +37,14 @@ from rsseg.datasets.prepare.vectors import (
 )
 from rsseg.datasets.splits import labeled_lists
 from rsseg.errors import DataError, UsageError
-from rsseg.files import output_errors
+from rsseg.files import output_errors, require_free_disk
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, and the numbers of finished and of all steps (0 while unknown)."""
 UNPACKED = ".unpacked"
 """Below the stage: content of archives."""
+REQUEST_NAME = "prepared.json"
+"""File next to the index with the request, so that a repeated request is skipped."""
 LISTS = "lists"
 """Below the result: lists of images."""
 
@@ -265,3 +261,83 @@ def _write_lists(stage: Path, index: SegmentationIndex, shares: Sequence[float],
         file = stage / LISTS / f"labeled-{share * 100:g}pct.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+@contextmanager
+def staged_folder(out: Path, request: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+    """Folder `NAME.partial` beside `out`, renamed to `out` when the block ends.
+
+    The folder stays if the block is interrupted or the process killed, and the same request resumes in it. It is
+    removed by a different request, and if the block fails because of the data.
+
+    Raises:
+        DataError: `out` is not empty and `overwrite` is False, or it is not a prepared dataset.
+        MachineError: `out` cannot be written, or the disk is full.
+    """
+    stage = partial_folder(out)
+    with output_errors(out):
+        _check_free(out, overwrite=overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not (_is_unfinished(stage) and holds_request(stage, request)):
+            _clear(stage)
+            stage.mkdir()
+            (stage / REQUEST_NAME).write_text(json.dumps(request, indent=1), encoding="utf-8")
+        try:
+            yield stage
+        except DataError:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        _replace(out, stage)
+
+
+def _clear(stage: Path) -> None:
+    """Remove the stage of another request; raises `DataError` for a folder that `prepare` did not make."""
+    if not stage.exists() and not stage.is_symlink():
+        return
+    if stage.is_symlink() or not stage.is_dir() or (any(stage.iterdir()) and not _is_unfinished(stage)):
+        raise DataError(
+            f"{stage}: needed as the working folder, but it exists already. Move it, or pass another --out."
+        )
+    shutil.rmtree(stage)
+
+
+def _is_unfinished(stage: Path) -> bool:
+    """Whether the folder is the stage of an interrupted call; a finished dataset may have such a name too."""
+    return (stage / REQUEST_NAME).is_file() and ((stage / JOURNAL).is_dir() or not (stage / INDEX_NAME).exists())
+
+
+def partial_folder(out: Path) -> Path:
+    """Folder of an unfinished dataset."""
+    return out.parent / f"{out.name}.partial"
+
+
+def holds_request(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Whether a folder was made, or started, for a request."""
+    try:
+        return bool(json.loads((folder / REQUEST_NAME).read_text(encoding="utf-8")) == request)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    if out.is_symlink():
+        raise DataError(f"{out} is a link. Pass the folder that it points to, or another --out.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise DataError(f"{out} exists already. Pass --overwrite to replace it, or another --out.")
+    # --overwrite deletes the folder, which must not be some other folder given by mistake
+    if not (out / INDEX_NAME).is_file():
+        raise DataError(f"{out} is not a prepared dataset, so it is not replaced. Pass another --out.")
+
+
+def _replace(out: Path, stage: Path) -> None:
+    """Rename `stage` to `out`; an old `out` is deleted only after that."""
+    if not out.exists():
+        stage.rename(out)
+        return
+    old = stage.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    stage.rename(out)
+    shutil.rmtree(old)

@@ -4,6 +4,7 @@ Whole images are hard-linked if the disk allows it. Tiles are GeoTIFF with Zstan
 several threads share a large scene. Converted masks hold class indices, and 255 for ignored pixels.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +21,15 @@ from rsseg.data.labels import LabelTable
 from rsseg.datasets.card import Variant
 from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
 from rsseg.datasets.prepare.plan import Plan
-from rsseg.datasets.prepare.stage import Journal, require_free_disk
 from rsseg.datasets.prepare.tiles import TileMetadata, copy_as_tiff, tile_name, write_tile
+from rsseg.files import require_free_disk
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 
 Progress = Callable[[int, int], None]
+
+JOURNAL = ".done"
+"""Below the stage: results of finished steps."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,28 @@ class Transfer:
         if not self.converts_masks:
             return self.plan.labels.label_map
         return LabelMap(values={**{i: i for i in range(len(self.plan.labels.classes))}, IGNORE_INDEX: IGNORE_INDEX})
+
+
+class Journal:
+    """Results of finished steps, kept below the stage for resuming."""
+
+    def __init__(self, stage: Path) -> None:
+        """Use the stage's folder."""
+        self._folder = stage / JOURNAL
+        self._folder.mkdir(exist_ok=True)
+
+    def get(self, number: int) -> Any | None:
+        """The result of a step, or None."""
+        try:
+            return json.loads((self._folder / str(number)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def put(self, number: int, result: Any) -> None:
+        """Store the result of a step, as JSON."""
+        partial = self._folder / f"{number}.partial"
+        partial.write_text(json.dumps(result), encoding="utf-8")
+        partial.replace(self._folder / str(number))
 
 
 class _Part(NamedTuple):

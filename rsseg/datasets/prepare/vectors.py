@@ -16,7 +16,6 @@ from rsseg.data.labels import LabelTable
 from rsseg.datasets.class_file import class_file_text, classes_from, load_classes
 from rsseg.datasets.measure import count_classes, in_order, open_image
 from rsseg.datasets.prepare.options import PrepareOptions, VectorOptions
-from rsseg.datasets.prepare.stage import require_free_disk
 from rsseg.datasets.prepare.tiles import Grid, TileMetadata, tile_name, write_mask
 from rsseg.datasets.splits import (
     RATIO,
@@ -26,7 +25,7 @@ from rsseg.datasets.splits import (
     scene_of,
 )
 from rsseg.errors import DataError, UsageError
-from rsseg.files import write_text
+from rsseg.files import require_free_disk, write_text
 from rsseg.raster import RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
 from rsseg.vector.aoi import Region, read_region, region_files
