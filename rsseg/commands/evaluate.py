@@ -1,4 +1,4 @@
-"""Accuracy of models and maps, with labels (`eval`), reference points (`sample`, `assess`) or none (`gap`, `suggest`)."""
+"""Accuracy of models and maps: with labels (`eval`), reference points (`sample`, `assess`), none (`gap`, `suggest`)."""
 
 import csv
 import io
