@@ -15,8 +15,15 @@ from rsseg.backbones.zoo import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize_logits
-from rsseg.layers.decoders import LinearHead, SegFormerHead, SeparableASPPHead, UPerNet
-from rsseg.layers.dpt import PYRAMID_FACTORS, DPTHead, TokenPyramid
+from rsseg.layers.decoders import (
+    PYRAMID_FACTORS,
+    DPTHead,
+    LinearHead,
+    SegFormerHead,
+    SeparableASPPHead,
+    TokenPyramid,
+    UPerNet,
+)
 from rsseg.layers.ema import Frozen
 from rsseg.layers.lora import LowRankAdapters
 from rsseg.methods.base import ParamGroup, Segmenter, preferred_tile

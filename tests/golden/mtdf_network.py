@@ -11,7 +11,7 @@ from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.blocks import resize
-from rsseg.layers.dpt import DPTHead
+from rsseg.layers.decoders import DPTHead
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors

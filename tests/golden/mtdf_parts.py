@@ -11,7 +11,7 @@ from rsseg.backbones.table import ZooEntry
 from rsseg.backbones.zoo import assemble
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
-from rsseg.layers.dpt import DPTHead
+from rsseg.layers.decoders import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator

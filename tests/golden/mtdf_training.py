@@ -20,7 +20,7 @@ from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.optimizers import build_optimizers, lr_at
+from rsseg.training.step import build_optimizers, lr_at
 from tests.golden.builders import grad_of, norm, total
 from tests.golden.case import Case
 from tests.golden.harness import Drivers
