@@ -273,7 +273,7 @@ class FusionBlock(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Four feature maps -> logits at twice the finest level's size: dense prediction of Ranftl et al. (arXiv 2103.13413).
+    """Four feature maps -> logits at twice the finest level's size: the head of Ranftl et al. (arXiv 2103.13413).
 
     In the form that UniMatch and RS-MTDF use; every resize is bilinear with aligned corners.
 

@@ -13,8 +13,8 @@ from rsseg.config import BackboneConfig
 from rsseg.layers.blocks import resize
 from rsseg.layers.decoders import DPTHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
+from rsseg.methods.mtdf.method import complementary_masks
 from rsseg.methods.mtdf.network import MTDFSegmenter
 from tests.golden.builders import as_precise, grad_of, gradients, make_task, norm
 from tests.golden.case import Case

@@ -14,9 +14,8 @@ from rsseg.data.streams import Samples
 from rsseg.layers.blocks import cutmix
 from rsseg.layers.ema import Ema
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, pseudo_label_loss
 from rsseg.methods.mtdf.importer import rename_tensors
-from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
+from rsseg.methods.mtdf.method import MTDFMethod, PseudoLabels, ema_ratio, pseudo_label_loss
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX

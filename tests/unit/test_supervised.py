@@ -15,8 +15,7 @@ from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
 from rsseg.methods.plain_recipe import DecoderConfig
 from rsseg.methods.registry import import_checkpoint
-from rsseg.methods.supervised.method import SupervisedMethod, build_method
-from rsseg.methods.supervised.network import build_segmenter
+from rsseg.methods.supervised.method import SupervisedMethod, build_method, build_segmenter
 from rsseg.methods.supervised.recipe import SupervisedRecipe
 from tests.conftest import rgb_task
 

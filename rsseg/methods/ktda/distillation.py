@@ -13,7 +13,7 @@ from rsseg.layers.blocks import cutmix
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import cosine_distance, softened_kl
 from rsseg.methods.base import Segmenter
-from rsseg.methods.ktda.parts import fused
+from rsseg.methods.ktda.network import fused
 from rsseg.methods.ktda.recipe import DistillationConfig, TaskTeacherConfig
 
 _AXES = {"channel": 1, "height": 2, "width": 3}

@@ -15,8 +15,7 @@ from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import LoadModel, Method, ParamGroup, Segmenter, StepOutput, check_same_task, start_from
 from rsseg.methods.ktda.distillation import Distillation, TaskTeacher
-from rsseg.methods.ktda.network import KTDASegmenter, assemble_segmenter, make_fam
-from rsseg.methods.ktda.parts import FeatureAlignment
+from rsseg.methods.ktda.network import FeatureAlignment, KTDASegmenter, assemble_segmenter, make_fam
 from rsseg.methods.ktda.recipe import AuxConfig, KTDARecipe
 from rsseg.task import Task
 
