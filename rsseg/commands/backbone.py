@@ -12,8 +12,7 @@ def ls(as_json: AsJson = False) -> None:
     """List the backbones with kind, size, strides, and licence and presence of their weights."""
     from dataclasses import asdict
 
-    from rsseg.backbones.table import ENTRIES
-    from rsseg.backbones.weights import is_cached
+    from rsseg.backbones.zoo import ENTRIES, is_cached
 
     if as_json:
         print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in ENTRIES])

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone, BackboneInfo
+from rsseg.backbones.backbone import Backbone, BackboneInfo, create_backbone
 from rsseg.backbones.bodies import TokenMaps
-from rsseg.backbones.table import find_entry
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.zoo import find_entry
 from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize_logits

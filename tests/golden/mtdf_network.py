@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rsseg.backbones.backbone import assemble
 from rsseg.backbones.bodies import resample_positions
-from rsseg.backbones.table import ZooEntry
-from rsseg.backbones.zoo import assemble
+from rsseg.backbones.zoo import ZooEntry
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.blocks import resize

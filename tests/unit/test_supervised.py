@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import Batch, Samples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rsseg.backbones.keys import mit_to_timm
+from rsseg.backbones.loading import mit_to_timm
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import RecipeError, WeightsError
 from rsseg.foreign import odd_tensors_refused, read_state_dict, rename

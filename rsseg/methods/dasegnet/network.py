@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.layers.blocks import has_batch_norm, resize_logits
 from rsseg.layers.decoders import SegFormerHead, SeparableASPPHead
 from rsseg.methods.base import Segmenter, TileHint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.loading import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
 from rsseg.foreign import odd_tensors_refused, read_state_dict, rename

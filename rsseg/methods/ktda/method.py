@@ -5,8 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import cutmix, unrecorded_statistics

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import cutmix, has_batch_norm, resize, unrecorded_statistics
