@@ -5,7 +5,7 @@ import torch
 
 from rsseg.config import OptimizerConfig, ScheduleConfig
 from rsseg.data.assembly import Crop, collate
-from rsseg.data.photometric import PhotometricDraws, photometric_distortion
+from rsseg.data.augmentation import PhotometricDraws, photometric_distortion
 from rsseg.data.streams import Scaling, to_samples
 from rsseg.metrics import ConfusionMatrix, scores
 from rsseg.recipe import load_recipe
