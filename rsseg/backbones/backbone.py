@@ -16,6 +16,8 @@ from rsseg.config import BackboneConfig
 from rsseg.errors import RecipeError
 from rsseg.task import Task
 
+_DTYPES = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16})
+
 
 @dataclass(frozen=True)
 class BackboneInfo:
@@ -117,9 +119,6 @@ class Backbone(nn.Module):
                 f"{self.info.patch_size}. Choose such a crop and tile size, or set pad: corner."
             )
         return F.pad(images, (0, right, 0, bottom))
-
-
-_DTYPES = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16})
 
 
 def create_backbone(config: BackboneConfig, task: Task, *, load_weights: bool = True) -> Backbone:

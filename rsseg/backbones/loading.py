@@ -19,6 +19,8 @@ from rsseg.foreign import odd_tensors_refused, rename
 from rsseg.task import Task
 
 RGB = ("red", "green", "blue")
+_UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")
+"""Tensors that only pretraining uses or that follow from the architecture."""
 
 
 def color_of(band: str) -> int | None:
@@ -206,10 +208,6 @@ def vit_from_mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         WeightsError: a name that such a network does not have.
     """
     return {f"body.{rename(name, _VIT, 'mmpretrain VisionTransformer')}": tensor for name, tensor in tensors.items()}
-
-
-_UNUSED = re.compile(r"mask_token|.*\.attention_bias_idxs")
-"""Tensors that only pretraining uses or that follow from the architecture."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rsseg.errors import RecipeError, WeightsError
 OutNorm = Literal["all", "last", "none"]
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
+HUB_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,6 @@ def find_entry(name: str) -> ZooEntry:
     near = difflib.get_close_matches(name, ZOO, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise RecipeError(f"unknown backbone {name!r}. {hint}`rsseg backbone ls` lists them.")
-
-
-HUB_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)

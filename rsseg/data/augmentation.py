@@ -20,6 +20,13 @@ Size = tuple[int, int]
 """Rows, columns."""
 _CV_BANDS = 4
 """Maximum number of bands per resize call of OpenCV."""
+Matrix = NDArray[np.float64]
+"""(bands + 1, bands + 1), acts on (band values in scaled units, 1)."""
+_BOX_TRIES = 1000
+_MEAN_STRIDE = 4
+"""Row and column stride of the pixels that estimate the mean brightness of a crop."""
+_LUMA = (0.299, 0.587, 0.114)
+_YIQ = np.array([_LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 
 
 class Cut(NamedTuple):
@@ -165,16 +172,6 @@ def _orient(pixels: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
         code = -1 if geometry.hflip and geometry.vflip else int(geometry.hflip)
         pixels = cv2.flip(np.ascontiguousarray(pixels), code).reshape(pixels.shape)
     return np.ascontiguousarray(np.rot90(pixels, geometry.turns))
-
-
-Matrix = NDArray[np.float64]
-"""(bands + 1, bands + 1), acts on (band values in scaled units, 1)."""
-
-_BOX_TRIES = 1000
-_MEAN_STRIDE = 4
-"""Row and column stride of the pixels that estimate the mean brightness of a crop."""
-_LUMA = (0.299, 0.587, 0.114)
-_YIQ = np.array([_LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 
 
 @dataclass(frozen=True)

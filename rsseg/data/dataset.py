@@ -31,6 +31,13 @@ from rsseg.task import IGNORE_INDEX, task_with_bands
 CACHE_NAME = ".rsseg-cache"
 _ABANDONED_S = 3600
 """Age, in seconds, from which a temporary file counts as abandoned."""
+_NATIVE = ("uint8", "uint16", "int16", "float32")
+"""Pixel types kept until the pixels are on the device; others are converted to float32."""
+_STRIP_VALUES = 1 << 24
+"""Values per strip of a conversion."""
+_MOST_MAPS = 1024
+"""Images and masks kept mapped per reader: Linux grants a process 65530 maps."""
+_T = TypeVar("_T")
 
 
 class Page(NamedTuple):
@@ -151,15 +158,6 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
     data: NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
     data.flags.writeable = False
     return data
-
-
-_NATIVE = ("uint8", "uint16", "int16", "float32")
-"""Pixel types kept until the pixels are on the device; others are converted to float32."""
-_STRIP_VALUES = 1 << 24
-"""Values per strip of a conversion."""
-_MOST_MAPS = 1024
-"""Images and masks kept mapped per reader: Linux grants a process 65530 maps."""
-_T = TypeVar("_T")
 
 
 class _Image(NamedTuple):

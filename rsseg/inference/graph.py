@@ -19,6 +19,9 @@ OPSET = 17
 """Newest operator set that every target reads."""
 MOST_IR = 9
 """Newest format that every target reads; older runtimes refuse 10."""
+_PROBE = 512
+_TOLERANCE = 1e-3
+"""Largest difference to torch's logits, relative to the largest logit."""
 
 
 def write_graph(
@@ -76,11 +79,6 @@ def _onnx() -> Any:
     except ImportError:
         raise MachineError("writing ONNX needs the package onnx: pip install 'rsseg[onnx]'.") from None
     return onnx
-
-
-_PROBE = 512
-_TOLERANCE = 1e-3
-"""Largest difference to torch's logits, relative to the largest logit."""
 
 
 class _LowResolution(nn.Module):

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from rsseg.layers.blocks import Classifier, ConvBNReLU, resize
 
+PYRAMID_FACTORS = (4, 2, 1, 0.5)
+"""Size factors that make four maps of one stride a pyramid."""
+
 
 class UPerNet(nn.Module):
     """Pyramid pooling on the last level, then a top-down feature pyramid.
@@ -234,10 +237,6 @@ class SeparableASPPHead(nn.Module):
         pyramid = self.bottleneck(torch.cat([pooled, *(branch(last) for branch in self.branches)], dim=1))
         pyramid = resize(pyramid, first.shape[-2:])
         return self.classifier(self.refine(torch.cat([pyramid, self.low(first)], dim=1)))  # type: ignore[no-any-return]
-
-
-PYRAMID_FACTORS = (4, 2, 1, 0.5)
-"""Size factors that make four maps of one stride a pyramid."""
 
 
 class ResidualUnit(nn.Module):

@@ -43,6 +43,10 @@ _NOT_DATA = {"thumbnail", "overview", "metadata", "data-mask"}
 _IMAGES = ("image/tiff", "image/vnd", "image/jp2", "application/x-hdf", "image/x.geotiff")
 _ENDINGS = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 _COLUMNS = ("scene", "output", "status", "error", "width", "height", "crs", "west", "south", "east", "north")
+_SIDE = 2048
+"""Side of the windows that are counted, in pixels."""
+_SAME = 1e-6
+"""Relative tolerance of pixel sides."""
 
 
 def expand_items(names: Sequence[str], asset: str | None = None) -> tuple[list[str], dict[str, str]]:
@@ -215,12 +219,6 @@ def _item(row: Mapping[str, Any], catalog: Path) -> dict[str, Any]:
 def _relative(path: Path, folder: Path) -> str:
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-
-
-_SIDE = 2048
-"""Side of the windows that are counted, in pixels."""
-_SAME = 1e-6
-"""Relative tolerance of pixel sides."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ _BLOCK = 512
 _CACHE_BYTES = 32 << 20
 """GDAL's cache while the file is finished."""
 _CREATION = {"compress": "deflate", "bigtiff": "IF_SAFER"}
+_PICTURE_SIDE = 900
+"""Longest side in pixels of each of the two pictures of a preview."""
 
 
 @dataclass(frozen=True)
@@ -310,10 +312,6 @@ def _side_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.aux.xml")
 
 
-SIDE = 900
-"""Longest side of each of the two pictures in pixels."""
-
-
 def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> Path:
     """Write a PNG with the scene (bands stretched between percentiles 2 and 98), its classes and a legend.
 
@@ -329,13 +327,13 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
         DataError: a raster cannot be read.
         MachineError: the PNG cannot be written.
     """
-    pixels, valid = _read(scene)
+    pixels, valid = _read_shown(scene)
     valid &= np.isfinite(pixels).all(axis=0)
     picture = np.dstack([stretched(pixels, valid), np.where(valid, np.uint8(255), np.uint8(0))])
     palette = np.zeros((256, 4), np.uint8)
     for info in task.classes:
         palette[info.value] = (*info.color, 255)
-    painted = palette[_read(classes, picture.shape[:2])[0][0].astype(np.uint8)]
+    painted = palette[_read_shown(classes, picture.shape[:2])[0][0].astype(np.uint8)]
     legend = [(info.color, info.name) for info in task.classes]
     sheet = draw_sheet([Image.fromarray(picture), Image.fromarray(painted)], legend)
     about = PngInfo()
@@ -346,11 +344,11 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     return output
 
 
-def _read(path: Path | str, size: tuple[int, ...] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _read_shown(path: Path | str, size: tuple[int, ...] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Three bands or one at reduced size, float32 (bands, h, w), and where they have data; classes at `size`."""
     try:
         with rasterio.open(path) as file:
-            factor = min(1.0, SIDE / max(file.width, file.height))
+            factor = min(1.0, _PICTURE_SIDE / max(file.width, file.height))
             resampling = Resampling.average if size is None else Resampling.nearest
             size = size or (max(1, round(file.height * factor)), max(1, round(file.width * factor)))
             bands = _shown_bands(list(file.colorinterp))
