@@ -31,7 +31,7 @@ from rsseg.methods.dasegnet.method import DASegNetMethod, build_method
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
 from rsseg.methods.dasegnet.self_training import pseudo_labels
 from rsseg.task import ClassInfo, Task
-from rsseg.training.optimizers import build_optimizers
+from rsseg.training.step import build_optimizers
 
 BATCH, SIDE, CLASSES = 2, 192, 6
 GOAL, GOAL_BF16, GOAL_MEMORY, LARGEST_DIFFERENCE, STEPS = 1.05, 1.6, 0.9, 1e-5, 20

@@ -42,12 +42,12 @@ from rsseg.scene.memory import prepare_network  # noqa: E402
 from rsseg.scene.options import SceneOptions  # noqa: E402
 from rsseg.scene.plan import prepare_scene  # noqa: E402
 from rsseg.scene.predict import predict_scene  # noqa: E402
+from rsseg.training.checkpoints import Parts  # noqa: E402
 from rsseg.training.device import Hardware, float32_products  # noqa: E402
 from rsseg.training.graphs import WARM_UP, GraphStep, make_step  # noqa: E402
-from rsseg.training.optimizers import build_optimizers  # noqa: E402
 from rsseg.training.progress import Progress, StepReport  # noqa: E402
 from rsseg.training.run import train  # noqa: E402
-from rsseg.training.state import Parts  # noqa: E402
+from rsseg.training.step import build_optimizers  # noqa: E402
 
 
 @dataclass

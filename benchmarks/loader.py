@@ -23,9 +23,9 @@ from torch import Tensor
 
 from rsseg.config import AugmentConfig, StrongConfig
 from rsseg.data.assembly import StreamPlan, StreamReader
+from rsseg.data.augmentation import ColorSpace
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
-from rsseg.data.photometric import ColorSpace
 from rsseg.data.streams import Scaling, to_samples
 from rsseg.task import ClassInfo, Task
 

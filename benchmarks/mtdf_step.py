@@ -23,17 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.config import OptimizerConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.inference.network import ready_to_predict
-from rsseg.layers.dpt import FusionBlock
+from rsseg.layers.decoders import FusionBlock
 from rsseg.methods.mtdf.method import MTDFMethod, assemble_method, ema_ratio
 from rsseg.methods.mtdf.network import assemble_segmenter
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.task import ClassInfo, Task
-from rsseg.training.optimizers import build_optimizers
+from rsseg.training.step import build_optimizers
 
 TASK = Task(
     name="benchmark",

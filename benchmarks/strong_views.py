@@ -27,9 +27,17 @@ from torchvision.transforms.functional import to_tensor
 
 from rsseg.config import AugmentConfig, StrongConfig
 from rsseg.data.assembly import Crop, collate
-from rsseg.data.photometric import ColorSpace, box_mask, draw_box, strong_view
+from rsseg.data.augmentation import (
+    ColorSpace,
+    box_mask,
+    draw_box,
+    draw_geometry,
+    draw_scaled_size,
+    draw_window,
+    strong_view,
+    transform_image,
+)
 from rsseg.data.streams import Scaling, to_samples
-from rsseg.data.transforms import draw_geometry, draw_scaled_size, draw_window, transform_image
 from rsseg.task import ClassInfo, Task
 
 CROP = 518

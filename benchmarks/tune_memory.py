@@ -17,7 +17,7 @@ from benchmarks.scenes import make_task
 from rsseg.data.streams import Samples
 from rsseg.methods.registry import method_for
 from rsseg.recipe import recipe_from_dict
-from rsseg.training.optimizers import build_optimizers
+from rsseg.training.step import build_optimizers
 
 SIDE, BATCH, STEPS = 252, 8, 3
 ATTENTION = ["qkv", "proj"]

@@ -24,7 +24,6 @@ methods.registry
 recipe
 methods.supervised | methods.ktda | methods.mtdf | methods.dasegnet
 methods.plain
-methods.importing
 methods.base
 methods.plain_recipe
 data | backbones | layers | runs

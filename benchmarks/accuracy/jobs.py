@@ -13,7 +13,7 @@ import yaml
 
 import rsseg
 from benchmarks.accuracy.table import NEEDED, Arm, Profile, Setting
-from rsseg.backbones.weights import check_weights
+from rsseg.backbones.zoo import check_weights
 from rsseg.errors import WeightsError
 from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.training.plan import backbone_configs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rsseg.backbones.bodies import PositionMode, Pyramid, TokenMaps, resample_positions
-from rsseg.backbones.table import OutNorm
+from rsseg.backbones.zoo import OutNorm
 from rsseg.errors import RecipeError
 
 

@@ -289,8 +289,7 @@ class _Combined(NamedTuple):
     def check(self, targets: "Sequence[Target]", inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
         """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
         from rsseg.files import check_outputs
-        from rsseg.scene.catalog import check_catalog, is_catalog
-        from rsseg.scene.mosaic import check_mosaic
+        from rsseg.scene.catalog import check_catalog, check_mosaic, is_catalog
         from rsseg.scene.source import is_local, made_from
 
         if self.mosaic is not None:
@@ -306,8 +305,7 @@ class _Combined(NamedTuple):
     def write(self, model: Path, finished: "Sequence[Outcome]") -> "tuple[ClassArea, ...]":
         """Write them from what is finished; returns the areas of the mosaic."""
         from rsseg.checkpoint import read_header
-        from rsseg.scene.catalog import write_catalog
-        from rsseg.scene.mosaic import write_mosaic
+        from rsseg.scene.catalog import write_catalog, write_mosaic
 
         if self.catalog is not None:
             write_catalog(finished, self.catalog)

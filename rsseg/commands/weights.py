@@ -16,8 +16,7 @@ Name = Annotated[str, typer.Argument(help="Backbone of `rsseg backbone ls`.")]
 @app.command()
 def ls(as_json: AsJson = False) -> None:
     """List the backbones with pretrained weights, and whether these are on this machine."""
-    from rsseg.backbones.table import ENTRIES
-    from rsseg.backbones.weights import is_cached
+    from rsseg.backbones.zoo import ENTRIES, is_cached
 
     rows = [(e.name, e.license, e.millions, is_cached(e), e.hub) for e in ENTRIES if e.hub]
     columns = ("name", "licence", "parameters (M)", "here", "hub")
@@ -30,8 +29,7 @@ def ls(as_json: AsJson = False) -> None:
 @app.command()
 def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg backbone ls`.")]) -> None:
     """Download pretrained weights from the hub, after printing their file, size and licence."""
-    from rsseg.backbones.table import find_entry
-    from rsseg.backbones.weights import pull_weights
+    from rsseg.backbones.zoo import find_entry, pull_weights
 
     for entry in [find_entry(name) for name in names]:
         print_result(str(pull_weights(entry, announce=print_note).path))
@@ -40,8 +38,7 @@ def pull(names: Annotated[list[str], typer.Argument(help="Backbones of `rsseg ba
 @app.command()
 def verify(name: Name) -> None:
     """Compare cached weights with the hash stated by the hub; exit code 5 if they are damaged."""
-    from rsseg.backbones.table import find_entry
-    from rsseg.backbones.weights import verify_weights
+    from rsseg.backbones.zoo import find_entry, verify_weights
 
     weights = verify_weights(find_entry(name))
     print_note(f"{weights.path}: undamaged.")
@@ -80,8 +77,7 @@ def backbone_ls(as_json: AsJson = False) -> None:
     """List the backbones with kind, size, strides, and licence and presence of their weights."""
     from dataclasses import asdict
 
-    from rsseg.backbones.table import ENTRIES
-    from rsseg.backbones.weights import is_cached
+    from rsseg.backbones.zoo import ENTRIES, is_cached
 
     if as_json:
         print_json([asdict(entry) | {"cached": is_cached(entry)} for entry in ENTRIES])

@@ -11,29 +11,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rsseg.config import AugmentConfig, StrongConfig
-from rsseg.data.dataset import SampleReader
-from rsseg.data.index import IndexItem
-from rsseg.data.photometric import (
+from rsseg.data.augmentation import (
     ColorSpace,
+    Geometry,
     box_mask,
     draw_box,
-    draw_fast_distortion,
-    draw_photometric,
-    photometric_distortion,
-    strong_view,
-)
-from rsseg.data.transforms import (
-    Geometry,
     draw_cut,
+    draw_fast_distortion,
     draw_geometry,
+    draw_photometric,
     draw_scaled_size,
     draw_window,
     one_class_dominates,
     pad_origin,
+    photometric_distortion,
+    strong_view,
     transform_image,
     transform_mask,
     zoomed,
 )
+from rsseg.data.dataset import SampleReader
+from rsseg.data.index import IndexItem
 from rsseg.errors import DataError
 from rsseg.raster import Window
 from rsseg.task import IGNORE_INDEX

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rsseg.config import BaseRecipe, SelectConfig
 from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
-from rsseg.data.photometric import ColorSpace
+from rsseg.data.augmentation import ColorSpace
 from rsseg.data.sources import Datasets, Source
 from rsseg.errors import MachineError, RecipeError, RssegError
 from rsseg.task import Task

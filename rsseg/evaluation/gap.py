@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex

@@ -255,7 +255,7 @@ def exported_graph(file: Path) -> tuple[Path, ExportedFacts]:
     for graph in places:
         if (facts := _read_facts(graph, digest)) is not None:
             return graph, facts
-    from rsseg.inference.engine_export import export_for_engines
+    from rsseg.inference.graph import export_for_engines
 
     graph = places[0] if os.access(file.parent, os.W_OK) else places[1]
     found = {**export_for_engines(file, graph), "model": digest, "rsseg": rsseg.__version__}

@@ -1,4 +1,4 @@
-"""Interfaces of a method: `Segmenter`, the network that ships, and `Method`, which trains it."""
+"""Interfaces of a method: `Segmenter`, the network that ships, `Method`, which trains it; what importers share."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+import rsseg
 from rsseg.backbones.backbone import Backbone
-from rsseg.checkpoint import Calibration
+from rsseg.checkpoint import Calibration, ModelHeader, load_into, write_model
+from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, StreamSpec
-from rsseg.errors import MachineError, RecipeError
+from rsseg.errors import MachineError, RecipeError, WeightsError
 from rsseg.layers.ema import Frozen
 from rsseg.layers.losses import LabelLoss
 from rsseg.task import Task
@@ -256,3 +258,44 @@ class Method(nn.Module, ABC):
         """`before_step` and `training_step`, so that DistributedDataParallel can wrap the whole method."""
         self.before_step(step)
         return self.training_step(batch, step)
+
+
+def check_classes(tensors: Mapping[str, Tensor], classifier: str, task: Task, source: Path) -> None:
+    """Raise `WeightsError` if the weight `classifier` (classes, ...) has another number of classes than the task."""
+    weight = tensors.get(classifier)
+    if weight is not None and weight.shape[:1] != (task.num_classes,):
+        raise WeightsError(
+            f"{source}: has {weight.shape[0] if weight.ndim else 0} classes, {task.name} has {task.num_classes}. "
+            "Choose the dataset that the checkpoint was trained on."
+        )
+
+
+def write_imported(
+    source: Path, tensors: Mapping[str, Tensor], segmenter: Segmenter, recipe: BaseRecipe, *, output: Path
+) -> ModelHeader:
+    """Fill a network with the renamed tensors of an authors' checkpoint and write it as a model file.
+
+    Args:
+        source: the checkpoint, for messages and the header.
+        tensors: all of the network's tensors, under our names.
+        segmenter: network of `recipe`; receives the tensors.
+        recipe: its `ship` tells which of the checkpoint's weights `tensors` are.
+        output: file to write.
+
+    Returns:
+        The header that was written.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected, or of another shape.
+        MachineError: the file cannot be written.
+    """
+    load_into(segmenter, tensors, str(source))
+    header = ModelHeader(
+        recipe=recipe.model_dump(mode="json"),
+        task=segmenter.task,
+        backbones=backbone_infos(segmenter),
+        training={"imported_from": source.name, "weights": recipe.ship},
+        made_with={"rsseg": rsseg.__version__, "torch": torch.__version__},
+    )
+    write_model(output, segmenter.state_dict(), header)
+    return header

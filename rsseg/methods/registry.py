@@ -35,7 +35,7 @@ def segmenter_for(recipe: Recipe, task: Task) -> "Segmenter":
     """Build the network that ships, untrained, without downloading or opening a weights file."""
     match recipe.method:
         case "supervised":
-            from rsseg.methods.supervised.network import build_segmenter as build_supervised
+            from rsseg.methods.supervised.method import build_segmenter as build_supervised
 
             return build_supervised(recipe, task)
         case "ktda":

@@ -20,10 +20,9 @@ from rsseg.raster import Raster
 from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
-from rsseg.scene.preview import draw_preview
 from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
 from rsseg.scene.source import TAG, read_tiles
-from rsseg.scene.writer import SceneWriter
+from rsseg.scene.writer import SceneWriter, draw_preview
 from rsseg.task import NODATA, Task
 from rsseg.vector.grid import Grid
 from rsseg.vector.write import write_polygons

@@ -14,10 +14,9 @@ from rsseg.inference.machine import free_bytes
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
 from rsseg.task import Task
+from rsseg.training.checkpoints import Parts
 from rsseg.training.device import Hardware
-from rsseg.training.optimizers import build_optimizers
-from rsseg.training.state import Parts
-from rsseg.training.step import EagerStep
+from rsseg.training.step import EagerStep, build_optimizers
 
 LARGEST = 256
 """Larger batches change how a network learns more than how fast."""

@@ -1,19 +1,243 @@
-"""The model and state files of a run."""
+"""State of a run and the files that it is saved in: exact resume, and the models.
 
+The resume state holds everything the next step depends on, in one safetensors file without pickle. Randomness and data
+order are functions of (seed, rank, step, micro-step), so no random state is stored."""
+
+import hashlib
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 import rsseg
-from rsseg.checkpoint import ModelHeader, write_model, write_tensors
+from rsseg.checkpoint import ModelHeader, load_into, write_model, write_tensors
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
+from rsseg.errors import DataError, RecipeError, RssegError, WeightsError
 from rsseg.files import publish
-from rsseg.methods.base import Segmenter, backbone_infos
+from rsseg.layers.ema import Ema, Frozen
+from rsseg.methods.base import Method, Segmenter, backbone_infos
 from rsseg.runs import RunFolder
-from rsseg.training.state import Counters, Identity, Parts, save_state
+
+FREE_KEYS = (
+    "name", "title", "reference", "data.path", "data.cache", "trainer.steps", "trainer.eval_every",
+    "trainer.checkpoint_every", "trainer.log", "trainer.log_every", "trainer.keep_checkpoints", "trainer.patience",
+    "trainer.max_hours", "trainer.workers", "trainer.device", "eval.batch_size",
+)  # fmt: skip
+"""Recipe values that may change on resume; images are compared by name, not by `data.path`."""
+
+
+PREVIOUS = "previous.safetensors"
+"""Name of the previous state, in case the newest is damaged."""
+
+
+class Counters(BaseModel):
+    """Progress of a run."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_score: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+    """Evaluations since the best score."""
+    elapsed_s: float = 0.0
+    skipped: int = 0
+    """Steps skipped because a loss was not finite."""
+    skipped_in_row: int = 0
+    evaluation_due: bool = False
+    """The evaluation after `step` was not finished."""
+
+
+class Identity(BaseModel):
+    """Values that must not change on resume."""
+
+    recipe: dict[str, Any]
+    frozen: dict[str, str]
+    """Module of a teacher -> SHA-256 of its weights."""
+    splits: dict[str, str]
+    """Stream or split -> SHA-256 of its image names."""
+    processes: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects whose tensors are saved and restored."""
+
+    method: Method
+    ema: Ema | None
+    optimizers: Mapping[str, Optimizer]
+    scaler: GradScaler
+
+
+def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity) -> None:
+    """Replace the state file atomically: `path` is the complete old or the complete new state at any time.
+
+    Raises:
+        MachineError: it cannot be written; the old state is kept.
+    """
+    tensors = {f"method/{name}": tensor for name, tensor in parts.method.state_dict().items()}
+    if parts.ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in parts.ema.module.state_dict().items()}
+    for name, optimizer in parts.optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{name}/{index}/{key}": v for key, v in state.items() if v is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        publish(path, path.with_name(PREVIOUS))
+    metadata = {
+        "counters": counters.model_dump_json(),
+        "identity": identity.model_dump_json(),
+        "scaler": json.dumps(parts.scaler.state_dict()),
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def load_state(
+    path: Path,
+    parts: Parts,
+    identity: Identity,
+    *,
+    anyway: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Counters:
+    """Restore a saved state into `parts`, or the one saved before it if it is damaged.
+
+    Args:
+        path: state file.
+        parts: method, average and optimizers as the recipe builds them.
+        identity: of the resumed run.
+        anyway: a changed recipe, dataset, teacher or number of processes is a warning.
+        warn: gets the warnings.
+
+    Raises:
+        WeightsError: the state is missing or damaged, or a teacher has other weights than before.
+        RecipeError: a value that must not change differs from the run's.
+        DataError: a split has other images than before.
+    """
+    previous = path.with_name(PREVIOUS)
+    try:
+        counters, before, scaler, stored = _read_state(path)
+    except WeightsError:
+        if not previous.exists():
+            raise
+        counters, before, scaler, stored = _read_state(previous)
+        warn(f"{path} is damaged; the run resumes from the state before it, after step {counters.step}.")
+    if changes := list(_changes(before, identity)):
+        what = "; ".join(change.what for change in changes)
+        if not anyway:
+            first = changes[0]
+            raise first.error(
+                f"{path.parents[2]}: cannot be resumed: {what}. {first.remedy} --resume-anyway accepts the change."
+            )
+        warn(f"resumed with changes: {what}.")
+    load_into(parts.method, _section(stored, "method"), str(path))
+    if parts.ema is not None:
+        load_into(parts.ema.module, _section(stored, "ema"), str(path))
+    for name, optimizer in parts.optimizers.items():
+        kinds = {each.recipe.get("optimizers", {}).get(name, {}).get("name") for each in (before, identity)}
+        if len(kinds) > 1:
+            warn(f"optimizer {name!r} has another type than before and starts without a state.")
+            continue
+        try:
+            _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
+        except (KeyError, ValueError) as error:
+            raise RecipeError(
+                f"{path.parents[2]}: the state of optimizer {name!r} does not fit: {error}. Start a new run."
+            ) from None
+    if scaler:
+        parts.scaler.load_state_dict(scaler)
+    return counters
+
+
+def _read_state(path: Path) -> tuple[Counters, Identity, dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            counters = Counters.model_validate_json(metadata["counters"])
+            before = Identity.model_validate_json(metadata["identity"])
+            scaler = json.loads(metadata["scaler"])
+            return counters, before, scaler, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
+        raise WeightsError(
+            f"{path}: no state to resume from: {error}. Start a new run, or --resume another one."
+        ) from None
+
+
+def frozen_hashes(method: nn.Module) -> dict[str, str]:
+    """SHA-256 of the weights of every frozen module of a method, by module name."""
+    return {name: _digest(m.module) for name, m in method.named_modules() if isinstance(m, Frozen)}
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key.path: was A, is B` for every changed recipe value outside `FREE_KEYS`."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and key not in FREE_KEYS
+    ]
+
+
+class _Change(NamedTuple):
+    """A difference that changes a resumed run: error to raise, clause, and remedy."""
+
+    error: type[RssegError]
+    what: str
+    remedy: str
+
+
+def _changes(before: Identity, now: Identity) -> Iterator[_Change]:
+    for value in changed_values(before.recipe, now.recipe):
+        yield _Change(RecipeError, value, "Restore the recipe, or start a new run.")
+    if before.processes != now.processes:
+        what = (
+            f"it was trained by {before.processes} processes, now there are {now.processes}, which changes the batches"
+        )
+        yield _Change(RecipeError, what, "Start the same number of processes.")
+    for name in (name for name, digest in now.frozen.items() if before.frozen.get(name) != digest):
+        what = f"the weights of the frozen {name!r} differ from those at the start of the run"
+        yield _Change(WeightsError, what, "Restore the original weight file, or start a new run.")
+    for name in (name for name, digest in now.splits.items() if before.splits.get(name) != digest):
+        what = f"the images of {name!r} differ from those at the start of the run"
+        yield _Change(DataError, what, "Restore the dataset, or start a new run.")
+
+
+def _load_optimizer(optimizer: Optimizer, stored: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in stored.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _section(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in stored.items() if name.startswith(f"{prefix}/")}
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _leaves(values: Any, path: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield ".".join(path), values
 
 
 class Checkpoints:

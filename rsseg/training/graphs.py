@@ -18,8 +18,8 @@ from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
 from rsseg.methods.base import StepOutput
+from rsseg.training.checkpoints import Parts
 from rsseg.training.device import Hardware, check_gpu, tensors_by_name, tensors_of
-from rsseg.training.state import Parts
 from rsseg.training.step import BufferSnapshot, EagerStep, MicroStep, Step
 
 WARM_UP = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from rsseg.backbones.weights import WeightsFile, check_weights
+from rsseg.backbones.zoo import WeightsFile, check_weights
 from rsseg.config import BackboneConfig, SelectConfig
 from rsseg.data.index import digest_of
 from rsseg.data.sources import Datasets, Source

@@ -27,11 +27,9 @@ from rsseg.recipe import Recipe
 from rsseg.runs import ExitState, RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.batch_size import largest_batch
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts, frozen_hashes, load_state
 from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
-from rsseg.training.final import evaluate_shipped
-from rsseg.training.norm_statistics import open_statistics, ship_statistics
-from rsseg.training.optimizers import build_optimizers
+from rsseg.training.final import evaluate_shipped, open_statistics, ship_statistics
 from rsseg.training.plan import (
     TrainPlan,
     absent_classes,
@@ -41,9 +39,8 @@ from rsseg.training.plan import (
     open_validation,
 )
 from rsseg.training.progress import LineProgress, Progress, TrainResult
-from rsseg.training.recorder import Recorder
-from rsseg.training.state import Counters, Identity, Parts, frozen_hashes, load_state
-from rsseg.training.trackers import require_trackers, with_trackers
+from rsseg.training.recorder import Recorder, require_trackers, with_trackers
+from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Evaluate, Trainer
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"

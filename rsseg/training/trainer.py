@@ -17,13 +17,11 @@ from rsseg.distributed import StopSignals
 from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Segmenter, StepOutput
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Parts
 from rsseg.training.device import Hardware, prefetched
 from rsseg.training.graphs import make_step
-from rsseg.training.optimizers import lr_at
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
-from rsseg.training.state import Counters, Parts
-from rsseg.training.step import BufferSnapshot, MicroStep, set_rate
+from rsseg.training.step import BufferSnapshot, MicroStep, lr_at, set_rate
 
 MAX_SKIPPED = 3
 """Consecutive steps with a non-finite loss after which a run ends."""

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.checkpoint import read_header
 from rsseg.cli import run
 from rsseg.config import BackboneConfig

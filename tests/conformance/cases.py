@@ -20,12 +20,11 @@ from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe, packaged_recipes, recipe_from_dict
 from rsseg.task import Task
+from rsseg.training.checkpoints import Parts
 from rsseg.training.device import Hardware
 from rsseg.training.graphs import Recorder, make_step
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.plan import backbone_configs
-from rsseg.training.state import Parts
-from rsseg.training.step import set_rate
+from rsseg.training.step import build_optimizers, set_rate
 from tests.conftest import rgb_task, write_png
 
 CROP = 64

@@ -26,13 +26,11 @@ from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import METHODS
 from rsseg.runs import RunFolder, find_run
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.checkpoints import model_header
+from rsseg.training.checkpoints import frozen_hashes, model_header
 from rsseg.training.graphs import WARM_UP
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
-from rsseg.training.state import frozen_hashes
-from rsseg.training.step import BufferSnapshot, seed_everything
+from rsseg.training.step import BufferSnapshot, build_optimizers, seed_everything
 from tests.conformance.cases import Case, make_case, methods_covered, recipe_files, trained
 from tests.training.replaying import CpuRecorder, NoSynchronization
 

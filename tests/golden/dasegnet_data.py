@@ -14,7 +14,7 @@ from rsseg.datasets.cards import CARDS
 from rsseg.datasets.layouts import PathPattern
 from rsseg.datasets.prepare.tiles import Grid
 from rsseg.metrics import ConfusionMatrix, scores
-from rsseg.training.optimizers import lr_at
+from rsseg.training.step import lr_at
 from tests.golden.builders import mmseg_scores
 from tests.golden.case import Case
 from tests.golden.harness import Drivers

@@ -17,8 +17,7 @@ from rsseg.methods.dasegnet.importer import (
     rename_neck,
     rename_neck_level,
 )
-from rsseg.methods.dasegnet.neck import DisentangledLevel, DisentangledNeck
-from rsseg.methods.dasegnet.network import build_decoder
+from rsseg.methods.dasegnet.network import DisentangledLevel, DisentangledNeck, build_decoder
 from rsseg.methods.dasegnet.recipe import NeckConfig, SelfTrainingConfig, TeacherConfig
 from rsseg.methods.dasegnet.self_training import AVERAGED, Teacher, pseudo_labels
 from tests.golden.builders import check_loss, grad_of, gradients, load_exactly, norm

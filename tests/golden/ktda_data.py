@@ -5,11 +5,11 @@ import torch
 
 from rsseg.config import OptimizerConfig, ScheduleConfig
 from rsseg.data.assembly import Crop, collate
-from rsseg.data.photometric import PhotometricDraws, photometric_distortion
+from rsseg.data.augmentation import PhotometricDraws, photometric_distortion
 from rsseg.data.streams import Scaling, to_samples
 from rsseg.metrics import ConfusionMatrix, scores
 from rsseg.recipe import load_recipe
-from rsseg.training.optimizers import lr_at
+from rsseg.training.step import lr_at
 from tests.golden.builders import make_task, mmseg_scores
 from tests.golden.case import Case
 from tests.golden.harness import Drivers

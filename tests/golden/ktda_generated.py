@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from rsseg.backbones.backbone import Backbone
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.methods.ktda.method import KTDAMethod, assemble_method
 from rsseg.methods.ktda.network import assemble_segmenter

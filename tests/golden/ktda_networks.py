@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.loading import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.backbones.timm_adapter import Architecture, Built, build_pyramid, build_vit
 from rsseg.methods.ktda.importer import rename_tensors
 from rsseg.methods.ktda.recipe import AuxConfig, DecoderConfig, DistillationConfig, FmmConfig

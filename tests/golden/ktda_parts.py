@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from rsseg.backbones.bodies import resample_positions
 from rsseg.layers.blocks import resize
 from rsseg.layers.losses import cross_entropy, pixel_accuracy
-from rsseg.methods.ktda.distillation import distillation_loss
-from rsseg.methods.ktda.method import make_aux_head
-from rsseg.methods.ktda.network import make_decoder, make_fmm
-from rsseg.methods.ktda.parts import FeatureAlignment, MultiLevelNeck, fused
+from rsseg.methods.ktda.method import distillation_loss, make_aux_head
+from rsseg.methods.ktda.network import FeatureAlignment, MultiLevelNeck, fused, make_decoder, make_fmm
 from rsseg.methods.ktda.recipe import DistillationConfig
 from tests.golden.builders import check_loss, grad_of, gradients, load_exactly, per_level, unnormalized
 from tests.golden.case import Case

@@ -5,11 +5,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.methods.ktda.importer import rename_tensors
 from rsseg.methods.ktda.method import make_aux_head
-from rsseg.methods.ktda.network import build_segmenter
-from rsseg.methods.ktda.parts import FeatureAlignment
+from rsseg.methods.ktda.network import FeatureAlignment, build_segmenter
 from rsseg.recipe import load_recipe
 from tests.golden.builders import make_task
 from tests.golden.case import Case

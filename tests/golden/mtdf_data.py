@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from rsseg.checkpoint import load_into
 from rsseg.config import EvalConfig, StrongConfig
 from rsseg.data.assembly import Crop, collate
+from rsseg.data.augmentation import Cut, Geometry, box_size, pad_origin, transform_image, transform_mask
 from rsseg.data.index import LabelMap
 from rsseg.data.labels import LabelTable
-from rsseg.data.photometric import box_size
 from rsseg.data.streams import Samples, Scaling, to_samples
-from rsseg.data.transforms import Cut, Geometry, pad_origin, transform_image, transform_mask
 from rsseg.inference.image import predict_image, predict_probabilities
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.metrics import ConfusionMatrix, Scores, scores

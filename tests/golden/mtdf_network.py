@@ -5,16 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rsseg.backbones.backbone import assemble
 from rsseg.backbones.bodies import resample_positions
-from rsseg.backbones.table import ZooEntry
-from rsseg.backbones.zoo import assemble
+from rsseg.backbones.zoo import ZooEntry
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
 from rsseg.layers.blocks import resize
-from rsseg.layers.dpt import DPTHead
+from rsseg.layers.decoders import DPTHead
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.mtdf.fixmatch import complementary_masks
 from rsseg.methods.mtdf.importer import rename_tensors
+from rsseg.methods.mtdf.method import complementary_masks
 from rsseg.methods.mtdf.network import MTDFSegmenter
 from tests.golden.builders import as_precise, grad_of, gradients, make_task, norm
 from tests.golden.case import Case

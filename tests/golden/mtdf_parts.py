@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.table import ZooEntry
-from rsseg.backbones.zoo import assemble
+from rsseg.backbones.backbone import Backbone, BackboneInfo, assemble
+from rsseg.backbones.zoo import ZooEntry
 from rsseg.checkpoint import load_into
 from rsseg.config import BackboneConfig
-from rsseg.layers.dpt import DPTHead
+from rsseg.layers.decoders import DPTHead
 from rsseg.methods.mtdf.importer import rename_tensors
 from rsseg.methods.mtdf.method import Teacher
 from rsseg.methods.mtdf.network import MTDFSegmenter, Translator

@@ -14,13 +14,12 @@ from rsseg.data.streams import Samples
 from rsseg.layers.blocks import cutmix
 from rsseg.layers.ema import Ema
 from rsseg.layers.losses import cross_entropy
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, pseudo_label_loss
 from rsseg.methods.mtdf.importer import rename_tensors
-from rsseg.methods.mtdf.method import MTDFMethod, ema_ratio
+from rsseg.methods.mtdf.method import MTDFMethod, PseudoLabels, ema_ratio, pseudo_label_loss
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.recipe import load_recipe
 from rsseg.task import IGNORE_INDEX
-from rsseg.training.optimizers import build_optimizers, lr_at
+from rsseg.training.step import build_optimizers, lr_at
 from tests.golden.builders import grad_of, norm, total
 from tests.golden.case import Case
 from tests.golden.harness import Drivers

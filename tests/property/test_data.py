@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from rsseg.config import AugmentConfig, SelectConfig
 from rsseg.data.assembly import Order, permutation, positions
+from rsseg.data.augmentation import draw_geometry, draw_scaled_size, draw_window, transform_mask
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.data.sources import select_items
-from rsseg.data.transforms import draw_geometry, draw_scaled_size, draw_window, transform_mask
 from tests.conftest import rgb_task
 
 seeds = st.integers(0, 2**31 - 1)

@@ -18,8 +18,7 @@ from rsseg.cli import run
 from rsseg.errors import DataError, UsageError
 from rsseg.raster import Window
 from rsseg.scene.batch import choose_targets, find_scenes
-from rsseg.scene.catalog import expand_items
-from rsseg.scene.mosaic import write_mosaic
+from rsseg.scene.catalog import expand_items, write_mosaic
 from rsseg.scene.source import open_scene
 from tests.scene.helpers import options, plan_scene, random_pixels, read_classes, write_tiny_model
 from tests.toys import ConvSegmenter, make_task

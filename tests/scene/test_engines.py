@@ -86,7 +86,7 @@ def test_network_is_exported_once_for_each_state_of_the_model(tmp_path: Path, mo
     file = write_network(tmp_path)
     first = open_engine(file, "onnx", "cpu", "auto")
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "rsseg.inference.engine_export", None)
+        patch.setitem(sys.modules, "rsseg.inference.graph", None)
         assert open_engine(file, "onnx", "cpu", "auto").model == first.model
     file.unlink()
     write_network(tmp_path, "upernet")
@@ -121,7 +121,7 @@ def test_graph_that_does_not_give_torchs_logits_is_refused_in_a_sentence_and_aut
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape")
         return np.full((1, 4, images.shape[2] // 4, images.shape[3] // 4), logits, np.float32)
 
-    monkeypatch.setattr("rsseg.inference.engine_export._run", run_graph)
+    monkeypatch.setattr("rsseg.inference.graph._run", run_graph)
     file, scene = write_network(tmp_path), write_tif(tmp_path / "scene.tif", patches(64, 64))
     arguments = ["predict", str(scene), "--model", str(file), "-o", str(tmp_path / "out.tif"), "--engine"]
     assert run([*arguments, "onnx"]) == 2

@@ -20,7 +20,7 @@ from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import predict_scene
-from rsseg.scene.preview import draw_preview
+from rsseg.scene.writer import draw_preview
 from rsseg.vector.write import write_polygons
 from tests.conftest import write_png, write_tif
 from tests.scene.helpers import (

@@ -22,11 +22,10 @@ from rsseg.methods.registry import method_for
 from rsseg.metrics import scores
 from rsseg.recipe import recipe_from_dict
 from rsseg.runs import RunFolder
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts
 from rsseg.training.device import Hardware
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
-from rsseg.training.state import Counters, Identity, Parts
+from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Trainer
 from tests.conformance.cases import make_case, recipe_files, without_dropout
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe

@@ -21,11 +21,10 @@ from rsseg.distributed import StopSignals, process_group
 from rsseg.errors import DataError, Interrupted
 from rsseg.evaluation.model import evaluate
 from rsseg.runs import RunFolder
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts
 from rsseg.training.device import Hardware
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress
-from rsseg.training.state import Counters, Identity, Parts
+from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import TASK, ToyMethod, ToySegmenter, toy_batches, toy_recipe
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rsseg.cli import run
-from rsseg.data.cache import CACHE_NAME
+from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import RecipeError
 from rsseg.files import read_rows

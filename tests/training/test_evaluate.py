@@ -12,7 +12,7 @@ from rasterio.transform import Affine, from_origin
 
 from rsseg.cli import run
 from rsseg.config import SelectConfig
-from rsseg.data.cache import CACHE_NAME
+from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import Datasets
 from rsseg.errors import DataError, RecipeError, WeightsError

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rsseg.data.cache import CACHE_NAME
+from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import select_items
 from rsseg.errors import DataError, Interrupted, WeightsError

@@ -12,9 +12,9 @@ from rsseg.methods.dasegnet.adversarial import gan_loss
 from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import train
+from rsseg.training.step import build_optimizers
 from tests.conftest import rgb_task
 from tests.toys import ConvSegmenter, make_task
 from tests.training.recipes import tiny_recipe

@@ -9,8 +9,8 @@ from rsseg.config import OptimizerConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import ParamGroup
-from rsseg.training.optimizers import build_optimizers
-from rsseg.training.state import Counters, Identity, Parts, changed_values, frozen_hashes, load_state, save_state
+from rsseg.training.checkpoints import Counters, Identity, Parts, changed_values, frozen_hashes, load_state, save_state
+from rsseg.training.step import build_optimizers
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 
 

@@ -17,11 +17,10 @@ from rsseg.errors import RecipeError
 from rsseg.methods.base import StepOutput
 from rsseg.runs import RunFolder
 from rsseg.training import device as device_module
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts
 from rsseg.training.device import Hardware, float32_products, prefetched
 from rsseg.training.graphs import WARM_UP, GraphStep, make_step
-from rsseg.training.optimizers import build_optimizers
-from rsseg.training.state import Counters, Identity, Parts
+from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Trainer
 from tests.training.replaying import CpuRecorder, Result
 from tests.training.test_trainer import Messages, NormMethod

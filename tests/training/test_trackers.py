@@ -11,9 +11,9 @@ from rsseg.cli import run
 from rsseg.errors import UsageError
 from rsseg.files import read_rows
 from rsseg.runs import RunFolder
+from rsseg.training.checkpoints import PREVIOUS
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.run import plan, train
-from rsseg.training.state import PREVIOUS
 from tests.training.recipes import tiny_recipe, tiny_values
 
 

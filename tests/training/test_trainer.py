@@ -13,11 +13,10 @@ from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals
 from rsseg.errors import RecipeError
 from rsseg.runs import RunFolder
-from rsseg.training.checkpoints import Checkpoints
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts
 from rsseg.training.device import Hardware
-from rsseg.training.optimizers import build_optimizers
 from rsseg.training.progress import Progress
-from rsseg.training.state import Counters, Identity, Parts
+from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Trainer
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from rsseg.config import AugmentConfig, StrongConfig
-from rsseg.data.photometric import (
+from rsseg.data.augmentation import (
     ColorSpace,
+    Geometry,
     PhotometricDraws,
     box_mask,
     box_size,
@@ -14,14 +15,11 @@ from rsseg.data.photometric import (
     draw_fast_distortion,
     draw_jitter,
     draw_photometric,
-    photometric_distortion,
-    strong_view,
-)
-from rsseg.data.transforms import (
-    Geometry,
     draw_scaled_size,
     draw_window,
     one_class_dominates,
+    photometric_distortion,
+    strong_view,
     transform_image,
     transform_mask,
 )

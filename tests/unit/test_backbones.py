@@ -9,11 +9,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from rsseg.backbones.backbone import Backbone
+from rsseg.backbones.backbone import Backbone, create_backbone
 from rsseg.backbones.loading import Source, load_pretrained
-from rsseg.backbones.table import ZOO
 from rsseg.backbones.timm_adapter import Architecture, build_pyramid, build_vit
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.zoo import ZOO
 from rsseg.config import BackboneConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.layers.ema import Frozen

@@ -5,9 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsseg.backbones.bands import adapt_first_conv, pretrained_statistics
 from rsseg.backbones.bodies import PositionMode, resample_positions
-from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.loading import (
+    adapt_first_conv,
+    convnext_from_mmpretrain,
+    pretrained_statistics,
+    vit_from_mmpretrain,
+)
 from rsseg.errors import WeightsError
 
 

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from rsseg.backbones.table import ENTRIES, ZOO, ZooEntry
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
+from rsseg.backbones.zoo import ENTRIES, ZOO, ZooEntry
 from rsseg.config import BackboneConfig
 from tests.unit.backbone_tasks import task_of
 
@@ -78,7 +78,7 @@ def test_names_are_unique() -> None:
 
 def test_listing_needs_neither_torch_nor_timm() -> None:
     code = (
-        "import sys; from rsseg.backbones.table import ENTRIES; from rsseg.backbones.weights import is_cached; "
+        "import sys; from rsseg.backbones.zoo import ENTRIES; from rsseg.backbones.zoo import is_cached; "
         "[is_cached(e) for e in ENTRIES]; sys.exit(', '.join({'torch', 'timm'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

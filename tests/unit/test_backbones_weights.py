@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rsseg.backbones.table import ZOO
-from rsseg.backbones.weights import (
+from rsseg.backbones.zoo import (
     HUB_FILE,
+    ZOO,
     check_weights,
     is_cached,
     pull_weights,

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from rsseg.config import AugmentConfig
-from rsseg.data.transforms import Cut, Geometry, draw_cut, pad_origin, transform_image, transform_mask
+from rsseg.data.augmentation import Cut, Geometry, draw_cut, pad_origin, transform_image, transform_mask
 from rsseg.raster import Window
 
 CROP = 9

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rsseg.backbones.keys import mit_to_timm
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
+from rsseg.backbones.loading import mit_to_timm
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError

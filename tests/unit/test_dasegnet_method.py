@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import training_batches
 from rsseg.methods.dasegnet.adversarial import Alignment, PatchDiscriminator, adversarial_terms, gan_loss

@@ -12,7 +12,7 @@ from rsseg.layers.decoders import SeparableASPPHead
 from rsseg.layers.losses import cross_entropy
 from rsseg.methods.dasegnet.adversarial import PatchDiscriminator, smallest_map
 from rsseg.methods.dasegnet.method import check_class_weights, check_crops
-from rsseg.methods.dasegnet.neck import DisentangledNeck, UniversalExtraction
+from rsseg.methods.dasegnet.network import DisentangledNeck, UniversalExtraction
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe, NeckConfig, SelfTrainingConfig
 from rsseg.methods.dasegnet.self_training import class_weight_table, pseudo_labels
 from rsseg.recipe import RecipeSource as Source

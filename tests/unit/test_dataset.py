@@ -15,8 +15,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 
-from rsseg.data.cache import CACHE_NAME, ArrayCache, Page
-from rsseg.data.dataset import SampleReader, _remember
+from rsseg.data.dataset import CACHE_NAME, ArrayCache, Page, SampleReader, _remember
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.labels import LabelTable
 from rsseg.errors import DataError, RssegWarning

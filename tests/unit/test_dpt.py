@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsseg.layers.blocks import resize
-from rsseg.layers.dpt import DPTHead, FusionBlock
+from rsseg.layers.decoders import DPTHead, FusionBlock
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 3), (1, 2)])

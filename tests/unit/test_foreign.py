@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.errors import WeightsError

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from rsseg.config import EvalConfig
 from rsseg.inference.image import predict_probabilities
-from rsseg.methods.ktda.distillation import distillation_loss, weight_at
-from rsseg.methods.ktda.method import KTDAMethod
+from rsseg.methods.ktda.method import KTDAMethod, distillation_loss, weight_at
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import DistillationConfig
 from tests.unit.ktda_models import PLAIN, TASK, TAUGHT, batch_of, method_of, recipe_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rsseg.methods.ktda.parts import (
+from rsseg.methods.ktda.network import (
     BottleneckMlp,
     FeatureAlignment,
     FeatureModulation,

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from rsseg.checkpoint import write_model
 from rsseg.data.streams import Samples
 from rsseg.errors import RecipeError, WeightsError
-from rsseg.methods.ktda.distillation import probability_loss
-from rsseg.methods.ktda.method import KTDAMethod
+from rsseg.methods.ktda.method import KTDAMethod, probability_loss
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import recipe_from_dict

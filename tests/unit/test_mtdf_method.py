@@ -11,8 +11,14 @@ from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.errors import RecipeError
 from rsseg.inference.network import ready_to_predict
 from rsseg.layers.blocks import cutmix, resize
-from rsseg.methods.mtdf.fixmatch import PseudoLabels, complementary_masks, pseudo_label_loss
-from rsseg.methods.mtdf.method import MTDFMethod, build_method, ema_ratio
+from rsseg.methods.mtdf.method import (
+    MTDFMethod,
+    PseudoLabels,
+    build_method,
+    complementary_masks,
+    ema_ratio,
+    pseudo_label_loss,
+)
 from rsseg.methods.mtdf.network import MTDFSegmenter, build_segmenter
 from rsseg.methods.registry import load_model
 from tests.unit.mtdf_models import FIXMATCH, PYRAMID, TASK, TAUGHT, TEACHERS, VIT, batch_of, method_of, recipe_of

@@ -1,7 +1,7 @@
 import pytest
 
 from rsseg.config import ScheduleConfig
-from rsseg.training.optimizers import lr_at
+from rsseg.training.step import lr_at
 
 GRASS = ScheduleConfig(warmup_steps=1150, decay_begin=1150)
 CLOUD = ScheduleConfig(warmup_steps=2000, decay_begin=1000)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from rsseg.config import BaseRecipe
-from rsseg.data.cache import CACHE_NAME
+from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.sources import Datasets
 from rsseg.data.streams import Batch, StreamSpec, training_batches

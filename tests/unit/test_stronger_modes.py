@@ -13,7 +13,7 @@ from rsseg.data.streams import Batch
 from rsseg.errors import RecipeError
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.dasegnet.single import SingleMethod
-from rsseg.methods.mtdf.fixmatch import ClassThresholds, PseudoLabels, pseudo_label_loss
+from rsseg.methods.mtdf.method import ClassThresholds, PseudoLabels, pseudo_label_loss
 from rsseg.methods.registry import import_checkpoint, load_model, method_for, segmenter_for
 from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.task import ClassInfo, Task

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import create_backbone
 from rsseg.cli import run
 from rsseg.config import BackboneConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.errors import RecipeError
 from rsseg.methods.plain_recipe import DecoderConfig
 from rsseg.methods.registry import import_checkpoint
-from rsseg.methods.supervised.method import SupervisedMethod, build_method
-from rsseg.methods.supervised.network import build_segmenter
+from rsseg.methods.supervised.method import SupervisedMethod, build_method, build_segmenter
 from rsseg.methods.supervised.recipe import SupervisedRecipe
 from tests.conftest import rgb_task
 

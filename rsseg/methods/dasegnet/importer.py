@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rsseg.backbones.keys import mit_to_timm
+from rsseg.backbones.loading import mit_to_timm
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import RecipeError, WeightsError
 from rsseg.foreign import odd_tensors_refused, read_state_dict, rename
+from rsseg.methods.base import check_classes, write_imported
 from rsseg.methods.dasegnet.network import build_segmenter
 from rsseg.methods.dasegnet.recipe import DASegNetRecipe
-from rsseg.methods.importing import check_classes, write_imported
 from rsseg.task import Task
 
 _NETWORK = "ST-DASegNet"

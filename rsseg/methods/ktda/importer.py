@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rsseg.backbones.keys import convnext_from_mmpretrain, vit_from_mmpretrain
+from rsseg.backbones.loading import convnext_from_mmpretrain, vit_from_mmpretrain
 from rsseg.checkpoint import ModelHeader
 from rsseg.errors import WeightsError
 from rsseg.foreign import odd_tensors_refused, read_state_dict, rename
-from rsseg.methods.importing import check_classes, write_imported
+from rsseg.methods.base import check_classes, write_imported
 from rsseg.methods.ktda.network import build_segmenter
 from rsseg.methods.ktda.recipe import KTDARecipe
 from rsseg.task import Task

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rsseg.checkpoint import ModelHeader
 from rsseg.foreign import read_state_dict, rename
-from rsseg.methods.importing import check_classes, write_imported
+from rsseg.methods.base import check_classes, write_imported
 from rsseg.methods.mtdf.network import build_segmenter
 from rsseg.methods.mtdf.recipe import MTDFRecipe
 from rsseg.task import Task

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsseg.backbones.backbone import Backbone, BackboneInfo
-from rsseg.backbones.zoo import create_backbone
+from rsseg.backbones.backbone import Backbone, BackboneInfo, create_backbone
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import resize, resize_logits, unrecorded_statistics
-from rsseg.layers.dpt import DPTHead
+from rsseg.layers.decoders import DPTHead
 from rsseg.methods.base import Segmenter, preferred_tile
 from rsseg.methods.mtdf.recipe import MTDFRecipe, TeacherConfig
 from rsseg.methods.plain import fitting_decoder

@@ -5,10 +5,15 @@ from collections.abc import Mapping, Sequence
 from rsseg.data.streams import Batch, StreamSpec
 from rsseg.layers.losses import pixel_accuracy
 from rsseg.methods.base import LoadModel, Method, ParamGroup, Segmenter, StepOutput, start_from
-from rsseg.methods.plain import TunedNetwork
-from rsseg.methods.supervised.network import build_segmenter
+from rsseg.methods.plain import PlainSegmenter, TunedNetwork, build_plain
 from rsseg.methods.supervised.recipe import SupervisedRecipe
 from rsseg.task import Task
+
+
+def build_segmenter(recipe: SupervisedRecipe, task: Task, *, load_weights: bool = False) -> PlainSegmenter:
+    """Build the network that ships, by default untrained and without opening a file; see `build_plain`."""
+    crop_size = recipe.data.augment_of("labeled").crop_size
+    return build_plain(recipe.backbone, recipe.decoder, task, crop_size=crop_size, load_weights=load_weights)
 
 
 class SupervisedMethod(Method):
