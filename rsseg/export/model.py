@@ -63,8 +63,8 @@ class Deployed(nn.Module):
         self.register_buffer("offset", torch.tensor(segmenter.task.offset).reshape(-1, 1, 1))
         self.inverse: Tensor | None
         # A single temperature needs no look-up of the class of each pixel.
-        known = None if temperatures is None else torch.tensor([1 / t for t in temperatures])
-        self.register_buffer("inverse", known if known is None or len(known.unique()) > 1 else known[:1])
+        known = temperatures if temperatures is None or len(set(temperatures)) > 1 else temperatures[:1]
+        self.register_buffer("inverse", None if known is None else torch.tensor([1 / t for t in known]))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float32 (1, C, S, S), pixels over `divisor` -> probabilities (1, K, S, S)."""
