@@ -265,9 +265,18 @@ class SceneLabels:
 
     def overlaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         """Pairs of polygons of two classes that share at least a pixel: lower, upper, shared pixels."""
-        one, other = self._tree.query(self.polygons, predicate="intersects")
+        # The cheap conditions first: most of the time goes into the intersections.
+        one, other = self._tree.query(self.polygons)
         pairs = (one < other) & (self.classes[one] != self.classes[other])
-        one, other = one[pairs], other[pairs]
+        one, other, bounds = one[pairs], other[pairs], shapely.bounds(self.polygons)
+        low, high = np.maximum(bounds[one, :2], bounds[other, :2]), np.minimum(bounds[one, 2:], bounds[other, 2:])
+        large = (high - low).prod(axis=1) >= _LEAST_OVERLAP
+        one, other = one[large], other[large]
+        compared = self.polygons[np.unique(one)]
+        shapely.prepare(compared)
+        meet = shapely.intersects(self.polygons[one], self.polygons[other])
+        shapely.destroy_prepared(compared)
+        one, other = one[meet], other[meet]
         shared = shapely.area(shapely.intersection(self.polygons[one], self.polygons[other]))
         wide = shared >= _LEAST_OVERLAP
         return one[wide], other[wide], shared[wide]
