@@ -2,10 +2,10 @@
 
     python benchmarks/export.py [--backbone convnext_tiny] [--side 512] [--tile 512]
 
-ConvNeXt-T with an UPerNet decoder of 128 channels, random weights. `export` is `rsseg export MODEL --check SCENE` on
-a photograph (scikit-learn's sample image), repeated to the side of the scene, which has one tile with `--side` = `--tile`;
-`exporter` loads the model, calls torch.onnx.export alone and runs the graph once on one tile. Seconds of the wall and of the
-processor, with imports; each side a process of its own. Exit code 1 above 30 s of the processor.
+ConvNeXt-T with an UPerNet decoder of 128 channels, random weights. `export` is `rsseg export MODEL --check SCENE` on a
+photograph (scikit-learn's sample image), continued by reflection to the side of the scene; `exporter` loads the model,
+calls torch.onnx.export alone and runs the graph on one tile. Seconds of the wall and of the processor, with imports;
+each side is a process of its own. Exit code 1 above 30 s of the processor.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/report.py [--images 500] [--rounds 3]
 
-The run is real: the built-in dataset, its test images repeated under other names, a training of two steps, `rsseg eval`.
-`report` is the command `rsseg report RUN`. `pictures` opens the pictures of the evaluation, encodes them again and writes
-them into a page, without tables and charts. Each side is a process of its own, in turn; seconds are of the processor, with
-imports. Exit code 1 above 10 s or 15 MB.
+The run is real: the built-in dataset with its test images repeated under other names, a training of two steps, and
+`rsseg eval`. `report` is the command `rsseg report RUN`. `pictures` opens the pictures of the evaluation, encodes them
+again and writes them into a page, without tables and charts. Each side is a process of its own, in turn; seconds are of
+the processor, with imports. Exit code 1 above 10 s or 15 MB.
 """
 
 import argparse
