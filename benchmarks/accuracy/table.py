@@ -5,7 +5,7 @@ arms of a setting train equally long on equal crops.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Setting:
              `data.py` writes into the dataset's folder
     rates    setting whose learning-rate sweep is used; None: its own
     bands    of the dataset; None: all
+    full     full resolution where the profile halves it, with crops of twice the side and batches of half the size
     """
 
     name: str
@@ -58,6 +59,7 @@ class Setting:
     test: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
     rates: str | None = None
     bands: tuple[str, ...] | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ MODE_SWITCHES = (
     Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
 )
 SWITCHES = tuple(
-    Arm(f"lite0-{switch}", "lite0-plain", switch=True)
+    Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
     for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
 )
 TARGET = (
@@ -153,6 +155,12 @@ SETTINGS = {
     for setting in (
         _dubai(
             10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MODE_SWITCHES), rates=None
+        ),
+        replace(
+            _dubai(10, (Arm("lite0-plain"), Arm("dinov2s-full"), RECOMMENDED[0]), rates=None),
+            name="dubai-10-full",
+            title="Dubai land cover, 10 labeled images, full resolution: crops of 252 pixels, batch 4",
+            full=True,
         ),
         _dubai(45, (*FIRST, *TAUGHT)),
         Setting(
@@ -229,6 +237,7 @@ PROFILES = {
             name="cpu",
             settings=(
                 "dubai-10",
+                "dubai-10-full",
                 "l8biome-rgb",
                 "dubai-45",
                 "dubai-desert-town",
@@ -241,7 +250,7 @@ PROFILES = {
         ),
         Profile(
             name="gpu",
-            settings=tuple(SETTINGS),
+            settings=tuple(name for name, setting in SETTINGS.items() if not setting.full),
             steps=1500,
             sweep_steps=300,
             crop=252,
