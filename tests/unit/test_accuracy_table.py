@@ -182,7 +182,9 @@ def test_filter_of_arms_runs_those_and_what_they_need(dataset: Path, weights: Pa
     (second,) = table.pending()
     assert second.arm == started
     assert second.recipe.start == first.model
-    table.only_settings = {"dubai-10"}
+    table.only_seeds = {1}
+    assert list(table.pending()) == []
+    table.only_seeds, table.only_settings = set(), {"dubai-10"}
     assert list(table.pending()) == []
 
 
