@@ -155,18 +155,17 @@ def _merged(
     needed = recipe_from_dict(values, arm.name).stream_names()
     own = values["data"]
     values["seed"] = seed
-    scale = 2 if setting.full else 1
     values["data"] = own | {
         "path": str(dataset),
         "bands": None if setting.bands is None else list(setting.bands),
-        "augment": {"crop_size": scale * profile.crop, **own.get("augment", AUGMENT)},
+        "augment": {"crop_size": profile.crop, **own.get("augment", AUGMENT)},
         "streams": {name: _select(setting.streams[name], dataset) for name in needed},
         "val": dict(setting.val),
         "test": dict(setting.test),
     }
     values["trainer"] = values.get("trainer", {}) | {
         "steps": steps,
-        "batch_size": profile.batch_size // scale,
+        "batch_size": profile.batch_size,
         "amp_dtype": "auto",
         "eval_every": every,
         "checkpoint_every": every,

@@ -145,7 +145,7 @@ def _conditions(table: Table, results: Sequence[Result]) -> str:
         f"batch {profile.batch_size}, seeds {', '.join(map(str, profile.seeds))}; sweep of {len(profile.rates)} rates "
         f"({', '.join(f'x{rate:g}' for rate in profile.rates)}) with {profile.sweep_steps} steps each.",
         f"- Augmentation: {augment}.",
-        *(["- Images of Dubai at half resolution, except where a table says otherwise."] if profile.half else []),
+        *(["- Images of Dubai at half resolution."] if profile.half else []),
         f"- Processor: {'; '.join(processors) or '-'}. {'; '.join(versions)}. "
         f"Hash of the code: {', '.join(codes) or '-'}.",
         "- *training* is the time of one training with its validations. On a CPU it is the process's own time on one "

@@ -56,7 +56,7 @@ class Table:
         self._jobs: dict[tuple[str, Arm, int, float, bool], Job] = {}
         self.ready: list[Ready] = []
         for setting in (SETTINGS[name] for name in profile.settings):
-            dataset = prepare(setting.dataset, data, output / "data", half=profile.half and not setting.full)
+            dataset = prepare(setting.dataset, data, output / "data", half=profile.half)
             if dataset is None:
                 self.left_out.append(f"{setting.title}: the images are not here; see --data")
                 continue

@@ -5,7 +5,7 @@ arms of a setting train equally long on equal crops.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ class Setting:
              `data.py` writes into the dataset's folder
     rates    setting whose learning-rate sweep is used; None: its own
     bands    of the dataset; None: all
-    full     full resolution where the profile halves it, with crops of twice the side and batches of half the size
     """
 
     name: str
@@ -59,7 +58,6 @@ class Setting:
     test: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
     rates: str | None = None
     bands: tuple[str, ...] | None = None
-    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,12 +154,6 @@ SETTINGS = {
         _dubai(
             10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MODE_SWITCHES), rates=None
         ),
-        replace(
-            _dubai(10, (Arm("lite0-plain"), Arm("dinov2s-full"), RECOMMENDED[0]), rates=None),
-            name="dubai-10-full",
-            title="Dubai land cover, 10 labeled images, full resolution: crops of 252 pixels, batch 4",
-            full=True,
-        ),
         _dubai(45, (*FIRST, *TAUGHT)),
         Setting(
             name="l8biome-rgb",
@@ -237,7 +229,6 @@ PROFILES = {
             name="cpu",
             settings=(
                 "dubai-10",
-                "dubai-10-full",
                 "l8biome-rgb",
                 "dubai-45",
                 "dubai-desert-town",
@@ -250,7 +241,7 @@ PROFILES = {
         ),
         Profile(
             name="gpu",
-            settings=tuple(name for name, setting in SETTINGS.items() if not setting.full),
+            settings=tuple(SETTINGS),
             steps=1500,
             sweep_steps=300,
             crop=252,
