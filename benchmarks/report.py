@@ -44,8 +44,7 @@ def make_run(folder: Path, images: int) -> Path:
     subprocess.run(rsseg("dataset", "prepare", "demo", "--out", str(data)), **quiet)
     train = ("train", "--recipe", "demo-supervised", "--data", str(data), "--output", str(runs))
     subprocess.run(rsseg(*train, "--set", "trainer.steps=2", "--set", "trainer.workers=0"), **quiet)
-    file = next(data.glob("*index.json"))
-    index = SegmentationIndex.load(file)
+    index = SegmentationIndex.load(data)
     test = [item for item in index.items if item.split == "test"]
     copies = []
     for number in range(images):
@@ -57,7 +56,7 @@ def make_run(folder: Path, images: int) -> Path:
             os.link(index.root / old, index.root / names[kind])
         copies.append(item.model_copy(update=names))
     kept = tuple(item for item in index.items if item.split != "test")
-    index.model_copy(update={"items": (*kept, *copies)}).save(file)
+    index.model_copy(update={"items": (*kept, *copies)}).save(data)
     run = next(path for path in runs.iterdir() if not path.is_symlink())
     subprocess.run(rsseg("eval", "--model", str(run)), **quiet)
     return run
