@@ -25,7 +25,6 @@ from rsseg.scene.source import TAG, read_tiles
 from rsseg.scene.writer import SceneWriter, draw_preview
 from rsseg.task import NODATA, Task
 from rsseg.vector.grid import Grid
-from rsseg.vector.write import write_polygons
 
 if TYPE_CHECKING:
     from rsseg.methods.base import Segmenter
@@ -107,6 +106,7 @@ def predict_prepared(
         device=prepared.network.device,
         dtype=prepared.network.dtype,
         engine=prepared.network.engine,
+        quantization=prepared.quantization,
         resumed=sink.resumed,
         polygons=count,
         extra_outputs=(*(name for name, _ in prepared.products[1:]), *extra),
@@ -123,6 +123,8 @@ def make_extras(prepared: PreparedScene, *, only_missing: bool = False) -> tuple
     options, task, count = prepared.options, prepared.network.task, None
     polygons, preview = prepared.polygons, prepared.preview
     if polygons is not None and not (only_missing and polygons.exists()):
+        from rsseg.vector.write import write_polygons
+
         count = write_polygons(
             prepared.output,
             task,
