@@ -74,6 +74,7 @@ def predict(
         str | None, typer.Option("--max-memory", help="Memory limit without the libraries, such as 2GiB.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where native), float32, bfloat16.")] = "auto",
     engine: Engine = "torch",
     quantize: Quantize = "none",
     calibrate: Calibrate = None,
@@ -159,6 +160,7 @@ def predict(
         batch_size=batch_size,
         max_memory=None if max_memory is None else byte_size(max_memory, "--max-memory"),
         device=device,
+        dtype=dtype,
         engine=engine,
         quantize=quantize,
         calibrate=calibrate,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 
 from rsseg.errors import MachineError, UsageError
@@ -143,6 +144,8 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
     options = prepared.options
     with ExitStack() as stack:
         raster = stack.enter_context(prepared.open())
+        # GDAL's cache is global: between two reads the writer would fill the default one, 5 % of the memory.
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=raster.cache_bytes))
         identity = prepared.identity()
         # Strips of differently divided panels cannot be used, although they hold the same pixels.
         log_identity = f"{identity} {len(prepared.panels)}"
