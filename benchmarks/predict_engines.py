@@ -4,8 +4,8 @@
 
 The programs take turns within a round, so that other load on the machine hits all of them; ratios are taken within a
 round. Engines are warm: their graph was exported by a run before. geodeep is measured if its command is found: it
-filters the classes and writes no overviews. `import` is a process that imports torch and ends. `--dtype` is that of torch
-and openvino; onnx and geodeep compute in float32. `--int8` adds both engines in int8, calibrated on noise.
+filters the classes and writes no overviews. `import` is a process that imports torch and ends. `--dtype` is that of
+torch and openvino; onnx and geodeep compute in float32. `--int8` adds both engines in int8, calibrated on noise.
 """
 
 import argparse

@@ -25,7 +25,9 @@ def processor() -> str:
     from rsseg.inference.machine import has_native_bfloat16
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
     return f"{name} ({'with' if has_native_bfloat16() else 'without'} bfloat16)"
 
 

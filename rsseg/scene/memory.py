@@ -38,6 +38,8 @@ _FREE_SHARE = 4
 """Parallel batches take one n-th of the free memory where `max_memory` is not set."""
 _MOST_BYTES = 4 << 30
 """They take no more than this."""
+_TRIM_AT = 0.9
+"""Share of the estimate above which free memory is returned to the system where `max_memory` is not set."""
 _PROBE = 512
 """Side in pixels at which the cost of larger tiles of a convolutional network is measured."""
 OUT_OF_MEMORY = (
@@ -174,6 +176,8 @@ class Fit:
     parallel_batches: int
     cost: Cost
     memory_bytes: int
+    trim_above: int
+    """Bytes, libraries excluded, above which free memory is returned to the system."""
     warnings: tuple[str, ...]
 
 
@@ -208,7 +212,10 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
             fixed += prepared.weights_bytes
             batches = len(plan.rows.origins) * -(-columns // size)
             parallel = max(1, min(network.threads(), (limit - fixed) // per_batch, batches))
-        fit = Fit(tiling, plan, panels, size, parallel, cost, fixed + parallel * per_batch, warnings)
+        needed = fixed + parallel * per_batch
+        # Where the heap is fragmented, the next batch may take new memory for all that it needs.
+        trim = int(_TRIM_AT * needed) if options.max_memory is None else options.max_memory - per_batch
+        fit = Fit(tiling, plan, panels, size, parallel, cost, needed, trim, warnings)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit
         if size > 1 and options.batch_size is None:

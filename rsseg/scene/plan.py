@@ -31,8 +31,6 @@ _MOST_SIDE, _MOST_PIXELS = 10**8, 10**14
 """The land of the Earth has 1.5e14 m2."""
 _GSD_RATIO = 1.5
 """Pixels that are larger or smaller than those of the training by more than this factor are worth a warning."""
-_TRIM_AT = 0.9
-"""Share of the estimate, or of `max_memory`, above which free memory is returned to the system."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ def prepare_scene(
         polygons=polygons,
         preview=preview,
         memory_bytes=fit.memory_bytes,
-        trim_above=prepared.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
+        trim_above=prepared.held_before + fit.trim_above,
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=(*_band_warnings(info, network.task, options), *_gsd_warnings(info, network.task), *fit.warnings),
     )

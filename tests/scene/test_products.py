@@ -191,6 +191,17 @@ def test_less_memory_takes_smaller_batches_and_tiles_and_at_last_is_refused(tmp_
         plan_scene(segmenter, scene, tmp_path / "out.tif", SceneOptions(device="cpu", max_memory=1000))
 
 
+def test_heap_is_trimmed_before_one_more_batch_could_exceed_the_allowed_memory(tmp_path: Path) -> None:
+    scene, most = write_tif(tmp_path / "scene.tif", random_pixels(600, 900)), 300 << 20
+    chosen = SceneOptions(device="cpu", max_memory=most)
+    network = prepare_network(ConvSegmenter(make_task()), chosen)
+    planned = prepare_scene(network, scene, tmp_path / "out.tif", chosen)
+    batch = planned.compute.batch_size * network.cost(planned.plan.rows.tile, planned.plan.cols.tile).peak_bytes
+    assert batch > 0
+    assert planned.memory_bytes <= most
+    assert network.held_before < planned.trim_above <= network.held_before + most - batch
+
+
 def test_gdals_cache_is_bounded_while_outputs_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene, bounds, write = write_tif(tmp_path / "scene.tif", random_pixels(300, 200)), [], SceneWriter.write
 
