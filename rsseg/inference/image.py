@@ -22,7 +22,7 @@ from rsseg.inference.predict import (
     predict_tile_logits,
 )
 from rsseg.inference.tiling import TilePlan
-from rsseg.inference.torch_network import TensorLogits, TorchNetwork, decide
+from rsseg.inference.torch_network import TorchNetwork, decide
 from rsseg.layers.blocks import resize
 from rsseg.methods.base import Segmenter
 
@@ -177,9 +177,10 @@ def _view_logits(
         of_tiles = predict_tile_logits(running, tiles, compute)
         strips = blend_logits(of_tiles, plan, config.blend, network.task.num_classes)
         logits = torch.from_numpy(np.concatenate([strip.logits for strip in strips], axis=1))
+    elif isinstance(running, TorchNetwork):
+        logits = running.of(seen[None], Compute())[0].tensor()
     else:
-        (whole,) = running.logits([seen.cpu().numpy()], Compute())
-        logits = whole.tensor() if isinstance(whole, TensorLogits) else torch.from_numpy(whole.whole())
+        logits = torch.from_numpy(running.logits([seen.cpu().numpy()], Compute())[0].whole())
     logits = resize(logits[None], size, align_corners=corners)[0]
     return (logits.flip(-1) if view.flip else logits).permute(1, 2, 0)
 
