@@ -59,11 +59,13 @@ bench-gpu: $(VENV)/.installed-dev
 # Scenes: rate against the bare network and the usual slide inference, memory, seams. About 20 minutes, 9 GB of memory.
 bench-predict: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/predict_speed.py
+	$(BIN)/python benchmarks/predict_speed.py --dtype float32 --large 0
 	$(BIN)/python benchmarks/predict_slide.py
 	$(BIN)/python benchmarks/predict_memory.py
 	$(BIN)/python benchmarks/predict_memory.py --stub --sides 5000 20000
 	$(BIN)/python benchmarks/predict_seams.py
-	$(BIN)/python benchmarks/predict_engines.py
+	$(BIN)/python benchmarks/predict_engines.py --int8
+	$(BIN)/python benchmarks/predict_engines.py --dtype float32
 
 # Every method beside plain training of the same network: docs/results.md. Hours; a second call continues.
 # ACCURACY="--quick" runs three tiny cells; else for example ACCURACY="--data DATA --weights WEIGHTS --jobs 2 --hours 8".

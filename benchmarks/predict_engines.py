@@ -1,10 +1,11 @@
 """Whole processes of `rsseg predict` with each engine, and of the geodeep command, with the same network.
 
-    python benchmarks/predict_engines.py [--sides 256 2048 5000] [--rounds 3] [--threads 2] [--dtype float32]
+    python benchmarks/predict_engines.py [--sides 256 2048 5000] [--rounds 3] [--threads 2] [--dtype float32] [--int8]
 
 The programs take turns within a round, so that other load on the machine hits all of them; ratios are taken within a
 round. Engines are warm: their graph was exported by a run before. geodeep is measured if its command is found: it
-filters the classes and writes no overviews. `import` is a process that imports torch and ends.
+filters the classes and writes no overviews. `import` is a process that imports torch and ends. `--dtype` is that of
+torch and openvino; onnx and geodeep compute in float32. `--int8` adds both engines in int8, calibrated on noise.
 """
 
 import argparse
@@ -34,6 +35,18 @@ def write_model(path: Path) -> Path:
     return path
 
 
+def write_images(folder: Path) -> Path:
+    """A dataset of images without labels, to calibrate int8 with."""
+    from benchmarks.scenes import make_task, write_scene
+    from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
+
+    folder.mkdir()
+    write_scene(folder / "image.tif", 512)
+    items = (IndexItem(image="image.tif", split="train"),)
+    SegmentationIndex(task=make_task(), label_map=LabelMap(), items=items).save(folder)
+    return folder
+
+
 def seconds(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Wall-clock and processor seconds of a process."""
     before, start = os.times(), time.perf_counter()
@@ -43,35 +56,44 @@ def seconds(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 
 def main() -> None:
-    from benchmarks.scenes import write_scene
+    from benchmarks.scenes import processor, write_scene
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 2048, 5000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--format", default="cog")
     arguments = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT)}
     geodeep = shutil.which("geodeep") or shutil.which("geodeep", path=str(Path(sys.executable).parent))
+    print(f"{processor()}, {arguments.threads} threads, torch and openvino: {arguments.dtype}")
     rsseg = [sys.executable, "-m", "rsseg"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_model(folder / "model.safetensors")
         subprocess.run([*rsseg, "export", str(model), "--for", "geodeep"], check=True, capture_output=True)
+        images = write_images(folder / "images") if arguments.int8 else folder
         for side in arguments.sides:
             scene = write_scene(folder / f"{side}.tif", side)
             output = ["-o", str(folder / "out.tif"), "--overwrite", "--format", arguments.format]
+            ours = [*rsseg, "predict", str(scene), "--model", str(model), *output, "--engine"]
             programs = {
-                engine: [*rsseg, "predict", str(scene), "--model", str(model), *output, "--engine", engine]
+                engine: [*ours, engine, *(() if engine == "onnx" else ("--dtype", arguments.dtype))]
                 for engine in ENGINES
             }
+            if arguments.int8:
+                quantized = ["--quantize", "int8", "--calibrate", str(images)]
+                programs |= {f"{engine} int8": [*ours, engine, *quantized] for engine in ENGINES[1:]}
+            warm = list(programs.values())
             programs["import"] = [sys.executable, "-c", "import torch"]
             if geodeep:
                 theirs = [geodeep, str(scene), str(folder / "model.onnx"), "-t", "mask", "-q"]
                 programs["geodeep"] = [*theirs, "-o", str(folder / "theirs.tif")]
                 programs["geodeep"] += ["--max-threads", str(arguments.threads)]
-            for engine in ENGINES:
-                seconds(programs[engine], environment)
+            for command in warm:
+                seconds(command, environment)
             rounds = []
             for number in range(arguments.rounds):
                 rounds.append({name: seconds(command, environment) for name, command in programs.items()})

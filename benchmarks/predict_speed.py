@@ -47,7 +47,7 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    from benchmarks.scenes import make_segmenter, write_scene
+    from benchmarks.scenes import make_segmenter, processor, write_scene
     from rsseg.inference.device import resolve_precision
     from rsseg.inference.machine import keep_heap
     from rsseg.inference.network import ready_to_predict
@@ -80,6 +80,7 @@ def main() -> None:
         plan = prepare_scene(prepare_network(segmenter, options), scene, output, options).describe()
         batch = torch.rand(plan.batch_size, 3, *plan.tile).contiguous(memory_format=torch.channels_last)
         forward_rate(network, batch, dtype, plan.parallel_batches)
+        print(f"{processor()}, {arguments.threads} threads, {plan.dtype}")
         print(plan.text())
         print(
             "round | network alone, usual / parallel (Mpx/s) | steady (Mpx/s), over usual / parallel | with COG | s/Mpx"

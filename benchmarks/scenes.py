@@ -20,6 +20,17 @@ decoder: {type: segformer, channels: 64}
 """
 
 
+def processor() -> str:
+    """Name of the processor and whether it computes in bfloat16 natively."""
+    from rsseg.inference.machine import has_native_bfloat16
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
+    return f"{name} ({'with' if has_native_bfloat16() else 'without'} bfloat16)"
+
+
 def make_segmenter(classes: int = 6) -> Segmenter:
     """A convolutional student; what it predicts does not matter here."""
     from rsseg.methods.registry import segmenter_for

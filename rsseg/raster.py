@@ -154,7 +154,7 @@ class Raster:
         blocks = min(math.ceil((columns or self.info.width) / cols) + 1, math.ceil(self.info.width / cols))
         row_of_blocks = rows * blocks * cols * self.info.count
         needed = 2 * row_of_blocks * np.dtype(self.info.stored_dtype).itemsize
-        self._options["GDAL_CACHEMAX"] = min(max(needed, _CACHE_BYTES[0]), _CACHE_BYTES[1])
+        self._options["GDAL_CACHEMAX"] = self.cache_bytes = min(max(needed, _CACHE_BYTES[0]), _CACHE_BYTES[1])
 
     def __enter__(self) -> Self:
         return self

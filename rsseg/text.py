@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rsseg.errors import DataError, RssegError
+from rsseg.errors import DataError, RssegError, UsageError
 
 MAX_BYTES = 1 << 18
 """Of a recipe or class file."""
@@ -22,6 +22,7 @@ MAX_VALUES = 20_000
 
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SPECIAL = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE).fullmatch
 
 
@@ -61,6 +62,19 @@ def read_lines(path: Path) -> list[str]:
     """Lines of a list of images or scenes, except empty ones and those that begin with #; raises `DataError`."""
     lines = (line.strip() for line in read_text(path, DataError, limit=LIST_BYTES).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def byte_size(text: str, option: str) -> int:
+    """Bytes of a size such as 800M or 2GiB; raise `UsageError` naming the option."""
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+        if size < 1:
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"{option} {text}: write 800M or 2GiB.") from None
+    return size
 
 
 def duration(seconds: float) -> str:

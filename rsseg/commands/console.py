@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 INTERVAL_S = 10.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 """Option of every command that prints a result."""
+Engine = Annotated[str, typer.Option("--engine", help="torch, onnx, openvino or auto: program that runs the network.")]
+Quantize = Annotated[str, typer.Option("--quantize", help="int8: 8-bit arithmetic, with onnx or openvino.")]
+Calibrate = Annotated[
+    Path | None, typer.Option("--calibrate", help="Prepared dataset whose images int8 is calibrated with.")
+]
+"""Options of the commands that run a network."""
 _PIPE_WIDTH = 10_000
 """Width in a file or pipe: one line per row of a table. COLUMNS limits it."""
 _LONG_CELL = 20

@@ -2,14 +2,17 @@
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rsseg.commands.console import (
     AsJson,
+    Calibrate,
+    Engine,
+    Quantize,
     bar,
     print_json,
     print_note,
@@ -48,6 +51,9 @@ def evaluate(
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Engine = "torch",
+    quantize: Quantize = "none",
+    calibrate: Calibrate = None,
     fail_under: Annotated[
         str | None, typer.Option("--fail-under", metavar="SCORE=VALUE", help="Exit 8 below it: miou=0.7.")
     ] = None,
@@ -86,7 +92,8 @@ def evaluate(
 
             result = evaluate_rasters(pred, truth, background=left_out, progress=advance)
         else:
-            result = _evaluate_model(model, runs, data, split, device, boundary_width, left_out, advance)
+            how = {"device": device, "engine": engine, "quantize": quantize, "calibrate": calibrate}
+            result = _evaluate_model(model, runs, data, split, how, boundary_width, left_out, advance)
     scores = result.scores
     if as_json:
         print_json(result)
@@ -123,12 +130,12 @@ def _evaluate_model(
     runs: Path,
     data: Path | None,
     split: str,
-    device: str,
+    how: Mapping[str, Any],
     boundary_width: int | None,
     background: tuple[str, ...] | None,
     advance: Callable[[int, int], None],
 ) -> "Evaluation":
-    """Score a model, and keep the result in the run that it belongs to."""
+    """Score a model, `how` being options of `evaluate_model`, and keep the result in the run that it belongs to."""
     from rsseg.evaluation.details import BOUNDARY_WIDTH
     from rsseg.evaluation.model import DetailOptions, evaluate_model
     from rsseg.evaluation.result import save_evaluation
@@ -137,10 +144,14 @@ def _evaluate_model(
     file = choose_model(model, runs)
     print_note(f"Model: {file}")
     run, name = run_of(file), split if data is None else f"{data.resolve().name}-{split}"
+    # Reports and comparisons read the evaluations by torch.
+    name += "".join(f"-{part}" for part in (how["engine"], how["quantize"]) if part not in ("torch", "none"))
     pictures = None if run is None else run.evaluation(name).with_suffix("")
     width = BOUNDARY_WIDTH if boundary_width is None else boundary_width
     options = DetailOptions(boundary_width=width, background=background, examples=pictures)
-    result = evaluate_model(file, data=data, split=split, device=device, progress=advance, details=options)
+    result = evaluate_model(file, data=data, split=split, progress=advance, details=options, **how)
+    if result.quantization is not None:
+        print_note(result.quantization.text())
     if run is not None:
         save_evaluation(result, run.evaluation(name))
     return result

@@ -10,9 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from pydantic import ValidationError
 
-from rsseg.commands.console import bar, print_error, print_json, print_note, print_result, print_table, stage_bar
+from rsseg.commands.console import (
+    Calibrate,
+    Engine,
+    Quantize,
+    bar,
+    print_error,
+    print_json,
+    print_note,
+    print_result,
+    print_table,
+    stage_bar,
+)
 from rsseg.commands.train import silent, start_workers, wait_passively
 from rsseg.errors import Interrupted, PartialFailure, UsageError
+from rsseg.text import byte_size
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import Calibration
@@ -20,8 +32,6 @@ if TYPE_CHECKING:
     from rsseg.scene.cluster import Cluster
     from rsseg.scene.options import ClassArea, SceneOptions
     from rsseg.scene.share import Share
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def predict(
@@ -64,9 +74,10 @@ def predict(
         str | None, typer.Option("--max-memory", help="Memory limit without the libraries, such as 2GiB.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[
-        str, typer.Option("--engine", help="torch, onnx, openvino or auto: program that runs the network.")
-    ] = "torch",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (bfloat16 where native), float32, bfloat16.")] = "auto",
+    engine: Engine = "torch",
+    quantize: Quantize = "none",
+    calibrate: Calibrate = None,
     file_format: Annotated[str, typer.Option("--format", help="cog or gtiff.")] = "cog",
     confidence: Annotated[
         bool, typer.Option("--confidence", help="Also STEM_confidence.tif: probability of the class.")
@@ -147,9 +158,12 @@ def predict(
         zero_collar=zero_collar,
         aoi=aoi,
         batch_size=batch_size,
-        max_memory=_bytes(max_memory),
+        max_memory=None if max_memory is None else byte_size(max_memory, "--max-memory"),
         device=device,
+        dtype=dtype,
         engine=engine,
+        quantize=quantize,
+        calibrate=calibrate,
         format=file_format,
         confidence=confidence,
         probabilities=probabilities,
@@ -368,20 +382,6 @@ def scene_options(**values: Any) -> "SceneOptions":
         name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise UsageError(f"{name} {first['input']}: {message}.") from None
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    number = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = number[-1:] if number[-1:].isalpha() else ""
-    try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
-        if size < 1:
-            raise ValueError
-    except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"--max-memory {text}: write 800M or 2GiB.") from None
-    return size
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -31,9 +31,11 @@ from rsseg.evaluation.calibration import (
     score_calibration,
 )
 from rsseg.evaluation.details import BOUNDARY_WIDTH, Details, Example, Scorer, count_boundaries, details_of
+from rsseg.evaluation.quantize import Quantize, open_network
 from rsseg.evaluation.result import Evaluation
 from rsseg.inference.device import resolve_device
-from rsseg.inference.image import predict_and_sample, predict_image, predict_probabilities
+from rsseg.inference.engines import EngineName, EngineNetwork
+from rsseg.inference.image import Predictor, predict_and_sample, predict_image, predict_probabilities
 from rsseg.inference.network import load_segmenter
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
@@ -88,7 +90,7 @@ class Collector:
     def predict(
         self,
         number: int,
-        segmenter: Segmenter,
+        network: Predictor,
         image: Tensor,
         mask: NDArray[np.uint8],
         config: EvalConfig,
@@ -97,7 +99,7 @@ class Collector:
         """Predict the image of this number, keep what is needed, and return its int64 (K + 1, K) counts."""
         k, width = self._task.num_classes, self._options.boundary_width
         at = sample_positions(mask, k, len(self._counts), (self._seed, number))
-        prediction, sampled = predict_and_sample(segmenter, image, at, config, device=device)
+        prediction, sampled = predict_and_sample(network, image, at, config, device=device)
         confusion = ConfusionMatrix(k)
         confusion.update(torch.from_numpy(prediction), torch.tensor(mask))
         self._counts[number] = confusion.counts.numpy()
@@ -275,7 +277,7 @@ def check_settings(config: EvalConfig, segmenter: Segmenter) -> None:
 
 
 def evaluate(
-    segmenter: Segmenter,
+    network: Segmenter | EngineNetwork,
     recipe: BaseRecipe,
     source: Source,
     *,
@@ -288,9 +290,9 @@ def evaluate(
     """Score a network on selected images; the ranks of a process group share the images, and all get the result.
 
     Args:
-        segmenter: on `device`, in eval mode.
+        network: a segmenter on `device`, in eval mode; or an exported graph.
         recipe: `eval` settings.
-        source: images, opened for the segmenter's task; scaled by `source.zoom` for the network.
+        source: images, opened for the network's task; scaled by `source.zoom` for the network.
         device: where the network runs.
         progress: called after every image of this process.
         labels: False reads no mask and measures the entropy instead.
@@ -302,25 +304,25 @@ def evaluate(
         Interrupted: `stop` returned True.
     """
     started = time.monotonic()
-    ranks, task = current_ranks(), segmenter.task
+    ranks, task = current_ranks(), network.task
     config = recipe.eval.model_copy(update={"scales": tuple(scale * source.zoom for scale in recipe.eval.scales)})
     confusion, entropy = ConfusionMatrix(task.num_classes), torch.zeros(2, dtype=torch.float64)
     share = len(source.items[ranks.rank :: ranks.world_size])
     collector = None
     if details is not None and labels:
         collector = Collector(details, source, task, recipe.eval.ignore_classes, ranks, recipe.seed)
-    samples = read_samples(source, segmenter.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
+    samples = read_samples(source, network.fill, masks=labels, rank=ranks.rank, world_size=ranks.world_size)
     if progress is not None:
         progress(0, share)
     for done, sample in enumerate(samples, start=1):
         if sample.mask is None:
-            probabilities = predict_probabilities(segmenter, sample.image, None, config, device=device)
+            probabilities = predict_probabilities(network, sample.image, None, config, device=device)
             entropy += _entropy(probabilities[torch.tensor(sample.valid)])
         elif collector is not None:
             number = ranks.rank + (done - 1) * ranks.world_size
-            confusion.counts += collector.predict(number, segmenter, sample.image, sample.mask, config, device)
+            confusion.counts += collector.predict(number, network, sample.image, sample.mask, config, device)
         else:
-            prediction = predict_image(segmenter, sample.image, None, config, device=device)
+            prediction = predict_image(network, sample.image, None, config, device=device)
             confusion.update(torch.from_numpy(prediction), torch.tensor(sample.mask))
         if progress is not None:
             progress(done, share)
@@ -341,7 +343,7 @@ def evaluate(
     )
     if collector is None:
         return result
-    own = segmenter.calibration
+    own = network.calibration
     found = collector.finish(None if own is None else own.temperatures, own.fitted_on if own else "", device)
     return result.model_copy(update={"details": found})
 
@@ -359,6 +361,9 @@ def evaluate_model(
     data: Path | None = None,
     split: str = "test",
     device: str = "auto",
+    engine: EngineName = "torch",
+    quantize: Quantize = "none",
+    calibrate: Path | None = None,
     progress: Advance | None = None,
     details: DetailOptions | None = None,
 ) -> Evaluation:
@@ -369,21 +374,26 @@ def evaluate_model(
         data: prepared dataset; None takes the recipe's.
         split: `val` and `test` are the recipe's selections of these names, anything else is a split of the dataset.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        engine, quantize, calibrate: see `open_network`; float32 where nothing is quantized.
         progress: called after every image.
         details: see `evaluate`.
 
     Raises:
         WeightsError: the model cannot be loaded.
-        DataError: see `Datasets.open` and `evaluate`.
+        UsageError, MachineError: see `open_network`.
+        DataError: see `open_network`, `Datasets.open` and `evaluate`.
     """
     target = resolve_device(device)
-    segmenter = load_segmenter(model, device=device)
+    ready = open_network(model, engine, device, "float32", quantize=quantize, calibrate=calibrate)
+    network = load_segmenter(model, device=device) if ready is None else ready.network
     header = read_header(model)
     recipe = recipe_from_dict(header.recipe, str(model))
     select = {"val": recipe.data.val, "test": recipe.data.test}.get(split, SelectConfig(split=split))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
         select = SelectConfig(split=split)
-    source = Datasets(recipe.data, recipe.seed).open(select, split, segmenter.task, masks=True)
-    result = evaluate(segmenter, recipe, source, device=target, progress=progress, details=details)
+    source = Datasets(recipe.data, recipe.seed).open(select, split, network.task, masks=True)
+    result = evaluate(network, recipe, source, device=target, progress=progress, details=details)
+    if ready is not None:
+        result = result.model_copy(update={"engine": ready.network.engine, "quantization": ready.quantization})
     return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})

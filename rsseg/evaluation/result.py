@@ -13,6 +13,7 @@ from rsseg.errors import DataError, MachineError, UsageError
 from rsseg.evaluation.details import Details, Difference, ImageScores, Scorer, paired_differences
 from rsseg.fields import Result
 from rsseg.files import write_text
+from rsseg.inference.engines import Quantization
 from rsseg.metrics import Scores, scores
 from rsseg.runs import RunFolder
 
@@ -27,6 +28,10 @@ class Evaluation(Result):
     seconds: float
     seen: str | None = None
     """`training` or `selection` if the model was trained or selected on these images: not an independent test."""
+    engine: str = "torch"
+    """Program that ran the network."""
+    quantization: Quantization | None = None
+    """Of a network in int8 arithmetic, with its loss of mIoU on the images of the calibration's dataset."""
     entropy: float | None = None
     """Mean normalized entropy of the probabilities, 0..1, if `evaluate` ran without labels; `counts` and `scores` are
     then empty."""

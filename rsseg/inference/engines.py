@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import rsseg
-from rsseg.checkpoint import find_model
+from rsseg.checkpoint import Calibration, calibration_of, find_model, read_header
 from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
+from rsseg.fields import Result
 from rsseg.files import content_hash, hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
 from rsseg.inference.machine import Cost, has_native_bfloat16
@@ -57,6 +58,35 @@ class ExportedFacts(BaseModel):
     """Side of the tile that was measured."""
     cost: Cost
     """Of that tile, by torch in float32."""
+
+
+class Quantization(Result):
+    """How a network was quantized to int8, and what that costs."""
+
+    calibrated_on: str
+    """Dataset."""
+    images: int
+    """Of the calibration."""
+    split: str | None = None
+    """Labeled images on which both networks were scored; None: not measured."""
+    scored: int = 0
+    """Number of these images."""
+    miou_float32: float | None = None
+    miou_int8: float | None = None
+    miou_loss: float | None = None
+    """The first minus the second."""
+    reason: str = ""
+    """Why nothing was measured."""
+
+    def text(self) -> str:
+        """One sentence."""
+        made = f"int8, calibrated on {self.images} images of {self.calibrated_on}"
+        if self.miou_loss is None:
+            return f"{made}; loss of mIoU not measured: {self.reason}"
+        return (
+            f"{made}; loss of mIoU {self.miou_loss:.4f}: {self.miou_int8:.4f} instead of "
+            f"{self.miou_float32:.4f} on {self.scored} images of the split {self.split}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +137,14 @@ class EngineNetwork:
     """See `rsseg.inference.predict.Network`: an exported graph.
 
     start: threads of a batch and number of parallel batches -> a program, which may be called by several threads
+    calibration: of the model's probabilities
     """
 
     facts: ExportedFacts
     engine: str
     dtype: str
     start: Callable[[int, int], Program]
+    calibration: Calibration | None = None
     device: str = "cpu"
     asynchronous: bool = False
     _local: threading.local = field(default_factory=threading.local)
@@ -198,6 +230,7 @@ class ReadyEngine:
     network: EngineNetwork
     model: str
     weights_bytes: int
+    quantization: Quantization | None = None
 
     def measure(self, side: int) -> Cost:
         """Cost of a square tile, from the one that was measured at the export."""
@@ -234,10 +267,12 @@ def open_engine(model: Path, engine: EngineName, device: str, precision: str) ->
         return None
     if importlib.util.find_spec(_PACKAGES[engine]) is None:
         raise MachineError(f"--engine {engine} needs the package {_PACKAGES[engine]}: pip install 'rsseg[{engine}]'.")
-    graph, facts = exported_graph(find_model(model))
+    file = find_model(model)
+    graph, facts = exported_graph(file)
     wide = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16())
     dtype = "bfloat16" if engine == "openvino" and wide else "float32"
-    network = EngineNetwork(facts, engine, dtype, partial(_PROGRAMS[engine], graph, dtype))
+    calibration = calibration_of(read_header(file), file)
+    network = EngineNetwork(facts, engine, dtype, partial(PROGRAMS[engine], graph, dtype), calibration)
     return ReadyEngine(network, facts.model, graph.stat().st_size)
 
 
@@ -316,4 +351,4 @@ def _openvino_program(graph: Path, dtype: str, threads: int, parallel_batches: i
     return run
 
 
-_PROGRAMS = {"onnx": _onnx_program, "openvino": _openvino_program}
+PROGRAMS = {"onnx": _onnx_program, "openvino": _openvino_program}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rsseg.checkpoint import Calibration, calibration_of, read_header
+from rsseg.checkpoint import Calibration
 from rsseg.errors import MachineError, UsageError
-from rsseg.inference.engines import open_engine
+from rsseg.inference.engines import Quantization, open_engine
 from rsseg.inference.machine import Cost, free_bytes, keep_heap, memory_errors, resident_bytes
 from rsseg.inference.predict import Network, NetworkFacts, Tiling, choose_tiling
 from rsseg.inference.tiling import Panel, TilePlan, split_panels
@@ -38,6 +38,8 @@ _FREE_SHARE = 4
 """Parallel batches take one n-th of the free memory where `max_memory` is not set."""
 _MOST_BYTES = 4 << 30
 """They take no more than this."""
+_TRIM_AT = 0.9
+"""Share of the estimate above which free memory is returned to the system where `max_memory` is not set."""
 _PROBE = 512
 """Side in pixels at which the cost of larger tiles of a convolutional network is measured."""
 OUT_OF_MEMORY = (
@@ -59,6 +61,7 @@ class PreparedNetwork:
     held_before: bytes that the process held before
     gpu_bytes: total memory of the GPU, 0 for a CPU
     calibration: of the model's probabilities
+    quantization: of a network in int8 arithmetic
     """
 
     network: Network
@@ -68,6 +71,7 @@ class PreparedNetwork:
     held_before: int
     gpu_bytes: int = 0
     calibration: Calibration | None = None
+    quantization: Quantization | None = None
     _costs: dict[int, Cost] = field(default_factory=dict)
 
     def cost(self, height: int, width: int) -> Cost:
@@ -120,15 +124,28 @@ def prepare_model(model: Path, options: SceneOptions) -> PreparedNetwork:
 
     Raises:
         WeightsError: there is no model, or it is damaged.
-        UsageError: the engine cannot run this network, or not on this device.
+        UsageError: the engine cannot run this network, or not on this device, or not as quantized as wanted.
+        DataError: the network cannot be calibrated with the dataset.
         MachineError: the engine is not installed, or there is no such device.
     """
     keep_heap()
     held = resident_bytes()
-    if (ready := open_engine(model, options.engine, options.device, options.dtype)) is not None:
-        calibration = calibration_of(read_header(model), model)
+    how = (model, options.engine, options.device, options.dtype)
+    if options.quantize == "none" and options.calibrate is None:
+        ready = open_engine(*how)
+    else:
+        from rsseg.evaluation.quantize import open_network
+
+        ready = open_network(*how, quantize=options.quantize, calibrate=options.calibrate)
+    if ready is not None:
         return PreparedNetwork(
-            ready.network, ready.model, ready.weights_bytes, ready.measure, held, calibration=calibration
+            ready.network,
+            ready.model,
+            ready.weights_bytes,
+            ready.measure,
+            held,
+            calibration=ready.network.calibration,
+            quantization=ready.quantization,
         )
     from rsseg.inference.network import load_segmenter
 
@@ -159,6 +176,8 @@ class Fit:
     parallel_batches: int
     cost: Cost
     memory_bytes: int
+    trim_above: int
+    """Bytes, libraries excluded, above which free memory is returned to the system."""
     warnings: tuple[str, ...]
 
 
@@ -193,7 +212,10 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
             fixed += prepared.weights_bytes
             batches = len(plan.rows.origins) * -(-columns // size)
             parallel = max(1, min(network.threads(), (limit - fixed) // per_batch, batches))
-        fit = Fit(tiling, plan, panels, size, parallel, cost, fixed + parallel * per_batch, warnings)
+        needed = fixed + parallel * per_batch
+        # Where the heap is fragmented, the next batch may take new memory for all that it needs.
+        trim = int(_TRIM_AT * needed) if options.max_memory is None else options.max_memory - per_batch
+        fit = Fit(tiling, plan, panels, size, parallel, cost, needed, trim, warnings)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit
         if size > 1 and options.batch_size is None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from rsseg.fields import Result
+from rsseg.inference.engines import Quantization
 from rsseg.task import NODATA, Task
 from rsseg.text import duration
 
@@ -50,6 +51,10 @@ class SceneOptions(BaseModel):
     """`auto` is bfloat16 where the hardware supports it, and float32 elsewhere."""
     engine: Literal["torch", "onnx", "openvino", "auto"] = "torch"
     """Program that runs the network. `auto` takes openvino or onnx on a CPU if installed and able, else torch."""
+    quantize: Literal["none", "int8"] = "none"
+    """`int8` computes with 8-bit weights and activations; needs `calibrate` and the engine onnx or openvino."""
+    calibrate: Path | None = None
+    """Prepared dataset whose images show the ranges of the activations; its labels, if any, measure the loss."""
     tta: Literal["none", "flip", "d4"] = "none"
     """Test-time augmentation: average each tile with its mirror image, or over the eight symmetries of a square."""
     aoi: Path | None = None
@@ -140,6 +145,8 @@ class SceneResult(Result):
     device: str
     dtype: str
     engine: str
+    quantization: Quantization | None
+    """Of a network in int8 arithmetic, with its loss of mIoU."""
     resumed: float
     """Share of the rows that an earlier run had finished, 0..1."""
     polygons: int | None
@@ -171,6 +178,8 @@ class ScenePlan(Result):
     device: str
     dtype: str
     engine: str
+    quantization: Quantization | None
+    """Of a network in int8 arithmetic, with its loss of mIoU."""
     views: int
     """Forward passes per tile."""
     panels: int
@@ -197,6 +206,7 @@ class ScenePlan(Result):
             f"  {self.dtype} on {self.device} with {self.engine}, about {self.memory_bytes / 2**20:.0f} MB "
             f"besides the libraries, "
             f"about {duration(self.seconds)}",
+            *([] if self.quantization is None else [f"  {self.quantization.text()}"]),
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)

@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rsseg.checkpoint import Calibration
 from rsseg.errors import DataError, UsageError
 from rsseg.files import check_outputs
 from rsseg.gdal import category_names
 from rsseg.inference.blend import CLASSES_ONLY, PixelOutputs
+from rsseg.inference.engines import Quantization
 from rsseg.inference.machine import memory_errors
 from rsseg.inference.predict import Compute, Network, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
@@ -21,15 +23,14 @@ from rsseg.scene.options import SceneOptions, ScenePlan
 from rsseg.scene.source import ground_sides, identify_files, local_file, open_scene, source_files
 from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
 from rsseg.task import IGNORE_INDEX, Task
-from rsseg.vector.aoi import Region, read_region, region_files
-from rsseg.vector.write import polygon_files
+
+if TYPE_CHECKING:
+    from rsseg.vector.aoi import Region
 
 _MOST_SIDE, _MOST_PIXELS = 10**8, 10**14
 """The land of the Earth has 1.5e14 m2."""
 _GSD_RATIO = 1.5
 """Pixels that are larger or smaller than those of the training by more than this factor are worth a warning."""
-_TRIM_AT = 0.9
-"""Share of the estimate, or of `max_memory`, above which free memory is returned to the system."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PreparedScene:
     files: everything that is read for the scene, the area of interest included
     region: the area of interest
     calibration: of the model's probabilities
+    quantization: of a network in int8 arithmetic
     model: hash of the network's weights
     panels: of `plan`
     products: final name and content of each raster, the class raster first
@@ -53,9 +55,10 @@ class PreparedScene:
     files: tuple[str, ...]
     info: RasterInfo
     bands: tuple[int, ...]
-    region: Region | None
+    region: "Region | None"
     network: Network
     calibration: Calibration | None
+    quantization: Quantization | None
     model: str
     compute: Compute
     plan: TilePlan
@@ -135,6 +138,7 @@ class PreparedScene:
             device=self.network.device,
             dtype=self.network.dtype,
             engine=self.network.engine,
+            quantization=self.quantization,
             views=len(self.compute.poses),
             panels=len(self.panels),
             memory_bytes=self.memory_bytes,
@@ -186,6 +190,8 @@ def prepare_scene(
         )
     region = None
     if options.aoi is not None:
+        from rsseg.vector.aoi import read_region, region_files  # vector libraries only where they are needed
+
         region = read_region(options.aoi, info)
         files += tuple(str(file) for file in region_files(options.aoi))
     products: tuple[tuple[Path, Product], ...] = ()
@@ -208,6 +214,7 @@ def prepare_scene(
         region=region,
         network=network,
         calibration=prepared.calibration,
+        quantization=prepared.quantization,
         model=prepared.model,
         compute=Compute(fit.batch_size, fit.tiling.least, poses, fit.parallel_batches),
         plan=fit.plan,
@@ -216,7 +223,7 @@ def prepare_scene(
         polygons=polygons,
         preview=preview,
         memory_bytes=fit.memory_bytes,
-        trim_above=prepared.held_before + int(_TRIM_AT * max(fit.memory_bytes, options.max_memory or 0)),
+        trim_above=prepared.held_before + fit.trim_above,
         seconds=fit.cost.seconds * sum(p.plan.count for p in fit.panels) * len(poses),
         warnings=(*_band_warnings(info, network.task, options), *_gsd_warnings(info, network.task), *fit.warnings),
     )
@@ -256,6 +263,8 @@ def list_outputs(task: Task, output: Path, options: SceneOptions) -> list[tuple[
     """
     outputs = [("--output", path) for path, _ in _products(task, output, options)]
     if (polygons := _named_after(output, options.polygons)) is not None:
+        from rsseg.vector.write import polygon_files
+
         outputs += [("--polygons", file) for file in polygon_files(polygons)]
     if (preview := _named_after(output, options.preview)) is not None:
         if preview.suffix.lower() != ".png":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 
 from rsseg.errors import MachineError, UsageError
@@ -25,7 +26,6 @@ from rsseg.scene.source import TAG, read_tiles
 from rsseg.scene.writer import SceneWriter, draw_preview
 from rsseg.task import NODATA, Task
 from rsseg.vector.grid import Grid
-from rsseg.vector.write import write_polygons
 
 if TYPE_CHECKING:
     from rsseg.methods.base import Segmenter
@@ -107,6 +107,7 @@ def predict_prepared(
         device=prepared.network.device,
         dtype=prepared.network.dtype,
         engine=prepared.network.engine,
+        quantization=prepared.quantization,
         resumed=sink.resumed,
         polygons=count,
         extra_outputs=(*(name for name, _ in prepared.products[1:]), *extra),
@@ -123,6 +124,8 @@ def make_extras(prepared: PreparedScene, *, only_missing: bool = False) -> tuple
     options, task, count = prepared.options, prepared.network.task, None
     polygons, preview = prepared.polygons, prepared.preview
     if polygons is not None and not (only_missing and polygons.exists()):
+        from rsseg.vector.write import write_polygons
+
         count = write_polygons(
             prepared.output,
             task,
@@ -141,6 +144,8 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
     options = prepared.options
     with ExitStack() as stack:
         raster = stack.enter_context(prepared.open())
+        # GDAL's cache is global: between two reads the writer would fill the default one, 5 % of the memory.
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=raster.cache_bytes))
         identity = prepared.identity()
         # Strips of differently divided panels cannot be used, although they hold the same pixels.
         log_identity = f"{identity} {len(prepared.panels)}"

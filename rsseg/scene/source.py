@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,8 +22,10 @@ from rsseg.inference.predict import NetworkFacts
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.scene.options import SceneOptions
-from rsseg.vector.aoi import Region
 from rsseg.vector.grid import Grid
+
+if TYPE_CHECKING:
+    from rsseg.vector.aoi import Region
 
 TAG = "RSSEG_MADE_FROM"
 """Tag of each output raster; holds `PreparedScene.identity`."""
@@ -139,7 +141,7 @@ class _Rows(NamedTuple):
 
 
 def read_tiles(
-    raster: Raster, panel: Panel, network: NetworkFacts, *, rows: Span, region: Region | None = None
+    raster: Raster, panel: Panel, network: NetworkFacts, *, rows: Span, region: "Region | None" = None
 ) -> Iterator[Tile]:
     """Yield the tiles of a panel, row by row, in scaled units and filled where there is no data.
 
@@ -171,7 +173,7 @@ def _not_loaded(row: int, col: int) -> NDArray[np.float32]:
     raise AssertionError(f"tile {row}, {col} is empty")
 
 
-def _read_rows(raster: Raster, panel: Panel, rows: Span, region: Region | None) -> Iterator[_Rows]:
+def _read_rows(raster: Raster, panel: Panel, rows: Span, region: "Region | None") -> Iterator[_Rows]:
     """Yield rows of tiles in buffers that the next one overwrites."""
     info, axis, width = raster.info, panel.plan.rows, panel.plan.cols.length
     tile, covered = axis.tile, max(panel.plan.cols.covered, width)

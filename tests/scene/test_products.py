@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import rasterio
 import shapely
 import torch
 from numpy.testing import assert_array_equal
+from rasterio._env import get_gdal_config  # has no public name
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 from rasterio.warp import transform_geom
@@ -20,7 +22,7 @@ from rsseg.scene.memory import prepare_network
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
 from rsseg.scene.predict import predict_scene
-from rsseg.scene.writer import draw_preview
+from rsseg.scene.writer import SceneWriter, draw_preview
 from rsseg.vector.write import write_polygons
 from tests.conftest import write_png, write_tif
 from tests.scene.helpers import (
@@ -187,6 +189,30 @@ def test_less_memory_takes_smaller_batches_and_tiles_and_at_last_is_refused(tmp_
     assert plan_scene(segmenter, scene, tmp_path / "out.tif", tight).memory_bytes < usual.memory_bytes
     with pytest.raises(MachineError, match="--max-memory"):
         plan_scene(segmenter, scene, tmp_path / "out.tif", SceneOptions(device="cpu", max_memory=1000))
+
+
+def test_heap_is_trimmed_before_one_more_batch_could_exceed_the_allowed_memory(tmp_path: Path) -> None:
+    scene, most = write_tif(tmp_path / "scene.tif", random_pixels(600, 900)), 300 << 20
+    chosen = SceneOptions(device="cpu", max_memory=most)
+    network = prepare_network(ConvSegmenter(make_task()), chosen)
+    planned = prepare_scene(network, scene, tmp_path / "out.tif", chosen)
+    batch = planned.compute.batch_size * network.cost(planned.plan.rows.tile, planned.plan.cols.tile).peak_bytes
+    assert batch > 0
+    assert planned.memory_bytes <= most
+    assert network.held_before < planned.trim_above <= network.held_before + most - batch
+
+
+def test_gdals_cache_is_bounded_while_outputs_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, bounds, write = write_tif(tmp_path / "scene.tif", random_pixels(300, 200)), [], SceneWriter.write
+
+    def written(self: SceneWriter, *arguments: Any) -> None:
+        bounds.append(get_gdal_config("GDAL_CACHEMAX"))
+        write(self, *arguments)
+
+    monkeypatch.setattr(SceneWriter, "write", written)
+    predict_scene(ConvSegmenter(make_task()), scene, tmp_path / "out.tif", options())
+    assert bounds
+    assert set(bounds) == {16 << 20}
 
 
 def test_plan_of_a_scene_does_not_depend_on_its_size(tmp_path: Path) -> None:
