@@ -33,8 +33,9 @@ from rsseg.evaluation.calibration import (
 from rsseg.evaluation.details import BOUNDARY_WIDTH, Details, Example, Scorer, count_boundaries, details_of
 from rsseg.evaluation.result import Evaluation
 from rsseg.inference.device import resolve_device
+from rsseg.inference.ensemble import check_tasks
 from rsseg.inference.image import predict_and_sample, predict_image, predict_probabilities
-from rsseg.inference.network import load_segmenter
+from rsseg.inference.network import AveragedSegmenter, load_segmenter
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix
@@ -354,7 +355,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def evaluate_model(
-    model: Path,
+    model: Path | Sequence[Path],
     *,
     data: Path | None = None,
     split: str = "test",
@@ -365,7 +366,8 @@ def evaluate_model(
     """Score a model file on a split of its recipe's dataset, or of another one with the same classes.
 
     Args:
-        model: model file.
+        model: model file; several: the mean of their probabilities, each at its own temperature, with the recipe of the
+            first.
         data: prepared dataset; None takes the recipe's.
         split: `val` and `test` are the recipe's selections of these names, anything else is a split of the dataset.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -373,17 +375,23 @@ def evaluate_model(
         details: see `evaluate`.
 
     Raises:
-        WeightsError: the model cannot be loaded.
+        WeightsError: a model cannot be loaded.
+        UsageError: models of different classes, bands or scaling.
         DataError: see `Datasets.open` and `evaluate`.
     """
     target = resolve_device(device)
-    segmenter = load_segmenter(model, device=device)
-    header = read_header(model)
-    recipe = recipe_from_dict(header.recipe, str(model))
+    files = [model] if isinstance(model, Path) else list(model)
+    headers = [read_header(file) for file in files]
+    check_tasks([(str(file), header.task) for file, header in zip(files, headers, strict=True)])
+    members = [load_segmenter(file, device=device) for file in files]
+    segmenter = members[0] if len(members) == 1 else AveragedSegmenter(members).eval()
+    recipe = recipe_from_dict(headers[0].recipe, str(files[0]))
     select = {"val": recipe.data.val, "test": recipe.data.test}.get(split, SelectConfig(split=split))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
         select = SelectConfig(split=split)
     source = Datasets(recipe.data, recipe.seed).open(select, split, segmenter.task, masks=True)
     result = evaluate(segmenter, recipe, source, device=target, progress=progress, details=details)
-    return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})
+    digest = digest_of(source.items)
+    seen = [header.training.get("used", {}).get(digest) for header in headers]
+    return result.model_copy(update={"seen": next(filter(None, seen), None)})

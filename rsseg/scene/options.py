@@ -3,18 +3,21 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rsseg.errors import UsageError
 from rsseg.fields import Result
 from rsseg.task import NODATA, Task
 from rsseg.text import duration
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished tiles and of all tiles."""
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _known_device(name: str) -> str:
@@ -65,6 +68,9 @@ class SceneOptions(BaseModel):
     applicability: bool = False
     """Also write how near the features are to those of the training data to `STEM_applicability.tif`: 0..1, 0.5 at the
     distance that 95 % of the held-out windows do not exceed."""
+    disagreement: bool = False
+    """Also write how much several models disagree to `STEM_disagreement.tif`, 0..1: the mutual information between
+    class and model over its largest value, see `rsseg.inference.ensemble.disagreement`."""
     polygons: Path | None = None
     """Also write polygons of the classes to this file; an extension, such as `.gpkg`, names it after the output."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -87,6 +93,32 @@ class SceneOptions(BaseModel):
     def measures_probabilities(self) -> bool:
         """Whether an output depends on the probabilities of the classes."""
         return self.confidence or self.probabilities != "none" or self.min_confidence > 0
+
+
+def parse_options(**values: Any) -> SceneOptions:
+    """Options of a command; raises `UsageError` that names the option."""
+    try:
+        return SceneOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise UsageError(f"{name} {first['input']}: {message}.") from None
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """`800M` or `2GiB` in bytes; raises `UsageError`."""
+    if text is None:
+        return None
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+        if size < 1:
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"--max-memory {text}: write 800M or 2GiB.") from None
+    return size
 
 
 class ClassArea(Result):
@@ -145,7 +177,7 @@ class SceneResult(Result):
     polygons: int | None
     """Number of polygons, if they were asked for."""
     extra_outputs: tuple[Path, ...]
-    """Confidence, probabilities, polygons and preview, as asked for."""
+    """Confidence and other layers, polygons and preview, as asked for."""
     warnings: tuple[str, ...]
 
 
