@@ -171,9 +171,9 @@ def test_evaluation_averages_the_same_probabilities() -> None:
     members = [conv(1, 2.0, fill=[0.1] * 3), conv(2, multiple=4, fill=[0.9] * 3)]
     averaged = AveragedSegmenter(members).eval()
     assert (averaged.input_multiple, averaged.tile) == (4, members[0].tile)
-    image = np.random.default_rng(0).random((3, 50, 70), np.float32)
-    valid = np.random.default_rng(1).random((50, 70)) > 0.3
-    config = EvalConfig(tile=32, overlap=8)
+    image = np.random.default_rng(0).random((3, 48, 72), np.float32)
+    valid = np.random.default_rng(1).random((48, 72)) > 0.3
+    config = EvalConfig(tile=96, overlap=8)
     own = [predict_probabilities(one, image, valid, config, device="cpu") for one in members]
     calm = own[0] ** 0.5
     expected = (calm / calm.sum(-1, keepdim=True) + own[1]) / 2
