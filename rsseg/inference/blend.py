@@ -73,6 +73,11 @@ class PixelOutputs:
     disagreement: bool = False
     """How much the networks of an ensemble disagree; only of an ensemble."""
 
+    @property
+    def need_probabilities(self) -> bool:
+        """Whether the classes alone do not suffice."""
+        return self.confidence or self.probabilities != "none" or self.min_confidence > 0
+
 
 CLASSES_ONLY = PixelOutputs()
 FULL = 254
@@ -182,7 +187,7 @@ def argmax_planes(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
 def decide_planes(logits: NDArray[np.float32], outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (K, h, w)."""
     classes = argmax_planes(logits)
-    if outputs == CLASSES_ONLY:
+    if not outputs.need_probabilities:
         return Decision(classes)
     scaled = logits - logits.max(0)
     if outputs.temperatures is not None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.blend import CLASSES_ONLY, FULL, Decision, PixelOutputs
+from rsseg.inference.blend import FULL, Decision, PixelOutputs
 from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.layers.blocks import resize_logits
@@ -98,7 +98,7 @@ def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
 
 def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (h, w, K)."""
-    if outputs == CLASSES_ONLY:
+    if not outputs.need_probabilities:
         return Decision(argmax_classes(logits))
     classes, shares = argmax_classes(logits), probabilities_of(logits, outputs.temperatures)
     highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
