@@ -45,7 +45,7 @@ from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
 DATASETS = ("demo", "dubai-half", "l8biome-uda")
-STEPS, CROP, BATCH = 150, 96, 4
+STEPS, CROP, BATCH, RATE = 150, 96, 4, 3e-3
 TRUSTED = (("demo", "north", "south"), ("dubai-half", "tile1", "tile2"), ("l8biome-uda", "natural", "infrared"))
 """Dataset, domain of the training, domain of the scenes."""
 
@@ -97,7 +97,9 @@ def model_of(folder: Path, weights: Path) -> Path:
         listed.write_text("".join(f"{item.image}\n" for item in items if item.split == "train"), encoding="utf-8")
         setting = Setting(str(folder), None, BACKBONE, str(weights), 0, 0, STEPS, CROP, BATCH)
         recipe = recipe_of(setting, listed, 0)
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"val": SelectConfig(split="test")})})
+        main = recipe.optimizers["main"].model_copy(update={"lr": RATE})
+        data = recipe.data.model_copy(update={"val": SelectConfig(split="test")})
+        recipe = recipe.model_copy(update={"data": data, "optimizers": {"main": main}})
         model.write_text(str(train(recipe, output=folder / "runs", progress=Progress()).model), encoding="utf-8")
     return Path(model.read_text(encoding="utf-8"))
 

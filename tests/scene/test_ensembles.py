@@ -12,6 +12,7 @@ from rsseg.checkpoint import Calibration, ModelHeader, write_model
 from rsseg.cli import run
 from rsseg.config import EvalConfig
 from rsseg.errors import MachineError, UsageError
+from rsseg.inference.blend import PixelOutputs
 from rsseg.inference.ensemble import disagreement
 from rsseg.inference.image import predict_probabilities
 from rsseg.inference.network import AveragedSegmenter
@@ -126,6 +127,12 @@ def test_disagreement_is_0_for_equal_and_1_for_opposite_sure_models() -> None:
     share = np.array([2 / 3, 1 / 3])
     expected = -(share * np.log(share)).sum() / np.log(3)
     assert disagreement((2 * sure + other) / 3, [sure, sure, other])[0, 0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_of_features_and_models_need_no_probabilities_of_the_class() -> None:
+    assert not PixelOutputs(applicability=True, disagreement=True, temperatures=(2.0,)).need_probabilities
+    for changes in ({"confidence": True}, {"probabilities": "uint8"}, {"min_confidence": 0.1}):
+        assert PixelOutputs(**changes).need_probabilities  # type: ignore[arg-type]
 
 
 def test_resuming_needs_the_same_models(scene: Path, tmp_path: Path) -> None:
