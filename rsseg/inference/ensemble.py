@@ -170,11 +170,13 @@ class EnsembleNetwork:
 
 
 def check_tasks(named: Sequence[tuple[str, Task]]) -> None:
-    """Raise `UsageError` if networks cannot be averaged: it names two models and what differs.
+    """Raise `UsageError` if there is no network, or if they cannot be averaged: it names two models and what differs.
 
     Args:
         named: model files and their tasks.
     """
+    if not named:
+        raise UsageError("there is no model. Give at least one.")
     first, task = named[0]
     for name, other in named[1:]:
         for what, ours, theirs in (

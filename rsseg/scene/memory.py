@@ -149,15 +149,13 @@ def join_networks(named: Sequence[tuple[str, PreparedNetwork]], options: SceneOp
         UsageError: no network, networks of different classes, bands or scaling, or no tile that fits all; disagreement
             of a single network or with blending.
     """
-    if not named:
-        raise UsageError("there is no model. Give at least one.")
+    check_tasks([(name, one.network.task) for name, one in named])
     if options.disagreement and len(named) == 1:
         raise UsageError("--disagreement is that of several models. Give --model for each of them.")
     if options.disagreement and options.blend != "crop":
         raise UsageError("--disagreement is computed per tile. Use it with --blend crop.")
     if len(named) == 1:
         return named[0][1]
-    check_tasks([(name, one.network.task) for name, one in named])
     fixed = {one.network.tile.size: name for name, one in named if not one.network.tile.flexible}
     if len(fixed) > 1 and options.tile is None:
         sizes = " and ".join(f"{size} ({name})" for size, name in sorted(fixed.items()))

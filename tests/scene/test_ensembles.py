@@ -197,6 +197,11 @@ def test_the_plan_counts_all_networks(scene: Path) -> None:
         prepare_scene(both, scene, None, wanted.model_copy(update={"max_memory": 1 << 20}))
 
 
+def test_no_model_is_an_error(scene: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no model"):
+        predict_scene([], scene, tmp_path / "out.tif", options())
+
+
 def write_model_of(folder: Path, name: str, task: Task, seed: int) -> str:
     """A small real model file with random weights."""
     recipe = parse_recipe(RecipeSource("tiny", RECIPE))
