@@ -51,8 +51,8 @@ TRUSTED = (("demo", "north", "south"), ("dubai-half", "tile1", "tile2"), ("l8bio
 
 
 def domain_of(item: IndexItem) -> str | None:
-    """The dataset's domain, or the large tile that an image of Dubai was cut from."""
-    found = re.search(r"(tile\d+)_", item.image)
+    """The dataset's domain, or the large tile that an image of Dubai was cut from: five of seven, to save time."""
+    found = re.search(r"(tile[12357])_", item.image)
     return item.domain or (found[1] if found else None)
 
 

@@ -70,8 +70,8 @@ def gap_lines(records: Sequence[Record], folder: Path) -> list[str]:
     lines = prose(
         """`rsseg dataset gap` of two domains, and the loss of mIoU when the network of one is used on the other:
         the mean of both directions, so that it does not matter which domain is the more difficult one. *halves*
-        is the distance between random halves of the first domain (95th percentile). Domains of Dubai are its
-        large tiles."""
+        is the distance between random halves of the first domain (95th percentile). Domains of Dubai are
+        five of its large tiles."""
     )
     lines += ["| dataset | domains | images | distance | halves | loss of mIoU |", "|---|---|---|---|---|---|"]
     records = sorted(records, key=lambda r: (r["data"], r["distance"]))
@@ -89,8 +89,11 @@ def gap_lines(records: Sequence[Record], folder: Path) -> list[str]:
         found = {(records[i]["data"], records[i][end]) for i in used for end in ("first", "second")}
         if len(used) >= _LEAST_PAIRS:
             pair = [distance[i] for i in used], [loss[i] for i in used]
-            bound = f"{shuffled(records, used, loss):.2f}" if name != "all datasets" else "-"
-            lines.append(f"| {len(used)}, {name} | {len(found)} | {spearman(*pair):.2f} | {bound} |")
+            bound = shuffled(records, used, loss) if name != "all datasets" else None
+            lines.append(
+                f"| {len(used)}, {name} | {len(found)} | {spearman(*pair):.2f} | "
+                f"{'-' if bound is None else format(bound, '.2f')} |"
+            )
     lines += [
         "",
         *prose(
@@ -104,10 +107,15 @@ def gap_lines(records: Sequence[Record], folder: Path) -> list[str]:
     return [*lines, "![Distance and loss of pairs of domains](results/trust-gap.svg)", ""]
 
 
-def shuffled(records: Sequence[Record], used: Sequence[int], loss: Sequence[float]) -> float:
-    """95th percentile of the correlation if the domains of the losses are permuted (Mantel 1967)."""
+def shuffled(records: Sequence[Record], used: Sequence[int], loss: Sequence[float]) -> float | None:
+    """95th percentile of the correlation if the domains of the losses are permuted (Mantel 1967).
+
+    None if some pairs of these domains were not measured.
+    """
     names = sorted({records[i][end] for i in used for end in ("first", "second")})
     lost = {frozenset((records[i]["first"], records[i]["second"])): loss[i] for i in used}
+    if len(lost) < len(names) * (len(names) - 1) // 2:
+        return None
     rng, found = np.random.default_rng(0), []
     for _ in range(1000):
         new = dict(zip(names, rng.permutation(names).tolist(), strict=True))

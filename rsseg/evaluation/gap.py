@@ -273,10 +273,20 @@ def _distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.flo
 
 
 def _energy(within: tuple[NDArray[np.float64], ...], first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Energy distance of two samples over its largest value, 0..1."""
+    """Energy distance of two samples over its largest value, 0..1.
+
+    Unbiased: an image is not compared with itself, nor with its copies in a bootstrap sample. Otherwise few images
+    would seem far apart, the fewer the farther.
+    """
     both = 2 * within[2][np.ix_(first, second)].mean()
-    own = within[0][np.ix_(first, first)].mean() + within[1][np.ix_(second, second)].mean()
+    own = _mean_of_others(within[0], first) + _mean_of_others(within[1], second)
     return float(np.clip((both - own) / max(both, 1e-12), 0, 1))
+
+
+def _mean_of_others(distances: NDArray[np.float64], chosen: NDArray[np.int64]) -> float:
+    """Mean distance between different images."""
+    differ = chosen[:, None] != chosen
+    return float(distances[np.ix_(chosen, chosen)][differ].mean()) if differ.any() else 0.0
 
 
 def _half(within: NDArray[np.float64], order: NDArray[np.int64]) -> float:

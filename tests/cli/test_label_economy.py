@@ -22,7 +22,7 @@ from rsseg.checkpoint import find_model, read_header, read_tensors, write_model
 from rsseg.cli import run
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
-from rsseg.evaluation.gap import verdict
+from rsseg.evaluation.gap import _distances, _energy, verdict
 from rsseg.inference.features import REFERENCE_NAME
 from tests.conftest import rgb_task, write_tif
 from tests.training.recipes import tiny_values
@@ -315,6 +315,18 @@ def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.Capt
     assert other["distance"] > same["distance"]
     assert other["low"] <= other["high"]
     assert other["bands"][0]["mean"][0] != pytest.approx(other["bands"][0]["mean"][1], abs=0.001)
+
+
+def test_few_images_of_one_distribution_are_not_far_apart() -> None:
+    rng, means = np.random.default_rng(0), []
+    for count in (5, 40):
+        found = []
+        for _ in range(60):
+            a, b = rng.normal(size=(2, count, 30))
+            within = _distances(a, a), _distances(b, b), _distances(a, b)
+            found.append(_energy(within, np.arange(count), np.arange(count)))
+        means.append(np.mean(found))
+    assert max(means) < 0.02
 
 
 def test_the_gap_of_scenes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
