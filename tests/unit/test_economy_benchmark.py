@@ -63,6 +63,7 @@ def test_the_page_states_what_was_not_reached(tmp_path: Path) -> None:
     assert "Spearman" in text
     assert "3 pairs are few" in text
     assert "is reached in 1 of 2 rows" in text
+    assert "In 1 rows errors fall instead" in text.replace("\n", " ")
     assert "- suggest, 100 x 100 pixels: 1.20 times" in text
     assert (tmp_path / "results" / "trust-gap.svg").is_file()
     empty = economy_page.page({"gap": [], "trust": [], "speed": []}, tmp_path / "none.md", network="net", steps=3)
