@@ -101,25 +101,14 @@ def main() -> int:
         tile = ["--tile", str(options.tile)]
         ours = ["export", str(model), "-o", str(folder / "ours.onnx"), "--check", str(scene), *tile]
         commands = {
-            "exporter": [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                EXPORTER,
-                str(model),
-                str(folder / "bare.onnx"),
-                tile[1],
-            ],
+            "exporter": [sys.executable, "-W", "ignore", "-c", EXPORTER, str(model), str(folder / "bare.onnx"), tile[1]],
             "export": [sys.executable, "-m", "rsseg", *ours],
         }
         found = {kind: seconds_of(command) for kind, command in commands.items()}
         size = (folder / "ours.onnx").stat().st_size / 1e6
     print(f"{options.backbone}, UPerNet with 128 channels, {millions:.1f} M parameters, {size:.0f} MB as ONNX:")
     for kind, (wall, processor) in found.items():
-        print(
-            f"  {kind:9} {wall:6.1f} s, {processor:6.1f} s of the processor, {processor / found['exporter'][1]:5.2f}x"
-        )
+        print(f"  {kind:9} {wall:6.1f} s, {processor:6.1f} s of the processor, {processor / found['exporter'][1]:5.2f}x")
     return int(found["export"][1] > LIMIT_SECONDS)
 
 
