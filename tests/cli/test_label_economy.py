@@ -336,7 +336,7 @@ def test_the_gap_of_scenes(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     for number in range(2):
         image, _ = pixels(rng, 512)
         write_tif(Path(f"scene{number}.tif"), image)
-        write_tif(Path(f"dark/{number}.tif"), (255 - image).astype(np.uint8))
+        write_tif(Path(f"dark/{number}.tif"), image // 8)
         write_tif(Path(f"deep{number}.tif"), image.astype(np.uint16) * 30 + 200)
 
     def gap(first: str, second: str) -> dict[str, Any]:
