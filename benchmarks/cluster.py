@@ -35,7 +35,7 @@ def main() -> None:
         model = Path(folder, "model")
         model.write_bytes(b"none")
         targets = [Target(f"{number}.tif", Path(f"{number}_rsseg.tif")) for number in range(chosen.scenes)]
-        execute = cluster.on_ray(cluster.Cluster("local"), model, SceneJob(SceneOptions()))
+        execute = cluster.on_ray(cluster.Cluster("local"), [model], SceneJob(SceneOptions()))
         outcomes = execute(targets)
         next(outcomes)
         began, used, held = time.perf_counter(), time.process_time(), 0

@@ -37,7 +37,8 @@ StrataFile = Annotated[
 
 def evaluate(
     model: Annotated[
-        Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
+        list[Path] | None,
+        typer.Option("--model", help="Run folder or model file (default: the newest run); several are averaged."),
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Prepared dataset (default: the recipe's).")] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the dataset.")] = "test",
@@ -126,7 +127,7 @@ def _check_options(pred: Path | None, truth: Path | None, boundary_width: int | 
 
 
 def _evaluate_model(
-    model: Path | None,
+    models: list[Path] | None,
     runs: Path,
     data: Path | None,
     split: str,
@@ -141,15 +142,17 @@ def _evaluate_model(
     from rsseg.evaluation.result import save_evaluation
     from rsseg.runs import choose_model, run_of
 
-    file = choose_model(model, runs)
-    print_note(f"Model: {file}")
-    run, name = run_of(file), split if data is None else f"{data.resolve().name}-{split}"
+    files = [choose_model(each, runs) for each in models] if models else [choose_model(None, runs)]
+    for file in files:
+        print_note(f"Model: {file}")
+    run = run_of(files[0]) if len(files) == 1 else None
+    name = split if data is None else f"{data.resolve().name}-{split}"
     # Reports and comparisons read the evaluations by torch.
     name += "".join(f"-{part}" for part in (how["engine"], how["quantize"]) if part not in ("torch", "none"))
     pictures = None if run is None else run.evaluation(name).with_suffix("")
     width = BOUNDARY_WIDTH if boundary_width is None else boundary_width
     options = DetailOptions(boundary_width=width, background=background, examples=pictures)
-    result = evaluate_model(file, data=data, split=split, progress=advance, details=options, **how)
+    result = evaluate_model(files, data=data, split=split, progress=advance, details=options, **how)
     if result.quantization is not None:
         print_note(result.quantization.text())
     if run is not None:
@@ -228,12 +231,12 @@ def suggest(
 ) -> None:
     """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
     from rsseg.checkpoint import find_model
-    from rsseg.commands.predict import scene_options
     from rsseg.scene.memory import prepare_model
+    from rsseg.scene.options import parse_options
     from rsseg.scene.suggest import suggest as suggest_windows
 
     names = bands.split(",") if bands else None
-    options = scene_options(bands=names, nodata=nodata, aoi=aoi, device=device)
+    options = parse_options(bands=names, nodata=nodata, aoi=aoi, device=device)
     with stage_bar() as progress:
         found = suggest_windows(
             model,
@@ -261,8 +264,8 @@ def suggest(
 
 
 def gap(
-    first: Annotated[Path, typer.Argument(help="Prepared dataset.")],
-    second: Annotated[Path, typer.Argument(help="Another one, with bands of the same names.")],
+    first: Annotated[str, typer.Argument(help="Prepared dataset, or scene: raster, folder, pattern, list (.txt).")],
+    second: Annotated[str, typer.Argument(help="Another one, with bands of the same names.")],
     backbone: Annotated[
         str, typer.Option("--backbone", help="Network whose features are compared.")
     ] = "tf_efficientnet_lite0",
@@ -270,11 +273,14 @@ def gap(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two datasets without labels: features of a pretrained network, bands, pixel sizes."""
+    """Compare two datasets or scenes without labels: features of a pretrained network, bands, pixel sizes."""
+    from rsseg.data.index import is_dataset
     from rsseg.evaluation.gap import dataset_gap
+    from rsseg.scene.batch import find_scenes
 
+    sets = [Path(name) if is_dataset(Path(name)) else find_scenes([name]) for name in (first, second)]
     with stage_bar() as progress:
-        found = dataset_gap(first, second, backbone=backbone, weights=weights, seed=seed, progress=progress)
+        found = dataset_gap(*sets, backbone=backbone, weights=weights, seed=seed, progress=progress)
     if as_json:
         print_json(found)
         return

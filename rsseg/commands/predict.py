@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from pydantic import ValidationError
 
 from rsseg.commands.console import (
     Calibrate,
@@ -40,7 +39,8 @@ def predict(
         typer.Argument(metavar="SCENE...", help="Rasters, folders, patterns, lists (.txt), STAC items (.json), URLs."),
     ],
     model: Annotated[
-        Path | None, typer.Option("--model", help="Run folder or model file (default: the newest run).")
+        list[Path] | None,
+        typer.Option("--model", help="Run folder or model file (default: the newest run); several are averaged."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File for one scene, folder for several: STEM_rsseg.tif.")
@@ -95,6 +95,9 @@ def predict(
         bool,
         typer.Option("--applicability", help="Also STEM_applicability.tif: nearness to the training data, 0 to 1."),
     ] = False,
+    disagreement: Annotated[
+        bool, typer.Option("--disagreement", help="Also STEM_disagreement.tif: how much several models differ, 0 to 1.")
+    ] = False,
     polygons: Annotated[
         Path | None,
         typer.Option(
@@ -144,10 +147,11 @@ def predict(
     from rsseg.runs import choose_model
     from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes, prepare_for
     from rsseg.scene.catalog import expand_items
+    from rsseg.scene.options import parse_options
     from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
-    options = scene_options(
+    options = parse_options(
         tile=tile,
         overlap=overlap,
         blend=blend,
@@ -170,6 +174,7 @@ def predict(
         min_confidence=min_confidence,
         unsure_class=unsure_class,
         applicability=applicability,
+        disagreement=disagreement,
         polygons=polygons,
         min_area=min_area,
         simplify=simplify,
@@ -186,34 +191,35 @@ def predict(
     if not targets:
         print_note(f"No scene belongs to part {part}.")
         return
-    file = choose_model(model, runs)
+    files = [choose_model(each, runs) for each in model] if model else [choose_model(None, runs)]
     if ray is not None and (gpus > 1 or share.count > 1):
         raise UsageError("--ray starts its own workers: leave out --gpus, and give --device cuda for a GPU per worker.")
     if gpus > 1 and share.count == 1 and not dry_run:
         raise typer.Exit(start_workers(gpus))
     options = options.model_copy(update={"device": _own_device(device, share)})
-    job = SceneJob(options, (file, *named, *found), skip_existing)
+    job = SceneJob(options, (*files, *named, *found), skip_existing)
     with silent(not share.is_main), _interruptible(resume_scene=resume_scene, several=len(found) > 1):
-        print_note(f"Model: {file}")
-        _note_calibration(options, calibration_of(read_header(file), file))
+        for file in files:
+            print_note(f"Model: {file}")
+            _note_calibration(options, calibration_of(read_header(file), file))
         if dry_run:
-            network = prepare_for(file, options)
+            network = prepare_for(files, options)
             check_targets(network.network.task, targets, options, job.inputs)
             plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
             print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
             return
         if ray is None:
-            outcomes = _here(file, targets, job, share)
+            outcomes = _here(files, targets, job, share)
         else:
             from rsseg.scene.cluster import Cluster
 
-            outcomes = _on_cluster(file, targets, job, Cluster(ray, ray_cpus, tries))
+            outcomes = _on_cluster(files, targets, job, Cluster(ray, ray_cpus, tries))
         finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
     if not share.is_main:
         return
     if as_json:
         results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
-    areas = combined.write(file, finished)
+    areas = combined.write(files[0], finished)
     if as_json:
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
@@ -223,11 +229,11 @@ def predict(
         raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
 
 
-def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
+def _here(files: Sequence[Path], targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
     """Predict in this process."""
     from rsseg.scene.batch import predict_scenes, prepare_for
 
-    network = prepare_for(file, job.options)
+    network = prepare_for(files, job.options)
     with stage_bar() as advance:
 
         def progress(target: "Target") -> Any:
@@ -246,7 +252,9 @@ def _here(file: Path, targets: "Sequence[Target]", job: "SceneJob", share: "Shar
         )
 
 
-def _on_cluster(file: Path, targets: "Sequence[Target]", job: "SceneJob", cluster: "Cluster") -> "Iterator[Outcome]":
+def _on_cluster(
+    files: Sequence[Path], targets: "Sequence[Target]", job: "SceneJob", cluster: "Cluster"
+) -> "Iterator[Outcome]":
     """Predict on a Ray cluster."""
     from rsseg.checkpoint import read_header
     from rsseg.scene.batch import run_batch
@@ -254,7 +262,7 @@ def _on_cluster(file: Path, targets: "Sequence[Target]", job: "SceneJob", cluste
 
     with bar("scenes") as advance:
         advance(0, len(targets))
-        outcomes = run_batch(read_header(file).task, targets, job, on_ray(cluster, file, job))
+        outcomes = run_batch(read_header(files[0]).task, targets, job, on_ray(cluster, files, job))
         for done, outcome in enumerate(outcomes, start=1):
             advance(done, len(targets))
             yield outcome
@@ -369,19 +377,6 @@ def _interruptible(*, resume_scene: bool, several: bool) -> Iterator[None]:
         raise Interrupted(f"Interrupted; the scene is not complete, {lost}. Run the command again{again}.") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def scene_options(**values: Any) -> "SceneOptions":
-    """Options of a call; raises `UsageError` that names the option."""
-    from rsseg.scene.options import SceneOptions
-
-    try:
-        return SceneOptions.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        raise UsageError(f"{name} {first['input']}: {message}.") from None
 
 
 def _part(text: str) -> tuple[int, int]:

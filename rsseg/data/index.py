@@ -106,6 +106,11 @@ class SegmentationIndex(BaseModel):
         return tuple(dict.fromkeys(item.split for item in self.items))
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether a path is a prepared dataset, or a JSON file that would have to be the index of one."""
+    return path.suffix == ".json" or (path / INDEX_NAME).is_file()
+
+
 def digest_of(items: Iterable[IndexItem]) -> str:
     """SHA-256 over the image names of a split, for the manifest."""
     return hashlib.sha256("\n".join(item.image for item in items).encode()).hexdigest()

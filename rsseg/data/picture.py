@@ -15,6 +15,8 @@ from rsseg.task import IGNORE_INDEX, Color
 
 _RGB = ("red", "green", "blue")
 _IGNORED = (200, 200, 200)
+_SMALL_SIDE = 288
+"""Longest side of a picture in pixels."""
 _MARGIN = 12
 _ROW = 30
 """Height of a line of the legend in pixels."""
@@ -35,6 +37,21 @@ def stretched(pixels: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[
         values = (values - low) / np.maximum(high - low, 1e-6)
     shown = np.where(valid, values.clip(0, 1) * 255, 0).astype(np.uint8)
     return np.broadcast_to(shown, (3, *valid.shape)).transpose(1, 2, 0)
+
+
+def reduced_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of the small picture of an image."""
+    factor = min(1.0, _SMALL_SIDE / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def small_picture(pixels: NDArray[np.generic], valid: NDArray[np.bool_], bands: Sequence[str]) -> Image.Image:
+    """The bands to show, reduced and stretched; white where there is no data."""
+    size = reduced_size(pixels.shape[2], pixels.shape[1])
+    mask = np.asarray(Image.fromarray(valid).resize(size, Image.Resampling.NEAREST))
+    layers = [Image.fromarray(pixels[bands.index(band)].astype(np.float32)) for band in shown_bands(bands)]
+    small = np.stack([np.asarray(layer.resize(size, Image.Resampling.BOX)) for layer in layers])
+    return Image.fromarray(np.where(mask[..., None], stretched(small, mask), np.uint8(255)))
 
 
 def draw_sheet(pictures: Sequence[Image.Image], legend: Sequence[tuple[Color, str]]) -> Image.Image:

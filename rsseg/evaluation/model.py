@@ -19,10 +19,10 @@ from torch import Tensor
 from rsseg.checkpoint import read_header
 from rsseg.config import BaseRecipe, EvalConfig, SelectConfig
 from rsseg.data.index import digest_of
-from rsseg.data.picture import shown_bands, stretched
+from rsseg.data.picture import reduced_size, small_picture
 from rsseg.data.sources import Datasets, Source
 from rsseg.distributed import Ranks, current_ranks, max_over_ranks, sum_over_ranks
-from rsseg.errors import Interrupted, MachineError, RecipeError
+from rsseg.errors import Interrupted, MachineError, RecipeError, UsageError
 from rsseg.evaluation.calibration import (
     PixelSample,
     fit_temperatures,
@@ -36,15 +36,13 @@ from rsseg.evaluation.result import Evaluation
 from rsseg.inference.device import resolve_device
 from rsseg.inference.engines import EngineName, EngineNetwork
 from rsseg.inference.image import Predictor, predict_and_sample, predict_image, predict_probabilities
-from rsseg.inference.network import load_segmenter
+from rsseg.inference.network import load_averaged
 from rsseg.inference.predict import choose_tiling
 from rsseg.methods.base import Segmenter
 from rsseg.metrics import ConfusionMatrix
 from rsseg.recipe import recipe_from_dict
 from rsseg.task import Task
 
-SIDE = 288
-"""Longest side of a picture in pixels."""
 EXAMPLES = 3
 """Pictures of each kind."""
 _WRONG, _RIGHT, _UNLABELED = (213, 0, 50), (222, 222, 222), (128, 128, 128)
@@ -167,7 +165,7 @@ class Collector:
         labeled = truth < self._task.num_classes
         error = np.where((truth == prediction)[..., None], np.array(_RIGHT, np.uint8), np.array(_WRONG, np.uint8))
         error[~labeled] = _UNLABELED
-        shown = _small_picture(pixels, valid, self._task.bands)
+        shown = small_picture(pixels, valid, self._task.bands)
         shown.save(folder / f"{name}-input.jpg", quality=85)
         for part, colors in (("truth", palette[truth]), ("prediction", palette[prediction]), ("error", error)):
             reduced = Image.fromarray(colors).quantize(256, dither=Image.Dither.NONE)
@@ -197,7 +195,7 @@ def choose_examples(scores: Sequence[float | None]) -> list[tuple[str, int]]:
 
 def _packed(classes: NDArray[np.uint8]) -> bytes:
     """The class map at reduced size, compressed."""
-    size = _reduced(classes.shape[1], classes.shape[0])
+    size = reduced_size(classes.shape[1], classes.shape[0])
     small = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
     buffer = io.BytesIO()
     np.save(buffer, small)
@@ -207,20 +205,6 @@ def _packed(classes: NDArray[np.uint8]) -> bytes:
 def _unpacked(packed: bytes) -> NDArray[np.uint8]:
     loaded: NDArray[np.uint8] = np.load(io.BytesIO(zlib.decompress(packed)))
     return loaded
-
-
-def _reduced(width: int, height: int) -> tuple[int, int]:
-    factor = min(1.0, SIDE / max(width, height))
-    return max(1, round(width * factor)), max(1, round(height * factor))
-
-
-def _small_picture(pixels: NDArray[np.generic], valid: NDArray[np.bool_], bands: Sequence[str]) -> Image.Image:
-    """The bands to show, reduced and stretched; white where there is no data."""
-    size = _reduced(pixels.shape[2], pixels.shape[1])
-    mask = np.asarray(Image.fromarray(valid).resize(size, Image.Resampling.NEAREST))
-    layers = [Image.fromarray(pixels[bands.index(band)].astype(np.float32)) for band in shown_bands(bands)]
-    small = np.stack([np.asarray(layer.resize(size, Image.Resampling.BOX)) for layer in layers])
-    return Image.fromarray(np.where(mask[..., None], stretched(small, mask), np.uint8(255)))
 
 
 @dataclass(frozen=True)
@@ -356,7 +340,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def evaluate_model(
-    model: Path,
+    model: Path | Sequence[Path],
     *,
     data: Path | None = None,
     split: str = "test",
@@ -370,7 +354,8 @@ def evaluate_model(
     """Score a model file on a split of its recipe's dataset, or of another one with the same classes.
 
     Args:
-        model: model file.
+        model: model file; several: the mean of their probabilities, each at its own temperature, with the recipe of the
+            first.
         data: prepared dataset; None takes the recipe's.
         split: `val` and `test` are the recipe's selections of these names, anything else is a split of the dataset.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -379,15 +364,22 @@ def evaluate_model(
         details: see `evaluate`.
 
     Raises:
-        WeightsError: the model cannot be loaded.
-        UsageError, MachineError: see `open_network`.
+        WeightsError: a model cannot be loaded.
+        UsageError: models of different classes, bands or scaling; several models with another engine than torch; see
+            `open_network`.
+        MachineError: see `open_network`.
         DataError: see `open_network`, `Datasets.open` and `evaluate`.
     """
     target = resolve_device(device)
-    ready = open_network(model, engine, device, "float32", quantize=quantize, calibrate=calibrate)
-    network = load_segmenter(model, device=device) if ready is None else ready.network
-    header = read_header(model)
-    recipe = recipe_from_dict(header.recipe, str(model))
+    files = [model] if isinstance(model, Path) else list(model)
+    headers = [read_header(file) for file in files]
+    if len(files) > 1 and (engine, quantize, calibrate) != ("torch", "none", None):
+        raise UsageError("several models are evaluated by torch only: leave out --engine, --quantize and --calibrate.")
+    ready = None
+    if len(files) == 1:
+        ready = open_network(files[0], engine, device, "float32", quantize=quantize, calibrate=calibrate)
+    network = load_averaged(files, device=device) if ready is None else ready.network
+    recipe = recipe_from_dict(headers[0].recipe, str(files[0]))
     select = {"val": recipe.data.val, "test": recipe.data.test}.get(split, SelectConfig(split=split))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
@@ -396,4 +388,6 @@ def evaluate_model(
     result = evaluate(network, recipe, source, device=target, progress=progress, details=details)
     if ready is not None:
         result = result.model_copy(update={"engine": ready.network.engine, "quantization": ready.quantization})
-    return result.model_copy(update={"seen": header.training.get("used", {}).get(digest_of(source.items))})
+    digest = digest_of(source.items)
+    seen = [header.training.get("used", {}).get(digest) for header in headers]
+    return result.model_copy(update={"seen": next(filter(None, seen), None)})

@@ -70,6 +70,13 @@ class PixelOutputs:
     """Class index; 255 for no data."""
     applicability: bool = False
     """How near the features are to those of the training data; only of a network that judges them."""
+    disagreement: bool = False
+    """How much the networks of an ensemble disagree; only of an ensemble."""
+
+    @property
+    def need_probabilities(self) -> bool:
+        """Whether the classes alone do not suffice."""
+        return self.confidence or self.probabilities != "none" or self.min_confidence > 0
 
 
 CLASSES_ONLY = PixelOutputs()
@@ -84,13 +91,14 @@ class Decision:
     classes: uint8 (h, w) class indices; 255 for pixels without a sure class
     confidence: uint8 (h, w), probability of the class times `FULL`; None if not requested
     probabilities: uint8 (h, w, K), times `FULL`, or float16 or float32 (h, w, K); None if not requested
-    applicability: uint8 (h, w), times `FULL`; None if not requested
+    applicability, disagreement: uint8 (h, w), times `FULL`; None if not requested
     """
 
     classes: NDArray[np.uint8]
     confidence: NDArray[np.uint8] | None = None
     probabilities: NDArray[Any] | None = None
     applicability: NDArray[np.uint8] | None = None
+    disagreement: NDArray[np.uint8] | None = None
 
     @classmethod
     def empty(cls, height: int, width: int, num_classes: int, outputs: PixelOutputs) -> "Decision":
@@ -101,6 +109,7 @@ class Decision:
             np.zeros((height, width), np.uint8) if outputs.confidence else None,
             np.zeros((height, width, num_classes), dtype) if dtype != "none" else None,
             np.zeros((height, width), np.uint8) if outputs.applicability else None,
+            np.zeros((height, width), np.uint8) if outputs.disagreement else None,
         )
 
     def put(self, area: tuple[slice, slice], part: "Decision") -> None:
@@ -112,6 +121,8 @@ class Decision:
             self.probabilities[area] = part.probabilities
         if self.applicability is not None and part.applicability is not None:
             self.applicability[area] = part.applicability
+        if self.disagreement is not None and part.disagreement is not None:
+            self.disagreement[area] = part.disagreement
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +187,18 @@ def argmax_planes(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
 def decide_planes(logits: NDArray[np.float32], outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (K, h, w)."""
     classes = argmax_planes(logits)
-    if outputs == CLASSES_ONLY:
+    if not outputs.need_probabilities:
         return Decision(classes)
     scaled = logits - logits.max(0)
     if outputs.temperatures is not None:
         scaled /= np.array(outputs.temperatures, np.float32)[classes]
     shares = np.exp(scaled)
     shares /= shares.sum(0)
+    return decide_shares(classes, shares, outputs)
+
+
+def decide_shares(classes: NDArray[np.uint8], shares: NDArray[np.float32], outputs: PixelOutputs) -> Decision:
+    """Compute the outputs from probabilities (K, h, w) and their classes (h, w), which may be changed."""
     highest = shares.max(0)
     confidence = np.rint(highest * FULL).astype(np.uint8) if outputs.confidence else None
     if outputs.min_confidence:

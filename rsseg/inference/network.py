@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from rsseg.backbones.timm_adapter import Conv2dSame
+from rsseg.checkpoint import read_header
+from rsseg.errors import UsageError
 from rsseg.inference.device import resolve_device, trial_side
+from rsseg.inference.ensemble import EnsembleNetwork, check_tasks
 from rsseg.inference.machine import memory_errors
+from rsseg.inference.torch_network import TorchNetwork, probabilities_of
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import load_model
 
@@ -43,6 +47,42 @@ def load_segmenter(path: Path | str, *, device: str = "cpu") -> Segmenter:
         with _Uninitialized():
             segmenter = load_model(file)
         return segmenter.to(target)
+
+
+class AveragedSegmenter(Segmenter):
+    """Several networks as one: its logits are the logarithms of their mean probabilities, see `EnsembleNetwork`."""
+
+    def __init__(self, members: Sequence[Segmenter]) -> None:
+        """Networks of one task; raises `UsageError` if they are bound to different tile sizes."""
+        own = [member.tile.size for member in members if not member.tile.flexible]
+        if len(set(own)) > 1:
+            raise UsageError(f"the models were trained on tiles of different sizes ({own}). Evaluate one of them.")
+        facts = EnsembleNetwork(tuple(TorchNetwork(member) for member in members), (None,) * len(members))
+        super().__init__(facts.task, input_multiple=facts.input_multiple, fill=facts.fill, tile=facts.tile)
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See `Segmenter.forward`."""
+        total: Any = 0
+        for member in self.members:
+            assert isinstance(member, Segmenter)  # for the type checker
+            seen = torch.where(images.isnan(), images.new_tensor(member.fill)[:, None, None], images)
+            own = member.calibration
+            logits = member.predict_logits(seen).permute(0, 2, 3, 1)
+            total = total + probabilities_of(logits, None if own is None else own.temperatures)
+        mean: Tensor = total / len(self.members)
+        return mean.clamp_min(1e-30).log().permute(0, 3, 1, 2)
+
+
+def load_averaged(paths: Sequence[Path], *, device: str) -> Segmenter:
+    """The mean of the probabilities of several models; a single one is loaded as it is. See `load_segmenter`.
+
+    Raises:
+        UsageError: no model, or models of different classes, bands or scaling.
+    """
+    check_tasks([(str(path), read_header(path).task) for path in paths])
+    members = [load_segmenter(path, device=device) for path in paths]
+    return members[0] if len(members) == 1 else AveragedSegmenter(members).eval()
 
 
 class _Uninitialized(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.blend import CLASSES_ONLY, FULL, Decision, PixelOutputs
+from rsseg.inference.blend import FULL, Decision, PixelOutputs
 from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.layers.blocks import resize_logits
@@ -98,13 +98,9 @@ def argmax_classes(logits: Tensor) -> NDArray[np.uint8]:
 
 def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
     """Compute the outputs from logits (h, w, K)."""
-    if outputs == CLASSES_ONLY:
+    if not outputs.need_probabilities:
         return Decision(argmax_classes(logits))
-    classes, scaled = argmax_classes(logits), logits.float()
-    if outputs.temperatures is not None:
-        factors = torch.tensor([1 / t for t in outputs.temperatures], device=scaled.device)
-        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
-    shares = scaled.softmax(-1)
+    classes, shares = argmax_classes(logits), probabilities_of(logits, outputs.temperatures)
     highest = shares.amax(-1) if outputs.confidence or outputs.min_confidence else None
     if highest is not None and outputs.min_confidence:
         classes[(highest < outputs.min_confidence).cpu().numpy()] = outputs.unsure
@@ -118,6 +114,15 @@ def decide(logits: Tensor, outputs: PixelOutputs) -> Decision:
             return Decision(classes, confidence, shares.cpu().numpy())
         case "uint8":
             return Decision(classes, confidence, _as_bytes(shares))
+
+
+def probabilities_of(logits: Tensor, temperatures: Sequence[float] | None) -> Tensor:
+    """float32 (..., K) of logits (..., K), each divided by the temperature of its highest class; None: by 1."""
+    scaled = logits.float()
+    if temperatures is not None:
+        factors = torch.tensor([1 / t for t in temperatures], device=scaled.device)
+        scaled = scaled * factors[scaled.max(-1, keepdim=True).indices]
+    return scaled.softmax(-1)
 
 
 def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:

@@ -10,9 +10,11 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rsseg.checkpoint import read_header
 from rsseg.errors import RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder, write_text
-from rsseg.scene.memory import PreparedNetwork, prepare_model
+from rsseg.inference.ensemble import check_tasks
+from rsseg.scene.memory import PreparedNetwork, join_networks, prepare_model
 from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
 from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
@@ -51,14 +53,24 @@ class Outcome(BaseModel):
     """Of a failed scene."""
 
 
-def prepare_for(model: Path, options: SceneOptions) -> PreparedNetwork:
-    """`prepare_model` for all outputs of the options; torch is imported only if the engine or an output needs it."""
-    prepared = prepare_model(model, options)
+def prepare_for(models: Sequence[Path], options: SceneOptions) -> PreparedNetwork:
+    """The network of a model file, or the ensemble of several, for all outputs of the options.
+
+    torch is imported only if the engine or an output needs it.
+
+    Raises:
+        UsageError: see `join_networks`; applicability of several models.
+        RssegError: see `prepare_model` and `add_judge`.
+    """
+    if options.applicability and len(models) > 1:
+        raise UsageError("--applicability is nearness in the features of one network. Give one --model.")
+    check_tasks([(str(model), read_header(model).task) for model in models])  # before any of them is loaded
+    prepared = join_networks([(str(model), prepare_model(model, options)) for model in models], options)
     if not options.applicability:
         return prepared
     from rsseg.scene.blocks import add_judge
 
-    return add_judge(model, prepared, options)
+    return add_judge(models[0], prepared, options)
 
 
 def find_scenes(names: Sequence[str]) -> list[str]:

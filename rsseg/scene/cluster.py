@@ -44,7 +44,7 @@ class Cluster:
     tries: int = 3
 
 
-def on_ray(cluster: Cluster, model: Path, job: SceneJob) -> Execute:
+def on_ray(cluster: Cluster, models: Sequence[Path], job: SceneJob) -> Execute:
     """Return a function that predicts scenes on a cluster, in any order.
 
     Workers read the model and the scenes, and write the outputs, under the names that are given here: these must lie on
@@ -53,7 +53,7 @@ def on_ray(cluster: Cluster, model: Path, job: SceneJob) -> Execute:
 
     Args:
         cluster: see `Cluster`.
-        model: file of the model.
+        models: file of the model, or of each model of an ensemble.
         job: what to do with each scene.
 
     Raises:
@@ -61,8 +61,8 @@ def on_ray(cluster: Cluster, model: Path, job: SceneJob) -> Execute:
             another version of rsseg, torch or the model.
         UsageError: the address is invalid.
     """
-    facts = _facts(model)
-    plan = _Assignment(model, job, str(Path.cwd()), cluster.cpus)
+    facts = _facts(models)
+    plan = _Assignment(tuple(models), job, str(Path.cwd()), cluster.cpus)
 
     def execute(targets: Sequence[Target]) -> Iterator[Outcome]:
         with _connected(cluster) as ray:
@@ -73,7 +73,7 @@ def on_ray(cluster: Cluster, model: Path, job: SceneJob) -> Execute:
 
 @dataclass(frozen=True)
 class _Assignment:
-    model: Path
+    models: tuple[Path, ...]
     job: SceneJob
     folder: str
     threads: int
@@ -103,8 +103,8 @@ class _Worker:
         os.chdir(self._plan.folder)
         torch.set_num_threads(self._plan.threads)
         try:
-            self._prepared = prepare_for(self._plan.model, self._plan.job.options)
-            facts = _facts(self._plan.model)
+            self._prepared = prepare_for(self._plan.models, self._plan.job.options)
+            facts = _facts(self._plan.models)
         except RssegError as error:
             return host | {"error": str(error).rstrip(".")}
         network = self._prepared.network
@@ -278,6 +278,7 @@ def _reached(address: str) -> str:
     return address
 
 
-def _facts(model: Path) -> dict[str, str]:
+def _facts(models: Sequence[Path]) -> dict[str, str]:
     """What all workers must have in common with the process that started them."""
-    return {"rsseg": rsseg.__version__, "torch": version("torch"), "model": content_hash(model).hex()}
+    hashes = " ".join(content_hash(model).hex() for model in models)
+    return {"rsseg": rsseg.__version__, "torch": version("torch"), "model": hashes}

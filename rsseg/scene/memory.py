@@ -11,6 +11,7 @@ import numpy as np
 from rsseg.checkpoint import Calibration
 from rsseg.errors import MachineError, UsageError
 from rsseg.inference.engines import Quantization, open_engine
+from rsseg.inference.ensemble import EnsembleNetwork, check_tasks
 from rsseg.inference.machine import Cost, free_bytes, keep_heap, memory_errors, resident_bytes
 from rsseg.inference.predict import Network, NetworkFacts, Tiling, choose_tiling
 from rsseg.inference.tiling import Panel, TilePlan, split_panels
@@ -46,6 +47,8 @@ OUT_OF_MEMORY = (
     "out of memory. Give --batch-size 1, a smaller --tile or --max-memory, or end other programs on the device."
 )
 _LEAST_TILE = 128
+_SHARE_ARRAYS = 4
+"""Arrays of probabilities that an ensemble needs at a time, besides one per network."""
 _MOST_REDUNDANCY = 64
 """Maximum forward passes per pixel: more are a mistake, and would run for days."""
 
@@ -150,6 +153,51 @@ def prepare_model(model: Path, options: SceneOptions) -> PreparedNetwork:
     from rsseg.inference.network import load_segmenter
 
     return prepare_network(load_segmenter(model), options)
+
+
+def join_networks(named: Sequence[tuple[str, PreparedNetwork]], options: SceneOptions) -> PreparedNetwork:
+    """One network that averages the probabilities of several; their order has no effect.
+
+    Args:
+        named: networks, with their model files for messages; a single one is returned as it is.
+        options: of the scenes.
+
+    Raises:
+        UsageError: no network, networks of different classes, bands or scaling, or no tile that fits all; disagreement
+            of a single network or with blending.
+    """
+    check_tasks([(name, one.network.task) for name, one in named])
+    if options.disagreement and len(named) == 1:
+        raise UsageError("--disagreement is that of several models. Give --model for each of them.")
+    if options.disagreement and options.blend != "crop":
+        raise UsageError("--disagreement is computed per tile. Use it with --blend crop.")
+    if len(named) == 1:
+        return named[0][1]
+    fixed = {one.network.tile.size: name for name, one in named if not one.network.tile.flexible}
+    if len(fixed) > 1 and options.tile is None:
+        sizes = " and ".join(f"{size} ({name})" for size, name in sorted(fixed.items()))
+        raise UsageError(f"the models were trained on tiles of {sizes} pixels. Give the side for all with --tile.")
+    # In one order, so that rounding is the same.
+    members = sorted((one for _, one in named), key=lambda one: (one.model, str(one.calibration)))
+    temperatures = tuple(None if one.calibration is None else one.calibration.temperatures for one in members)
+    network = EnsembleNetwork(tuple(one.network for one in members), temperatures)
+    identity = repr([(one.model, own) for one, own in zip(members, temperatures, strict=True)])
+
+    def measure(side: int) -> Cost:
+        costs = [one.cost(side, side) for one in members]
+        plane = 4 * network.task.num_classes * side**2
+        # Logits of all networks are kept; then some arrays of probabilities at full size take the place of activations.
+        peak = max(_SHARE_ARRAYS * plane, *(cost.peak_bytes for cost in costs)) + (len(members) - 1) * plane
+        return Cost(sum(cost.seconds for cost in costs), peak)
+
+    return PreparedNetwork(
+        network=network,
+        model=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        weights_bytes=sum(one.weights_bytes for one in members),
+        measure=measure,
+        held_before=min(one.held_before for one in members),
+        gpu_bytes=members[0].gpu_bytes,
+    )
 
 
 def identify_model(segmenter: "Segmenter") -> str:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rsseg.errors import UsageError
 from rsseg.fields import Result
 from rsseg.inference.engines import Quantization
 from rsseg.task import NODATA, Task
@@ -70,6 +71,9 @@ class SceneOptions(BaseModel):
     applicability: bool = False
     """Also write how near the features are to those of the training data to `STEM_applicability.tif`: 0..1, 0.5 at the
     distance that 95 % of the held-out windows do not exceed."""
+    disagreement: bool = False
+    """Also write how much several models disagree to `STEM_disagreement.tif`, 0..1: the mutual information between
+    class and model over its largest value, see `rsseg.inference.ensemble.disagreement`."""
     polygons: Path | None = None
     """Also write polygons of the classes to this file; an extension, such as `.gpkg`, names it after the output."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -92,6 +96,17 @@ class SceneOptions(BaseModel):
     def measures_probabilities(self) -> bool:
         """Whether an output depends on the probabilities of the classes."""
         return self.confidence or self.probabilities != "none" or self.min_confidence > 0
+
+
+def parse_options(**values: Any) -> SceneOptions:
+    """Options of a command; raises `UsageError` that names the option."""
+    try:
+        return SceneOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + {"resume": "resume-scene"}.get(str(first["loc"][0]), str(first["loc"][0]).replace("_", "-"))
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise UsageError(f"{name} {first['input']}: {message}.") from None
 
 
 class ClassArea(Result):
@@ -152,7 +167,7 @@ class SceneResult(Result):
     polygons: int | None
     """Number of polygons, if they were asked for."""
     extra_outputs: tuple[Path, ...]
-    """Confidence, probabilities, polygons and preview, as asked for."""
+    """Confidence and other layers, polygons and preview, as asked for."""
     warnings: tuple[str, ...]
 
 

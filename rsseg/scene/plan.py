@@ -88,6 +88,7 @@ class PreparedScene:
             options.min_confidence,
             find_unsure(self.network.task, options),
             options.applicability,
+            options.disagreement,
         )
 
     @property
@@ -320,10 +321,10 @@ def _products(task: Task, output: Path, options: SceneOptions) -> tuple[tuple[Pa
     products = [(output, class_product(task))]
     if options.confidence:
         products.append((output.with_name(f"{output.stem}_confidence.tif"), confidence_product()))
-    if options.applicability:
-        product = confidence_product("applicability")
-        products.append((output.with_name(f"{output.stem}_applicability.tif"), product))
+    for name in ("applicability", "disagreement"):
+        if getattr(options, name):
+            products.append((output.with_name(f"{output.stem}_{name}.tif"), confidence_product(name)))
     if options.probabilities != "none":
-        name = output.with_name(f"{output.stem}_probabilities.tif")
-        products.append((name, probability_product(task, options.probabilities)))
+        path = output.with_name(f"{output.stem}_probabilities.tif")
+        products.append((path, probability_product(task, options.probabilities)))
     return tuple(products)

@@ -18,7 +18,7 @@ from rsseg.inference.machine import HeapGuard, memory_errors
 from rsseg.inference.predict import predict_strips
 from rsseg.inference.tiling import Panel, Span
 from rsseg.raster import Raster
-from rsseg.scene.memory import OUT_OF_MEMORY, prepare_network
+from rsseg.scene.memory import OUT_OF_MEMORY, join_networks, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, SceneResult
 from rsseg.scene.plan import PreparedScene, prepare_scene
 from rsseg.scene.share import ALONE, LoggedStrip, Share, StripLog, merge_logs
@@ -37,7 +37,7 @@ _STRIPS_BEHIND = 1
 
 
 def predict_scene(
-    segmenter: "Segmenter",
+    segmenter: "Segmenter | Sequence[Segmenter]",
     scene: Path | str,
     output: Path | str,
     options: SceneOptions | None = None,
@@ -50,7 +50,8 @@ def predict_scene(
     is read once, window by window.
 
     Args:
-        segmenter: in any mode, on any device; not changed.
+        segmenter: in any mode, on any device; not changed. Several: the mean of their probabilities, each at its own
+            temperature; each tile is read once.
         scene: anything GDAL can open, also a URL.
         output: GeoTIFF to write; it appears when it is complete. Missing folders are created.
         options: see `SceneOptions`.
@@ -58,7 +59,7 @@ def predict_scene(
 
     Raises:
         UsageError: an output exists already, would replace an input or cannot be written; overlap and tile do not fit;
-            applicability, which a network without its model file cannot judge.
+            applicability, which a network without its model file cannot judge; networks of different tasks.
         DataError: the scene is missing, damaged, or lacks bands.
         MachineError: the disk is full, there is too little memory, or the device does not exist.
     """
@@ -67,7 +68,9 @@ def predict_scene(
         raise UsageError(
             "applicability needs the training images of a model file: see `rsseg.scene.memory.prepare_model`."
         )
-    prepared = prepare_scene(prepare_network(segmenter, options), scene, Path(output), options)
+    segmenters = segmenter if isinstance(segmenter, Sequence) else [segmenter]
+    networks = [(f"network {n}", prepare_network(each, options)) for n, each in enumerate(segmenters, start=1)]
+    prepared = prepare_scene(join_networks(networks, options), scene, Path(output), options)
     result = predict_prepared(prepared, progress=progress)
     assert result is not None  # for the type checker: this process is the only one
     return result
@@ -221,10 +224,8 @@ class _Sink:
         kept, decision = panel.kept.area, strip.decision
         valid = strip.valid[:, kept]
         arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
-        if decision.confidence is not None:
-            arrays.append(np.where(valid, decision.confidence[:, kept], np.uint8(NODATA))[None])
-        if decision.applicability is not None:
-            arrays.append(np.where(valid, decision.applicability[:, kept], np.uint8(NODATA))[None])
+        layers = (decision.confidence, decision.applicability, decision.disagreement)
+        arrays += [np.where(valid, layer[:, kept], np.uint8(NODATA))[None] for layer in layers if layer is not None]
         if decision.probabilities is not None:
             shares = decision.probabilities[:, kept].transpose(2, 0, 1)
             arrays.append(np.where(valid, shares, shares.dtype.type(self._prepared.products[-1][1].nodata)))

@@ -11,7 +11,7 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
-from rsseg.data.index import INDEX_NAME, SegmentationIndex
+from rsseg.data.index import SegmentationIndex, is_dataset
 from rsseg.datasets.prepare.add import Chip, write_chip, write_chip_classes
 from rsseg.errors import DataError, UsageError
 from rsseg.fields import Result
@@ -229,7 +229,7 @@ def _open_images(names: Sequence[str], task: Task, options: SceneOptions) -> lis
     Raises:
         DataError: the dataset has no unlabeled image, or several files per image.
     """
-    if len(names) == 1 and (Path(names[0]).is_dir() or names[0].endswith(".json")) and _is_dataset(Path(names[0])):
+    if len(names) == 1 and is_dataset(Path(names[0])):
         index = SegmentationIndex.load(Path(names[0]))
         items = [item for item in index.items if item.mask is None]
         if not items:
@@ -239,10 +239,6 @@ def _open_images(names: Sequence[str], task: Task, options: SceneOptions) -> lis
             )
         return dataset_images(index, items, task.bands, options)
     return [Image(scene, options, scene) for scene in find_scenes(names)]
-
-
-def _is_dataset(path: Path) -> bool:
-    return path.suffix == ".json" or (path / INDEX_NAME).is_file()
 
 
 def _write(output: Path, found: Sequence[Suggestion], infos: Sequence[RasterInfo], task: Task) -> None:

@@ -3,7 +3,9 @@
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyogrio
@@ -16,11 +18,11 @@ from numpy.typing import NDArray
 from rasterio.transform import Affine
 from safetensors.torch import save_file
 
-from rsseg.checkpoint import find_model
+from rsseg.checkpoint import find_model, read_header, read_tensors, write_model
 from rsseg.cli import run
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
-from rsseg.evaluation.gap import verdict
+from rsseg.evaluation.gap import _distances, _energy, verdict
 from rsseg.inference.features import REFERENCE_NAME
 from tests.conftest import rgb_task, write_tif
 from tests.training.recipes import tiny_values
@@ -277,6 +279,22 @@ def test_the_applicability_layer_is_low_where_the_scene_is_strange(
     assert "--tta none" in capsys.readouterr().err
 
 
+def test_eval_averages_models(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call, found = ["eval", "--split", "val", "--json", "--model", "runs/latest"], []
+    for extra in ([], ["--model", "runs/latest"]):
+        assert run([*call, *extra]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["counts"] == found[1]["counts"]
+    assert found[0]["seen"] == found[1]["seen"]
+    header = read_header(find_model(Path("runs/latest")))
+    classes = tuple(c.model_copy(update={"name": f"old {c.name}"}) for c in header.task.classes)
+    other = replace(header, task=header.task.model_copy(update={"classes": classes}))
+    write_model(Path("other.safetensors"), read_tensors(find_model(Path("runs/latest")))[0], other)
+    assert run([*call, "--model", "other.safetensors"]) == 2
+    said = capsys.readouterr().err
+    assert "other.safetensors cannot be averaged, their classes differ" in said
+
+
 def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = SegmentationIndex.load(Path("data"))
     shutil.copytree("data/images", "dark/images")
@@ -297,6 +315,60 @@ def test_the_gap_of_a_dataset_to_itself_is_none(place: Path, capsys: pytest.Capt
     assert other["distance"] > same["distance"]
     assert other["low"] <= other["high"]
     assert other["bands"][0]["mean"][0] != pytest.approx(other["bands"][0]["mean"][1], abs=0.001)
+
+
+def test_few_images_of_one_distribution_are_not_far_apart() -> None:
+    rng, means = np.random.default_rng(0), []
+    for count in (5, 40):
+        found = []
+        for _ in range(60):
+            a, b = rng.normal(size=(2, count, 30))
+            within = _distances(a, a), _distances(b, b), _distances(a, b)
+            found.append(_energy(within, np.arange(count), np.arange(count)))
+        means.append(np.mean(found))
+    assert max(means) < 0.02
+
+
+def test_the_gap_of_scenes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(5)
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), "weights.safetensors")
+    Path("dark").mkdir()
+    for number in range(2):
+        image, _ = pixels(rng, 512)
+        write_tif(Path(f"scene{number}.tif"), image)
+        write_tif(Path(f"dark/{number}.tif"), image // 8)
+        write_tif(Path(f"deep{number}.tif"), image.astype(np.uint16) * 30 + 200)
+
+    def gap(first: str, second: str) -> dict[str, Any]:
+        assert run(["dataset", "gap", first, second, "--weights", "weights.safetensors", "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    same, dark = gap("scene0.tif", "scene0.tif"), gap("scene0.tif", "dark")
+    assert same["images"] == [4, 4]
+    assert dark["images"] == [4, 8]
+    assert same["distance"] == pytest.approx(0, abs=1e-6)
+    assert dark["distance"] > 0.05
+    assert same["gsd_m"] == dark["gsd_m"] == [pytest.approx(10, rel=0.01)] * 2
+    deep = gap("deep0.tif", "deep1.tif")
+    assert 0 <= deep["bands"][0]["mean"][0] <= 1, "scaled by the percentiles of the first"
+    mixed = gap("data", "scene1.tif")
+    assert [band["band"] for band in mixed["bands"]] == list(rgb_task().bands)
+    assert mixed["bands"][0]["mean"][0] == pytest.approx(mixed["bands"][0]["mean"][1], abs=0.1)
+
+
+def test_scenes_without_a_gap(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = "weights.safetensors"
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
+    write_tif(Path("small.tif"), pixels(np.random.default_rng(5), 256)[0])
+    write_tif(Path("two.tif"), np.ones((2, 512, 512), np.uint8))
+    for second, code, words in (
+        ("small.tif", 4, "small.tif: 1 image(s) are too few"),
+        ("two.tif", 4, "data and two.tif have no band in common: red, green, blue and "),
+        ("absent.tif", 4, "absent.tif"),
+    ):
+        assert run(["dataset", "gap", "data", second, "--weights", weights]) == code
+        assert words in capsys.readouterr().err
 
 
 def test_a_verdict_that_rests_on_a_guess_says_so() -> None:
