@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -87,7 +87,9 @@ def predict(
     polygons: Annotated[
         Path | None,
         typer.Option(
-            "--polygons", help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the extension only."
+            "--polygons",
+            help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the extension only. With --mosaic: one "
+            "file of all scenes, whose polygons cross their borders.",
         ),
     ] = None,
     min_area: Annotated[
@@ -131,11 +133,12 @@ def predict(
     wait_passively()
     from rsseg.checkpoint import calibration_of, read_header
     from rsseg.runs import choose_model
-    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes, prepare_for
+    from rsseg.scene.batch import BatchFiles, SceneJob, check_targets, choose_targets, find_scenes, prepare_for
     from rsseg.scene.catalog import expand_items
-    from rsseg.scene.plan import prepare_scene
+    from rsseg.scene.plan import is_extension, prepare_scene
     from rsseg.scene.share import Share
 
+    merged = None if mosaic is None or polygons is None or is_extension(polygons) else polygons
     options = scene_options(
         tile=tile,
         overlap=overlap,
@@ -156,7 +159,7 @@ def predict(
         min_confidence=min_confidence,
         unsure_class=unsure_class,
         applicability=applicability,
-        polygons=polygons,
+        polygons=None if merged else polygons,
         min_area=min_area,
         simplify=simplify,
         preview=preview,
@@ -167,7 +170,7 @@ def predict(
     named, ids = expand_items(scenes, asset)
     found = find_scenes(named)
     targets = choose_targets(found, output, _part(part), ids)
-    combined = _Combined(mosaic, catalog)
+    combined = BatchFiles(mosaic, catalog, merged, min_area, simplify)
     combined.check(targets, [*named, *found], overwrite=overwrite, again=skip_existing)
     if not targets:
         print_note(f"No scene belongs to part {part}.")
@@ -199,7 +202,9 @@ def predict(
         return
     if as_json:
         results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
-    areas = combined.write(file, finished)
+    areas, notes = combined.write(read_header(file).task, finished)
+    for note in notes:
+        print_note(note)
     if as_json:
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
@@ -278,42 +283,6 @@ def _print_areas(areas: "Sequence[ClassArea]", output: Path) -> None:
         "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
         f"rsseg sample {output} --per-stratum 50 -o points.gpkg, then rsseg assess."
     )
-
-
-class _Combined(NamedTuple):
-    """Files about a whole batch."""
-
-    mosaic: Path | None
-    catalog: Path | None
-
-    def check(self, targets: "Sequence[Target]", inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
-        """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
-        from rsseg.files import check_outputs
-        from rsseg.scene.catalog import check_catalog, check_mosaic, is_catalog
-        from rsseg.scene.source import is_local, made_from
-
-        if self.mosaic is not None:
-            check_mosaic(self.mosaic)
-        if self.catalog is not None:
-            check_catalog(self.catalog)
-        read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
-        for option, path, is_own in (("--mosaic", self.mosaic, made_from), ("--catalog", self.catalog, is_catalog)):
-            if path is not None:
-                own = again and path.is_file() and bool(is_own(path))
-                check_outputs([(option, path)], read, overwrite=overwrite or own)
-
-    def write(self, model: Path, finished: "Sequence[Outcome]") -> "tuple[ClassArea, ...]":
-        """Write them from what is finished; returns the areas of the mosaic."""
-        from rsseg.checkpoint import read_header
-        from rsseg.scene.catalog import write_catalog, write_mosaic
-
-        if self.catalog is not None:
-            write_catalog(finished, self.catalog)
-            print_note(f"{self.catalog}")
-        rasters = [outcome.output for outcome in finished if outcome.status != "failed"]
-        if self.mosaic is None or not rasters:
-            return ()
-        return write_mosaic(rasters, read_header(model).task, self.mosaic)
 
 
 def _print(outcome: "Outcome") -> None:
