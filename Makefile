@@ -47,6 +47,7 @@ bench: bench-predict
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/rasterize.py
 	$(BIN)/python benchmarks/ktda_step.py
+	$(BIN)/python -m benchmarks.ktda_side
 	$(BIN)/python benchmarks/mtdf_step.py
 	$(BIN)/python benchmarks/strong_views.py
 	$(BIN)/python benchmarks/dasegnet_step.py

@@ -5,7 +5,8 @@
     python -m benchmarks.accuracy --setting dubai-10 --arm lite0-mtdf-recommended --data DATA --weights WEIGHTS
 
 Writes docs/results.md with its table (CSV) and figures. Cells that are done are not run again.
-`--setting` and `--arm`, also several, choose what is run. Arms that these need are run too; the page shows all cells.
+`--setting`, `--arm` and `--seed`, also several, choose what is run. Arms that these need are run too; the page shows
+all cells.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three tiny cells, to see that all works")
     parser.add_argument("--setting", action="append", default=[], choices=sorted(SETTINGS), help="run only this table")
     parser.add_argument("--arm", action="append", default=[], choices=sorted(ARMS), help="run only this arm")
+    parser.add_argument("--seed", action="append", default=[], type=int, help="run only this seed")
     parser.add_argument("--data", type=Path, help="folder with dubai/ and l8biome_cloud/; or RSSEG_ACCURACY_DATA")
     parser.add_argument("--weights", type=Path, help="folder with NAME.safetensors; or RSSEG_ACCURACY_WEIGHTS")
     parser.add_argument("--output", type=Path, default=Path("accuracy-output"), help="cells and datasets")
@@ -45,6 +47,7 @@ def main() -> None:
         any_code=args.any_code,
         only_settings=args.setting,
         only_arms=args.arm,
+        only_seeds=args.seed,
     )
     for line in table.left_out:
         print(f"left out: {line}", flush=True)

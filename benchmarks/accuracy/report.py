@@ -30,8 +30,8 @@ This page is made by `python -m benchmarks.accuracy`; no number in it was typed.
 - The weights that are scored are those with the best validation mIoU. They score the test images once.
 - *mIoU* is the mean over all classes of the intersection over union on the test images, from one confusion matrix.
 - *against plain* is the mean over seeds of the difference to plain training of the same network with the same seed,
-  and the standard deviation of that difference. With so few seeds and images, a difference below twice the deviation
-  is noise.
+  and the standard deviation of that difference. *verdict* compares the means of the seeds that both have: `better` or
+  `worse` if they differ by more than the pooled standard deviation of the two arms, else `equal`; `-` for one seed.
 - All cells that ran are shown, the worse ones too. Cells that did not run yet are listed at the end.
 - The settings of the adaptation mode were chosen after a look at scores on the target's training images, whose labels
   no training uses; [dasegnet.md](dasegnet.md) has these scores.
@@ -112,6 +112,17 @@ def paired(results: Sequence[Result], setting: str, arm: str, plain: str | None)
     return [r["test"]["miou"] - base[r["seed"]] for r in cells_of(results, setting, arm) if r["seed"] in base]
 
 
+def verdict(results: Sequence[Result], setting: str, arm: str, plain: str) -> str:
+    """`better`, `worse` or `equal` by the pooled standard deviation of the seeds that both arms have; `-` for one."""
+    own, base = ({r["seed"]: r["test"]["miou"] for r in cells_of(results, setting, name)} for name in (arm, plain))
+    seeds = sorted(own.keys() & base.keys())
+    if len(seeds) < 2:
+        return "-"
+    pooled = statistics.mean(statistics.variance(scores[seed] for seed in seeds) for scores in (own, base)) ** 0.5
+    difference = statistics.mean(own[seed] - base[seed] for seed in seeds)
+    return "equal" if abs(difference) <= pooled else "better" if difference > 0 else "worse"
+
+
 def spread(values: Sequence[float], *, sign: bool = False) -> str:
     """Mean and standard deviation, or the one value."""
     if not values:
@@ -148,7 +159,7 @@ def _section(table: Table, ready: Ready, results: Sequence[Result], figures: Seq
     setting = ready.setting
     lines = [f"## {setting.title}\n"]
     seeds = table.profile.seeds
-    head = ["arm", "mIoU", "against plain", *(f"seed {s}" for s in seeds), "val. mIoU", "rate", "training"]
+    head = ["arm", "mIoU", "against plain", "verdict", *(f"seed {s}" for s in seeds), "val. mIoU", "rate", "training"]
     rows = [_row(results, setting.name, arm.name, arm.plain, seeds) for arm in ready.arms]
     lines += [_markdown([[*head, "M param.", "Mpx/s"], *rows])]
     lines += _needs(results, ready)
@@ -169,6 +180,7 @@ def _row(results: Sequence[Result], setting: str, arm: str, plain: str | None, s
         _title(results, setting, arm),
         spread([r["test"]["miou"] for r in cells]),
         spread(paired(results, setting, arm, plain), sign=True) if plain else "plain",
+        verdict(results, setting, arm, plain) if plain else "",
         *(by_seed.get(seed, "-") for seed in seeds),
         spread([r["val_miou"] for r in cells]),
         f"{cells[0]['lr']:.2g}" if cells else "-",
@@ -184,7 +196,8 @@ def _needs(results: Sequence[Result], ready: Ready) -> list[str]:
     lines = []
     for arm in ready.arms:
         for key, name in arm.needs:
-            text = f"- {titles[arm.name]}: `{key}` is the model of {titles.get(name, name)}"
+            own = spread([r["test"]["miou"] for r in cells_of(results, ready.setting.name, name)])
+            text = f"- {titles[arm.name]}: `{key}` is the model of {titles.get(name, name)} (test mIoU {own})"
             if key == "start":
                 difference = spread(paired(results, ready.setting.name, arm.name, arm.long), sign=True)
                 text += f"; against {titles.get(arm.long or '', arm.long)}, with as many steps in all: {difference}"

@@ -43,12 +43,14 @@ class Table:
         any_code: bool = False,
         only_settings: Sequence[str] = (),
         only_arms: Sequence[str] = (),
+        only_seeds: Sequence[int] = (),
     ) -> None:
         """Prepare the datasets and look for the weights; `left_out` says what cannot be run, and why.
 
-        `only_settings` and `only_arms` restrict what is run, with the arms that these need; the page shows all.
+        `only_settings`, `only_arms` and `only_seeds` restrict what is run, with the arms that these need; the page
+        shows all.
         """
-        self.only_settings, self.only_arms = set(only_settings), set(only_arms)
+        self.only_settings, self.only_arms, self.only_seeds = set(only_settings), set(only_arms), set(only_seeds)
         self.profile, self.weights, self.output, self.any_code = profile, weights, output, any_code
         self.left_out: list[str] = []
         self._jobs: dict[tuple[str, Arm, int, float, bool], Job] = {}
@@ -96,8 +98,12 @@ class Table:
     def pending(self) -> Iterator[Job]:
         """Jobs that can start now, the most wanted first; each may be yielded more than once."""
         for ready, arm, seed in self.cells():
-            if ready.setting.name in (self.only_settings or {ready.setting.name}):
-                yield from self._towards(ready, arm, seed) if arm.name in (self.only_arms or {arm.name}) else ()
+            wanted = (
+                ready.setting.name in (self.only_settings or {ready.setting.name})
+                and arm.name in (self.only_arms or {arm.name})
+                and seed in (self.only_seeds or {seed})
+            )
+            yield from self._towards(ready, arm, seed) if wanted else ()
 
     def _towards(self, ready: Ready, arm: Arm, seed: int) -> Iterator[Job]:
         """The cell, or what it waits for: its sweep, and the arms whose models it or its sweep needs."""

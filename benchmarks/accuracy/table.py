@@ -115,7 +115,7 @@ MODE_SWITCHES = (
     Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
 )
 SWITCHES = tuple(
-    Arm(f"lite0-{switch}", "lite0-plain", switch=True)
+    Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
     for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
 )
 TARGET = (

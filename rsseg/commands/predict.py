@@ -123,7 +123,7 @@ def predict(
     ] = None,
     ray_cpus: Annotated[int, typer.Option("--ray-cpus", min=1, help="Cores of a worker on the cluster.")] = 1,
     tries: Annotated[
-        int, typer.Option("--tries", min=1, help="With --ray: give up a scene that has lost so many workers.")
+        int, typer.Option("--tries", min=1, help="With --ray: give up a scene after losing this many workers.")
     ] = 3,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rsseg.commands.console import AsJson, print_facts, print_json, print_note, print_result, print_table
+from rsseg.commands.console import AsJson, bar, print_facts, print_json, print_note, print_result, print_table
 from rsseg.commands.train import wait_passively
 from rsseg.errors import UsageError
 
@@ -102,23 +102,36 @@ def report(
         str | None, typer.Option("--split", help="Evaluation to compare runs on (default: test, else a common one).")
     ] = None,
     root: Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")] = Path("runs"),
+    scenes: Annotated[
+        list[str] | None, typer.Option("--scene", help="Predict this scene and show it; may be given several times.")
+    ] = None,
+    assessment: Annotated[
+        Path | None, typer.Option("--assessment", help="Show this result of `rsseg assess --json`.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="For --scene: auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of a comparison.")] = False,
 ) -> None:
     """Write the report of a run into its folder, or the comparison of several: one HTML file each.
 
     Examples: rsseg report runs/latest
+              rsseg report runs/latest --scene scene.tif --assessment assessment.json
               rsseg report runs/first runs/second -o comparison.html
     """
+    wait_passively()
     from rsseg.files import check_outputs
-    from rsseg.report.page import write_comparison, write_report
+    from rsseg.report.page import Additions, write_comparison, write_report
     from rsseg.runs import find_run
 
     found = [find_run(run, root) for run in runs] if runs else [find_run(None, root)]
     if len(found) == 1:
         if output is not None or split is not None:
             raise UsageError("--output and --split are for comparisons; the report of one run lies in its folder.")
-        print_result(str(write_report(found[0])))
+        with bar("predict") as advance:
+            written = write_report(found[0], Additions(scenes or (), assessment, device), progress=advance)
+        print_result(str(written))
         return
+    if scenes or assessment is not None:
+        raise UsageError("--scene and --assessment are for the report of one run, not for comparisons.")
     file = output or Path("comparison.html")
     check_outputs([("--output", file)], [], overwrite=overwrite)
     print_result(str(write_comparison(found, file, split)))

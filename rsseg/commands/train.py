@@ -35,7 +35,7 @@ def train(
         str | None, typer.Option("--log", help="Trackers: tensorboard, wandb or both (trainer.log).")
     ] = None,
     max_hours: Annotated[
-        float | None, typer.Option("--max-hours", help="Stop, saved, after so many hours (trainer.max_hours).")
+        float | None, typer.Option("--max-hours", help="Save and stop after this many hours (trainer.max_hours).")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for runs.")] = Path("runs"),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rsseg.checkpoint import ModelHeader, find_model, read_header
+from rsseg.checkpoint import calibration_of, find_model, read_header
 from rsseg.errors import CheckFailed, MachineError, UsageError
 from rsseg.export.targets import Geometry, TargetName, check_target, divisor, metadata_of, write_item
 from rsseg.files import check_outputs, replaced
@@ -48,9 +48,12 @@ class Exported:
 
 
 class Deployed(nn.Module):
-    """A network with its normalization and softmax, for square images of one size."""
+    """A network with its normalization, calibration and softmax, for square images of one size.
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    `temperatures` are those of the classes, as in `rsseg.inference.blend.PixelOutputs`; None: 1.
+    """
+
+    def __init__(self, segmenter: Segmenter, temperatures: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.network = segmenter
         self.factor: Tensor
@@ -58,12 +61,19 @@ class Deployed(nn.Module):
         factor = torch.tensor(segmenter.task.scale) * divisor(segmenter.task)
         self.register_buffer("factor", factor.reshape(-1, 1, 1))
         self.register_buffer("offset", torch.tensor(segmenter.task.offset).reshape(-1, 1, 1))
+        self.inverse: Tensor | None
+        # A single temperature needs no look-up of the class of each pixel.
+        known = temperatures if temperatures is None or len(set(temperatures)) > 1 else temperatures[:1]
+        self.register_buffer("inverse", None if known is None else torch.tensor([1 / t for t in known]))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float32 (1, C, S, S), pixels over `divisor` -> probabilities (1, K, S, S)."""
         size = pixels.shape[-2:]
-        logits = self.network.low_resolution_logits(pixels * self.factor + self.offset)
-        return resize_logits(logits, size).softmax(1)
+        logits = resize_logits(self.network.low_resolution_logits(pixels * self.factor + self.offset), size)
+        if self.inverse is not None:
+            each = self.inverse if len(self.inverse) == 1 else self.inverse[logits.argmax(1, keepdim=True)]
+            logits = logits * each
+        return logits.softmax(1)
 
 
 def export_model(
@@ -92,9 +102,11 @@ def export_model(
         UsageError: the target cannot run this network, the tile does not fit it, or the output exists.
         CheckFailed: fewer than 99.9 % of the pixels have rsseg's own class.
         MachineError: a package is missing.
+        WeightsError: the model file is damaged.
     """
     file = find_model(model)
     header = read_header(file)
+    calibration = calibration_of(header, file)
     check_outputs([("--output", output)], [file], overwrite=overwrite)
     known = None if header.task.gsd_m is None else 100 * header.task.gsd_m
     resolution = resolution_cm or known
@@ -105,13 +117,14 @@ def export_model(
     network, _ = ready_to_predict(load_segmenter(file), torch.device("cpu"), torch.float32)
     side = _side(network, tile)
     geometry = Geometry(side, min(network.tile.overlap, side // 4), resolution)
-    deployed = Deployed(network).eval()
+    deployed = Deployed(network, None if calibration is None else calibration.temperatures).eval()
+    metadata = metadata_of(header, geometry, calibration)
     image = torch.full((1, len(header.task.bands), side, side), 0.5) * 255 / divisor(header.task)
     program = None
     if target == "torch-export":
-        program = _write_program(deployed, image, output, header, geometry)
+        program = _write_program(deployed, image, output, metadata)
     else:
-        write_graph(deployed, image, output, metadata=metadata_of(header, geometry))
+        write_graph(deployed, image, output, metadata=metadata)
     agreement = None
     if check is not None:
         agreement = compare(network, program or onnx_runner(output), check, geometry)
@@ -132,12 +145,12 @@ def _side(network: Segmenter, tile: int | None) -> int:
     return side
 
 
-def _write_program(deployed: Deployed, image: Tensor, output: Path, header: ModelHeader, geometry: Geometry) -> Runner:
+def _write_program(deployed: Deployed, image: Tensor, output: Path, metadata: dict[str, str]) -> Runner:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replaced(output, ending=".pt2") as temporary, torch.no_grad():
             program = torch.export.export(deployed, (image,))
-            torch.export.save(program, temporary, extra_files=metadata_of(header, geometry))
+            torch.export.save(program, temporary, extra_files=metadata)
     except RuntimeError as error:
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"{output}: torch.export cannot write this network: {message}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rsseg
-from rsseg.checkpoint import ModelHeader
+from rsseg.checkpoint import Calibration, ModelHeader, calibration_of
 from rsseg.errors import UsageError
 from rsseg.files import write_json
 from rsseg.methods.base import Segmenter
@@ -67,7 +67,7 @@ def check_target(target: TargetName, task: Task, geometry: Geometry) -> None:
         )
 
 
-def metadata_of(header: ModelHeader, geometry: Geometry) -> dict[str, str]:
+def metadata_of(header: ModelHeader, geometry: Geometry, calibration: Calibration | None) -> dict[str, str]:
     """Metadata of an ONNX file for QGIS Deepness, geodeep and rsseg; every value is JSON."""
     task = header.task
     # Both spellings of the tile's side: Deepness reads one and documents the other. No standardization_*: the graph
@@ -86,6 +86,8 @@ def metadata_of(header: ModelHeader, geometry: Geometry) -> dict[str, str]:
         "rsseg_bands": list(task.bands),
         "rsseg_class_values": [c.value for c in task.classes],
         "rsseg_input": f"pixels of type {task.dtype} divided by {divisor(task):g}",
+        "rsseg_temperatures": None if calibration is None else calibration.temperatures,
+        "rsseg_calibrated_on": None if calibration is None else calibration.fitted_on,
     }
     if geometry.resolution_cm is not None:
         values["resolution"] = geometry.resolution_cm
@@ -131,6 +133,9 @@ def item_of(model: Path, header: ModelHeader, segmenter: Segmenter, folder: Path
         "rsseg:version": header.made_with.get("rsseg", rsseg.__version__),
         "rsseg:weights_licenses": licenses(header),
     }
+    if (calibration := calibration_of(header, model)) is not None:
+        # The output of the weights are logits: whoever wants probabilities divides by these first.
+        properties |= {"rsseg:temperatures": calibration.temperatures, "rsseg:calibrated_on": calibration.fitted_on}
     return {
         "type": "Feature",
         "stac_version": "1.1.0",

@@ -78,11 +78,14 @@ def line_chart(
             axes.set_yscale("log")
             # The default formatter writes powers as mathematics.
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
+            low, high = axes.get_ylim()
+            labeled = "2357" if high < 30 * low else "25" if high < 300 * low else ""
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labeled else "")
         axes.set_title(title)
         axes.set_xlabel(x)
         if len(lines) > 1:
-            axes.legend(ncols=2 if len(lines) > 4 else 1)
+            # Below the axis, where it hides no line.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4 if len(lines) != 3 else 3)
 
     return _drawn(draw, label=f"{title} over {x}")
 

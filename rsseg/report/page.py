@@ -1,7 +1,9 @@
 """The report of a run, and the comparison of several, each as one HTML file that needs no network."""
 
 import base64
+import io
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,18 +11,25 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 from pydantic import ValidationError
 
 from rsseg.data.index import SegmentationIndex
-from rsseg.errors import UsageError
+from rsseg.errors import DataError, UsageError
+from rsseg.evaluation.assessment import Assessment, Estimate
 from rsseg.evaluation.result import Compared, Evaluation, compare_runs, evaluations_of, score_name
 from rsseg.files import read_rows, write_text
+from rsseg.inference.network import load_segmenter
 from rsseg.report.figures import difference_chart, line_chart, reliability_chart
 from rsseg.runs import Manifest, RunFolder
+from rsseg.scene.options import Progress, SceneOptions, SceneResult
+from rsseg.scene.predict import predict_scene
+from rsseg.scene.writer import preview_pictures
 from rsseg.task import ClassInfo
 from rsseg.text import duration, load_json
 
 REPORT = "report.html"
+NO_DATA = "#a8adb5"
 _PARTS = ("input.jpg", "truth.png", "prediction.png", "error.png")
 
 
@@ -41,15 +50,46 @@ class Row:
     support: int
 
 
-def write_report(run: RunFolder) -> Path:
+@dataclass(frozen=True)
+class Additions:
+    """Sections of a report that a run folder does not hold.
+
+    scenes: rasters to predict with the model of the run and to show
+    assessment: file that `rsseg assess --json` wrote
+    device: for the scenes
+    """
+
+    scenes: Sequence[str] = ()
+    assessment: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ScenePicture:
+    """A predicted scene; `pictures` are data URIs of input and classes."""
+
+    name: str
+    pictures: tuple[str, str]
+    result: SceneResult
+
+
+def write_report(run: RunFolder, additions: Additions | None = None, *, progress: Progress | None = None) -> Path:
     """Write `report.html` into a run folder, replacing an earlier one; return the file.
+
+    Args:
+        run: with at least one evaluation.
+        additions: further sections.
+        progress: called with the number of finished tiles and of all tiles of each scene.
 
     Raises:
         UsageError: the run has no evaluation, or is not readable.
-        DataError: an evaluation is damaged.
-        MachineError: the file cannot be written.
+        DataError: an evaluation, the assessment or a scene is missing or damaged, or a scene lacks bands.
+        WeightsError: there are scenes, but the run has no model.
+        MachineError: the file cannot be written, or a scene does not fit into memory.
     """
+    additions = additions or Additions()
     manifest, evaluations = run.manifest(), evaluations_of(run)
+    assessment = None if additions.assessment is None else _load_assessment(additions.assessment)
     name, main = next(iter(evaluations.items()))
     classes = _classes(run, manifest)
     steps, metrics = read_rows(run.path / "steps.csv"), read_rows(run.path / "metrics.csv")
@@ -72,8 +112,12 @@ def write_report(run: RunFolder) -> Path:
         examples=_examples(run, name, main),
         charts=[Markup(svg) for svg in _curves(manifest, steps, metrics)],
         reliability=None if calibration is None else Markup(reliability_chart(calibration)),
+        no_data=NO_DATA,
+        scenes=_scenes(run, additions, progress),
+        assessment=assessment,
+        assessment_file=additions.assessment,
         cost=_cost(manifest, steps, main),
-        commands=_commands(run, manifest),
+        commands=_commands(run, manifest, additions),
         made=datetime.now().astimezone().isoformat(timespec="minutes"),
     )
     file = run.path / REPORT
@@ -123,13 +167,21 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"score": _score, "count": _count, "signed": _signed}
+    environment.filters |= {"score": _score, "count": _count, "signed": _signed, "estimate": _estimate}
     environment.globals |= {"score_name": score_name, "zip": zip}
     return environment
 
 
 def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _estimate(estimate: Estimate | None, decimals: int = 3) -> str:
+    """With half of its 95 % interval."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    half = "" if estimate.half_width is None else f" ± {estimate.half_width:,.{decimals}f}"
+    return f"{estimate.value:,.{decimals}f}{half}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def _signed(value: float | None) -> str:
@@ -238,8 +290,49 @@ def _examples(run: RunFolder, name: str, evaluation: Evaluation) -> list[tuple[s
 
 
 def _data_uri(file: Path) -> str:
-    kind = "jpeg" if file.suffix == ".jpg" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    return _uri("jpeg" if file.suffix == ".jpg" else "png", file.read_bytes())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _scenes(run: RunFolder, additions: Additions, progress: Progress | None) -> list[ScenePicture]:
+    """Predict the scenes; the class rasters are dropped once they are drawn."""
+    if not additions.scenes:
+        return []
+    segmenter, found = load_segmenter(run.path), []
+    for scene in additions.scenes:
+        with tempfile.TemporaryDirectory(prefix="rsseg-report-") as folder:
+            options = SceneOptions(device=additions.device)
+            result = predict_scene(segmenter, scene, Path(folder) / "classes.tif", options, progress=progress)
+            image, classes = (_on_gray(picture) for picture in preview_pictures(scene, result.output, segmenter.task))
+        uris = _encoded(image, "jpeg", quality=85), _encoded(classes, "png", optimize=True)
+        found.append(ScenePicture(scene, uris, result))
+    return found
+
+
+def _on_gray(picture: Image.Image) -> Image.Image:
+    """No data in a colour that neither page nor usual classes have; the template names it."""
+    paper = Image.new("RGB", picture.size, NO_DATA)
+    paper.paste(picture, mask=picture)
+    return paper
+
+
+def _encoded(picture: Image.Image, kind: str, **options: int) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return _uri(kind, buffer.getvalue())
+
+
+def _load_assessment(file: Path) -> Assessment:
+    try:
+        return Assessment.model_validate_json(file.read_bytes())
+    except OSError as error:
+        problem = str(error.strerror)
+    except ValidationError:
+        problem = "not the result of an assessment"
+    raise DataError(f"{file}: {problem}. Write it with `rsseg assess MAP POINTS --json > {file}`.")
 
 
 def _cost(manifest: Manifest, steps: Sequence[Mapping[str, str]], main: Evaluation) -> list[tuple[str, str]]:
@@ -256,14 +349,17 @@ def _cost(manifest: Manifest, steps: Sequence[Mapping[str, str]], main: Evaluati
     return rows
 
 
-def _commands(run: RunFolder, manifest: Manifest) -> list[tuple[str, str]]:
+def _commands(run: RunFolder, manifest: Manifest, additions: Additions) -> list[tuple[str, str]]:
     path = str(run.path)
+    added = [word for scene in additions.scenes for word in ("--scene", scene)]
+    if additions.assessment is not None:
+        added += ["--assessment", str(additions.assessment)]
     return [
         ("train again, with the same seed", shlex.join(["rsseg", "train", "--recipe", str(run.recipe_file)])),
         ("as it was started", shlex.join(["rsseg", *manifest.command[1:]])),
         ("evaluate", shlex.join(["rsseg", "eval", "--model", path, "--split", "test"])),
         ("predict a scene", shlex.join(["rsseg", "predict", "scene.tif", "--model", path, "--confidence"])),
-        ("this page", shlex.join(["rsseg", "report", path])),
+        ("this page", shlex.join(["rsseg", "report", path, *added])),
     ]
 
 

@@ -327,6 +327,18 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
         DataError: a raster cannot be read.
         MachineError: the PNG cannot be written.
     """
+    legend = [(info.color, info.name) for info in task.classes]
+    sheet = draw_sheet(preview_pictures(scene, classes, task), legend)
+    about = PngInfo()
+    about.add_text(TAG, "preview")  # so that it is not mistaken for a scene
+    with replaced(output, ending=".png") as temporary:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(temporary, pnginfo=about)
+    return output
+
+
+def preview_pictures(scene: Path | str, classes: Path, task: Task) -> tuple[Image.Image, Image.Image]:
+    """The scene and its classes, RGBA of one size, at most 900 pixels a side; see `draw_preview`."""
     pixels, valid = _read_shown(scene)
     valid &= np.isfinite(pixels).all(axis=0)
     picture = np.dstack([stretched(pixels, valid), np.where(valid, np.uint8(255), np.uint8(0))])
@@ -334,14 +346,7 @@ def draw_preview(scene: Path | str, classes: Path, task: Task, output: Path) -> 
     for info in task.classes:
         palette[info.value] = (*info.color, 255)
     painted = palette[_read_shown(classes, picture.shape[:2])[0][0].astype(np.uint8)]
-    legend = [(info.color, info.name) for info in task.classes]
-    sheet = draw_sheet([Image.fromarray(picture), Image.fromarray(painted)], legend)
-    about = PngInfo()
-    about.add_text(TAG, "preview")  # so that it is not mistaken for a scene
-    with replaced(output, ending=".png") as temporary:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, pnginfo=about)
-    return output
+    return Image.fromarray(picture), Image.fromarray(painted)
 
 
 def _read_shown(path: Path | str, size: tuple[int, ...] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -15,6 +15,7 @@ import torch
 
 from rsseg.checkpoint import ModelHeader, write_model
 from rsseg.cli import run
+from rsseg.export.model import onnx_runner
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
 from tests.conftest import write_tif
@@ -26,7 +27,9 @@ SIDE = 96
 DECODERS = {"segformer": "{type: segformer, channels: 16}", "upernet": "{type: upernet, channels: 16}"}
 
 
-def write_network(folder: Path, decoder: str = "segformer", **changes: Any) -> Path:
+def write_network(
+    folder: Path, decoder: str = "segformer", temperatures: tuple[float, ...] | None = None, **changes: Any
+) -> Path:
     """A model with random weights whose classes differ from patch to patch; pooling cells do not divide the map."""
     task = make_task(classes=4).model_copy(
         update={"dtype": "uint8", "scale": (1 / 255,) * 3, "offset": (0.0,) * 3, "gsd_m": 0.5} | changes
@@ -47,7 +50,7 @@ decoder: {DECODERS[decoder]}
         recipe=recipe.model_dump(mode="json"),
         task=task,
         backbones={"student": {"name": "convnext_mini", "timm_name": "convnext", "license": "none"}},
-        training={},
+        training={} if temperatures is None else {"calibration": {"temperatures": temperatures, "fitted_on": "val"}},
         made_with={"rsseg": "0.1.0", "torch": "2"},
     )
     write_model(folder / "model.safetensors", network.state_dict(), header)
@@ -99,6 +102,36 @@ def test_onnx_runs_where_only_onnxruntime_and_numpy_are(tmp_path: Path) -> None:
         "assert numpy.allclose(shares.sum(1), 1, atol=1e-5); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("temperatures", [(2.5,) * 4, (0.6, 1.7, 3.0, 2.0)], ids=["one", "per class"])
+@pytest.mark.parametrize("target", ["onnx", "torch-export"])
+def test_exported_probabilities_are_calibrated_like_rssegs_own(
+    tmp_path: Path, target: str, temperatures: tuple[float, ...]
+) -> None:
+    pixels = patches(SIDE, SIDE)
+    scene = write_tif(tmp_path / "one.tif", pixels, crs="EPSG:32631")
+    model = write_network(tmp_path, temperatures=temperatures)
+    (tmp_path / "plain").mkdir()
+    plain = write_network(tmp_path / "plain")
+    options = ["--for", target, "--tile", str(SIDE), "--check", str(scene)]
+    for file in (model, plain):
+        assert run(["export", str(file), *options]) == 0
+    images = pixels[None].astype(np.float32) / 255
+    if target == "onnx":
+        found, uncalibrated = (onnx_runner(path / "model.onnx")(images)[0] for path in (tmp_path, tmp_path / "plain"))
+        keys = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+        assert keys["rsseg_temperatures"] == list(temperatures)
+        assert keys["rsseg_calibrated_on"] == "val"
+    else:
+        programs = [torch.export.load(path / "model.pt2").module() for path in (tmp_path, tmp_path / "plain")]
+        found, uncalibrated = (program(torch.from_numpy(images)).detach().numpy()[0] for program in programs)
+    assert (found.argmax(0) == uncalibrated.argmax(0)).all()
+    assert np.abs(found - uncalibrated).max() > 0.05
+    command = ["predict", str(scene), "--model", str(model), "-o", str(tmp_path / "map.tif"), "--engine", "onnx"]
+    assert run([*command, "--probabilities", "float16", "--tile", str(SIDE)]) == 0
+    with rasterio.open(tmp_path / "map_probabilities.tif") as file:
+        np.testing.assert_allclose(found, file.read(), atol=2e-3)
 
 
 def test_torch_export_gives_rssegs_classes_and_keeps_the_metadata(tmp_path: Path, scene: Path) -> None:

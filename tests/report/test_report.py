@@ -1,5 +1,7 @@
 """The report of a run and the comparison of several, through the command line."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -9,19 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import yaml
+from PIL import Image
 
 from rsseg.cli import run
+from rsseg.evaluation.assessment import Sample, Strata, assess
 from rsseg.evaluation.details import Scorer, details_of
 from rsseg.evaluation.result import Evaluation, load_evaluation, save_evaluation
+from rsseg.inference.network import load_segmenter
 from rsseg.report.figures import line_chart
 from rsseg.report.page import write_report
 from rsseg.runs import RunFolder
 from rsseg.training.progress import Progress
 from rsseg.training.run import train
+from tests.conftest import write_tif
 from tests.training.recipes import tiny_recipe, tiny_values
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
 
 
 class Page(HTMLParser):
@@ -95,6 +102,79 @@ def test_report_is_one_file_with_the_scores_of_the_evaluation(
     assert text.count("<svg") >= 4
     assert text.count("data:image/jpeg") == len(result.details.examples)
     assert text.count("data:image/png") == 3 * len(result.details.examples)
+
+
+def test_report_shows_a_predicted_scene_and_an_assessment(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(1, 255, (3, 90, 120)).astype(np.uint8)
+    pixels[:, :30] = 0
+    scene = write_tif(tmp_path / "scenes <1>.tif", pixels, crs="EPSG:32631", nodata=0)
+    sample = Sample(
+        stratum=np.repeat(np.arange(3), 60), mapped=np.repeat(np.arange(3), 60),
+        truth=np.where(np.arange(180) % 10 == 0, 2, np.repeat(np.arange(3), 60)), area=np.ones(180),
+    )  # fmt: skip
+    classes = ("field", "road", "water")
+    result = assess(
+        sample, Strata(classes, (5000, 3000, 2000)), classes, mapped_shares=(0.5, 0.3, 0.2), total_ha=1234.5
+    )
+    Path("assessment.json").write_text(result.model_dump_json())
+    before = set(finished.path.rglob("*"))
+    command = ["report", str(finished.path), "--scene", str(scene), "--assessment", "assessment.json"]
+    assert run([*command, "--device", "cpu"]) == 0
+    text = (finished.path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.balanced
+    assert all(address.startswith(("data:", "#")) for address in page.loads)
+    assert set(finished.path.rglob("*")) - before == {finished.path / "report.html"}, "the class raster is not kept"
+
+    picture, classes_picture = (
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        for uri in re.findall(r'<img src="([^"]+)" alt="(?:input|prediction) of [^"]*scenes &lt;1&gt;', text)
+    )
+    assert picture.size == classes_picture.size == (120, 90)
+    shown = {tuple(color) for color in np.asarray(classes_picture.convert("RGB"))[30:].reshape(-1, 3)}
+    task = load_segmenter(finished.path).task
+    assert shown <= {info.color for info in task.classes}
+    assert np.asarray(classes_picture.convert("RGB"))[:30].reshape(-1, 3).tolist() == [[168, 173, 181]] * (30 * 120)
+    with rasterio.open(run_predict(finished, scene, tmp_path)) as file:
+        counts = [int((file.read(1) == info.value).sum()) for info in task.classes]
+    listed = {row[0]: int(re.sub(r"\s", "", row[3])) for row in page.rows if len(row) == 4 and row[1].endswith("%")}
+    assert listed == dict(zip(classes, counts, strict=True))
+
+    row = next(row for row in page.rows if row[0] == "water" and len(row) == 7 and "±" in row[2])
+    water = result.classes[2]
+    assert row[1] == str(water.points)
+    assert row[3] == f"{water.producers_accuracy.value:.3f} ± {water.producers_accuracy.half_width:.3f}"
+    assert row[6].startswith(f"{water.area_ha.value:.2f} ± " if water.area_ha and water.area_ha.value else "absent")
+    assert f"--assessment {Path('assessment.json')}" in text
+
+
+def run_predict(finished: RunFolder, scene: Path, folder: Path) -> Path:
+    assert run(["predict", str(scene), "--model", str(finished.path), "-o", str(folder / "map.tif")]) == 0
+    return folder / "map.tif"
+
+
+def test_additions_that_cannot_be_shown_are_named(
+    finished: RunFolder, better: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*command: str) -> tuple[int, str]:
+        return run([*command]), " ".join(capsys.readouterr().err.split())
+
+    path = str(finished.path)
+    report = (finished.path / "report.html").read_bytes() if (finished.path / "report.html").exists() else None
+    Path("other.json").write_text('{"points": 3}')
+    for arguments, expected in (
+        (("--assessment", "absent.json"), "absent.json"),
+        (("--assessment", "other.json"), "rsseg assess MAP POINTS --json > other.json"),
+        (("--scene", "absent.tif"), "absent.tif"),
+    ):
+        code, text = said("report", path, *arguments)
+        assert (code, expected in text) == (4, True), text
+    assert said("report", path, str(better.path), "--scene", "absent.tif")[0] == 2
+    now = (finished.path / "report.html").read_bytes() if (finished.path / "report.html").exists() else None
+    assert now == report
 
 
 def with_images(finished: RunFolder, number: int, *, name: str = "test", better: bool = False) -> Evaluation:

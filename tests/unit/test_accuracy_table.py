@@ -182,7 +182,9 @@ def test_filter_of_arms_runs_those_and_what_they_need(dataset: Path, weights: Pa
     (second,) = table.pending()
     assert second.arm == started
     assert second.recipe.start == first.model
-    table.only_settings = {"dubai-10"}
+    table.only_seeds = {1}
+    assert list(table.pending()) == []
+    table.only_seeds, table.only_settings = set(), {"dubai-10"}
     assert list(table.pending()) == []
 
 
@@ -234,7 +236,10 @@ def test_page_gives_the_difference_to_plain_training_of_as_many_steps(
         finish(cell, miou)
         cell.model.touch()
     page = report.write_report(table, tmp_path / "docs").read_text()
-    assert "from the plain run: `start` is the model of a small ResNet from scratch, plain; against" in page
+    assert (
+        "from the plain run: `start` is the model of a small ResNet from scratch, plain (test mIoU 0.500); against"
+        in page
+    )
     assert "with as many steps in all: +0.030" in page
 
 
@@ -266,7 +271,7 @@ def test_page_and_csv_show_every_cell_and_the_paired_difference(dataset: Path, t
     page = report.write_report(table, tmp_path / "docs").read_text()
     row = next(line for line in page.splitlines() if "KTDA with an UNTRAINED" in line)
     assert "0.580 ± 0.042" in row
-    assert "+0.030 ± 0.028" in row
+    assert "+0.030 ± 0.028 | equal" in row
     assert "0.550 | 0.610" in row
     assert "Failed: mini-fixmatch, seed 0: training diverged" in page
     assert "- demo-4, mini-fixmatch: seeds 0, 1" in page
@@ -275,6 +280,26 @@ def test_page_and_csv_show_every_cell_and_the_paired_difference(dataset: Path, t
     rows = list(csv.DictReader((tmp_path / "docs" / "results.csv").open()))
     assert [r["test_miou"] for r in rows if r["arm"] == "mini-plain" and r["score"] == "True"] == ["0.5", "0.6"]
     assert len([r for r in rows if r["score"] == "False"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("plain", "other", "expected"),
+    [
+        ((0.50, 0.54), (0.60, 0.62), "better"),
+        ((0.50, 0.54), (0.40, 0.42), "worse"),
+        ((0.50, 0.54), (0.53, 0.55), "equal"),
+        ((0.50,), (0.60, 0.62), "-"),
+    ],
+)
+def test_verdict_asks_for_more_than_the_pooled_deviation(
+    plain: tuple[float, ...], other: tuple[float, ...], expected: str
+) -> None:
+    results = [
+        {"setting": "s", "arm": arm, "seed": seed, "score": True, "test": {"miou": miou}}
+        for arm, scores in (("plain", plain), ("other", other))
+        for seed, miou in enumerate(scores)
+    ]
+    assert report.verdict(results, "s", "other", "plain") == expected
 
 
 def test_failed_process_leaves_a_result_that_says_so(dataset: Path, tmp_path: Path) -> None:

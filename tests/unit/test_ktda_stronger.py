@@ -118,6 +118,23 @@ def test_features_of_the_task_teacher_are_distilled_beside_its_probabilities(tea
     assert set(losses) == {"seg", "distill", "taught"}
 
 
+def test_backbone_that_teaches_features_and_probabilities_runs_once_on_the_labeled_images(teacher: Path) -> None:
+    method = taught(teacher, PLAIN | {"fam": {"path": "side"}})
+    backbone, batch, passes = method.distillation.teacher.module, batch_of(), []
+    backbone.body.register_forward_hook(lambda *_: passes.append(1))
+    once = method.training_step(batch, 0).losses
+    assert len(passes) == 1
+    expected = method.distillation.teacher_maps(batch["labeled"].images)
+    logits, maps = method.task_teacher.logits(batch["labeled"].images)
+    assert maps is not None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
+    assert not backbone._forward_hooks
+    other = taught(teacher, PLAIN | {"fam": {"path": "side"}, "teacher_input": "student_normalized"})
+    assert other.task_teacher.logits(batch["labeled"].images)[1] is None
+    assert torch.equal(other.task_teacher.logits(batch["labeled"].images)[0], logits)
+    assert other.training_step(batch, 0).losses["taught"].item() == pytest.approx(once["taught"].item())
+
+
 def test_unlabeled_crops_are_taught_by_the_weak_view_to_the_strong_one(teacher: Path) -> None:
     method = taught(teacher, PLAIN | {"student": {"name": "resnet_mini", "weights": "random"}}, unlabeled=True).eval()
     labeled, weak = batch_of()["labeled"], torch.rand(2, 3, 32, 32)
@@ -128,7 +145,7 @@ def test_unlabeled_crops_are_taught_by_the_weak_view_to_the_strong_one(teacher: 
         return method.training_step(batch, 0).losses["taught_unlabeled"].item()
 
     student = method.segmenter(weak)
-    expected = probability_loss(student, method.task_teacher.logits(weak), valid, 2.0).item()
+    expected = probability_loss(student, method.task_teacher.logits(weak)[0], valid, 2.0).item()
     assert loss(weak) == pytest.approx(expected, rel=1e-5)
     assert loss(weak.flip(1)) != pytest.approx(expected, rel=1e-3)
 

@@ -57,14 +57,15 @@ class Distillation(nn.Module):
         """Set the weight of an optimizer step, counted from 0."""
         self.weight.fill_(weight_at(self.settings, step, self.total_steps))
 
-    def forward(self, images: Tensor, aligned: Sequence[Tensor]) -> Tensor:
+    def forward(self, images: Tensor, aligned: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> Tensor:
         """Weighted loss of one micro-step.
 
         Args:
             images: float (B, C, H, W), scaled units.
             aligned: FAM's outputs, or only their sum if fused.
+            maps: the teacher's maps of the images, if they are known.
         """
-        maps = self.teacher_maps(images)
+        maps = self.teacher_maps(images) if maps is None else maps
         loss = distillation_loss(aligned, [fused(maps)] if self.fuse else maps, self.settings)
         return self.weight * loss
 
@@ -78,26 +79,38 @@ class Distillation(nn.Module):
 class TaskTeacher(nn.Module):
     """A frozen network trained on the task, and the divergence of the student's probabilities from its own."""
 
-    def __init__(self, segmenter: Segmenter, settings: TaskTeacherConfig) -> None:
+    def __init__(self, segmenter: Segmenter, settings: TaskTeacherConfig, *, shared: Backbone | None = None) -> None:
+        """Freeze the network; `shared` is its backbone, if that is also the teacher of the distillation."""
         super().__init__()
         self.frozen = Frozen(segmenter)
         self.settings = settings
+        self._shared = (shared,)  # a part of the segmenter, not to be registered twice
 
-    def logits(self, images: Tensor) -> Tensor:
-        """float (B, C, H, W), scaled units -> float logits (B, K, H, W), without a graph."""
-        with torch.no_grad():
-            return cast(Segmenter, self.frozen.module).predict_logits(images)
+    def logits(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """float (B, C, H, W), scaled units -> float logits (B, K, H, W) and the maps of the shared backbone, which thus
+        runs once; None if it is not shared. Without a graph.
+        """
+        maps: list[Sequence[Tensor]] = []
+        hook = None
+        if self._shared[0] is not None:
+            hook = self._shared[0].register_forward_hook(lambda _, __, output: maps.append(output))
+        try:
+            with torch.no_grad():
+                logits = cast(Segmenter, self.frozen.module).predict_logits(images)
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits, maps[0] if maps else None
 
-    def loss(self, student: Tensor, images: Tensor, valid: Tensor, mix: Tensor | None = None) -> Tensor:
+    def loss(self, student: Tensor, theirs: Tensor, valid: Tensor, mix: Tensor | None = None) -> Tensor:
         """Weighted divergence.
 
         Args:
             student: float logits (B, K, H, W); gradients flow.
-            images: float (B, C, H, W), input of the teacher.
+            theirs: float logits (B, K, H, W) of this teacher.
             valid: bool (B, H, W), False for pixels to exclude.
             mix: bool (B, H, W), CutMix box of the student's images, which the teacher's logits then follow.
         """
-        theirs = self.logits(images)
         if mix is not None:
             theirs, valid = cutmix(theirs, mix), cutmix(valid, mix)
         return self.settings.weight * probability_loss(student, theirs, valid, self.settings.temperature)
@@ -226,13 +239,14 @@ class KTDAMethod(Method):
             share = head.weight / len(self.aux_heads)
             losses[f"aux{suffix}"] = share * self.label_loss(aux, masks, divisor=self.recipe.loss_divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(aux, masks)
+        theirs, maps = (None, None) if self.task_teacher is None else self.task_teacher.logits(images)
         if self.distillation:
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
-            losses["distill"] = self.distillation(images, aligned)
-        if self.task_teacher is not None:
-            losses["taught"] = self.task_teacher.loss(logits, images, batch["labeled"].valid)
+            losses["distill"] = self.distillation(images, aligned, maps)
+        if self.task_teacher is not None and theirs is not None:
+            losses["taught"] = self.task_teacher.loss(logits, theirs, batch["labeled"].valid)
             if "unlabeled" in batch:
                 losses["taught_unlabeled"] = self._taught_unlabeled(batch["unlabeled"])
         return StepOutput(losses, logs)
@@ -249,7 +263,7 @@ class KTDAMethod(Method):
             images = cutmix(images, mix)
         with unrecorded_statistics(self.segmenter):
             logits = self.segmenter(images)
-        return self.task_teacher.loss(logits, samples.images, samples.valid, mix)
+        return self.task_teacher.loss(logits, self.task_teacher.logits(samples.images)[0], samples.valid, mix)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""
@@ -306,9 +320,10 @@ def assemble_method(
     recipe: KTDARecipe, segmenter: KTDASegmenter, teacher: Backbone | None, task_teacher: Segmenter | None = None
 ) -> KTDAMethod:
     """Build losses and auxiliary heads of a recipe for given networks; see `build_method`."""
-    distillation = side = None
+    distillation = side = shared = None
     if teacher is None and task_teacher is not None and recipe.side:
         teacher = next(part for part in task_teacher.modules() if isinstance(part, Backbone))
+        shared = teacher if recipe.teacher_input == "own" else None
     if teacher and recipe.fam:
         _check_grid(recipe, teacher)
         distillation = Distillation(
@@ -325,7 +340,9 @@ def assemble_method(
         aux_heads=[make_aux_head(aux, segmenter.decoder.in_channels, segmenter.task.num_classes) for aux in recipe.aux],
         distillation=distillation,
         side=side,
-        task_teacher=TaskTeacher(task_teacher, recipe.task_teacher) if task_teacher and recipe.task_teacher else None,
+        task_teacher=TaskTeacher(task_teacher, recipe.task_teacher, shared=shared)
+        if task_teacher and recipe.task_teacher
+        else None,
     )
 
 

@@ -44,7 +44,16 @@ class FeatureAlignment(nn.Module):
     def forward(self, maps: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """(B, in_channels[i], H_i, W_i) per level of images of `image_size` -> (B, out_channels[i], rows, columns)."""
         rows, columns = (self.grid or -(-side // self.patch) for side in image_size)
-        return [resize(project(level), (rows, columns)) for project, level in zip(self.projections, maps, strict=True)]
+        return [
+            _aligned(project, level, (rows, columns)) for project, level in zip(self.projections, maps, strict=True)
+        ]
+
+
+def _aligned(project: nn.Module, level: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Project and resize in the cheaper order. The two commute, because the weights of a bilinear resize sum to 1."""
+    if level.shape[-2:].numel() > grid[0] * grid[1]:
+        return project(resize(level, grid))  # type: ignore[no-any-return]
+    return resize(project(level), grid)
 
 
 class MultiLevelNeck(nn.Module):
