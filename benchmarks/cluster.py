@@ -22,8 +22,8 @@ from rasterio.transform import from_origin
 from rsseg.checkpoint import read_header
 from rsseg.inference.machine import resident_bytes
 from rsseg.scene import cluster
-from rsseg.scene.batch import Outcome, SceneJob, Target
-from rsseg.scene.options import SceneOptions
+from rsseg.scene.batch import SceneJob, Target
+from rsseg.scene.options import Outcome, SceneOptions
 
 
 class Idle(cluster._Worker):

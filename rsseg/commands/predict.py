@@ -16,9 +16,9 @@ from rsseg.errors import Interrupted, PartialFailure, UsageError
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import Calibration
-    from rsseg.scene.batch import Outcome, SceneJob, Target
+    from rsseg.scene.batch import SceneJob, Target
     from rsseg.scene.cluster import Cluster
-    from rsseg.scene.options import ClassArea, SceneOptions
+    from rsseg.scene.options import ClassArea, Outcome, SceneOptions
     from rsseg.scene.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

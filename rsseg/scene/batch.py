@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import NamedTuple
 
 from rsseg.errors import RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder, write_text
 from rsseg.scene.catalog import check_catalog, check_mosaic, is_catalog, write_catalog, write_mosaic
 from rsseg.scene.memory import PreparedNetwork, prepare_model
-from rsseg.scene.options import ClassArea, Progress, SceneOptions, ScenePlan, SceneResult
+from rsseg.scene.options import ClassArea, Outcome, Progress, SceneOptions, ScenePlan
 from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
@@ -35,22 +33,6 @@ class Target(NamedTuple):
 
     scene: str
     output: Path
-
-
-class Outcome(BaseModel):
-    """How the prediction of a scene ended."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    scene: str
-    output: Path
-    status: Literal["done", "skipped", "failed"]
-    """`skipped`: the output exists, made from the same scene, model and options."""
-    seconds: float
-    error: str | None = None
-    result: SceneResult | None = None
-    exception: Annotated[Exception | None, Field(exclude=True)] = None
-    """Of a failed scene."""
 
 
 def prepare_for(model: Path, options: SceneOptions) -> PreparedNetwork:

@@ -119,7 +119,7 @@ def test_two_processes_end_as_one_that_accumulates(rgb_dataset: Path, tmp_path: 
     """
     recipe = recipe_for(
         rgb_dataset,
-        optimizers={"main": {"name": "sgd", "lr": 0.05}},
+        optimizers={"main": {"name": "sgd", "lr": 0.05, "schedule": {"decay": "constant"}}},
         trainer=VALUES["trainer"] | {"batch_size": 1, "monitor": "last"},
     )
     file = tmp_path / "recipe.yaml"
