@@ -6,6 +6,10 @@ crop needs, in uint8, and leaves the step to normalized float32 to the device ("
 processor). Rounds are interleaved; ratios are taken within a round.
 
     python benchmarks/loader.py [--data FOLDER_WITH_images_AND_masks]
+    python benchmarks/loader.py --small 128
+
+`--small` compares ways to store 1500 small images of this side, more than a reader keeps mapped: the cache, all pixels
+packed in one memory-mapped array, and the PNG files. Prints processor time in milliseconds per image and mask.
 """
 
 import argparse
@@ -112,12 +116,67 @@ def rate(make_batch: Callable[[int], object], batches: int, start: int) -> float
     return batches * BATCH / (time.perf_counter() - begin)
 
 
+def compare_stores(side: int, count: int = 1500) -> None:
+    """Reading small images from the cache, from a packed array, and from their files."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        texture = cv2.resize(rng.normal(100, 30, (side // 4, side // 4, 3)).astype(np.float32), (side, side))
+        pairs = []
+        for number in range(count):
+            pixels = np.clip(texture + rng.normal(0, 4, (side, side, 3)), 0, 255).astype(np.uint8)
+            pair = folder / f"{number}.png", folder / f"{number}-mask.png"
+            for array, file in zip((pixels, rng.integers(0, 5, (side, side), np.uint8)), pair, strict=True):
+                Image.fromarray(array).save(file)
+            pairs.append(pair)
+        cached, direct = (open_stream(folder, pairs, cache=cache)[0] for cache in (True, False))
+        items = cached.plan.items
+        packed = [
+            np.lib.format.open_memmap(folder / name, "w+", np.uint8, (count, side, side, *bands))
+            for name, bands in (("images.npy", (3,)), ("masks.npy", ()))
+        ]
+        for number, item in enumerate(items):  # every image is converted once
+            pixels, _, packed[1][number] = cached._reader.sample(item)
+            packed[0][number] = pixels.transpose(1, 2, 0)
+
+        def read(stream: StreamReader, number: int) -> None:
+            for array in stream._reader.sample(items[number]):
+                np.array(array)
+
+        def milliseconds(take: Callable[[int], object], numbers: np.ndarray) -> float:
+            begin = time.process_time()
+            for number in numbers:
+                take(int(number))
+            return 1e3 * (time.process_time() - begin) / len(numbers)
+
+        times: dict[str, list[float]] = {}
+        for _ in range(ROUNDS):
+            some = rng.permutation(count)[:300]
+            cached._reader._images.clear()
+            cached._reader._masks.clear()
+            runs = {
+                "cache, mapped anew": lambda number: read(cached, number),
+                "cache, still mapped": lambda number: read(cached, number),
+                "packed": lambda number: [np.array(array[number]) for array in packed],
+                "files": lambda number: read(direct, number),
+            }
+            for name, take in runs.items():
+                times.setdefault(name, []).append(milliseconds(take, some))
+    print(f"{count} images of {side} x {side}, {ROUNDS} rounds")
+    for name, values in times.items():
+        print(f"{name:<20}{statistics.median(values):>8.3f} ms   {min(values):.3f}-{max(values):.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with images/ and masks/ of equal stems; default: generated")
+    parser.add_argument("--small", type=int, metavar="SIDE", help="compare stores of small images instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    if arguments.small is not None:
+        compare_stores(arguments.small)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.data is None:

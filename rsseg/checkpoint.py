@@ -7,7 +7,7 @@ start fast.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,8 +179,16 @@ def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def load_into(module: "nn.Module", stored: "Mapping[str, Tensor]", label: str) -> None:
-    """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`."""
+def load_into(
+    module: "nn.Module",
+    stored: "Mapping[str, Tensor]",
+    label: str,
+    place: "Callable[[Tensor, Tensor], Tensor]" = lambda tensor, _: tensor,
+) -> None:
+    """Copy tensors into `module`'s state, strictly; `label` is their file in messages. See `load_tensors`.
+
+    `place` turns a stored tensor into one that can be copied into the module's.
+    """
     own = module.state_dict()
     _check_shapes(own, {name: tuple(tensor.shape) for name, tensor in stored.items()}, label)
     for name, tensor in stored.items():
@@ -194,7 +202,7 @@ def load_into(module: "nn.Module", stored: "Mapping[str, Tensor]", label: str) -
             raise WeightsError(f"{label}: {name!r} is of type {tensor.dtype}, the network needs {kind} type.")
         if floating and not tensor.isfinite().all():
             raise WeightsError(f"{label}: {name!r} holds NaN or infinity. Train or import the model again.")
-    module.load_state_dict(dict(stored))
+    module.load_state_dict({name: place(tensor, own[name]) for name, tensor in stored.items()})
 
 
 def _check_shapes(own: "Mapping[str, Tensor]", stored: Mapping[str, tuple[int, ...]], label: str) -> None:

@@ -38,8 +38,7 @@ class BackboneConfig(Strict):
     drop_path: Probability = 0.0
     """Stochastic depth rate of the last block."""
     frozen_stages: Annotated[int, Field(ge=0)] = 0
-    """Number of first stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for fine-tuning
-    on few images."""
+    """First stages (pyramid; the stem belongs to stage 0) or blocks (ViT) that do not train, for few images."""
     checkpoint: bool = False
     """Activation checkpointing of a vision transformer: less memory in training for one more forward pass per step."""
     statistics: Literal["pretrained", "data"] = "pretrained"
@@ -130,12 +129,13 @@ class TrainerConfig(Strict):
     """Store tensors channels last, which is faster for convolutions on GPUs with tensor cores."""
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over the batches of all GPUs, for batches that are small on each."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: each process keeps a share of weights, gradients and optimizer states, for networks that do not fit."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Capture the training step of a GPU as CUDA graphs after some steps, which saves the launches of single kernels:
     small networks train much faster. `auto`: with one process, if the step can be captured; `on`: or an error."""
     tf32: bool = True
-    """Let a GPU compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), which is several times
-    as fast. Not with `deterministic`."""
+    """Compute float32 products of a GPU in TF32 (10 bits of mantissa), several times as fast; not `deterministic`."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU too, as a CPU always does; an operation that has none is an error."""
     device: str = "auto"
@@ -306,7 +306,7 @@ class NormStatisticsConfig(Strict):
     images: SelectConfig = SelectConfig(split="unlabeled")
     """Images of the place of prediction; their masks are never opened."""
     batches: Count = 32
-    """Number of batches of `trainer.batch_size` crops, without augmentation; the statistics are the mean over them."""
+    """Batches of `trainer.batch_size` crops, without augmentation; the statistics are the mean over them."""
 
 
 class EvalConfig(Strict):

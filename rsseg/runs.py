@@ -1,7 +1,7 @@
 """Run folders: their files, their manifests, and how to find one."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -263,6 +263,11 @@ def choose_model(model: Path | None, root: Path) -> Path:
         WeightsError: there is none.
     """
     return newest_finished(root).model if model is None else find_model(model)
+
+
+def choose_models(models: Sequence[Path] | None, root: Path) -> list[Path]:
+    """`choose_model` of each of several models, or of the newest run."""
+    return [choose_model(model, root) for model in models or (None,)]
 
 
 def _short(cell: str) -> str:

@@ -140,11 +140,10 @@ def _evaluate_model(
     from rsseg.evaluation.details import BOUNDARY_WIDTH
     from rsseg.evaluation.model import DetailOptions, evaluate_model
     from rsseg.evaluation.result import save_evaluation
-    from rsseg.runs import choose_model, run_of
+    from rsseg.runs import choose_models, run_of
 
-    files = [choose_model(each, runs) for each in models] if models else [choose_model(None, runs)]
-    for file in files:
-        print_note(f"Model: {file}")
+    files = choose_models(models, runs)
+    print_note("\n".join(f"Model: {file}" for file in files))
     run = run_of(files[0]) if len(files) == 1 else None
     name = split if data is None else f"{data.resolve().name}-{split}"
     # Reports and comparisons read the evaluations by torch.

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,9 +27,9 @@ from rsseg.text import byte_size
 
 if TYPE_CHECKING:
     from rsseg.checkpoint import Calibration
-    from rsseg.scene.batch import Outcome, SceneJob, Target
+    from rsseg.scene.batch import SceneJob, Target
     from rsseg.scene.cluster import Cluster
-    from rsseg.scene.options import ClassArea, SceneOptions
+    from rsseg.scene.options import ClassArea, Outcome, SceneOptions
     from rsseg.scene.share import Share
 
 
@@ -101,7 +101,9 @@ def predict(
     polygons: Annotated[
         Path | None,
         typer.Option(
-            "--polygons", help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the extension only."
+            "--polygons",
+            help="Also polygons: .gpkg, .geojson, .fgb, .shp or .parquet; or the extension only. With --mosaic: one "
+            "file of all scenes, whose polygons cross their borders.",
         ),
     ] = None,
     min_area: Annotated[
@@ -144,13 +146,13 @@ def predict(
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()
     from rsseg.checkpoint import calibration_of, read_header
-    from rsseg.runs import choose_model
-    from rsseg.scene.batch import SceneJob, check_targets, choose_targets, find_scenes, prepare_for
+    from rsseg.runs import choose_models
+    from rsseg.scene.batch import BatchFiles, SceneJob, choose_targets, find_scenes
     from rsseg.scene.catalog import expand_items
     from rsseg.scene.options import parse_options
-    from rsseg.scene.plan import prepare_scene
     from rsseg.scene.share import Share
 
+    merged = _polygons_of_mosaic(mosaic, polygons)
     options = parse_options(
         tile=tile,
         overlap=overlap,
@@ -175,7 +177,7 @@ def predict(
         unsure_class=unsure_class,
         applicability=applicability,
         disagreement=disagreement,
-        polygons=polygons,
+        polygons=None if merged else polygons,
         min_area=min_area,
         simplify=simplify,
         preview=preview,
@@ -186,12 +188,12 @@ def predict(
     named, ids = expand_items(scenes, asset)
     found = find_scenes(named)
     targets = choose_targets(found, output, _part(part), ids)
-    combined = _Combined(mosaic, catalog)
+    combined = BatchFiles(mosaic, catalog, merged, min_area, simplify)
     combined.check(targets, [*named, *found], overwrite=overwrite, again=skip_existing)
     if not targets:
         print_note(f"No scene belongs to part {part}.")
         return
-    files = [choose_model(each, runs) for each in model] if model else [choose_model(None, runs)]
+    files = choose_models(model, runs)
     if ray is not None and (gpus > 1 or share.count > 1):
         raise UsageError("--ray starts its own workers: leave out --gpus, and give --device cuda for a GPU per worker.")
     if gpus > 1 and share.count == 1 and not dry_run:
@@ -203,10 +205,7 @@ def predict(
             print_note(f"Model: {file}")
             _note_calibration(options, calibration_of(read_header(file), file))
         if dry_run:
-            network = prepare_for(files, options)
-            check_targets(network.network.task, targets, options, job.inputs)
-            plans = [prepare_scene(network, t.scene, t.output, options).describe() for t in targets]
-            print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
+            _print_plans(files, targets, job, as_json=as_json)
             return
         if ray is None:
             outcomes = _here(files, targets, job, share)
@@ -219,7 +218,9 @@ def predict(
         return
     if as_json:
         results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
-    areas = combined.write(files[0], finished)
+    areas, notes = combined.write(read_header(files[0]).task, finished)
+    for note in notes:
+        print_note(note)
     if as_json:
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
@@ -227,6 +228,23 @@ def predict(
         print_result(f"{mosaic}")
     if failed := [outcome.scene for outcome in finished if outcome.status == "failed"]:
         raise PartialFailure(f"{len(failed)} of {len(finished)} scenes failed: {', '.join(failed)}.")
+
+
+def _polygons_of_mosaic(mosaic: Path | None, polygons: Path | None) -> Path | None:
+    """The file of `--polygons` that is traced from the mosaic; None where the scenes have their own."""
+    from rsseg.scene.plan import is_extension
+
+    return None if mosaic is None or polygons is None or is_extension(polygons) else polygons
+
+
+def _print_plans(files: Sequence[Path], targets: "Sequence[Target]", job: "SceneJob", *, as_json: bool) -> None:
+    from rsseg.scene.batch import check_targets, prepare_for
+    from rsseg.scene.plan import prepare_scene
+
+    network = prepare_for(files, job.options)
+    check_targets(network.network.task, targets, job.options, job.inputs)
+    plans = [prepare_scene(network, target.scene, target.output, job.options).describe() for target in targets]
+    print_json(plans) if as_json else print_result("\n".join(plan.text() for plan in plans))
 
 
 def _here(files: Sequence[Path], targets: "Sequence[Target]", job: "SceneJob", share: "Share") -> "Iterator[Outcome]":
@@ -300,42 +318,6 @@ def _print_areas(areas: "Sequence[ClassArea]", output: Path) -> None:
         "Areas counted in pixels are biased by the errors of the map. For areas with intervals, label points: "
         f"rsseg sample {output} --per-stratum 50 -o points.gpkg, then rsseg assess."
     )
-
-
-class _Combined(NamedTuple):
-    """Files about a whole batch."""
-
-    mosaic: Path | None
-    catalog: Path | None
-
-    def check(self, targets: "Sequence[Target]", inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
-        """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
-        from rsseg.files import check_outputs
-        from rsseg.scene.catalog import check_catalog, check_mosaic, is_catalog
-        from rsseg.scene.source import is_local, made_from
-
-        if self.mosaic is not None:
-            check_mosaic(self.mosaic)
-        if self.catalog is not None:
-            check_catalog(self.catalog)
-        read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
-        for option, path, is_own in (("--mosaic", self.mosaic, made_from), ("--catalog", self.catalog, is_catalog)):
-            if path is not None:
-                own = again and path.is_file() and bool(is_own(path))
-                check_outputs([(option, path)], read, overwrite=overwrite or own)
-
-    def write(self, model: Path, finished: "Sequence[Outcome]") -> "tuple[ClassArea, ...]":
-        """Write them from what is finished; returns the areas of the mosaic."""
-        from rsseg.checkpoint import read_header
-        from rsseg.scene.catalog import write_catalog, write_mosaic
-
-        if self.catalog is not None:
-            write_catalog(finished, self.catalog)
-            print_note(f"{self.catalog}")
-        rasters = [outcome.output for outcome in finished if outcome.status != "failed"]
-        if self.mosaic is None or not rasters:
-            return ()
-        return write_mosaic(rasters, read_header(model).task, self.mosaic)
 
 
 def _print(outcome: "Outcome") -> None:

@@ -6,22 +6,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import NamedTuple
 
 from rsseg.checkpoint import read_header
 from rsseg.errors import RssegError, UsageError
 from rsseg.files import PRODUCT_ENDING, append_line, check_outputs, is_file, is_folder, write_text
 from rsseg.inference.ensemble import check_tasks
+from rsseg.scene.catalog import check_catalog, check_mosaic, is_catalog, write_catalog, write_mosaic
 from rsseg.scene.memory import PreparedNetwork, join_networks, prepare_model
-from rsseg.scene.options import Progress, SceneOptions, ScenePlan, SceneResult
+from rsseg.scene.options import ClassArea, Outcome, Progress, SceneOptions, ScenePlan
 from rsseg.scene.plan import PreparedScene, is_extension, list_outputs, prepare_scene
 from rsseg.scene.predict import make_extras, predict_prepared
 from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
 from rsseg.task import Task
 from rsseg.text import read_lines
+from rsseg.vector.write import are_own, polygon_files, write_polygons
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -35,22 +35,6 @@ class Target(NamedTuple):
 
     scene: str
     output: Path
-
-
-class Outcome(BaseModel):
-    """How the prediction of a scene ended."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    scene: str
-    output: Path
-    status: Literal["done", "skipped", "failed"]
-    """`skipped`: the output exists, made from the same scene, model and options."""
-    seconds: float
-    error: str | None = None
-    result: SceneResult | None = None
-    exception: Annotated[Exception | None, Field(exclude=True)] = None
-    """Of a failed scene."""
 
 
 def prepare_for(models: Sequence[Path], options: SceneOptions) -> PreparedNetwork:
@@ -151,6 +135,51 @@ def check_targets(task: Task, targets: Sequence[Target], options: SceneOptions, 
     outputs = [pair for t in targets for pair in list_outputs(task, t.output, options)]
     read = source_files([str(name) for name in inputs] + [target.scene for target in targets])
     check_outputs(outputs, [file for name in read if (file := local_file(name))], overwrite=True)
+
+
+class BatchFiles(NamedTuple):
+    """Files about a whole batch: one map, a list of the outputs, the polygons of the map."""
+
+    mosaic: Path | None
+    catalog: Path | None
+    polygons: Path | None = None
+    """Only with a mosaic."""
+    min_area: float = 0.0
+    simplify: float = 0.0
+    """See `rsseg.vector.write.write_polygons`."""
+
+    def check(self, targets: Sequence[Target], inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
+        """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
+        if self.mosaic is not None:
+            check_mosaic(self.mosaic)
+        if self.catalog is not None:
+            check_catalog(self.catalog)
+        read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
+        for option, path, is_own in (
+            ("--mosaic", self.mosaic, made_from),
+            ("--catalog", self.catalog, is_catalog),
+            *(("--polygons", file, are_own) for file in (polygon_files(self.polygons) if self.polygons else ())),
+        ):
+            if path is not None:
+                own = again and path.is_file() and bool(is_own(path))
+                check_outputs([(option, path)], read, overwrite=overwrite or own)
+
+    def write(self, task: Task, finished: Sequence[Outcome]) -> tuple[tuple[ClassArea, ...], list[str]]:
+        """Write them from what is finished; returns the areas of the mosaic, and notes about the other files."""
+        notes = []
+        if self.catalog is not None:
+            write_catalog(finished, self.catalog)
+            notes.append(f"{self.catalog}")
+        rasters = [outcome.output for outcome in finished if outcome.status != "failed"]
+        if self.mosaic is None or not rasters:
+            return (), notes
+        areas = write_mosaic(rasters, task, self.mosaic)
+        if self.polygons is not None:
+            count = write_polygons(
+                self.mosaic, task, self.polygons, min_area=self.min_area, simplify=self.simplify, overwrite=True
+            )
+            notes += [f"{count} polygons", f"{self.polygons}"]
+        return areas, notes
 
 
 class SceneJob(NamedTuple):

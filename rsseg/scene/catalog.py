@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -24,15 +24,11 @@ from rasterio.warp import transform_geom
 from rsseg.errors import DataError, UsageError
 from rsseg.files import is_file, replaced, write_text
 from rsseg.raster import Raster, Window
-from rsseg.scene.options import ClassArea
+from rsseg.scene.options import ClassArea, Outcome
 from rsseg.scene.source import TAG, is_local
 from rsseg.task import NODATA, Task
 from rsseg.text import load_json, read_text
 from rsseg.vector.grid import Grid
-
-if TYPE_CHECKING:
-    from rsseg.scene.batch import Outcome
-
 
 _SCENE = "rsseg:scene"
 """Property of an item: the input."""
@@ -137,7 +133,7 @@ def _asset(name: str, item: Mapping[str, Any], wanted: str | None) -> Mapping[st
     return chosen
 
 
-def write_catalog(outcomes: Sequence["Outcome"], output: Path) -> None:
+def write_catalog(outcomes: Sequence[Outcome], output: Path) -> None:
     """Write what a batch made: a STAC item collection (.json, .geojson) with what is finished, or a CSV of all scenes.
 
     Raises:
@@ -171,7 +167,7 @@ def is_catalog(path: Path) -> bool:
     return head.startswith(",".join(_COLUMNS)) or _SCENE in head or head.endswith('"features": []\n}\n')
 
 
-def _row(outcome: "Outcome") -> dict[str, Any]:
+def _row(outcome: Outcome) -> dict[str, Any]:
     row = dict.fromkeys(_COLUMNS, "") | {
         "scene": outcome.scene,
         "output": str(outcome.output),

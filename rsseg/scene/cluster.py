@@ -15,8 +15,9 @@ from typing import Any
 import rsseg
 from rsseg.errors import MachineError, RssegError, UsageError
 from rsseg.files import content_hash, is_folder
-from rsseg.scene.batch import Execute, Outcome, SceneJob, Target, predict_target, prepare_for
+from rsseg.scene.batch import Execute, SceneJob, Target, predict_target, prepare_for
 from rsseg.scene.memory import PreparedNetwork
+from rsseg.scene.options import Outcome
 
 _CONNECT_S = 10.0
 """Time limit for reaching the cluster."""

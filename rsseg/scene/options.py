@@ -225,3 +225,19 @@ class ScenePlan(Result):
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
+
+
+class Outcome(BaseModel):
+    """How the prediction of a scene ended."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    scene: str
+    output: Path
+    status: Literal["done", "skipped", "failed"]
+    """`skipped`: the output exists, made from the same scene, model and options."""
+    seconds: float
+    error: str | None = None
+    result: SceneResult | None = None
+    exception: Annotated[Exception | None, Field(exclude=True)] = None
+    """Of a failed scene."""

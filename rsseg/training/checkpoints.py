@@ -5,6 +5,7 @@ order are functions of (seed, rank, step, micro-step), so no random state is sto
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +21,21 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import rsseg
-from rsseg.checkpoint import ModelHeader, load_into, write_model, write_tensors
+from rsseg.checkpoint import ModelHeader, load_into, read_tensors, write_model, write_tensors
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
 from rsseg.errors import DataError, RecipeError, RssegError, WeightsError
 from rsseg.files import publish
 from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import Method, Segmenter, backbone_infos
+from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder
+from rsseg.training.device import shared_as, whole
 
 FREE_KEYS = (
     "name", "title", "reference", "data.path", "data.cache", "trainer.steps", "trainer.eval_every",
     "trainer.checkpoint_every", "trainer.log", "trainer.log_every", "trainer.keep_checkpoints", "trainer.patience",
-    "trainer.max_hours", "trainer.workers", "trainer.device", "eval.batch_size",
+    "trainer.max_hours", "trainer.workers", "trainer.device", "trainer.sharding", "eval.batch_size",
 )  # fmt: skip
 """Recipe values that may change on resume; images are compared by name, not by `data.path`."""
 
@@ -68,6 +71,10 @@ class Identity(BaseModel):
     """Stream or split -> SHA-256 of its image names."""
     processes: int
 
+    def sharing(self) -> tuple[int, int]:
+        """Processes, and micro-steps of each: their product times the batch size is the global batch."""
+        return self.processes, self.recipe.get("trainer", {}).get("grad_accum_steps", 1)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -77,20 +84,31 @@ class Parts:
     ema: Ema | None
     optimizers: Mapping[str, Optimizer]
     scaler: GradScaler
+    template: Segmenter | None = None
+    """The shipped network without weights if the others are divided among processes, see `training.device.shard`."""
 
 
-def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity) -> None:
+def save_state(path: Path, parts: Parts, counters: Counters, identity: Identity, *, writes: bool = True) -> None:
     """Replace the state file atomically: `path` is the complete old or the complete new state at any time.
+
+    All ranks must call it; the one that `writes` keeps the complete tensors in the host's memory for a moment.
 
     Raises:
         MachineError: it cannot be written; the old state is kept.
     """
-    tensors = {f"method/{name}": tensor for name, tensor in parts.method.state_dict().items()}
+    live = {f"method/{name}": tensor for name, tensor in parts.method.state_dict().items()}
     if parts.ema is not None:
-        tensors |= {f"ema/{name}": tensor for name, tensor in parts.ema.module.state_dict().items()}
+        live |= {f"ema/{name}": tensor for name, tensor in parts.ema.module.state_dict().items()}
     for name, optimizer in parts.optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{name}/{index}/{key}": v for key, v in state.items() if v is not None}
+            live |= {f"optimizer/{name}/{index}/{key}": v for key, v in state.items() if v is not None}
+    tensors = {}
+    for name, tensor in live.items():
+        complete = whole(tensor)
+        if writes:
+            tensors[name] = complete if complete is tensor else complete.cpu()
+    if not writes:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         publish(path, path.with_name(PREVIOUS))
@@ -132,6 +150,11 @@ def load_state(
             raise
         counters, before, scaler, stored = _read_state(previous)
         warn(f"{path} is damaged; the run resumes from the state before it, after step {counters.step}.")
+    if (then := before.sharing()) != (now := identity.sharing()) and math.prod(then) == math.prod(now):
+        warn(
+            f"trained by {then[0]} processes with trainer.grad_accum_steps {then[1]} so far, now by {now[0]} with "
+            f"{now[1]}: the global batch is the same, dropout and batch-norm statistics are not."
+        )
     if changes := list(_changes(before, identity)):
         what = "; ".join(change.what for change in changes)
         if not anyway:
@@ -140,9 +163,9 @@ def load_state(
                 f"{path.parents[2]}: cannot be resumed: {what}. {first.remedy} --resume-anyway accepts the change."
             )
         warn(f"resumed with changes: {what}.")
-    load_into(parts.method, _section(stored, "method"), str(path))
+    load_into(parts.method, _section(stored, "method"), str(path), shared_as)
     if parts.ema is not None:
-        load_into(parts.ema.module, _section(stored, "ema"), str(path))
+        load_into(parts.ema.module, _section(stored, "ema"), str(path), shared_as)
     for name, optimizer in parts.optimizers.items():
         kinds = {each.recipe.get("optimizers", {}).get(name, {}).get("name") for each in (before, identity)}
         if len(kinds) > 1:
@@ -150,7 +173,7 @@ def load_state(
             continue
         try:
             _load_optimizer(optimizer, _section(stored, f"optimizer/{name}"))
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise RecipeError(
                 f"{path.parents[2]}: the state of optimizer {name!r} does not fit: {error}. Start a new run."
             ) from None
@@ -160,17 +183,36 @@ def load_state(
 
 
 def _read_state(path: Path) -> tuple[Counters, Identity, dict[str, Any], dict[str, Tensor]]:
+    counters, before, scaler = _read_metadata(path)
+    return counters, before, scaler, read_tensors(path)[0]
+
+
+def _read_metadata(path: Path) -> tuple[Counters, Identity, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             counters = Counters.model_validate_json(metadata["counters"])
-            before = Identity.model_validate_json(metadata["identity"])
-            scaler = json.loads(metadata["scaler"])
-            return counters, before, scaler, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return counters, Identity.model_validate_json(metadata["identity"]), json.loads(metadata["scaler"])
     except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
         raise WeightsError(
             f"{path}: no state to resume from: {error}. Start a new run, or --resume another one."
         ) from None
+
+
+def with_global_batch(recipe: Recipe, path: Path, processes: int) -> Recipe:
+    """The recipe with the micro-steps for which `processes` train on the global batches of a saved state.
+
+    Unchanged where there are none, where the recipe already has another number, or where the state is unreadable.
+    """
+    try:
+        before = _read_metadata(path)[1]
+    except WeightsError:
+        return recipe
+    total, micro_steps = math.prod(before.sharing()), recipe.trainer.grad_accum_steps
+    if processes == before.processes or micro_steps != before.sharing()[1] or total % processes:
+        return recipe
+    trainer = recipe.trainer.model_copy(update={"grad_accum_steps": total // processes})
+    return recipe.model_copy(update={"trainer": trainer})
 
 
 def frozen_hashes(method: nn.Module) -> dict[str, str]:
@@ -197,13 +239,16 @@ class _Change(NamedTuple):
 
 
 def _changes(before: Identity, now: Identity) -> Iterator[_Change]:
+    same_batch = math.prod(before.sharing()) == math.prod(now.sharing())
     for value in changed_values(before.recipe, now.recipe):
-        yield _Change(RecipeError, value, "Restore the recipe, or start a new run.")
-    if before.processes != now.processes:
+        if not (same_batch and value.startswith("trainer.grad_accum_steps:")):
+            yield _Change(RecipeError, value, "Restore the recipe, or start a new run.")
+    if before.processes != now.processes and not same_batch:
         what = (
             f"it was trained by {before.processes} processes, now there are {now.processes}, which changes the batches"
         )
-        yield _Change(RecipeError, what, "Start the same number of processes.")
+        remedy = f"Start as many as before, or a number that divides {math.prod(before.sharing())}."
+        yield _Change(RecipeError, what, remedy)
     for name in (name for name, digest in now.frozen.items() if before.frozen.get(name) != digest):
         what = f"the weights of the frozen {name!r} differ from those at the start of the run"
         yield _Change(WeightsError, what, "Restore the original weight file, or start a new run.")
@@ -214,9 +259,10 @@ def _changes(before: Identity, now: Identity) -> Iterator[_Change]:
 
 def _load_optimizer(optimizer: Optimizer, stored: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in stored.items():
         index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = shared_as(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -270,8 +316,10 @@ class Checkpoints:
         publish(self._folder.best, self._folder.model)
 
     def save_last(self, segmenter: Segmenter, parts: Parts, counters: Counters) -> None:
-        """Save the network as the last, and the state to resume from."""
+        """Save the network as the last, and the state to resume from; all ranks must call it."""
+        state = self._folder.state
         if not self._writes:
+            save_state(state, parts, counters, self._identity, writes=False)
             return
         last = self._folder.last
         self._write(last, segmenter, counters)
@@ -281,7 +329,7 @@ class Checkpoints:
                 old.unlink()
         if self._config.monitor == "last" or counters.best_step is None:
             publish(last, self._folder.model)
-        save_state(self._folder.state, parts, counters, self._identity)
+        save_state(state, parts, counters, self._identity)
         self._folder.update_manifest(steps=counters.step, best_score=counters.best_score, best_step=counters.best_step)
 
     def save_batch(self, batch: Batch, rank: int) -> Path:

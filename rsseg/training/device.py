@@ -1,17 +1,27 @@
-"""The device of a run: choice, batches copied ahead, float32 arithmetic."""
+"""The device of a run: choice, batches copied ahead, float32 arithmetic, parameters shared among processes."""
 
-from collections.abc import Generator, Iterator, Mapping
+import copy
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rsseg.backbones.backbone import Backbone
 from rsseg.config import TrainerConfig
 from rsseg.data.streams import Batch, Samples
 from rsseg.distributed import Ranks
 from rsseg.errors import RecipeError
 from rsseg.inference.device import own_device, resolve_precision
+from rsseg.methods.base import Method, Segmenter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+SMALLEST_SHARD = 1_000_000
+"""Parameters of a backbone's block from which it is gathered on its own; smaller ones with the rest of the network."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +105,64 @@ def tensors_by_name(samples: Samples) -> Mapping[str, Tensor]:
     """The tensors that a stream has."""
     values = {field.name: getattr(samples, field.name) for field in fields(samples)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def shard(method: Method, averages: Sequence[nn.Module], device: torch.device, processes: int) -> None:
+    """Divide the parameters of a method and its teachers among all processes, which must all call it, by torch's FSDP2.
+
+    The blocks of a backbone are gathered while they compute, one after the other; the rest of a teacher's backbone
+    during its forward pass; all other parameters from the beginning of the method's forward pass to the end of its
+    backward pass. `averages` are divided alike; they do not compute.
+    """
+    # Importing it takes half as long as importing torch.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    taught = [body for teacher in method.frozen_teachers() for body in _bodies(teacher.module)]
+    for body in (*taught, *_bodies(method)):
+        groups = [part for part in body.modules() if isinstance(part, nn.Sequential | nn.ModuleList)]
+        for block in reversed([child for group in groups for child in group.children()]):
+            if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST_SHARD:
+                fully_shard(block, mesh=mesh)
+    for module in taught:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in (*averages, method):
+        fully_shard(module, mesh=mesh)
+
+
+def _bodies(module: nn.Module) -> list[nn.Module]:
+    return [part.body for part in module.modules() if isinstance(part, Backbone)]
+
+
+def is_shared(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether a tensor is divided among the processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the shares of all processes, which must all call this in the same order."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor
+
+
+def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A complete tensor, divided among the processes as `like` if they have the same shape."""
+    if not is_shared(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device, like.dtype)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def without_weights(segmenter: Segmenter) -> Segmenter:
+    """A copy whose parameters need no memory, see `with_weights`; buffers are copied."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in segmenter.parameters()}
+    return copy.deepcopy(segmenter, empty)
+
+
+def with_weights(template: Segmenter, sharded: Segmenter) -> Segmenter:
+    """A complete copy of a network whose parameters are divided among the processes, which must all call this."""
+    segmenter = copy.deepcopy(template)
+    segmenter.load_state_dict({name: whole(tensor) for name, tensor in sharded.state_dict().items()}, assign=True)
+    return segmenter.requires_grad_(False)

@@ -27,8 +27,16 @@ from rsseg.recipe import Recipe
 from rsseg.runs import ExitState, RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.batch_size import largest_batch
-from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts, frozen_hashes, load_state
-from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products
+from rsseg.training.checkpoints import (
+    Checkpoints,
+    Counters,
+    Identity,
+    Parts,
+    frozen_hashes,
+    load_state,
+    with_global_batch,
+)
+from rsseg.training.device import Hardware, check_gpu, choose_hardware, float32_products, shard, without_weights
 from rsseg.training.final import evaluate_shipped, open_statistics, ship_statistics
 from rsseg.training.plan import (
     TrainPlan,
@@ -94,12 +102,9 @@ def train(
             recorder.on_error(MachineError(message))
 
     with _session(recipe, record) as ranks:
-        recipe = _sized(recipe, ranks)
+        recipe = _sized(recipe, ranks, None if resume is None else find_run(resume, output).state)
         built = _build(recipe, ranks)
-        parts, identity = _parts(recipe, built), _identity(recipe, built)
-        if built.hardware.amp_dtype is not None:
-            for teacher in built.method.frozen_teachers():
-                teacher.store_as(built.hardware.amp_dtype)
+        parts, identity = _parts_and_identity(recipe, built)
         notes = absent_classes(built.method, built.streams, built.task)
         load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
         run, counters = _open_run(recipe, load, output=output, name=name, resume=resume)
@@ -167,12 +172,12 @@ def plan(
     Its warnings are raised as `RssegWarning`.
     """
     with _session(recipe) as ranks:
-        recipe = _sized(recipe, ranks)
+        recipe = _sized(recipe, ranks, None if resume is None else find_run(resume, output).state)
         built = _build(recipe, ranks)
         notes = absent_classes(built.method, built.streams, built.task)
         plan = built.plan
         if resume is not None:
-            parts, identity = _parts(recipe, built), _identity(recipe, built)
+            parts, identity = _parts_and_identity(recipe, built)
             load = partial(load_state, parts=parts, identity=identity, anyway=resume_anyway, warn=notes.append)
             run, counters = _open_run(recipe, load, output=output, name=None, resume=resume)
             plan = plan.model_copy(update={"run": run.path, "start_step": counters.step})
@@ -245,13 +250,26 @@ def _explained() -> Iterator[None]:
         raise
 
 
-def _sized(recipe: Recipe, ranks: distributed.Ranks) -> Recipe:
-    """The recipe with a number for `trainer.batch_size: auto`."""
+def _sized(recipe: Recipe, ranks: distributed.Ranks, state: Path | None) -> Recipe:
+    """The recipe with a number for `trainer.batch_size: auto`, and with the global batch of a state to resume."""
+    if state is not None:
+        recipe = with_global_batch(recipe, state, ranks.world_size)
     if recipe.trainer.batch_size != "auto":
         return recipe
     task = Datasets(recipe.data, recipe.seed).task
     size = largest_batch(recipe, task, choose_hardware(recipe.trainer, ranks))
     return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"batch_size": size})})
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    """Raise `RecipeError` for options that do not work with `trainer.sharding: full`."""
+    if recipe.trainer.sharding == "none":
+        return
+    tune = getattr(recipe, "tune", "full")
+    if recipe.trainer.amp_dtype == "fp16":
+        raise RecipeError("trainer.sharding: full does not scale losses as fp16 needs. Set trainer.amp_dtype: bf16.")
+    if tune != "full":
+        raise RecipeError(f"trainer.sharding: full is for networks that train as a whole, not for tune: {tune}.")
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
@@ -265,6 +283,7 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     if recipe.trainer.sync_batch_norm and ranks.world_size > 1:
         check_gpu(hardware, "trainer.sync_batch_norm", "Set it to false")
         synchronize_batch_norms(method)
+    _check_sharding(recipe)
     check_settings(recipe.eval, method.deployable())
     if recipe.trainer.channels_last:
         method = method.to(memory_format=torch.channels_last)
@@ -276,14 +295,24 @@ def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:
     return _Built(task, datasets, hardware, method, streams, validation, statistics, plan)
 
 
-def _parts(recipe: Recipe, built: _Built) -> Parts:
-    """The objects that are trained and saved."""
-    return Parts(
-        method=built.method,
-        ema=Ema(built.method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None,
-        optimizers=build_optimizers(built.method, recipe.optimizers),
-        scaler=GradScaler(built.hardware.device.type, enabled=built.hardware.amp_dtype == torch.float16),
+def _parts_and_identity(recipe: Recipe, built: _Built) -> tuple[Parts, Identity]:
+    """The objects that are trained and saved, and what must stay the same; teachers get their storage type."""
+    method, device, identity = built.method, built.hardware.device, _identity(recipe, built)
+    if built.hardware.amp_dtype is not None:
+        for teacher in method.frozen_teachers():
+            teacher.store_as(built.hardware.amp_dtype)
+    ema, template = Ema(method.deployable(), recipe.ema_decay) if recipe.trainer_averages else None, None
+    if recipe.trainer.sharding == "full" and built.plan.processes > 1:
+        template = without_weights(method.deployable())
+        shard(method, [] if ema is None else [ema.module], device, built.plan.processes)
+    parts = Parts(
+        method=method,
+        ema=ema,
+        optimizers=build_optimizers(method, recipe.optimizers),
+        scaler=GradScaler(device.type, enabled=built.hardware.amp_dtype == torch.float16),
+        template=template,
     )
+    return parts, identity
 
 
 def _evaluation(recipe: Recipe, built: _Built) -> Evaluate | None:

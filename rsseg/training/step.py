@@ -16,7 +16,7 @@ from rsseg.data.streams import Batch
 from rsseg.errors import RecipeError
 from rsseg.methods.base import Method, StepOutput
 from rsseg.training.checkpoints import Parts
-from rsseg.training.device import Hardware
+from rsseg.training.device import Hardware, is_shared
 
 
 def build_optimizers(method: Method, configs: Mapping[str, OptimizerConfig]) -> dict[str, Optimizer]:
@@ -50,9 +50,10 @@ def build_optimizers(method: Method, configs: Mapping[str, OptimizerConfig]) -> 
 
 
 def _build(config: OptimizerConfig, groups: list[dict[str, object]]) -> Optimizer:
-    # Fused kernels exist on these devices only; elsewhere torch chooses.
+    # Fused kernels exist on these devices only, that of SGD for complete tensors only; elsewhere torch chooses.
     parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-    fused = True if all(p.device.type in ("cpu", "cuda") for p in parameters) else None
+    complete = config.name != "sgd" or not any(map(is_shared, parameters))
+    fused = True if complete and all(p.device.type in ("cpu", "cuda") for p in parameters) else None
     match config.name:
         case "adamw":
             return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -137,12 +138,15 @@ class EagerStep:
     def __init__(self, parts: Parts, recipe: BaseRecipe, hardware: Hardware, *, alone: bool = False) -> None:
         """Prepare steps of all processes, or of this one `alone`."""
         self.parts, self.config, self.hardware = parts, recipe.trainer, hardware
-        self.model = parts.method if alone else distributed.wrap(parts.method, hardware.device)
+        self._shared = parts.template is not None  # its parameters are: torch averages gradients where it divides them
+        self.model = parts.method if alone or self._shared else distributed.wrap(parts.method, hardware.device)
         self._seed, self._rank = recipe.seed, distributed.current_ranks().rank
 
     def gradients(self, batch: Batch, step: int, micro: int) -> MicroStep:
         """See `Step`; ranks exchange gradients in the last micro-step."""
         self.seed(step, micro)
+        if self._shared and micro == 0:
+            distributed.broadcast_buffers(self.model)  # as DistributedDataParallel does
         with distributed.gradient_sync(self.model, on=micro == self.config.grad_accum_steps - 1):
             output, loss = self.forward(self.model, batch, step)
             done = MicroStep(batch, output, loss)

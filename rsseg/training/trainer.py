@@ -16,9 +16,10 @@ from rsseg.data.streams import Batch
 from rsseg.distributed import StopSignals
 from rsseg.errors import Interrupted, RecipeError
 from rsseg.evaluation.result import Evaluation
+from rsseg.layers.ema import own_share
 from rsseg.methods.base import Segmenter, StepOutput
 from rsseg.training.checkpoints import Checkpoints, Counters, Parts
-from rsseg.training.device import Hardware, prefetched
+from rsseg.training.device import Hardware, prefetched, with_weights
 from rsseg.training.graphs import make_step
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
 from rsseg.training.step import BufferSnapshot, MicroStep, lr_at, set_rate
@@ -81,10 +82,10 @@ class Trainer:
 
     @property
     def shipped(self) -> Segmenter:
-        """The network that is evaluated and saved: the student or its average."""
-        if self.parts.ema is not None:
-            return cast(Segmenter, self.parts.ema.module)
-        return self.parts.method.deployable()
+        """The network that is evaluated and saved: the student or its average. All ranks must ask for it."""
+        ema, template = self.parts.ema, self.parts.template
+        segmenter = self.parts.method.deployable() if ema is None else cast(Segmenter, ema.module)
+        return segmenter if template is None else with_weights(template, segmenter)
 
     def fit(self) -> str:
         """Train to the end; return why it ended: `all steps`, `patience`, `max_hours`, or the name of a signal.
@@ -187,7 +188,7 @@ class Trainer:
     def _report(self) -> None:
         step, now = self.counters.step, time.monotonic()
         losses, logs = self.means.take()
-        weights = [p.detach() for p in self.parts.method.parameters() if p.requires_grad]
+        weights = [own_share(p.detach()) for p in self.parts.method.parameters() if p.requires_grad]
         if not bool(torch.stack(torch._foreach_norm(weights)).isfinite().all()):
             raise self._diverged(step)
         self.bad_losses = []

@@ -64,6 +64,14 @@ def polygon_files(output: Path) -> tuple[Path, ...]:
     return (output,)
 
 
+def are_own(path: Path) -> bool:
+    """Whether a file holds polygons of `write_polygons`."""
+    try:
+        return tuple(pyogrio.read_info(path)["fields"]) == tuple(_FIELDS)
+    except VECTOR_ERRORS:
+        return False
+
+
 def write_polygons(
     classes: Path, task: Task, output: Path, *, min_area: float = 0.0, simplify: float = 0.0, overwrite: bool = False
 ) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
 import pystac
 import pytest
 import rasterio
+import shapely
 from rasterio.transform import from_origin
 
 from rsseg.cli import run
@@ -241,3 +243,28 @@ def test_batch_writes_mosaic_and_catalogues(tmp_path: Path, capsys: pytest.Captu
     assert table.read_text() == "mine"
     assert run([*call, "--mosaic", "all.png"]) == 2
     assert "--mosaic writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["vrt", "tif"])
+def test_polygons_of_a_mosaic_cross_the_borders_of_scenes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    model, out = write_tiny_model(tmp_path), tmp_path / "out"
+    for name, left in (("a", 500000.0), ("b", 500050.0)):
+        write(tmp_path / "in" / f"{name}.tif", np.zeros((3, 40, 50), np.uint8), left=left)
+    polygons = tmp_path / "all.gpkg"
+    call = ["predict", str(tmp_path / "in"), "--model", str(model), "-o", str(out), *OPTIONS]
+    both = ["--mosaic", str(tmp_path / f"all.{ending}"), "--polygons", str(polygons)]
+    assert run([*call, *both]) == 0
+    assert "\n1 polygons\n" in capsys.readouterr().err
+    found = pyogrio.raw.read(polygons)
+    assert int(found[3][0][0]) == int(rasterio.open(tmp_path / f"all.{ending}").read(1)[0, 0])
+    (shape,) = shapely.from_wkb(found[2])
+    assert shape.bounds == (500000.0, 5399960.0, 500100.0, 5400000.0)
+    assert not list(out.glob("*.gpkg"))
+    assert run([*call, *both, "--skip-existing"]) == 0
+    polygons.write_text("mine")
+    assert run([*call, *both, "--skip-existing"]) == 2
+    assert polygons.read_text() == "mine"
+    assert run([*call, "--polygons", str(polygons)]) == 2
+    assert "give the extension only" in capsys.readouterr().err

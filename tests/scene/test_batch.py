@@ -15,8 +15,9 @@ from rsseg.errors import UsageError
 from rsseg.methods.base import Segmenter
 from rsseg.methods.registry import segmenter_for
 from rsseg.recipe import RecipeSource, parse_recipe
-from rsseg.scene.batch import JOURNAL, QUARANTINE, Outcome, Target, choose_targets, find_scenes, predict_scenes
+from rsseg.scene.batch import JOURNAL, QUARANTINE, Target, choose_targets, find_scenes, predict_scenes
 from rsseg.scene.memory import PreparedNetwork, prepare_network
+from rsseg.scene.options import Outcome
 from rsseg.scene.predict import predict_scene
 from tests.conftest import write_tif
 from tests.scene.helpers import RECIPE, files_in, options, random_pixels, write_tiny_model

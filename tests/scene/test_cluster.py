@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from rsseg.cli import run
-from rsseg.scene.batch import JOURNAL, QUARANTINE, Outcome, Target
+from rsseg.scene.batch import JOURNAL, QUARANTINE, Target
 from rsseg.scene.cluster import _Worker
+from rsseg.scene.options import Outcome
 from tests.conftest import write_tif
 from tests.scene.helpers import write_tiny_model
 

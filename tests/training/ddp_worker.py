@@ -1,5 +1,5 @@
-"""One rank of the two-process tests: trains a small method, writes weights and losses. Arguments: folder, accumulation,
-name of the case."""
+"""One rank of the two-process tests: trains a small method, writes weights and losses; again from the state that one
+process left after two steps; and again with shared parameters. Arguments: folder, accumulation, name of the case."""
 
 import shutil
 import sys
@@ -15,15 +15,16 @@ from torch.amp.grad_scaler import GradScaler
 
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch, Samples, training_batches
-from rsseg.distributed import StopSignals, process_group
+from rsseg.distributed import StopSignals, current_ranks, process_group
 from rsseg.evaluation.result import Evaluation
 from rsseg.methods.base import Method, Segmenter
 from rsseg.methods.registry import method_for
 from rsseg.metrics import scores
 from rsseg.recipe import recipe_from_dict
 from rsseg.runs import RunFolder
-from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts
-from rsseg.training.device import Hardware
+from rsseg.training import device as device_module
+from rsseg.training.checkpoints import Checkpoints, Counters, Identity, Parts, load_state, save_state
+from rsseg.training.device import Hardware, is_shared, shard, whole, without_weights
 from rsseg.training.progress import Progress, StepReport
 from rsseg.training.step import build_optimizers
 from rsseg.training.trainer import Trainer
@@ -126,30 +127,63 @@ def scored(segmenter: Segmenter, file: Path) -> Evaluation:
     return Evaluation(counts=counts, scores=scores(counts, ["a", "b"]), images=1, seconds=0.0)
 
 
-def main(folder: Path, accumulate: int, case: str) -> None:
-    torch.set_num_threads(1)
+class States(Checkpoints):
+    """Keeps the state of every checkpoint, and no model."""
+
+    def save_last(self, segmenter: Segmenter, parts: Parts, counters: Counters) -> None:
+        assert not any(map(is_shared, segmenter.state_dict().values()))
+        kind = "shared" if parts.template is not None else str(self._identity.processes)
+        file = state_file(self._folder.path, kind, counters.step)
+        save_state(file, parts, counters, self._identity, writes=self._writes)
+
+
+def state_file(folder: Path, kind: str, step: int) -> Path:
+    return folder / "state" / f"{kind}-{step}" / "state.safetensors"
+
+
+def train(folder: Path, accumulate: int, case: str, *, resume: Path | None = None, shared: bool = False) -> None:
+    """A few steps, or those after a state; files of a resumed training begin with `resumed`, of a shared one with
+    `shared`.
+    """
     recipe, method, batches = CASES[case](
-        {"grad_accum_steps": accumulate, "monitor": "last", "eval_every": 100, "checkpoint_every": 100, "log_every": 1}
+        {"grad_accum_steps": accumulate, "monitor": "last", "eval_every": 100, "checkpoint_every": 2, "log_every": 1}
     )
-    losses = Losses()
-    with process_group("cpu") as ranks, StopSignals() as signals:
-        parts = Parts(method, None, build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=False))
-        identity = Identity(recipe={}, frozen={}, splits={}, processes=ranks.world_size)
+    losses, ranks = Losses(), current_ranks()
+    prefix = f"{'shared-' if shared else ''}{'' if resume is None else 'resumed-'}{ranks.world_size}"
+    device, template = torch.device("cpu"), without_weights(method.deployable()) if shared else None
+    if shared:
+        shard(method, [], device, ranks.world_size)
+    with StopSignals() as signals:
+        optimizers, scaler = build_optimizers(method, recipe.optimizers), GradScaler("cpu", enabled=False)
+        parts = Parts(method, None, optimizers, scaler, template)
+        given = {"trainer": {"grad_accum_steps": accumulate}}
+        identity = Identity(recipe=given, frozen={}, splits={}, processes=ranks.world_size)
         trainer = Trainer(
             parts,
             recipe,
-            Hardware(torch.device("cpu")),
-            Counters(),
+            Hardware(device),
+            Counters() if resume is None else load_state(resume, parts, identity),
             batches_from=lambda step: batches(step, ranks.rank, ranks.world_size),
-            evaluate=lambda segmenter, stop: scored(segmenter, folder / f"{ranks.world_size}-{ranks.rank}.safetensors"),
-            checkpoints=Checkpoints(RunFolder(folder), recipe, identity, used={}, writes=False),
+            evaluate=lambda segmenter, stop: scored(segmenter, folder / f"{prefix}-{ranks.rank}.safetensors"),
+            checkpoints=States(RunFolder(folder), recipe, identity, used={}, writes=ranks.is_main),
             progress=losses,
             signals=signals,
         )
         assert trainer.fit() == "all steps"
+        weights = {name: whole(tensor) for name, tensor in method.state_dict().items()}
         if ranks.is_main:
             logged = {f"loss.{name}": torch.tensor(values) for name, values in losses.seen.items()}
-            save_file(method.state_dict() | logged, folder / f"{ranks.world_size}.safetensors")
+            save_file(weights | logged, folder / f"{prefix}.safetensors")
+
+
+def main(folder: Path, accumulate: int, case: str) -> None:
+    torch.set_num_threads(1)
+    device_module.SMALLEST_SHARD = 1  # every block is gathered on its own
+    with process_group("cpu"):
+        train(folder, accumulate, case)
+        train(folder, accumulate, case, resume=state_file(folder, "1", 2))
+        train(folder, accumulate, case, shared=True)
+        train(folder, accumulate, case, shared=True, resume=state_file(folder, "1", 2))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ddp_worker import main
+from tests.training.ddp_worker import state_file, train
 
 HANGING_S = 15.0
 """Far above the second that it takes, far below the minutes that a process group waits for a lost process."""
@@ -20,7 +20,7 @@ def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *worker], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [*launcher, *worker], env=environment, capture_output=True, text=True, check=False, timeout=400
     )
 
 
@@ -35,22 +35,33 @@ def in_two_processes(*worker: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_two_processes_with_accumulation_equal_one_process(case: str, rtol: float, atol: float, tmp_path: Path) -> None:
+    """Also if two processes resume what one began, the reverse, and if they share the parameters."""
+    torch.set_num_threads(1)
+    train(tmp_path, 4, case)
     done = in_two_processes("-m", "tests.training.ddp_worker", str(tmp_path), "2", case)
     assert done.returncode == 0, done.stderr[-3000:]
-    main(tmp_path, 4, case)
-    first, second = (load_file(tmp_path / f"2-{rank}.safetensors") for rank in (0, 1))
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == [], "ranks score what ships"
-    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
-    assert one.keys() == two.keys()
+    train(tmp_path, 4, case, resume=state_file(tmp_path, "2", 2))
+    for way in ("2", "shared-2"):
+        first, second = (load_file(tmp_path / f"{way}-{rank}.safetensors") for rank in (0, 1))
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == [], "ranks score what ships"
+    states = [load_file(state_file(tmp_path, kind, 2)) for kind in ("2", "shared")]
+    assert len({tuple((name, t.shape, t.dtype) for name, t in state.items()) for state in states}) == 1
+    one = load_file(tmp_path / "1.safetensors")
     # running statistics follow the images that each process sees; they are the main process's
     compared = [name for name in one if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert sum(name.startswith("loss.") for name in compared) == LOSSES[case]
-    for name in compared:
-        single = name.startswith("loss.")  # logged in single precision
-        assert not single or one[name].max() > 0
-        close = {"rtol": max(rtol, 1e-6) if single else rtol, "atol": max(atol, 1e-8) if single else atol}
-        torch.testing.assert_close(two[name], one[name], **close, msg=lambda text, n=name: f"{n}: {text}")
+    for other in ("2", "resumed-1", "resumed-2", "shared-2", "shared-resumed-2"):
+        two = load_file(tmp_path / f"{other}.safetensors")
+        assert one.keys() == two.keys()
+        for name in compared:
+            single = name.startswith("loss.")  # logged in single precision
+            assert not single or one[name].max() > 0
+            expected = one[name][-len(two[name]) :]
+            close = {"rtol": max(rtol, 1e-6) if single else rtol, "atol": max(atol, 1e-8) if single else atol}
+            torch.testing.assert_close(
+                two[name], expected, **close, msg=lambda text, n=f"{other}: {name}": f"{n}: {text}"
+            )
 
 
 def test_failure_of_one_process_ends_the_other_at_once_with_its_message(tmp_path: Path) -> None:

@@ -114,25 +114,37 @@ def test_missing_teacher_weights_are_reported_before_any_image_is_read(rgb_datas
 
 
 def test_two_processes_end_as_one_that_accumulates(rgb_dataset: Path, tmp_path: Path) -> None:
-    """One sample per micro-step, so that CutMix has the same partner either way."""
+    """Also if they share the parameters, and if one process resumes them. One sample per micro-step, so that CutMix has
+    the same partner either way.
+    """
     recipe = recipe_for(
         rgb_dataset,
-        optimizers={"main": {"name": "sgd", "lr": 0.05}},
+        optimizers={"main": {"name": "sgd", "lr": 0.05, "schedule": {"decay": "constant"}}},
         trainer=VALUES["trainer"] | {"batch_size": 1, "monitor": "last"},
     )
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     models = {}
-    for name, options in (("one", ["--grad-accum-steps", "2"]), ("two", ["--gpus", "2"])):
-        command = [sys.executable, "-m", "rsseg", "train", "--recipe", str(file), "--output", str(tmp_path / name)]
-        done = subprocess.run(
-            [*command, *options, "--json"], env=environment, capture_output=True, text=True, check=False
-        )
+
+    def train(name: str, *options: str) -> str:
+        command = [sys.executable, "-m", "rsseg", "train", "--output", str(tmp_path / name.partition(" ")[0]), "--json"]
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads(done.stdout)["steps"] == 4
-        (run,) = (tmp_path / name).glob("*_mtdf_*")
-        models[name] = load_file(run / "model.safetensors")
-    assert models["one"].keys() == models["two"].keys()
-    for name, tensor in models["one"].items():
-        torch.testing.assert_close(tensor, models["two"][name], rtol=1e-4, atol=1e-6)
+        result = json.loads(done.stdout)
+        models[name] = result["steps"], load_file(result["model"])
+        assert "resumed" not in name or "the global batch is the same" in done.stderr
+        return str(result["run"])
+
+    start = ("--recipe", str(file), "--steps")
+    train("one", *start, "4", "--grad-accum-steps", "2")
+    train("two", *start, "4", "--gpus", "2")
+    shared = train("shared", *start, "2", "--gpus", "2", "--set", "trainer.sharding=full")
+    train("shared resumed", "--resume", shared, "--steps", "4")
+    assert [steps for steps, _ in models.values()] == [4, 4, 2, 4]
+    _, expected = models["one"]
+    for way in ("two", "shared resumed"):
+        _, found = models[way]
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)

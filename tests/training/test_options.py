@@ -1,20 +1,22 @@
 """Options that no packaged recipe sets: each changes a run."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from rsseg.config import EvalConfig
+from rsseg.errors import RecipeError
 from rsseg.inference.image import predict_image
 from rsseg.methods.dasegnet.adversarial import gan_loss
 from rsseg.methods.dasegnet.recipe import DecoderConfig, NeckConfig
 from rsseg.methods.registry import method_for
-from rsseg.recipe import Recipe
+from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.training.progress import Progress, StepReport
-from rsseg.training.run import train
+from rsseg.training.run import plan, train
 from rsseg.training.step import build_optimizers
+from tests.conformance.cases import make_case, recipe_files
 from tests.conftest import rgb_task
 from tests.toys import ConvSegmenter, make_task
 from tests.training.recipes import tiny_recipe
@@ -38,6 +40,21 @@ def test_deterministic_kernels_are_asked_for_during_a_run_only(rgb_dataset: Path
     train(tiny_recipe(rgb_dataset, trainer=trainer), output=tmp_path, progress=losses)
     assert losses.deterministic == {wanted}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainer": {"sharding": "full", "amp_dtype": "fp16"}}, "Set trainer.amp_dtype: bf16"),
+        ({"trainer": {"sharding": "full"}, "tune": "frozen"}, "not for tune: frozen"),
+    ],
+)
+def test_sharding_names_what_it_cannot_be_combined_with(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    case = make_case({path.stem: path for path in recipe_files()}["demo-supervised"], tmp_path)
+    given = case.recipe.model_dump(mode="json", exclude_unset=True)
+    trainer = given["trainer"] | values.pop("trainer")
+    with pytest.raises(RecipeError, match=message):
+        plan(recipe_from_dict(given | values | {"trainer": trainer}, "test"))
 
 
 def test_eps_betas_and_momentum_reach_the_optimizer(rgb_dataset: Path) -> None:

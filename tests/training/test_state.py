@@ -9,7 +9,16 @@ from rsseg.config import OptimizerConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import ParamGroup
-from rsseg.training.checkpoints import Counters, Identity, Parts, changed_values, frozen_hashes, load_state, save_state
+from rsseg.training.checkpoints import (
+    Counters,
+    Identity,
+    Parts,
+    changed_values,
+    frozen_hashes,
+    load_state,
+    save_state,
+    with_global_batch,
+)
 from rsseg.training.step import build_optimizers
 from tests.training.tiny_method import ToyMethod, toy_batches, toy_recipe
 
@@ -70,6 +79,29 @@ def test_other_teacher_images_or_processes_are_refused(tmp_path: Path) -> None:
         load_state(file, parts, identity_of(parts, processes=2))
     with pytest.raises(RecipeError, match="seed: was 1, is 2"):
         load_state(file, parts, identity_of(parts, recipe={"seed": 2}))
+
+
+def test_another_number_of_processes_shares_the_global_batch_or_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "checkpoints" / "last.state" / "state.safetensors"
+    parts, heard = make_parts(0), list[str]()
+
+    def identity(processes: int, micro_steps: int) -> Identity:
+        recipe = {"trainer": {"grad_accum_steps": micro_steps}}
+        return identity_of(parts, recipe=recipe, processes=processes)
+
+    save_state(file, parts, Counters(step=1), identity(2, 3))
+    given = toy_recipe(grad_accum_steps=3)
+    assert [with_global_batch(given, file, n).trainer.grad_accum_steps for n in (1, 2, 3, 4, 6)] == [6, 3, 2, 3, 1]
+    assert with_global_batch(toy_recipe(grad_accum_steps=5), file, 1).trainer.grad_accum_steps == 5
+    assert with_global_batch(given, tmp_path / "none", 1) == given
+    load_state(file, parts, identity(3, 2), warn=heard.append)
+    assert "the global batch is the same" in heard.pop()
+    load_state(file, parts, identity(2, 3), warn=heard.append)
+    assert not heard
+    with pytest.raises(RecipeError, match=r"now there are 4.*or a number that divides 6"):
+        load_state(file, parts, identity(4, 3))
+    with pytest.raises(RecipeError, match="grad_accum_steps: was 3, is 5"):
+        load_state(file, parts, identity(2, 5))
 
 
 def test_only_values_that_matter_count_as_changed() -> None:
