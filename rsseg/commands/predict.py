@@ -216,12 +216,11 @@ def predict(
         finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
     if not share.is_main:
         return
-    if as_json:
-        results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
     areas, notes = combined.write(read_header(files[0]).task, finished)
     for note in notes:
         print_note(note)
     if as_json:
+        results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
         _print_areas(areas, mosaic)
