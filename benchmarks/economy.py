@@ -33,7 +33,7 @@ from rsseg.config import SelectConfig
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.evaluation.gap import BACKBONE, dataset_gap
-from rsseg.evaluation.model import evaluate_model
+from rsseg.evaluation.model_file import evaluate_model
 from rsseg.evaluation.points import assess_points
 from rsseg.files import append_line
 from rsseg.scene.batch import prepare_for

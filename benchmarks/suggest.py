@@ -23,7 +23,7 @@ import yaml
 from rsseg.config import SelectConfig
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.data.sources import select_items
-from rsseg.evaluation.model import evaluate_model
+from rsseg.evaluation.model_file import evaluate_model
 from rsseg.files import append_line
 from rsseg.inference.features import with_features
 from rsseg.recipe import RecipeSource, parse_recipe

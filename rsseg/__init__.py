@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rsseg.evaluation.model import evaluate_model as evaluate
+    from rsseg.evaluation.model_file import evaluate_model as evaluate
     from rsseg.inference.network import load_segmenter as load
     from rsseg.recipe import load_recipe
     from rsseg.scene.predict import predict_scene as predict
@@ -25,7 +25,7 @@ _PUBLIC = {
     "load": ("rsseg.inference.network", "load_segmenter"),
     "load_recipe": ("rsseg.recipe", "load_recipe"),
     "train": ("rsseg.training.run", "train"),
-    "evaluate": ("rsseg.evaluation.model", "evaluate_model"),
+    "evaluate": ("rsseg.evaluation.model_file", "evaluate_model"),
     "predict": ("rsseg.scene.predict", "predict_scene"),
 }
 

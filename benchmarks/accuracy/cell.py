@@ -22,7 +22,8 @@ import torch
 from benchmarks.accuracy.table import NEEDED
 from rsseg.data.sources import Datasets
 from rsseg.errors import Interrupted, RssegError
-from rsseg.evaluation.model import evaluate_model, read_samples
+from rsseg.evaluation.model import read_samples
+from rsseg.evaluation.model_file import evaluate_model
 from rsseg.files import read_rows, write_json
 from rsseg.inference.device import resolve_device
 from rsseg.inference.image import predict_image

@@ -138,7 +138,8 @@ def _evaluate_model(
 ) -> "Evaluation":
     """Score a model, `how` being options of `evaluate_model`, and keep the result in the run that it belongs to."""
     from rsseg.evaluation.details import BOUNDARY_WIDTH
-    from rsseg.evaluation.model import DetailOptions, evaluate_model
+    from rsseg.evaluation.model import DetailOptions
+    from rsseg.evaluation.model_file import evaluate_model
     from rsseg.evaluation.result import save_evaluation
     from rsseg.runs import choose_models, run_of
 

@@ -48,6 +48,8 @@ def prepare_for(models: Sequence[Path], options: SceneOptions) -> PreparedNetwor
     """
     if options.applicability and len(models) > 1:
         raise UsageError("--applicability is nearness in the features of one network. Give one --model.")
+    if options.quantize != "none" and len(models) > 1:
+        raise UsageError("--quantize is for one model, calibrated with its own dataset. Give one --model.")
     check_tasks([(str(model), read_header(model).task) for model in models])  # before any of them is loaded
     prepared = join_networks([(str(model), prepare_model(model, options)) for model in models], options)
     if not options.applicability:

@@ -13,7 +13,7 @@ from PIL import Image
 from rsseg.cli import run
 from rsseg.config import EvalConfig
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
-from rsseg.evaluation.model import evaluate_model
+from rsseg.evaluation.model_file import evaluate_model
 from rsseg.inference.engines import exported_graph, open_engine
 from rsseg.inference.image import predict_image
 from rsseg.inference.network import load_segmenter

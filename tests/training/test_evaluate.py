@@ -16,7 +16,8 @@ from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import SegmentationIndex
 from rsseg.data.sources import Datasets
 from rsseg.errors import DataError, RecipeError, WeightsError
-from rsseg.evaluation.model import evaluate, evaluate_model
+from rsseg.evaluation.model import evaluate
+from rsseg.evaluation.model_file import evaluate_model
 from rsseg.evaluation.rasters import evaluate_rasters
 from rsseg.inference.network import load_segmenter
 from rsseg.training.progress import Progress
