@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from rsseg.cli import run
 from rsseg.data.index import SegmentationIndex
@@ -81,9 +82,12 @@ def _dubai_uda(source: Path, out: Path, half: bool) -> None:
 
 
 def _l8biome_uda(source: Path, out: Path, _: bool) -> None:
-    """Every fifth of the natural scenes is held out for validation."""
-    names = sorted(file.name for file in (source / "source_rgb" / "images").glob("*.png"))
-    held = set(names[2::5])
+    """Every fifth of the natural scenes is held out for validation, in the order of the number of their classes: most
+    scenes have a single class, and validation on those alone tells no network from another."""
+    masks = source / "source_rgb" / "masks"
+    classes = {file.name: len(np.unique(cv2.imread(str(file), cv2.IMREAD_UNCHANGED))) for file in masks.glob("*.png")}
+    names = sorted(classes, key=lambda name: (-classes[name], name))
+    held = set(names[1::5])
     lists = {
         "train:natural": [f"source_rgb/images/{name}" for name in names if name not in held],
         "val:natural": [f"source_rgb/images/{name}" for name in names if name in held],
