@@ -72,7 +72,7 @@ def test_sum_of_levels_leaves_them_as_they_were() -> None:
 
 @pytest.mark.parametrize("size", [(9, 12), (4, 5), (2, 3)])
 def test_alignment_equals_projection_and_then_resize_for_levels_of_any_size(size: tuple[int, int]) -> None:
-    fam = FeatureAlignment((6,), (16,), grid=None)
+    fam = FeatureAlignment((6,), (16,), grid=None, resize_first=True)
     level = torch.randn(2, 6, *size)
     (aligned,) = fam([level], (56, 70))
     torch.testing.assert_close(aligned, resize(fam.projections[0](level), (4, 5)), rtol=1e-5, atol=1e-6)

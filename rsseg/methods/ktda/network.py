@@ -25,7 +25,13 @@ class FeatureAlignment(nn.Module):
     """
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], *, grid: int | None, patch: int = 14
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        *,
+        grid: int | None,
+        patch: int = 14,
+        resize_first: bool = False,
     ) -> None:
         """Build one projection per level.
 
@@ -35,25 +41,24 @@ class FeatureAlignment(nn.Module):
             grid: side of the square grid for images of any shape (published); None: one cell per started patch of
                 the image.
             patch: the teacher's patch size in pixels; used only without `grid`.
+            resize_first: resize levels that are larger than the grid before their projection, which is cheaper and
+                equal up to rounding, because the weights of a bilinear resize sum to 1. Published: afterwards.
         """
         super().__init__()
-        self.grid, self.patch = grid, patch
+        self.grid, self.patch, self.resize_first = grid, patch, resize_first
         self.projections = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(in_channels, out_channels, strict=True))
         self.apply(_truncated_normal)
 
     def forward(self, maps: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """(B, in_channels[i], H_i, W_i) per level of images of `image_size` -> (B, out_channels[i], rows, columns)."""
         rows, columns = (self.grid or -(-side // self.patch) for side in image_size)
-        return [
-            _aligned(project, level, (rows, columns)) for project, level in zip(self.projections, maps, strict=True)
-        ]
-
-
-def _aligned(project: nn.Module, level: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Project and resize in the cheaper order. The two commute, because the weights of a bilinear resize sum to 1."""
-    if level.shape[-2:].numel() > grid[0] * grid[1]:
-        return project(resize(level, grid))  # type: ignore[no-any-return]
-    return resize(project(level), grid)
+        aligned = []
+        for project, level in zip(self.projections, maps, strict=True):
+            if self.resize_first and level.shape[-2:].numel() > rows * columns:
+                aligned.append(project(resize(level, (rows, columns))))
+            else:
+                aligned.append(resize(project(level), (rows, columns)))
+        return aligned
 
 
 class MultiLevelNeck(nn.Module):
@@ -305,7 +310,7 @@ def make_fam(config: FamConfig, student: BackboneInfo, teacher: BackboneInfo | N
     targets = _target_widths(config, len(student.channels), teacher)
     grid = None if config.grid == "auto" else config.grid
     patch = teacher.patch_size if teacher and teacher.patch_size else 1  # no teacher, no `auto`
-    return FeatureAlignment(student.channels, targets, grid=grid, patch=patch)
+    return FeatureAlignment(student.channels, targets, grid=grid, patch=patch, resize_first=config.path == "side")
 
 
 def _target_widths(config: FamConfig, levels: int, teacher: BackboneInfo | None) -> Sequence[int]:
