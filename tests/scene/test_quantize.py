@@ -98,6 +98,7 @@ def test_scales_and_mirror_images_are_averaged_by_engines_too(tmp_path: Path, mo
         assert (predict_image(ready.network, image, None, config, device="cpu") == expected).mean() > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_int8_is_calibrated_once_and_its_loss_of_miou_is_said(
     tmp_path: Path, model: Path, engine: str, capsys: pytest.CaptureFixture[str]
@@ -131,6 +132,7 @@ def test_int8_is_calibrated_once_and_its_loss_of_miou_is_said(
     assert len(list(tmp_path.glob(".model.safetensors.*.int8-*.onnx"))) == 2
 
 
+@pytest.mark.slow
 def test_later_int8_calls_import_neither_torch_nor_the_quantizer(tmp_path: Path, model: Path) -> None:
     data, scene = dataset(tmp_path / "data", [None, None]), write_tif(tmp_path / "scene.tif", patches(64, 64))
     extra = ["--engine", "onnx", "--quantize", "int8", "--calibrate", str(data)]
