@@ -25,7 +25,7 @@ from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
 from rsseg.fields import Result
 from rsseg.files import content_hash, hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
-from rsseg.inference.machine import Cost, has_native_bfloat16
+from rsseg.inference.machine import Cost, has_native_bfloat16, openvino_core
 from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.task import Task, TileHint
@@ -325,9 +325,7 @@ def _onnx_program(graph: Path, _dtype: str, threads: int, _parallel_batches: int
 
 
 def _openvino_program(graph: Path, dtype: str, threads: int, parallel_batches: int) -> Program:
-    import openvino
-
-    core, local, lock = openvino.Core(), threading.local(), threading.Lock()
+    core, local, lock = openvino_core(), threading.local(), threading.Lock()
     compiled: dict[tuple[int, ...], Any] = {}
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rsseg.errors import MachineError, RssegError, UsageError
 from rsseg.files import temporary_path
 from rsseg.inference.device import measure_tile
+from rsseg.inference.machine import openvino_core
 from rsseg.inference.network import load_segmenter, ready_to_predict
 from rsseg.methods.base import Segmenter
 
@@ -154,9 +155,7 @@ def _run(graph: Path, images: np.ndarray) -> np.ndarray:
     try:
         import onnxruntime
     except ImportError:
-        import openvino
-
-        program = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        program = openvino_core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return np.array(program(images)[0])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # a graph that does not run is an error of ours

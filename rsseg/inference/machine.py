@@ -1,12 +1,14 @@
 """This machine: memory of the process and of the heap, and the cost of a tile. Free of torch."""
 
 import ctypes
+import functools
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rsseg.errors import MachineError, machine_error
 
@@ -113,3 +115,16 @@ def has_native_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_tile" in flags
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of the process, which is never freed.
+
+    The first network that a core compiles gives the calling thread a stack for its signal handlers, and freeing the
+    core puts the former stack back. With two cores that is the stack of one that is gone, and the next signal ends the
+    process, Ctrl-C among them.
+    """
+    import openvino
+
+    return openvino.Core()

@@ -164,3 +164,33 @@ def test_arrays_are_resized_and_decided_like_tensors(low: tuple[int, int]) -> No
 
 def test_first_of_equal_logits_wins() -> None:
     assert_array_equal(decide_planes(np.zeros((3, 2, 2), np.float32), PixelOutputs()).classes, np.zeros((2, 2)))
+
+
+SIGNAL_AFTER_TWO_NETWORKS = """
+import gc, os, signal, sys
+from pathlib import Path
+import numpy as np
+from rsseg.inference.engines import open_engine
+
+def network():
+    ready = open_engine(Path(sys.argv[1]), "openvino", "cpu", "float32")
+    run = ready.network.start(1, 1)
+    run(np.zeros((1, 3, 64, 64), np.float32))
+    return run
+
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+first = network()
+second = network()
+for name in ("first", "second"):
+    del globals()[name]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_signals_are_handled_after_openvino_networks_are_gone(model: Path) -> None:
+    pytest.importorskip("openvino")
+    command = [sys.executable, "-c", SIGNAL_AFTER_TWO_NETWORKS, str(model)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "interrupted\n"), result.stderr

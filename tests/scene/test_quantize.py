@@ -98,7 +98,6 @@ def test_scales_and_mirror_images_are_averaged_by_engines_too(tmp_path: Path, mo
         assert (predict_image(ready.network, image, None, config, device="cpu") == expected).mean() > 0.999
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_int8_is_calibrated_once_and_its_loss_of_miou_is_said(
     tmp_path: Path, model: Path, engine: str, capsys: pytest.CaptureFixture[str]
@@ -132,20 +131,18 @@ def test_int8_is_calibrated_once_and_its_loss_of_miou_is_said(
     assert len(list(tmp_path.glob(".model.safetensors.*.int8-*.onnx"))) == 2
 
 
-@pytest.mark.slow
 def test_later_int8_calls_import_neither_torch_nor_the_quantizer(tmp_path: Path, model: Path) -> None:
     data, scene = dataset(tmp_path / "data", [None, None]), write_tif(tmp_path / "scene.tif", patches(64, 64))
     extra = ["--engine", "onnx", "--quantize", "int8", "--calibrate", str(data)]
-    command = ["predict", str(scene), "--model", str(model), *extra, "-o"]
-    subprocess.run([sys.executable, "-m", "rsseg", *command, str(tmp_path / "first.tif")], check=True)
-    arguments = [*command, str(tmp_path / "again.tif")]
+    first = predict(model, scene, tmp_path / "first.tif", *extra)
+    arguments = ["predict", str(scene), "--model", str(model), "-o", str(tmp_path / "again.tif"), *extra]
     code = (
         f"import sys; from rsseg.cli import run; assert run({arguments!r}) == 0; "
         "sys.exit(', '.join({'torch', 'timm', 'onnx'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert (read_classes(tmp_path / "again.tif") == read_classes(tmp_path / "first.tif")).all()
+    assert (read_classes(tmp_path / "again.tif") == first).all()
     assert "loss of mIoU not measured: the dataset has no labels" in result.stderr
 
 
