@@ -253,18 +253,17 @@ def open_engine(model: Path, engine: EngineName, device: str, precision: str) ->
     if engine == "onnx" and precision == "bfloat16":
         raise UsageError("--engine onnx computes in float32. Give --engine openvino or torch for bfloat16.")
     if engine == "auto":
+        able = [name for name in _PACKAGES if name != "onnx" or precision != "bfloat16"]
+        installed = next((name for name in able if importlib.util.find_spec(_PACKAGES[name])), None)
         # In automatic mode a GPU is better than any of these; torch has to be asked.
-        installed = [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package)]
-        if device == "auto" and Path("/dev/nvidiactl").exists():
+        if installed is None or (device == "auto" and Path("/dev/nvidiactl").exists()):
             return None
-        for name in installed:
-            try:
-                return open_engine(model, name, device, precision)
-            except WeightsError:
-                raise
-            except RssegError:
-                continue
-        return None
+        try:
+            return open_engine(model, installed, device, precision)
+        except WeightsError:
+            raise
+        except RssegError:  # all engines read the same graph: what one cannot run, another cannot either
+            return None
     if importlib.util.find_spec(_PACKAGES[engine]) is None:
         raise MachineError(f"--engine {engine} needs the package {_PACKAGES[engine]}: pip install 'rsseg[{engine}]'.")
     file = find_model(model)
