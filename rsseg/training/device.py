@@ -119,7 +119,8 @@ def shard(method: Method, averages: Sequence[nn.Module], device: torch.device, p
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
-    taught = [body for teacher in method.frozen_teachers() for body in _bodies(teacher.module)]
+    # Two teachers may read one backbone.
+    taught = dict.fromkeys(body for teacher in method.frozen_teachers() for body in _bodies(teacher.module))
     for body in (*taught, *_bodies(method)):
         groups = [part for part in body.modules() if isinstance(part, nn.Sequential | nn.ModuleList)]
         for block in reversed([child for group in groups for child in group.children()]):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 
 from rsseg.checkpoint import write_model
@@ -16,6 +17,7 @@ from rsseg.methods.registry import method_for, segmenter_for
 from rsseg.recipe import recipe_from_dict
 from rsseg.task import Task
 from rsseg.training.checkpoints import model_header
+from rsseg.training.device import is_shared, shard
 from rsseg.training.progress import Progress
 from rsseg.training.run import train
 from tests.conftest import rgb_task
@@ -133,6 +135,24 @@ def test_backbone_that_teaches_features_and_probabilities_runs_once_on_the_label
     assert other.task_teacher.logits(batch["labeled"].images)[1] is None
     assert torch.equal(other.task_teacher.logits(batch["labeled"].images)[0], logits)
     assert other.training_step(batch, 0).losses["taught"].item() == pytest.approx(once["taught"].item())
+
+
+def test_backbone_that_teaches_features_and_probabilities_is_divided_once(teacher: Path, tmp_path: Path) -> None:
+    method = taught(teacher, PLAIN | {"fam": {"path": "side"}})
+    batch = batch_of()
+    torch.manual_seed(0)
+    expected = method(batch, 0).losses
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        shard(method, [], torch.device("cpu"), 1)
+        assert all(map(is_shared, method.distillation.teacher.module.parameters()))
+        torch.manual_seed(0)
+        found = method(batch, 0).losses
+    finally:
+        dist.destroy_process_group()
+    assert {name: loss.item() for name, loss in found.items()} == pytest.approx(
+        {name: loss.item() for name, loss in expected.items()}
+    )
 
 
 def test_unlabeled_crops_are_taught_by_the_weak_view_to_the_strong_one(teacher: Path) -> None:
