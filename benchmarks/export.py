@@ -1,6 +1,6 @@
 """Export of a network of about 30 M parameters with its check, beside the bare ONNX exporter on the same network.
 
-    python benchmarks/export.py [--backbone convnext_tiny] [--side 512] [--tile 512]
+    python -m benchmarks.export [--backbone convnext_tiny] [--side 512] [--tile 512]
 
 ConvNeXt-T with an UPerNet decoder of 128 channels, random weights. `export` is `rsseg export MODEL --check SCENE` on a
 photograph (scikit-learn's sample image), continued by reflection to the side of the scene; `exporter` loads the model,
@@ -15,6 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.scenes import make_task, write_random_model
+from rsseg.checkpoint import Calibration
 
 LIMIT_SECONDS = 30.0
 RECIPE = """
@@ -33,37 +36,6 @@ with torch.no_grad():
     torch.onnx.export(network, (image,), sys.argv[2], dynamo=False, opset_version=17, input_names=["images"])
 onnxruntime.InferenceSession(sys.argv[2]).run(None, {"images": image.numpy()})
 """
-
-
-def make_model(folder: Path, backbone: str) -> tuple[Path, float]:
-    """A model file, and its parameters in millions."""
-    import torch
-
-    from rsseg.checkpoint import ModelHeader, write_model
-    from rsseg.methods.registry import segmenter_for
-    from rsseg.recipe import RecipeSource, parse_recipe
-    from rsseg.task import ClassInfo, Task
-
-    task = Task(
-        name="bench",
-        classes=tuple(ClassInfo(name=f"class {i}", value=i, color=(40 * i, 0, 0)) for i in range(6)),
-        bands=("red", "green", "blue"), dtype="uint8", scale=(1 / 255,) * 3, offset=(0.0,) * 3, gsd_m=0.5,
-    )  # fmt: skip
-    recipe = parse_recipe(RecipeSource("bench", RECIPE.format(backbone=backbone)))
-    torch.manual_seed(0)
-    network = segmenter_for(recipe, task)
-    # Classes of random weights are nearly equal everywhere: spread them, or rounding decides.
-    for parameter in network.decoder.classifier.parameters():
-        torch.nn.init.normal_(parameter)
-    header = ModelHeader(
-        recipe=recipe.model_dump(mode="json"),
-        task=task,
-        backbones={"backbone": {"name": backbone, "timm_name": backbone, "license": "none"}},
-        training={"calibration": {"temperatures": (1.5,) * 6, "fitted_on": "nothing"}},
-        made_with={"rsseg": "0.1.0", "torch": torch.__version__},
-    )
-    write_model(folder / "model.safetensors", network.state_dict(), header)
-    return folder / "model.safetensors", sum(p.numel() for p in network.parameters()) / 1e6
 
 
 def make_scene(folder: Path, side: int) -> Path:
@@ -96,7 +68,11 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, millions = make_model(folder, options.backbone)
+        model = folder / "model.safetensors"
+        task = make_task().model_copy(update={"dtype": "uint8", "gsd_m": 0.5})
+        calibration = Calibration((1.5,) * task.num_classes, "nothing")
+        network = write_random_model(model, RECIPE.format(backbone=options.backbone), task, calibration)
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         scene = make_scene(folder, options.side)
         tile = ["--tile", str(options.tile)]
         ours = ["export", str(model), "-o", str(folder / "ours.onnx"), "--check", str(scene), *tile]

@@ -1,5 +1,6 @@
 """What the benchmarks of prediction share: a small network with random weights, and scenes of any size."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from rasterio.transform import from_origin
 from torch import Tensor
 
+from rsseg.checkpoint import Calibration, write_model
 from rsseg.methods.base import Segmenter, TileHint
 from rsseg.task import ClassInfo, Task
 
@@ -37,6 +39,25 @@ def make_segmenter(classes: int = 6) -> Segmenter:
     from rsseg.recipe import RecipeSource, parse_recipe
 
     return segmenter_for(parse_recipe(RecipeSource("bench", RECIPE)), make_task(classes))
+
+
+def write_random_model(file: Path, recipe: str, task: Task, calibration: Calibration | None = None) -> Segmenter:
+    """Write a model file of a recipe's network with seeded random weights.
+
+    Random classes are nearly equal everywhere: those of the classifier are spread, or rounding decides.
+    """
+    from rsseg.methods.registry import segmenter_for
+    from rsseg.recipe import RecipeSource, parse_recipe
+    from rsseg.training.checkpoints import model_header
+
+    parsed = parse_recipe(RecipeSource("random", recipe))
+    torch.manual_seed(0)
+    network = segmenter_for(parsed, task)
+    for parameter in network.decoder.classifier.parameters():
+        torch.nn.init.normal_(parameter)
+    training = {} if calibration is None else {"calibration": asdict(calibration)}
+    write_model(file, network.state_dict(), model_header(parsed, network, training))
+    return network
 
 
 def make_task(classes: int = 6) -> Task:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from rsseg.checkpoint import ModelHeader, write_model
+from benchmarks.scenes import write_random_model
+from rsseg.checkpoint import Calibration
 from rsseg.cli import run
+from rsseg.errors import UsageError
 from rsseg.export.model import onnx_runner
+from rsseg.inference.graph import write_graph
 from rsseg.inference.network import load_segmenter
-from rsseg.methods.registry import segmenter_for
-from rsseg.recipe import RecipeSource, parse_recipe
 from tests.conftest import write_tif
 from tests.toys import make_task
 
@@ -42,19 +45,8 @@ data: {{path: none}}
 student: {{name: convnext_mini, weights: random}}
 decoder: {DECODERS[decoder]}
 """
-    recipe = parse_recipe(RecipeSource("tiny", text))
-    torch.manual_seed(0)
-    network = segmenter_for(recipe, task)
-    for parameter in network.decoder.classifier.parameters():
-        torch.nn.init.normal_(parameter)
-    header = ModelHeader(
-        recipe=recipe.model_dump(mode="json"),
-        task=task,
-        backbones={"student": {"name": "convnext_mini", "timm_name": "convnext", "license": "none"}},
-        training={} if temperatures is None else {"calibration": {"temperatures": temperatures, "fitted_on": "val"}},
-        made_with={"rsseg": "0.1.0", "torch": "2"},
-    )
-    write_model(folder / "model.safetensors", network.state_dict(), header)
+    calibration = None if temperatures is None else Calibration(temperatures, "val")
+    write_random_model(folder / "model.safetensors", text, task, calibration)
     return folder / "model.safetensors"
 
 
@@ -139,6 +131,20 @@ def test_exported_probabilities_are_calibrated_like_rssegs_own(
     assert run([*command, "--probabilities", "float16", "--tile", str(SIDE)]) == 0
     with rasterio.open(tmp_path / "map_probabilities.tif") as file:
         np.testing.assert_allclose(found, file.read(), atol=2e-3)
+
+
+class Antialiased(nn.Module):
+    """Halves an image by an operation that the opset of rsseg's graphs lacks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+
+
+def test_network_that_the_opset_lacks_an_operation_for_is_a_sentence_and_leaves_no_file(tmp_path: Path) -> None:
+    place = tmp_path / "out" / "model.onnx"
+    with pytest.raises(UsageError, match=r"model\.onnx: this network cannot be written as ONNX \(opset 17\): .*_aa"):
+        write_graph(Antialiased().eval(), torch.rand(1, 3, 32, 32), place)
+    assert list(place.parent.iterdir()) == []
 
 
 def test_torch_export_gives_rssegs_classes_and_keeps_the_metadata(tmp_path: Path, scene: Path) -> None:
