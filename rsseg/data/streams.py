@@ -1,8 +1,10 @@
 """Training streams: batches as a pure function of seed and step."""
 
 import signal
+import time
 import traceback
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, Self
@@ -231,6 +233,9 @@ def _on_device(loader: DataLoader[_HostBatch | Exception], scalings: Mapping[str
                 raise batch
             yield {name: to_samples(host, scalings[name]) for name, host in batch.items()}
     except (ConnectionError, EOFError, FileNotFoundError) as error:  # it died while it sent a batch
+        # torch's handler of the signal that follows raises wherever it finds the program: let that be here.
+        with suppress(RuntimeError):
+            time.sleep(1)
         raise MachineError(
             f"a loader process ended: {error!r}. The system may have stopped it; choose fewer loader workers."
         ) from None

@@ -1,8 +1,10 @@
 """Training streams: order, augmentation, padding, streams without masks, loader processes and ranks."""
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,8 +19,8 @@ from rsseg.config import BaseRecipe
 from rsseg.data.dataset import CACHE_NAME
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.data.sources import Datasets
-from rsseg.data.streams import Batch, StreamSpec, training_batches
-from rsseg.errors import DataError, RecipeError
+from rsseg.data.streams import Batch, StreamSpec, _on_device, training_batches
+from rsseg.errors import DataError, MachineError, RecipeError
 from rsseg.evaluation.model import read_samples
 from rsseg.task import ClassInfo
 from tests.conftest import PlainRecipe, rgb_task, with_changes, write_png
@@ -294,3 +296,26 @@ def test_real_landsat_patches_with_eight_bands_are_scaled(shared_data: Path, tmp
 def test_loader_processes_do_not_import_networks() -> None:
     code = "import sys, rsseg.data.streams; sys.exit(', '.join({'timm', 'torchvision'} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_signal_of_a_lost_loader_process_arrives_before_its_error() -> None:
+    """The connection breaks first; the handler of the signal would interrupt whoever reports the error."""
+
+    def handler(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    def loader() -> Iterator[Any]:
+        nonlocal worker
+        worker = subprocess.Popen(["sleep", "0.2"])
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    worker: Any = None
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(MachineError, match="choose fewer loader workers"):
+            list(_on_device(loader(), {}))  # type: ignore[arg-type]
+        time.sleep(0.5)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        worker.wait()
