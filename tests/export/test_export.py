@@ -227,19 +227,21 @@ def test_stac_item_is_valid(tmp_path: Path) -> None:
     assert item["stac_extensions"][0].endswith("/mlm/v1.5.2/schema.json")
 
 
-def test_geodeep_gives_the_classes_of_rsseg(tmp_path: Path) -> None:
+# geodeep pads with zeros and has other tiles: an untrained network sees these wherever there is more than one.
+@pytest.mark.parametrize(("height", "width", "share"), [(192, 192, 0.999), (400, 480, 0.8)])
+def test_geodeep_gives_the_classes_of_rsseg(tmp_path: Path, height: int, width: int, share: float) -> None:
     command = shutil.which("geodeep") or shutil.which("geodeep", path=str(Path(sys.executable).parent))
     if command is None:
         pytest.skip("geodeep is not installed")
     half_meter = rasterio.Affine(0.5, 0, 500000, 0, -0.5, 4000000)
-    scene = write_tif(tmp_path / "scene.tif", patches(400, 480), transform=half_meter)
+    scene = write_tif(tmp_path / "scene.tif", patches(height, width), transform=half_meter)
     model = write_network(tmp_path)
     assert run(["export", str(model), "--for", "geodeep", "--tile", "192"]) == 0
     theirs = [command, str(scene), str(tmp_path / "model.onnx"), "-t", "mask", "-o", str(tmp_path / "theirs.tif"), "-q"]
     subprocess.run(theirs, check=True)
     ours = ["predict", str(scene), "--model", str(model), "-o", str(tmp_path / "ours.tif"), "--tile", "192"]
-    assert run(ours) == 0
+    assert run([*ours, "--dtype", "float32"]) == 0
     found, expected = (rasterio.open(tmp_path / name).read(1) for name in ("theirs.tif", "ours.tif"))
     values = np.array([c.value for c in make_task(classes=4).classes], np.uint8)[found]
-    # geodeep filters its classes, pads with zeros and has other tiles: an untrained network sees these everywhere.
-    assert (values == cv2.medianBlur(expected, 5)).mean() > 0.8
+    agreeing = (values == cv2.medianBlur(expected, 5)).mean()  # geodeep filters its classes
+    assert agreeing >= share

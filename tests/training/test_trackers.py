@@ -78,9 +78,7 @@ def test_a_missing_package_is_named_before_anything_is_built(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_wandb_writes_an_offline_run(rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe = tiny_recipe(rgb_dataset, trainer={"log": ["wandb"], "steps": 2})
     result = train(recipe, output=tmp_path, progress=Progress())
