@@ -56,7 +56,7 @@ def compare_workers(model: Path, scenes: int, side: int) -> None:
             nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": workers, "include_dashboard": False})
             try:
                 job = SceneJob(SceneOptions(device="cpu"))
-                execute = cluster.on_ray(cluster.Cluster(nodes.address), model, job)
+                execute = cluster.on_ray(cluster.Cluster(nodes.address), [model], job)
                 began, busy = time.perf_counter(), 0.0
                 for number, outcome in enumerate(execute(targets)):
                     assert outcome.status == "done", outcome.error
