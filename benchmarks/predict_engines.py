@@ -22,19 +22,6 @@ ROOT = Path(__file__).parents[1]
 ENGINES = ("torch", "onnx", "openvino")
 
 
-def write_model(path: Path) -> Path:
-    """The network of the benchmarks, with random weights, as a model file."""
-    from benchmarks.scenes import RECIPE, make_segmenter, make_task
-    from rsseg.checkpoint import ModelHeader, write_model
-    from rsseg.recipe import RecipeSource, parse_recipe
-
-    recipe = parse_recipe(RecipeSource("bench", RECIPE))
-    task = make_task().model_copy(update={"gsd_m": 0.5})
-    header = ModelHeader(recipe.model_dump(mode="json"), task, backbones={}, training={}, made_with={})
-    write_model(path, make_segmenter().state_dict(), header)
-    return path
-
-
 def write_images(folder: Path) -> Path:
     """A dataset of images without labels, to calibrate int8 with."""
     from benchmarks.scenes import make_task, write_scene
@@ -56,7 +43,7 @@ def seconds(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 
 def main() -> None:
-    from benchmarks.scenes import processor, write_scene
+    from benchmarks.scenes import RECIPE, make_task, processor, write_random_model, write_scene
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 2048, 5000])
@@ -67,12 +54,14 @@ def main() -> None:
     parser.add_argument("--format", default="cog")
     arguments = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT)}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # what pip installs is compiled
     geodeep = shutil.which("geodeep") or shutil.which("geodeep", path=str(Path(sys.executable).parent))
     print(f"{processor()}, {arguments.threads} threads, torch and openvino: {arguments.dtype}")
     rsseg = [sys.executable, "-m", "rsseg"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_model(folder / "model.safetensors")
+        model = folder / "model.safetensors"
+        write_random_model(model, RECIPE, make_task().model_copy(update={"gsd_m": 0.5}))
         subprocess.run([*rsseg, "export", str(model), "--for", "geodeep"], check=True, capture_output=True)
         images = write_images(folder / "images") if arguments.int8 else folder
         for side in arguments.sides:
