@@ -23,7 +23,8 @@ from rsseg.layers.blocks import resize_logits
 from rsseg.methods.base import Segmenter
 from rsseg.raster import match_bands
 from rsseg.scene.options import SceneOptions
-from rsseg.scene.source import open_scene, read_tiles
+from rsseg.scene.source import open_scene, read_tiles, source_files
+from rsseg.task import Task
 
 _LARGEST_TILE = 1024
 LEAST_AGREEMENT = 0.999
@@ -99,7 +100,8 @@ def export_model(
         overwrite: replace an existing file.
 
     Raises:
-        UsageError: the target cannot run this network, the tile does not fit it, or the output exists.
+        UsageError: the target cannot run this network, the tile does not fit it, or the output exists or is an input.
+        DataError: the scene cannot be read or lacks bands.
         CheckFailed: fewer than 99.9 % of the pixels have rsseg's own class.
         MachineError: a package is missing.
         WeightsError: the model file is damaged.
@@ -107,7 +109,9 @@ def export_model(
     file = find_model(model)
     header = read_header(file)
     calibration = calibration_of(header, file)
-    check_outputs([("--output", output)], [file], overwrite=overwrite)
+    check_outputs([("--output", output)], [file, *source_files([str(check)] if check else ())], overwrite=overwrite)
+    if check is not None:
+        _bands_of(check, header.task)  # a scene that cannot be compared is known before anything is written
     known = None if header.task.gsd_m is None else 100 * header.task.gsd_m
     resolution = resolution_cm or known
     check_target(target, header.task, Geometry(1, 0, resolution))
@@ -200,12 +204,14 @@ def compare(network: Segmenter, run: Runner, scene: Path | str, geometry: Geomet
     return same / total, total
 
 
+def _bands_of(scene: Path | str, task: Task) -> tuple[int, ...]:
+    with open_scene(scene, SceneOptions(), None) as raster:
+        return match_bands(raster.info, task.bands, None)
+
+
 def _tiles(network: Segmenter, scene: Path | str, side: int) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
     """Square tiles, extended by reflection where the scene is smaller, and where they have data."""
-    options = SceneOptions()
-    with open_scene(scene, options, None) as raster:
-        bands = match_bands(raster.info, network.task.bands, None)
-    with open_scene(scene, options, bands) as raster:
+    with open_scene(scene, SceneOptions(), _bands_of(scene, network.task)) as raster:
         plan = plan_tiles(raster.info.height, raster.info.width, tile=side, overlap=0)
         panel = Panel(plan, 0, Span(0, raster.info.width))
         step = max(plan.count // _CHECKED_TILES, 1)

@@ -203,6 +203,17 @@ def test_existing_file_is_kept_unless_asked(tmp_path: Path, capsys: pytest.Captu
     assert run(["export", str(model), "--tile", str(SIDE), "--overwrite"]) == 0
 
 
+def test_scene_of_check_is_never_replaced_and_is_opened_before_anything_is_written(
+    tmp_path: Path, scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, command = scene.read_bytes(), ["export", str(write_network(tmp_path)), "--tile", str(SIDE), "--check"]
+    assert run([*command, str(scene), "-o", str(scene), "--overwrite"]) == 2
+    assert "would replace the input" in capsys.readouterr().err
+    assert scene.read_bytes() == before
+    assert run([*command, str(tmp_path / "missing.tif"), "-o", str(tmp_path / "out.onnx")]) == 4
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_missing_package_is_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
