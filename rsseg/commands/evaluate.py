@@ -84,8 +84,11 @@ def evaluate(
 
     bound = _parse_bound(fail_under)
     _check_options(pred, truth, boundary_width, by)
+    of_model = {"--model": model, "--data": data, "--quantize": quantize != "none", "--calibrate": calibrate}
+    if pred is not None and (given := [name for name, value in of_model.items() if value]):
+        raise UsageError(f"{given[0]}: has no effect on --pred and --truth, for which no model runs. Leave it out.")
     if per_image is not None:
-        check_outputs([("--per-image", per_image)], [], overwrite=overwrite)
+        check_outputs([("--per-image", per_image)], model or (), overwrite=overwrite)
     left_out = tuple(background) if background else None
     with bar("evaluate") as advance:
         if pred is not None and truth is not None:
@@ -166,6 +169,7 @@ def _write_rows(file: Path, result: "Evaluation") -> None:
 
     if result.details is not None:
         rows = image_rows(result.details, [c.name for c in result.scores.classes])
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, rows, list(rows[0]))
 
 
@@ -343,6 +347,7 @@ def assess(
         check_outputs([("--csv", table)], inputs, overwrite=overwrite)
     result = assess_points(source, points, field=field, strata=strata, layer=layer)
     if table is not None:
+        table.parent.mkdir(parents=True, exist_ok=True)
         write_text(table, _csv(result))
     if as_json:
         print_json(result)

@@ -158,6 +158,7 @@ def write_comparison(runs: Sequence[RunFolder], file: Path, split: str | None = 
             made=datetime.now().astimezone().isoformat(timespec="minutes"),
         )
     )
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
     return file
 

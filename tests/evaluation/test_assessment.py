@@ -303,7 +303,7 @@ def test_form_offers_the_class_names_and_hides_the_stratum(class_map: Path, tmp_
 
 
 def test_commands_sample_and_assess(class_map: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    points, table = tmp_path / "p.gpkg", tmp_path / "t.csv"
+    points, table = tmp_path / "p.gpkg", tmp_path / "new" / "t.csv"
     assert run(["sample", str(class_map), "-o", str(points), "--target-se", "0.05", "--least", "20"]) == 0
     pixels = value_at(class_map)
     label(points, lambda row, col: NAMES[int(pixels[row, col])])

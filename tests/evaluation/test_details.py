@@ -247,11 +247,11 @@ def test_eval_of_rasters_has_rows_and_an_interval_too(tmp_path: Path, capsys: py
         write_png(tmp_path / "truth" / f"{number}.png", blocks(number))
         write_png(tmp_path / "pred" / f"{number}.png", np.roll(blocks(number), number, 0))
     folders = ["--pred", str(tmp_path / "pred"), "--truth", str(tmp_path / "truth")]
-    assert run(["eval", *folders, "--per-image", str(tmp_path / "s.csv"), "--json"]) == 0
+    assert run(["eval", *folders, "--per-image", str(tmp_path / "new" / "s.csv"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["details"]["images"][0]["oa"] == 1
     assert set(result["details"]["intervals"]) >= {"miou", "oa", "iou_1"}
-    assert (tmp_path / "s.csv").read_text().count("\n") == 4
+    assert (tmp_path / "new" / "s.csv").read_text().count("\n") == 4
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,7 @@ def test_eval_of_rasters_has_rows_and_an_interval_too(tmp_path: Path, capsys: py
         (["--by", "tile"], "choose domain or scene"),
         (["--background", "sea"], "no such class"),
         (["--pred", "a", "--truth", "b", "--boundary-width", "2"], "not measured between class rasters"),
+        (["--pred", "a", "--truth", "b", "--model", "m"], "--model: has no effect on --pred and --truth"),
     ],
 )
 def test_wrong_options_are_refused(
