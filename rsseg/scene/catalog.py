@@ -9,6 +9,7 @@ import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -66,7 +67,7 @@ def expand_items(names: Sequence[str], asset: str | None = None) -> tuple[list[s
             scenes.append(name)
             continue
         for where, item in _items(name):
-            href = str(_asset(name, item, asset).get("href"))
+            href = _asset(name, item, asset)
             if is_local(href) and not Path(href).is_absolute():
                 href = str(Path(where).parent / href) if is_local(where) else urljoin(where, href)
             scenes.append(href)
@@ -92,14 +93,16 @@ def _items(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         kind = content.get("type") if isinstance(content, dict) else None
         if kind not in ("Feature", "FeatureCollection") or (kind == "Feature" and "assets" not in content):
             raise DataError(f"{page}: neither a STAC item nor an item collection (GeoJSON with assets).")
-        for item in [content] if kind == "Feature" else content.get("features") or []:
+        links, features = (content.get(key) or [] for key in ("links", "features"))
+        if not (isinstance(links, list) and isinstance(features, list)):
+            raise DataError(f"{page}: damaged: `links` and `features` of STAC are lists.")
+        for item in [content] if kind == "Feature" else features:
             is_empty = False
             if not isinstance(item, dict) or not isinstance(item.get("assets"), dict):
                 raise DataError(f"{page}: a feature without assets is no STAC item.")
             yield page, item
-        links = content.get("links") or [] if kind == "FeatureCollection" else []
-        following = next((link["href"] for link in links if link.get("rel") == "next" and "href" in link), None)
-        page = None if following is None else urljoin(page, following)
+        pages = [link for link in links if isinstance(link, dict) and link.get("rel") == "next" and "href" in link]
+        page = urljoin(page, str(pages[0]["href"])) if pages and kind == "FeatureCollection" else None
     if is_empty:
         raise DataError(f"{name}: a collection without items.")
 
@@ -110,27 +113,29 @@ def _read(name: str) -> str:
     try:
         with urllib.request.urlopen(name, timeout=_TIMEOUT_S) as answer:
             return str(answer.read(_MOST_BYTES).decode("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise DataError(f"{name}: cannot be read: {error}. Check the address, or download it.") from None
 
 
-def _asset(name: str, item: Mapping[str, Any], wanted: str | None) -> Mapping[str, Any]:
-    assets = item["assets"]
+def _asset(name: str, item: Mapping[str, Any], wanted: str | None) -> str:
+    """Address of an asset of an item."""
+    assets = {
+        key: asset
+        for key, asset in item["assets"].items()
+        if isinstance(asset, dict) and isinstance(asset.get("href"), str)
+    }
     images = {
         key: asset
         for key, asset in assets.items()
-        if isinstance(asset, dict)
-        and "href" in asset
-        and not _NOT_DATA & set(asset.get("roles") or ())
-        and (str(asset.get("type", "")).startswith(_IMAGES) or str(asset["href"]).lower().endswith(_ENDINGS))
+        if _NOT_DATA.isdisjoint(map(str, asset.get("roles") or ()))
+        and (str(asset.get("type", "")).startswith(_IMAGES) or asset["href"].lower().endswith(_ENDINGS))
     }
     found = assets if wanted is not None else images
     key = wanted if wanted is not None else next(iter(images), None)
     if key not in found or (wanted is None and len(images) > 1):
         have = ", ".join(images) or "no image"
         raise UsageError(f"{name}: item {item.get('id')} has {have}. Name the asset to use with --asset.")
-    chosen: Mapping[str, Any] = found[key]
-    return chosen
+    return str(found[key]["href"])
 
 
 def write_catalog(outcomes: Sequence[Outcome], output: Path) -> None:

@@ -74,6 +74,9 @@ def test_items_with_several_images_need_the_name_of_one(tmp_path: Path) -> None:
     [
         ("{", "items.json"),
         ('{"type": "Topology"}', "neither a STAC item"),
+        ('{"type": "FeatureCollection", "features": 5}', "are lists"),
+        ('{"type": "Feature", "assets": {"a": {"href": "a.tif"}}, "links": 5}', "are lists"),
+        ('{"type": "FeatureCollection", "features": [], "links": ["next"]}', "without items"),
         ('{"type": "FeatureCollection"}', "without"),
     ],
 )
@@ -81,6 +84,17 @@ def test_files_that_are_no_items_are_refused(tmp_path: Path, text: str, message:
     (tmp_path / "items.json").write_text(text)
     with pytest.raises(DataError, match=message):
         expand_items([str(tmp_path / "items.json")])
+
+
+def test_address_with_a_space_and_asset_without_an_address_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        expand_items(["http://localhost/a b.json"])
+    damaged = tmp_path / "item.json"
+    damaged.write_text(
+        json.dumps({"type": "Feature", "id": "x", "assets": {"a": "a.tif", "b": {"type": "image/tiff"}}})
+    )
+    with pytest.raises(UsageError, match="item x has no image"):
+        expand_items([str(damaged)], "a")
 
 
 def test_last_page_of_a_collection_may_be_empty(tmp_path: Path) -> None:
