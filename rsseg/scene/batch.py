@@ -4,6 +4,7 @@ import glob
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -239,7 +240,7 @@ def run_batch(
     """Predict scenes; one that fails does not stop the rest.
 
     Of several scenes, the outcomes are appended to `JOURNAL` beside the outputs, and those that failed are listed in
-    `QUARANTINE`, which is removed if all succeed.
+    `QUARANTINE`, which is removed if all succeed; it keeps those of other parts of the batch.
 
     Args:
         task: of the model.
@@ -260,7 +261,7 @@ def run_batch(
             _append_to_journal(outcome)
         yield outcome
     if len(targets) > 1 and records:
-        _write_quarantine(targets, failed)
+        _write_quarantine(targets, failed, job.inputs)
 
 
 def predict_target(
@@ -360,16 +361,23 @@ def _append_to_journal(outcome: Outcome) -> None:
     append_line(path, json.dumps(line))
 
 
-def _write_quarantine(targets: Sequence[Target], failed: Mapping[Target, str]) -> None:
+def _write_quarantine(targets: Sequence[Target], failed: Mapping[Target, str], inputs: Iterable[Path | str]) -> None:
+    """Replace the list; failed scenes of other parts of the batch, which are among the inputs, stay in it."""
     path = targets[0].output.parent / QUARANTINE
-    lines = []
+    others = {_listed(name) for name in inputs} - {_listed(target.scene) for target in targets}
+    before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = [line for reason, scene in pairwise(before) if scene in others for line in (reason, scene)]
     for target in targets:
         if target in failed:
             reason = " ".join(failed[target].split())
-            # Names in a list are relative to its folder.
-            lines += [f"# {reason}", str(Path(target.scene).absolute()) if is_local(target.scene) else target.scene]
+            lines += [f"# {reason}", _listed(target.scene)]
     if lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(lines) + "\n")
     else:
         path.unlink(missing_ok=True)
+
+
+def _listed(scene: Path | str) -> str:
+    """A scene in the list, where names are relative to its folder."""
+    return str(Path(scene).absolute()) if is_local(scene) else str(scene)

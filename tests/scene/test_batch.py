@@ -85,6 +85,27 @@ def test_broken_scene_does_not_stop_the_rest_and_is_in_the_journal(tmp_path: Pat
     assert not quarantine.exists()
 
 
+def test_parts_that_share_a_folder_keep_the_failed_scenes_of_one_another_in_the_list(
+    tmp_path: Path, scenes: list[Path]
+) -> None:
+    names = [str(scene) for scene in (*scenes, write_tif(scenes[0].with_name("d.tif"), random_pixels(40, 50)))]
+    before = scenes[1].read_bytes()
+    scenes[1].write_bytes(before[:300])
+    ready, quarantine = ready_for(ConvSegmenter(make_task())), tmp_path / "out" / QUARANTINE
+
+    def predict(part: int) -> list[str]:
+        targets = choose_targets(names, tmp_path / "out", (part, 2))
+        return statuses(list(predict_scenes(ready, targets, options(), inputs=names, skip_existing=True)))
+
+    assert predict(2) == ["failed", "done"]
+    assert predict(1) == ["done", "done"]
+    assert find_scenes([str(quarantine)]) == [names[1]]
+    assert quarantine.read_text().startswith(f"# {names[1]}")
+    scenes[1].write_bytes(before)
+    assert predict(2) == ["done", "skipped"]
+    assert not quarantine.exists()
+
+
 def test_existing_products_are_skipped_only_if_made_from_the_same(tmp_path: Path, scenes: list[Path]) -> None:
     targets = choose_targets([str(s) for s in scenes], tmp_path / "out")
     network = ConvSegmenter(make_task())
