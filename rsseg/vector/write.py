@@ -108,6 +108,11 @@ def write_polygons(
             count = _write_traced(traced, raster, grid, task, min_area, simplify)
         _convert(traced, made, grid)
         _check_written(made, count)
+        if output.suffix.lower() == ".shp":
+            # Left by a replaced file: a coordinate system that the new one has not, or an index of other polygons.
+            for ending in (*SHAPEFILE_PARTS, ".qix", ".sbn", ".sbx"):
+                if not made.with_suffix(ending).exists():
+                    output.with_suffix(ending).unlink(missing_ok=True)
         for file in sorted(work.glob(f"{made.stem}.*"), key=lambda file: file == made):
             if file != traced:
                 file.replace(output.with_suffix(file.suffix) if file != made else output)

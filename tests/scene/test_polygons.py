@@ -117,6 +117,19 @@ def test_vector_file_holds_the_raster_exactly(tmp_path: Path, class_raster: Path
     assert set(files_in(tmp_path)) == {"classes.tif", f"out{suffix}"} | side
 
 
+def test_replaced_shapefile_keeps_neither_the_coordinate_system_nor_an_index_of_the_old_one(
+    tmp_path: Path, class_raster: Path
+) -> None:
+    output = tmp_path / "out.shp"
+    write_polygons(class_raster, make_task(), output)
+    assert features(output)[0]["crs"] == "EPSG:32631"
+    output.with_suffix(".qix").write_bytes(b"index of other polygons")
+    placeless = write_tif(tmp_path / "placeless.tif", read_classes(class_raster)[None], nodata=255, crs=None)
+    write_polygons(placeless, make_task(), output, overwrite=True)
+    assert features(output)[0]["crs"] is None
+    assert not {"out.prj", "out.qix"} & set(files_in(tmp_path))
+
+
 def test_geopackage_has_a_spatial_index_and_outer_rings_counterclockwise(tmp_path: Path, class_raster: Path) -> None:
     write_polygons(class_raster, make_task(), tmp_path / "out.gpkg")
     assert pyogrio.read_info(tmp_path / "out.gpkg")["capabilities"]["fast_spatial_filter"]
