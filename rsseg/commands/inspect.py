@@ -63,12 +63,12 @@ def _show_model(model: Path, *, as_json: bool) -> None:
 
 def _show_scene(name: str, *, as_json: bool) -> None:
     from rsseg.raster import Raster
+    from rsseg.vector.grid import Grid
 
     if Path(name).is_fifo():
         raise DataError(f"{name}: a pipe, not a file. Save it to a file first.")
     with Raster(name) as raster:
         scene = raster.info
-    placed = bool(not scene.transform.is_identity or scene.gcps or scene.rpcs)
     bands = list(zip(scene.numbers, scene.band_names, scene.colors, scene.scales, scene.offsets, strict=True))
     facts: dict[str, Any] = {
         "width": scene.width,
@@ -95,7 +95,7 @@ def _show_scene(name: str, *, as_json: bool) -> None:
         ("band", "name", "colour", "scale", "offset"),
         [(str(b[0]), b[1], b[2], f"{b[3]:.9g}", f"{b[4]:.9g}") for b in bands],
     )
-    if not placed:
+    if not Grid(scene).is_located:
         print_note("This raster has no coordinates, so outputs made from it have none.")
 
 
@@ -125,7 +125,10 @@ def doctor(as_json: AsJson = False) -> None:
     """Check versions, devices, codecs, disk and cache; exit 8 and name the remedy if something is wrong."""
     facts, problems = _versions()
     for check in (_devices, _codecs, _disk, _environment):
-        more_facts, more_problems = check()
+        try:
+            more_facts, more_problems = check()
+        except (ImportError, OSError) as error:  # a package that is missing or damaged
+            more_facts, more_problems = {}, [f"a package cannot be imported: {error}. Reinstall rsseg."]
         facts |= more_facts
         problems += more_problems
     if as_json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rsseg.commands.console import (
+    AsJson,
     Calibrate,
     Engine,
     Quantize,
@@ -141,7 +142,7 @@ def predict(
     ] = 3,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Processes that share each scene, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Segment scenes of any size; the output has the grid, CRS and nodata of the input."""
     wait_passively()

@@ -157,6 +157,16 @@ def test_doctor_finds_this_machine_ready(
     assert "unset PROJ_LIB" in capsys.readouterr().err
 
 
+def test_doctor_names_a_missing_package_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run(["doctor", "--json"]) == 8
+    found = json.loads(capsys.readouterr().out)
+    assert any("import of torch" in problem for problem in found["problems"])
+    assert "raster drivers" in found["facts"]
+
+
 WORDS = "a title of several words that is too long for one line of a terminal"
 TABLE = (
     ("run", "method", "steps", *(f"iou_{name}" for name in ("water", "forest", "building", "road", "grass", "bare"))),
