@@ -1,5 +1,6 @@
 """How far two sets of images are apart, without labels: features of a pretrained network, bands, pixel sizes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -189,9 +190,8 @@ class _Scenes:
             windows += [(file, Window(row, col, *side)) for row in rows for col in cols]
         self._windows = _drawn(windows, seed)
         first = self._infos[files[0]]
-        sizes = Grid(first).pixel_sizes(np.array([[first.width / 2, first.height / 2]]))
-        known = sizes is not None and np.isfinite(sizes).all() and sizes.min() > 0
-        self.gsd_m = float(np.sqrt(sizes[0].prod())) if sizes is not None and known else None
+        sides = Grid(first).ground_sides()
+        self.gsd_m = None if sides is None else math.sqrt(sides[0] * sides[1])
         self.bands, self.dtype = first.band_names, first.dtype
 
     def __len__(self) -> int:

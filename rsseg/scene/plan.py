@@ -20,9 +20,10 @@ from rsseg.inference.tiling import Panel, TilePlan
 from rsseg.raster import Raster, RasterInfo, match_bands
 from rsseg.scene.memory import OUT_OF_MEMORY, PreparedNetwork, fit_memory
 from rsseg.scene.options import SceneOptions, ScenePlan
-from rsseg.scene.source import ground_sides, identify_files, local_file, open_scene, source_files
+from rsseg.scene.source import identify_files, local_file, open_scene, source_files
 from rsseg.scene.writer import Product, class_product, confidence_product, probability_product
 from rsseg.task import IGNORE_INDEX, Task
+from rsseg.vector.grid import Grid
 
 if TYPE_CHECKING:
     from rsseg.vector.aoi import Region
@@ -305,7 +306,7 @@ def _band_warnings(info: RasterInfo, task: Task, options: SceneOptions) -> list[
 
 
 def _gsd_warnings(info: RasterInfo, task: Task) -> list[str]:
-    sides = ground_sides(info)
+    sides = Grid(info).ground_sides()
     if task.gsd_m is None or sides is None:
         return []
     gsd = math.sqrt(sides[0] * sides[1])

@@ -20,7 +20,7 @@ from rsseg.files import content_hash, is_file
 from rsseg.inference.blend import Tile
 from rsseg.inference.predict import NetworkFacts
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
-from rsseg.raster import Raster, RasterInfo, Window
+from rsseg.raster import Raster, Window
 from rsseg.scene.options import SceneOptions
 from rsseg.vector.grid import Grid
 
@@ -57,21 +57,13 @@ def open_scene(
     shrink = None
     if options.gsd is not None:
         with Raster(scene) as original:
-            sides = ground_sides(original.info)
+            sides = Grid(original.info).ground_sides()
             if sides is None or original.info.gcps:
                 raise DataError(f"{scene}: --gsd needs a coordinate system and a transform. Warp the scene first.")
             shrink = options.gsd / sides[0], options.gsd / sides[1]
     return Raster(
         scene, bands=bands, nodata=options.nodata, zero_collar=options.zero_collar, columns=columns, shrink=shrink
     )
-
-
-def ground_sides(info: RasterInfo) -> tuple[float, float] | None:
-    """Width and height in metres of a pixel in the middle of a raster; None without known coordinates."""
-    sizes = Grid(info).pixel_sizes(np.array([[info.width / 2, info.height / 2]]))
-    if sizes is None or not (np.isfinite(sizes).all() and sizes.min() > 0):
-        return None
-    return float(sizes[0, 0]), float(sizes[0, 1])
 
 
 def is_local(name: Path | str) -> bool:

@@ -90,6 +90,13 @@ class Grid:
         left, right, above, below = places.reshape(4, len(points), 3)
         return np.asarray(np.linalg.norm(np.stack([right - left, below - above], axis=1), axis=2))
 
+    def ground_sides(self) -> tuple[float, float] | None:
+        """Width and height in metres of a pixel in the middle; None without known coordinates."""
+        sizes = self.pixel_sizes(np.array([[self.info.width / 2, self.info.height / 2]]))
+        if sizes is None or not (np.isfinite(sizes).all() and sizes.min() > 0):
+            return None
+        return float(sizes[0, 0]), float(sizes[0, 1])
+
     @property
     def _has_transform(self) -> bool:
         return not self.info.transform.is_identity and not self.info.gcps

@@ -350,10 +350,10 @@ def _subdivided(polygons: Shapes, source: NDArray[np.int64]) -> tuple[Shapes, ND
 
 def _margin(grid: Grid, meters: float) -> float:
     """Margin around a scene so that a buffer does not move the cut edges of polygons into it."""
-    sizes = grid.pixel_sizes(np.array([[grid.info.width / 2, grid.info.height / 2]])) if meters else None
-    if sizes is None or not np.isfinite(sizes).all():
+    sides = grid.ground_sides() if meters else None
+    if sides is None:
         return MARGIN
-    return max(MARGIN, float((meters / sizes.min() + 2) / min(grid.info.height, grid.info.width)))
+    return max(MARGIN, (meters / min(sides) + 2) / min(grid.info.height, grid.info.width))
 
 
 def _box(window: Window) -> Any:
