@@ -96,7 +96,9 @@ class Reference:
 
     def with_threshold(self, held_out: Tensor, what: str) -> Self:
         """The reference with the threshold of held-out windows float32 (n, C)."""
-        return replace(self, threshold=float(self.distances(held_out).quantile(0.95)), held_out=what)
+        # A single training window is at distance 0 from itself.
+        threshold = max(float(self.distances(held_out).quantile(0.95)), 1e-6)
+        return replace(self, threshold=threshold, held_out=what)
 
     def distances(self, features: Tensor) -> Tensor:
         """float32 (n,): mean distance of features (n, C) to their nearest training windows.
@@ -137,8 +139,8 @@ class Reference:
     def load(cls, path: Path) -> Self:
         """Read the file; raises `WeightsError`."""
         tensors, metadata = read_tensors(path)
-        about: Mapping[str, Any] = json.loads(metadata.get("rsseg", "{}"))
         try:
+            about: Mapping[str, Any] = json.loads(metadata.get("rsseg", "{}"))
             return cls(tensors["vectors"], tensors["mean"], tensors["std"], **about)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise WeightsError(f"{path}: not a file of this version. Delete it; it is made again.") from None

@@ -300,9 +300,10 @@ def _make_reference(model: Path, prepared: PreparedNetwork, progress: Progress) 
         images = dataset_images(index, items[::step], bands, SceneOptions())
         if not images:
             raise DataError(f"{index.root}: no image of the split {split!r} has a mask.")
-        return torch.from_numpy(
-            measure_blocks(prepared, images, side, what=f"{split} images", progress=progress).features
-        )
+        blocks = measure_blocks(prepared, images, side, what=f"{split} images", progress=progress)
+        if not len(blocks):
+            raise DataError(f"{index.root}: the split {split!r} has no image with data.")
+        return torch.from_numpy(blocks.features)
 
     streams = recipe.data.streams
     select = next((streams[name] for name in ("labeled", "source") if name in streams), SelectConfig())

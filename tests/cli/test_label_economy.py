@@ -24,7 +24,7 @@ from rsseg.cli import run
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, LabelMap, SegmentationIndex
 from rsseg.evaluation.gap import _distances, _energy, verdict
-from rsseg.inference.features import REFERENCE_NAME
+from rsseg.inference.features import REFERENCE_NAME, Reference
 from tests.conftest import rgb_task, write_tif
 from tests.training.recipes import tiny_values
 
@@ -278,6 +278,30 @@ def test_the_applicability_layer_is_low_where_the_scene_is_strange(
     capsys.readouterr()
     assert run([*call, "--applicability", "--tta", "flip", "--overwrite"]) == 2
     assert "--tta none" in capsys.readouterr().err
+
+
+def test_images_without_data_are_no_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["predict", "scene.tif", "--model", "runs/latest", "--applicability", "--device", "cpu", "--overwrite"]
+    empty = np.zeros((3, SIDE, SIDE), np.uint8)
+    (place / "own.yaml").write_text(yaml.safe_dump(tiny_values(place / "data")), encoding="utf-8")
+    assert run(["train", "--method", "ktda", "--recipe", "own.yaml", "--steps", "1"]) == 0
+    write_tif(place / "data/images/02.tif", empty, nodata=0)
+    assert run([*call, "-o", "out.tif"]) == 0, "the training windows judge one another"
+    reference = find_model(Path("runs/latest")).with_name(REFERENCE_NAME)
+    assert Reference.load(reference).held_out == "training images"
+    reference.unlink()
+    for name in ("00.tif", "01.tif"):
+        write_tif(place / "data/images" / name, empty, nodata=0)
+    capsys.readouterr()
+    assert run([*call, "-o", "out.tif"]) == 5
+    assert "has no image with data" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_single_training_window_gives_a_finite_applicability() -> None:
+    window = torch.tensor([[1.0, 2.0, 3.0]])
+    reference = Reference.of(window, cells=1, model="m").with_threshold(window, "training images")
+    found = reference.applicability(torch.stack([window[0], window[0] + 1], dim=1)[:, None])
+    assert found.flatten().tolist() == pytest.approx([1, 0])
 
 
 def test_eval_averages_models(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
