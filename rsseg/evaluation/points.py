@@ -105,7 +105,7 @@ def draw_points(
 
     Raises:
         UsageError: the output exists, its name does not end in .gpkg, or the sample is too large to be labeled.
-        DataError: no valid pixel, more than one band, rasters on different grids.
+        DataError: no valid pixel, more than one band, more values than a map has classes, rasters on different grids.
         MachineError: the file cannot be written.
     """
     if output.suffix.lower() != ".gpkg":
@@ -115,6 +115,8 @@ def draw_points(
         counts = Counter[int]()
         for block in rasters.blocks():
             _add(counts, block.strata[block.valid])
+            if strata is None and len(counts) > _MOST_CLASSES:
+                raise DataError(f"{source}: more than {_MOST_CLASSES} values. Give a class raster.")
         if not counts:
             raise DataError(f"{source}: no pixel has a class. Give a class raster with data.")
         values = sorted(counts)

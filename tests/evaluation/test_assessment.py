@@ -17,6 +17,7 @@ from rsseg.cli import run
 from rsseg.errors import DataError, UsageError
 from rsseg.evaluation.assessment import Sample, Strata, allocate, assess, sample_size
 from rsseg.evaluation.points import SampleSize, assess_points, draw_points
+from tests.conftest import write_tif
 
 NAMES = {0: "water", 1: "forest", 4: "road"}
 
@@ -289,6 +290,12 @@ def test_sample_needs_one_size_and_a_free_geopackage(class_map: Path, tmp_path: 
     with pytest.raises(UsageError, match="--overwrite"):
         draw_points(class_map, tmp_path / "p.gpkg", SampleSize(per_stratum=5))
     assert (tmp_path / "p.gpkg").read_text() == "mine"
+
+
+def test_raster_of_measured_values_is_no_map(tmp_path: Path) -> None:
+    measured = write_tif(tmp_path / "height.tif", np.arange(300, dtype=np.uint16).reshape(1, 10, 30))
+    with pytest.raises(DataError, match="more than 255 values"):
+        draw_points(measured, tmp_path / "p.gpkg", SampleSize(per_stratum=5))
 
 
 def test_form_offers_the_class_names_and_hides_the_stratum(class_map: Path, tmp_path: Path) -> None:
