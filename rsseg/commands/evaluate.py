@@ -234,6 +234,7 @@ def suggest(
     as_json: AsJson = False,
 ) -> None:
     """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
+    wait_passively()
     from rsseg.checkpoint import find_model
     from rsseg.scene.memory import prepare_model
     from rsseg.scene.options import parse_options
@@ -278,6 +279,7 @@ def gap(
     as_json: AsJson = False,
 ) -> None:
     """Compare two datasets or scenes without labels: features of a pretrained network, bands, pixel sizes."""
+    wait_passively()
     from rsseg.data.index import is_dataset
     from rsseg.evaluation.gap import dataset_gap
     from rsseg.scene.batch import find_scenes
