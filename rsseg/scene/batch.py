@@ -130,7 +130,8 @@ def check_targets(task: Task, targets: Sequence[Target], options: SceneOptions, 
     """Raise if outputs of a batch would replace one another or an input of any scene.
 
     Raises:
-        UsageError: see above; or one file is asked for that several scenes would write.
+        UsageError: see above; one file is asked for that several scenes would write; a class raster is named like
+            another format.
     """
     for option, name in (("--polygons", options.polygons), ("--preview", options.preview)):
         if len(targets) > 1 and name is not None and not is_extension(name):
@@ -138,6 +139,8 @@ def check_targets(task: Task, targets: Sequence[Target], options: SceneOptions, 
     outputs = [pair for t in targets for pair in list_outputs(task, t.output, options)]
     read = source_files([str(name) for name in inputs] + [target.scene for target in targets])
     check_outputs(outputs, [file for name in read if (file := local_file(name))], overwrite=True)
+    if wrong := [t.output for t in targets if t.output.suffix.lower() not in (".tif", ".tiff")]:
+        raise UsageError(f"{wrong[0]}: --output writes a GeoTIFF. Give a name that ends in .tif, or a folder.")
 
 
 class BatchFiles(NamedTuple):

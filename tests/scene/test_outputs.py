@@ -135,6 +135,15 @@ def test_model_and_area_are_inputs_of_the_command_too(
     assert model.read_bytes() == before
 
 
+def test_class_raster_is_not_named_like_another_format(
+    tmp_path: Path, scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", str(scene), "--model", str(write_tiny_model(tmp_path)), "-o", str(tmp_path / "out.png")]
+    assert run([*command, "--dry-run"]) == run(command) == 2
+    assert "--output writes a GeoTIFF" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
 @pytest.mark.parametrize("file_name", ["n" * 252 + ".tif", "n" * 300 + ".tif", "n" * 300 + "/out.tif"])
 def test_names_that_are_too_long_are_refused_and_long_ones_work(tmp_path: Path, scene: Path, file_name: str) -> None:
     segmenter = ConvSegmenter(make_task())
