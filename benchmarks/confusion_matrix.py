@@ -36,7 +36,7 @@ def main() -> None:
         ours = ConfusionMatrix(classes)
         theirs.update(wide_prediction, wide_target)
         ours.update(prediction, target)
-        assert torch.equal(theirs.compute(), ours.matrix), "counts differ"
+        assert torch.equal(theirs.compute(), ours.counts[:-1]), "counts differ"
         pairs = [
             (
                 seconds(lambda: theirs.update(wide_prediction, wide_target)),  # noqa: B023 - called at once

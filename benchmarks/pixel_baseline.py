@@ -73,7 +73,7 @@ def baseline(data: Path, *, split: str, domain: str | None, samples: int, seed: 
     with torch.inference_mode():
         for values, classes in pixels(reader, test):
             matrix.update(model(torch.from_numpy(values)).argmax(1).to(torch.uint8), torch.from_numpy(classes))
-    return scores(matrix.matrix, index.task.class_names)
+    return scores(matrix.counts, index.task.class_names)
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ This page is made by `python -m benchmarks.accuracy`; no number in it was typed.
   and the standard deviation of that difference. *verdict* compares the means of the seeds that both have: `better` or
   `worse` if they differ by more than the pooled standard deviation of the two arms, else `equal`; `-` for one seed.
 - All cells that ran are shown, the worse ones too. Cells that did not run yet are listed at the end.
+- Why an arm gains or loses is said on the page of its method: [KTDA](ktda.md#does-it-help),
+  [RS-MTDF](mtdf.md#the-stronger-mode), [ST-DASegNet](dasegnet.md#ablations-and-the-stronger-mode-of-two-students).
 - The settings of the adaptation mode were chosen after a look at scores on the target's training images, whose labels
   no training uses; [dasegnet.md](dasegnet.md) has these scores.
 """
@@ -68,7 +70,7 @@ def write_report(table: Table, docs: Path) -> Path:
     docs.mkdir(parents=True, exist_ok=True)
     results = read_results(table.output)
     figures = draw_figures(table, results, docs / "results")
-    parts = ["# Accuracy\n", RULES, _conditions(table, results)]
+    parts = ["# Accuracy\n", RULES, _conditions(table, results), _overview(table, results)]
     for ready in table.ready:
         if arms := [arm for arm in ready.arms if cells_of(results, ready.setting.name, arm.name)]:
             shown = replace(ready, arms=tuple(arms))
@@ -153,6 +155,22 @@ def _conditions(table: Table, results: Sequence[Result]) -> str:
         "likewise.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _overview(table: Table, results: Sequence[Result]) -> str:
+    """Every arm that ran with several seeds against its plain arm, by setting."""
+    settings = [ready.setting for ready in table.ready]
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for ready in table.ready:
+        for arm in ready.arms:
+            setting = ready.setting.name
+            if arm.plain and (found := verdict(results, setting, arm.name, arm.plain)) != "-":
+                difference = spread(paired(results, setting, arm.name, arm.plain), sign=True)
+                cells[_title(results, setting, arm.name)][setting] = f"{difference} {found}"
+    shown = [setting for setting in settings if any(setting.name in row for row in cells.values())]
+    rows = [[title, *(row.get(setting.name, "-") for setting in shown)] for title, row in cells.items()]
+    head = ["against plain", *(setting.title for setting in shown)]
+    return "\n".join(["## Overview\n", "Arms with at least two seeds.\n", _markdown([head, *rows])]) + "\n"
 
 
 def _section(table: Table, ready: Ready, results: Sequence[Result], figures: Sequence[str]) -> str:

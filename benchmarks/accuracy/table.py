@@ -92,9 +92,9 @@ TAUGHT_BY = (("task_teacher.model", "dinov2s-full"),)
 TAUGHT = (Arm("lite0-ktda-side", "lite0-plain"), Arm("lite0-taught", "lite0-plain", TAUGHT_BY))
 
 
-def _started(name: str, plain: str, *, varies: str | None = None) -> Arm:
-    """An arm that starts from its plain arm; `varies`: it is a single switch of that arm, whose rate it takes."""
-    start = (("start", plain),)
+def _started(name: str, plain: str, *, start: str | None = None, varies: str | None = None) -> Arm:
+    """An arm that starts from its plain arm, or another; `varies`: the arm that it changes one setting of."""
+    start = (("start", start or plain),)
     return Arm(name, plain, start, long=f"{plain}-long", rate_of=varies, switch=varies is not None)
 
 
@@ -116,7 +116,7 @@ MODE_SWITCHES = (
 )
 SWITCHES = tuple(
     Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
-    for switch in ("class-weights", "dice", "focal", "rare", "light", "strong")
+    for switch in ("dice", "focal", "rare", "light", "strong")
 )
 TARGET = (
     Arm("lite0-source"),
@@ -127,6 +127,18 @@ TARGET = (
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
+)
+WEIGHTED = (
+    Arm("lite0-class-weights", "lite0-plain", rate_of="lite0-plain", switch=True),
+    Arm("lite0-ktda-weights", "lite0-plain", rate_of="lite0-ktda-side", switch=True),
+    _started("lite0-mtdf-weights", "lite0-plain", start="lite0-class-weights", varies="lite0-mtdf-recommended"),
+)
+"""Class weights were the best single switch by validation."""
+TARGET_WEIGHTED = (
+    Arm("lite0-source-weights", "lite0-source", rate_of="lite0-source", switch=True),
+    _started(
+        "lite0-dasegnet-weights", "lite0-source", start="lite0-source-weights", varies="lite0-dasegnet-recommended"
+    ),
 )
 MINI = (Arm("mini-plain"), Arm("mini-ktda", "mini-plain"), Arm("mini-fixmatch", "mini-plain"))
 
@@ -152,14 +164,16 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         _dubai(
-            10, (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *SWITCHES, *MODE_SWITCHES), rates=None
+            10,
+            (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *WEIGHTED, *SWITCHES, *MODE_SWITCHES),
+            rates=None,
         ),
-        _dubai(45, (*FIRST, *TAUGHT)),
+        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED)),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
             dataset="l8biome",
-            arms=FIRST,
+            arms=(*FIRST, *TAUGHT, *WEIGHTED),
             streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
@@ -169,7 +183,7 @@ SETTINGS = {
             name="dubai-desert-town",
             title="Dubai, labels of desert and coast, test in the town",
             dataset="dubai-uda",
-            arms=TARGET,
+            arms=(*TARGET, *TARGET_WEIGHTED),
             streams={
                 "labeled": {"split": "train", "domain": "desert"},
                 "unlabeled": {"split": "unlabeled", "domain": "town"},
@@ -183,7 +197,7 @@ SETTINGS = {
             name="l8biome-natural-infrared",
             title="Landsat 8 clouds, labels in natural colors, test in infrared bands",
             dataset="l8biome-uda",
-            arms=TARGET,
+            arms=(*TARGET, *TARGET_WEIGHTED),
             streams={
                 "labeled": {"split": "train", "domain": "natural"},
                 "unlabeled": {"split": "unlabeled", "domain": "infrared"},
