@@ -15,7 +15,8 @@ def ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 def _without_link(path: Path) -> Path:
     """The run that `runs/latest` names now, as later it names the run that the recipe starts."""
-    return path.parent / path.readlink() if path.is_symlink() else path
+    link = next((place for place in (path, *path.parents) if place.is_symlink()), None)
+    return path if link is None else link.parent / link.readlink() / path.relative_to(link)
 
 
 ModelPath = Annotated[Path, AfterValidator(_without_link)]

@@ -322,7 +322,7 @@ def split(
     rows = [(name, len(items), len({scene_of(item) for item in items})) for name, items in counts.items()]
     print_table(("split", "images", "scenes"), rows)
     if overwrite:
-        print_result(str(index.save(path if path.is_dir() else path.parent)))
+        print_result(str(index.save(path)))
     else:
         print_note("Nothing was changed. Pass --overwrite to write these splits to the index.")
 

@@ -86,10 +86,10 @@ class SegmentationIndex(BaseModel):
             raise DataError(f"{file}: {where}: {first['msg']}. Prepare the dataset again.") from None
         return index.model_copy(update={"root": file.parent})
 
-    def save(self, folder: Path) -> Path:
-        """Write the index into `folder`, replacing an old one; returns the file. Raises `MachineError`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / INDEX_NAME
+    def save(self, path: Path) -> Path:
+        """Write the index into a folder, or a JSON file, replacing an old one; returns it. Raises `MachineError`."""
+        file = path if path.is_file() else path / INDEX_NAME
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, self.model_dump(mode="json"))
         return file
 

@@ -88,12 +88,11 @@ def measure_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
 @contextmanager
 def unrecorded_statistics(module: nn.Module) -> Iterator[None]:
     """Keep batch norms of `module` from updating their running statistics, without changing their outputs."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.track_running_stats = False  # a momentum of 0 would still count the batch
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,5 +1,6 @@
 """`trainer.batch_size: auto`: the largest batch whose training step fits into memory."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -113,4 +114,4 @@ def _available(device: torch.device) -> int:
     """Bytes for a training process: what is free now, with what this process has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return free_bytes()
+    return free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ import rsseg
 from rsseg.checkpoint import ModelHeader, load_into, read_tensors, write_model, write_tensors
 from rsseg.config import BaseRecipe
 from rsseg.data.streams import Batch
-from rsseg.errors import DataError, RecipeError, RssegError, WeightsError
+from rsseg.errors import DataError, RecipeError, RssegError, UsageError, WeightsError
 from rsseg.files import publish
 from rsseg.layers.ema import Ema, Frozen
 from rsseg.methods.base import Method, Segmenter, backbone_infos
@@ -202,17 +203,27 @@ def _read_metadata(path: Path) -> tuple[Counters, Identity, dict[str, Any]]:
 def with_global_batch(recipe: Recipe, path: Path, processes: int) -> Recipe:
     """The recipe with the micro-steps for which `processes` train on the global batches of a saved state.
 
-    Unchanged where there are none, where the recipe already has another number, or where the state is unreadable.
+    Unchanged where there are none, where the recipe has another number than the run, or where the state is unreadable.
     """
     try:
-        before = _read_metadata(path)[1]
+        before = _read_metadata(path)[1].sharing()
     except WeightsError:
         return recipe
-    total, micro_steps = math.prod(before.sharing()), recipe.trainer.grad_accum_steps
-    if processes == before.processes or micro_steps != before.sharing()[1] or total % processes:
+    total, micro_steps = math.prod(before), recipe.trainer.grad_accum_steps
+    # The run's recipe is that of its last resume, of which there may be no state yet.
+    shared = micro_steps in (each[1] for each in (before, _last_sharing(path)) if math.prod(each) == total)
+    if not shared or total % processes or micro_steps * processes == total:
         return recipe
     trainer = recipe.trainer.model_copy(update={"grad_accum_steps": total // processes})
     return recipe.model_copy(update={"trainer": trainer})
+
+
+def _last_sharing(path: Path) -> tuple[int, int]:
+    """`Identity.sharing` of the last start of the run with this state; zeros if its manifest does not say."""
+    with suppress(UsageError, KeyError):
+        plan = RunFolder(path.parents[2]).manifest().plan
+        return plan["processes"], plan["grad_accum_steps"]
+    return 0, 0
 
 
 def frozen_hashes(method: nn.Module) -> dict[str, str]:

@@ -105,7 +105,7 @@ class GraphStep:
         if self._micro is not None:
             self._eager.seed(step, micro)
             return self._micro(batch, step)
-        if self._wait < 0:
+        if self._wait < 0 or micro > 0:  # the record counts from gradients of zero
             return self._eager.gradients(batch, step, micro)
         return self._record(batch, step, micro)
 

@@ -165,14 +165,17 @@ def _lines(part: Any, values: Mapping[str, Any], depth: int) -> Iterator[str]:
     for key, value in values.items():
         member = getattr(part, key, None) if isinstance(part, BaseModel) else part.get(key)
         given = not isinstance(part, BaseModel) or key in part.model_fields_set
-        head = f"{'  ' * depth}{key}:"
+        head = f"{'  ' * depth}{_on_one_line(key)}:"
         if isinstance(value, Mapping) and value:
             yield head
             yield from _lines(member, value, depth + 1)
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-            text = text.removesuffix("\n").removesuffix("\n...")
-            yield f"{head} {text}  # {'given' if given else 'default'}"
+            yield f"{head} {_on_one_line(value)}  # {'given' if given else 'default'}"
+
+
+def _on_one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _new_manifest(name: str, recipe: Recipe, plan: TrainPlan, frozen: Mapping[str, str]) -> Manifest:

@@ -265,11 +265,12 @@ def _check_sharding(recipe: Recipe) -> None:
     """Raise `RecipeError` for options that do not work with `trainer.sharding: full`."""
     if recipe.trainer.sharding == "none":
         return
-    tune = getattr(recipe, "tune", "full")
+    single = recipe.single if recipe.method == "dasegnet" else None
+    key, tune = ("tune", getattr(recipe, "tune", "full")) if single is None else ("single.tune", single.tune)
     if recipe.trainer.amp_dtype == "fp16":
         raise RecipeError("trainer.sharding: full does not scale losses as fp16 needs. Set trainer.amp_dtype: bf16.")
     if tune != "full":
-        raise RecipeError(f"trainer.sharding: full is for networks that train as a whole, not for tune: {tune}.")
+        raise RecipeError(f"trainer.sharding: full is for networks that train as a whole, not for {key}: {tune}.")
 
 
 def _build(recipe: Recipe, ranks: distributed.Ranks) -> _Built:

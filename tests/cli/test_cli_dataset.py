@@ -111,6 +111,15 @@ def test_split_by_scene_keeps_tiles_together_and_asks_before_it_writes(
     assert run(["dataset", "split", str(tiled), "--ratio", "train=0.5,val=0.1"]) == 2
 
 
+def test_split_of_an_index_of_another_name_is_written_to_that_file(tiled: Path) -> None:
+    own, other = tiled / "rsseg-index.json", tiled / "other.json"
+    before = own.read_bytes()
+    other.write_bytes(before)
+    assert run(["dataset", "split", str(other), "--ratio", "train=0.5,val=0.5", "--overwrite"]) == 0
+    assert own.read_bytes() == before
+    assert {item.split for item in SegmentationIndex.load(other).items} == {"train", "val"}
+
+
 def test_split_by_block_leaves_out_tiles_between_blocks(tmp_path: Path) -> None:
     source = own_source(tmp_path / "src", size=(64, 64))
     out = prepare("folder", own_options(source, tmp_path / "out", tile=16, stride=8), quiet)

@@ -46,6 +46,13 @@ def test_stream_of_its_own_batch_size_keeps_it(tmp_path: Path) -> None:
     assert alone < beside_few
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 12 * MEGABYTE)
+    assert batch_size._available(CPU.device) == 12 * MEGABYTE
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert batch_size._available(CPU.device) == 4 * MEGABYTE
+
+
 def test_memory_for_not_even_two_images_is_a_limit_of_the_machine(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"trainer\.batch_size: auto: a batch of 2 does not fit into the 0\.0 GB"):
         largest_batch(automatic(tmp_path), rgb_task(), CPU, memory=MEGABYTE)

@@ -43,14 +43,25 @@ def test_deterministic_kernels_are_asked_for_during_a_run_only(rgb_dataset: Path
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "values", "message"),
     [
-        ({"trainer": {"sharding": "full", "amp_dtype": "fp16"}}, "Set trainer.amp_dtype: bf16"),
-        ({"trainer": {"sharding": "full"}, "tune": "frozen"}, "not for tune: frozen"),
+        (
+            "demo-supervised",
+            {"trainer": {"sharding": "full", "amp_dtype": "fp16"}},
+            "Set trainer.amp_dtype: bf16",
+        ),
+        ("demo-supervised", {"trainer": {"sharding": "full"}, "tune": "frozen"}, "not for tune: frozen"),
+        (
+            "dasegnet-single",
+            {"trainer": {"sharding": "full"}, "single": {"tune": "frozen"}},
+            "not for single.tune: frozen",
+        ),
     ],
 )
-def test_sharding_names_what_it_cannot_be_combined_with(tmp_path: Path, values: dict[str, Any], message: str) -> None:
-    case = make_case({path.stem: path for path in recipe_files()}["demo-supervised"], tmp_path)
+def test_sharding_names_what_it_cannot_be_combined_with(
+    tmp_path: Path, name: str, values: dict[str, Any], message: str
+) -> None:
+    case = make_case({path.stem: path for path in recipe_files()}[name], tmp_path)
     given = case.recipe.model_dump(mode="json", exclude_unset=True)
     trainer = given["trainer"] | values.pop("trainer")
     with pytest.raises(RecipeError, match=message):

@@ -22,6 +22,7 @@ from rsseg.metrics import scores
 from rsseg.recipe import RecipeSource, parse_recipe
 from rsseg.runs import RunFolder, choose_model, find_run, list_runs, newest_finished
 from rsseg.training.progress import EvaluationReport, Progress, StepReport
+from rsseg.training.recorder import resolved_yaml
 from rsseg.training.run import check, plan, train
 from tests.training.recipes import tiny_recipe, tiny_values
 
@@ -97,6 +98,9 @@ def test_run_folder_holds_everything(rgb_dataset: Path, tmp_path: Path) -> None:
     assert parse_recipe(RecipeSource("resolved", resolved)) == recipe
     assert "  steps: 6  # given" in resolved
     assert "  clip_grad: null  # default" in resolved
+    names = {name: [name] for name in ("a: b", "c #d", "[e]", "- f", "no", "1", "*g", "")}
+    odd = tiny_recipe(rgb_dataset, data={"classes": {"into": names}})
+    assert parse_recipe(RecipeSource("resolved", resolved_yaml(odd))) == odd
 
     manifest = RunFolder(run).manifest()
     assert (manifest.state, manifest.reason, manifest.steps) == ("finished", "all steps", 6)

@@ -9,6 +9,7 @@ from rsseg.config import OptimizerConfig
 from rsseg.errors import DataError, RecipeError, WeightsError
 from rsseg.layers.ema import Ema
 from rsseg.methods.base import ParamGroup
+from rsseg.runs import Manifest, RunFolder
 from rsseg.training.checkpoints import (
     Counters,
     Identity,
@@ -34,6 +35,13 @@ def make_parts(seed: int) -> Parts:
 def identity_of(parts: Parts, **changes: object) -> Identity:
     values = {"recipe": {"seed": 1}, "frozen": frozen_hashes(parts.method), "splits": {"val": "a"}, "processes": 1}
     return Identity.model_validate(values | changes)
+
+
+def manifest_of(*, processes: int, micro_steps: int) -> Manifest:
+    fields = ("name", "method", "recipe", "created", "host", "device", "monitor")
+    plan = {"processes": processes, "grad_accum_steps": micro_steps}
+    values = {"pid": 1, "command": (), "versions": {}, "commit": None, "seed": 0, "plan": plan, "used": {}}
+    return Manifest.model_validate(dict.fromkeys(fields, "") | values)
 
 
 def step(parts: Parts) -> None:
@@ -94,6 +102,14 @@ def test_another_number_of_processes_shares_the_global_batch_or_is_refused(tmp_p
     assert [with_global_batch(given, file, n).trainer.grad_accum_steps for n in (1, 2, 3, 4, 6)] == [6, 3, 2, 3, 1]
     assert with_global_batch(toy_recipe(grad_accum_steps=5), file, 1).trainer.grad_accum_steps == 5
     assert with_global_batch(given, tmp_path / "none", 1) == given
+    # A resume with 1 process was killed before it was saved: its recipe is the run's, the state that of 2 processes.
+    resumed = RunFolder(file.parents[2])
+    resumed.write_manifest(manifest_of(processes=1, micro_steps=6))
+    given = toy_recipe(grad_accum_steps=6)
+    assert [with_global_batch(given, file, n).trainer.grad_accum_steps for n in (1, 2, 3)] == [6, 3, 2]
+    resumed.write_manifest(manifest_of(processes=2, micro_steps=5))  # one with another global batch, by wish
+    given = toy_recipe(grad_accum_steps=5)
+    assert [with_global_batch(given, file, n).trainer.grad_accum_steps for n in (1, 2)] == [5, 5]
     load_state(file, parts, identity(3, 2), warn=heard.append)
     assert "the global batch is the same" in heard.pop()
     load_state(file, parts, identity(2, 3), warn=heard.append)

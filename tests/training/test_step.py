@@ -84,8 +84,14 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"grad_accum_steps": 3, "clip_grad": 0.1}, {"scaled": True, "clip_grad": 0.1}, {"nan_at": (1, 4, 6)}],
-    ids=["plain", "accumulated", "scaled", "skipped"],
+    [
+        {},
+        {"grad_accum_steps": 3, "clip_grad": 0.1},
+        {"scaled": True, "clip_grad": 0.1},
+        {"nan_at": (1, 4, 6)},
+        {"grad_accum_steps": 2, "nan_at": (2 * WARM_UP,)},
+    ],
+    ids=["plain", "accumulated", "scaled", "skipped", "skipped where it would be recorded"],
 )
 def test_recorded_run_ends_as_the_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]

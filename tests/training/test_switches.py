@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from rsseg.checkpoint import read_header
 from rsseg.data.index import SegmentationIndex
 from rsseg.errors import DataError, RecipeError
+from rsseg.layers.blocks import measure_statistics, unrecorded_statistics
 from rsseg.layers.losses import LabelLoss, class_weights_of
 from rsseg.recipe import Recipe, recipe_from_dict
 from rsseg.runs import RunFolder
@@ -65,6 +67,24 @@ def test_only_the_shipped_statistics_are_measured_anew(rgb_dataset: Path, tmp_pa
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     assert {int(v) for name, v in shipped.items() if name.endswith("num_batches_tracked")} == {3}
     assert read_header(run.model).training["norm_statistics"]["images"]["domain"] == "south"
+
+
+def test_measured_statistics_are_the_mean_over_batches_also_of_a_network_with_a_pass_that_is_not_recorded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with unrecorded_statistics(self):
+                self.norm(3 * images)
+            return self.norm(images)
+
+    network, batches = Twice(), [torch.randn(4, 2, 5, 5) + i for i in range(3)]
+    measure_statistics(network, batches)
+    means = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in batches])
+    torch.testing.assert_close(network.norm.running_mean, means.mean(dim=0))
+    assert network.norm.num_batches_tracked == len(batches)
 
 
 def test_statistics_of_a_network_without_batch_norm_or_without_images_are_refused(rgb_dataset: Path) -> None:

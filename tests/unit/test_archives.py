@@ -1,6 +1,7 @@
 """Archives that must not be trusted."""
 
 import io
+import random
 import stat
 import tarfile
 import zipfile
@@ -80,6 +81,25 @@ def test_bombs_are_refused_by_size_and_by_count(tmp_path: Path, make: object) ->
     many = make(tmp_path / "many", {str(i): b"" for i in range(11)})
     with pytest.raises(DataError, match="more than 10 files"):
         unpacked(many, tmp_path / "out2", UnpackLimits(files=10))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_damaged_blocks_of_bzip2_are_an_error(tmp_path: Path, kind: str) -> None:
+    """Python reports them as an `OSError`, as it does a full disk."""
+    archive, content = tmp_path / f"a.{kind}", random.Random(0).randbytes(1 << 20)
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_BZIP2) as file:
+            file.writestr("a", content)
+    else:
+        with tarfile.open(archive, "w:bz2") as tar:
+            member = tarfile.TarInfo("a")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    data = bytearray(archive.read_bytes())
+    data[-2000:-1000] = bytes(1000)
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match="the archive is damaged"):
+        unpacked(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])

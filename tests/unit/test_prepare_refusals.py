@@ -1,13 +1,16 @@
 """Outputs, names and options of `prepare` that are refused, and text files of other systems."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rsseg.data.index import SegmentationIndex
 from rsseg.datasets.prepare.options import parse_options
 from rsseg.datasets.prepare.run import prepare
 from rsseg.errors import DataError, MachineError, UsageError
+from tests.conftest import write_png, write_tif
 from tests.unit.test_prepare import CLASSES, own_options, own_source, quiet
 
 
@@ -67,6 +70,19 @@ def test_a_tile_name_that_gets_too_long_names_the_file(tmp_path: Path) -> None:
         (source / f"val/{folder}/0.{suffix}").rename(source / f"val/{folder}/{long}.{suffix}")
     with pytest.raises(DataError, match=r"nnn_00000_00000\.tif: the file name is too long"):
         prepare("folder", own_options(source, tmp_path / "out", tile=8), quiet)
+
+
+def test_images_that_differ_by_their_ending_only_are_refused_if_their_tiles_would_not_differ(tmp_path: Path) -> None:
+    source, rng = own_source(tmp_path / "src"), np.random.default_rng(0)
+    shutil.rmtree(source / "train")
+    shutil.rmtree(source / "val")
+    for split in ("train", "val"):
+        for folder, shape in (("images", (3, 24, 20)), ("masks", (1, 24, 20))):
+            for ending, write in (("tif", write_tif), ("png", lambda path, a: write_png(path, a.squeeze().T))):
+                write(source / split / folder / f"0.{ending}", rng.integers(0, 3, shape).astype(np.uint8))
+    patterns = {"images": "{split}/images/*.*", "masks": "{split}/masks/*.*"}
+    with pytest.raises(DataError, match=r"train/images/0\.png and train/images/0\.tif differ .* ending only"):
+        prepare("folder", own_options(source, tmp_path / "out", folder=patterns, tile=8), quiet)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_link_to_the_newest_run_is_replaced_by_the_run_that_it_names_now(tuned: 
     assert recipe.method == "ktda"
     assert recipe.task_teacher is not None
     assert recipe.task_teacher.model == tuned
+    within = recipe_of("supervised", start=str(latest / "model.safetensors"))
+    assert within.start == tuned / "model.safetensors"
 
 
 def test_threshold_of_an_uncertain_class_falls_and_that_of_the_most_certain_stays() -> None:

@@ -106,7 +106,7 @@ def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[Index
                     "windows from the same kind of scene."
                 )
             found.append(_Labeled(file, file.name, order[table.read(raster, None)], _scene_of(file)))
-    return _adopt(index, found, split)
+    return _adopt(dataset, index, found, split)
 
 
 def add_vectors(dataset: Path, options: PrepareOptions, *, split: str, progress: Progress) -> list[IndexItem]:
@@ -151,7 +151,7 @@ def add_vectors(dataset: Path, options: PrepareOptions, *, split: str, progress:
             for i in new.items
             if i.mask is not None
         )
-        items = _adopt(index, found, split)
+        items = _adopt(dataset, index, found, split)
         if (made / ISSUES_NAME).is_file():
             listed = index.root / Path(*Path(items[0].image).parts[:2]) / ISSUES_NAME
             shutil.move(made / ISSUES_NAME, listed)
@@ -168,7 +168,7 @@ class _Labeled(NamedTuple):
     scene: str
 
 
-def _adopt(index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> list[IndexItem]:
+def _adopt(dataset: Path, index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> list[IndexItem]:
     """Copy images and write their masks (class indices) as the dataset's label map reads them; extends the index."""
     # added/NNN/images/NAME
     known = {
@@ -212,7 +212,7 @@ def _adopt(index: SegmentationIndex, found: Iterable[_Labeled], split: str) -> l
             )
         target.parent.mkdir(exist_ok=True)
         work.rename(target)
-    index.model_copy(update={"items": (*index.items, *items)}).save(index.root)
+    index.model_copy(update={"items": (*index.items, *items)}).save(dataset)
     return items
 
 

@@ -181,7 +181,9 @@ def unpack(
             _unpack_tar(archive, extraction, progress)
         else:
             raise DataError(f"{archive}: neither a zip nor a tar archive. Unpack it and pass the folder as --src.")
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # not the archive: bzip2's errors have no number
         raise DataError(f"{archive}: the archive is damaged or incomplete ({error}). Download it again.") from None
 
 

@@ -22,6 +22,7 @@ from rsseg.datasets.card import Variant
 from rsseg.datasets.measure import in_order, mask_errors, open_image, open_mask
 from rsseg.datasets.prepare.plan import Plan
 from rsseg.datasets.prepare.tiles import TileMetadata, copy_as_tiff, tile_name, write_tile
+from rsseg.errors import DataError
 from rsseg.files import require_free_disk
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX
@@ -123,9 +124,10 @@ def transfer(
         Items with paths relative to `stage`, one per tile that has a pixel with data.
 
     Raises:
-        DataError: an unreadable file, a mask of another size, undeclared labels.
+        DataError: an unreadable file, a mask of another size, undeclared labels, two images of one name in `stage`.
         MachineError: the disk is full.
     """
+    _check_names([item for item in items if how.rewrites_images or (how.converts_masks and item.mask)])
     planned = in_order(lambda item: _parts(item, files, how), items, jobs)
     parts = [part for several in planned for part in several]
     journal = Journal(stage)
@@ -139,6 +141,17 @@ def transfer(
 
     copied = list(in_order(copy, range(len(parts)), jobs, progress))
     return [item for several in copied for item in several]
+
+
+def _check_names(items: Sequence[IndexItem]) -> None:
+    """Raise `DataError` for two rewritten images whose tiles or masks, all GeoTIFFs, would have the same name."""
+    seen: dict[PurePosixPath, str] = {}
+    for name in (_names(item)[0] for item in items):
+        other = seen.setdefault(PurePosixPath(name).with_suffix(""), name)
+        if other != name:
+            raise DataError(
+                f"{other} and {name} differ by their ending only, but are written anew. Rename one of them."
+            )
 
 
 def _parts(item: IndexItem, files: Mapping[str, Path], how: Transfer) -> list[_Part]:

@@ -21,6 +21,4 @@ class SupervisedRecipe(BaseRecipe, PlainConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self.decoder.check_batch(self.trainer.batch_of("labeled"))
-        if self.backbone.dtype != "float32" and self.tune != "frozen":
-            raise ValueError(f"backbone.dtype: {self.backbone.dtype} is for tune: frozen; leave it out")
         return self
