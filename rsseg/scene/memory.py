@@ -259,7 +259,9 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
         if not prepared.gpu_bytes:
             fixed += prepared.weights_bytes
             batches = len(plan.rows.origins) * -(-columns // size)
-            parallel = max(1, min(network.threads(), (limit - fixed) // per_batch, batches))
+            # Two float32 tiles at once displace each other in the caches of neighbouring cores.
+            most = network.threads() // (2 if network.dtype == "float32" else 1)
+            parallel = max(1, min(most, (limit - fixed) // per_batch, batches))
         needed = fixed + parallel * per_batch
         # Where the heap is fragmented, the next batch may take new memory for all that it needs.
         trim = int(_TRIM_AT * needed) if options.max_memory is None else options.max_memory - per_batch

@@ -256,6 +256,10 @@ def _sized(recipe: Recipe, ranks: distributed.Ranks, state: Path | None) -> Reci
         recipe = with_global_batch(recipe, state, ranks.world_size)
     if recipe.trainer.batch_size != "auto":
         return recipe
+    if recipe.trainer.sharding == "full":
+        raise RecipeError(
+            "trainer.batch_size: auto measures an undivided network. Give a number with trainer.sharding: full."
+        )
     task = Datasets(recipe.data, recipe.seed).task
     size = largest_batch(recipe, task, choose_hardware(recipe.trainer, ranks))
     return recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"batch_size": size})})

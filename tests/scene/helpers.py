@@ -90,7 +90,7 @@ def write_tiny_model(folder: Path) -> Path:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Set the number of torch threads, and so of parallel batches where memory suffices."""
+    """Set the number of torch threads: those of all parallel batches together."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -52,6 +52,11 @@ def test_deterministic_kernels_are_asked_for_during_a_run_only(rgb_dataset: Path
         ),
         ("demo-supervised", {"trainer": {"sharding": "full"}, "tune": "frozen"}, "not for tune: frozen"),
         (
+            "demo-supervised",
+            {"trainer": {"sharding": "full", "batch_size": "auto"}},
+            "Give a number with trainer.sharding: full",
+        ),
+        (
             "dasegnet-single",
             {"trainer": {"sharding": "full"}, "single": {"tune": "frozen"}},
             "not for single.tune: frozen",
