@@ -29,6 +29,8 @@ STRATUM = "stratum"
 _ROWS = 1024
 """Rows of a raster in memory."""
 _MOST_CLASSES = 255
+_TABLE = 1 << 16
+"""Entries of a table of counts."""
 _MOST_POINTS = 1_000_000
 """Points of a sample."""
 _LISTED = 5
@@ -240,8 +242,12 @@ class _Rasters:
         for top in range(0, height, _ROWS):
             window = Window(top, 0, min(_ROWS, height - top), width)
             values, valid = self.classes.read(window)
-            strata, known = (values, valid) if self.strata is self.classes else self.strata.read(window)
-            yield _Block(top, strata[0].astype(np.int64), values[0].astype(np.int64), valid & known)
+            classes = values[0].astype(np.int64)
+            if self.strata is self.classes:
+                yield _Block(top, classes, classes, valid)
+            else:
+                strata, known = self.strata.read(window)
+                yield _Block(top, strata[0].astype(np.int64), classes, valid & known)
 
 
 @contextmanager
@@ -251,20 +257,32 @@ def _opened(source: Path, strata: Path | None) -> Iterator[_Rasters]:
         yield _Rasters(classes, classes if strata is None else stack.enter_context(Raster(strata)))
 
 
+def _counted(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct values and their numbers; sorted only where they are far apart, as that takes ten times as long."""
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if high - low >= _TABLE:
+        return np.unique(values, return_counts=True)
+    numbers = np.bincount(values - low)
+    found = np.flatnonzero(numbers)
+    return found + low, numbers[found]
+
+
 def _add(counts: Counter[int], values: NDArray[np.int64]) -> None:
-    found, numbers = np.unique(values, return_counts=True)
+    found, numbers = _counted(values)
     counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
 
 
 def _add_areas(areas: dict[int, float], block: _Block, extents: PixelAreas | None) -> None:
     """Area of each class in a block, square metres, or pixels for a map without coordinates."""
-    found, positions = np.unique(block.classes[block.valid], return_inverse=True)
+    found, _ = _counted(block.classes[block.valid])
     if len(found) > _MOST_CLASSES:
         raise DataError(f"the map has {len(found)} values in {len(block.valid)} rows. Give a class raster.")
-    places = np.full(block.valid.shape, _MOST_CLASSES, np.uint8)
-    places[block.valid] = positions
+    positions, indices = block.classes, found
+    if len(found) and (found[0] < 0 or found[-1] >= _MOST_CLASSES):
+        positions, indices = np.searchsorted(found, block.classes), np.arange(len(found))
+    places = np.where(block.valid, positions, _MOST_CLASSES).astype(np.uint8)
     sums = np.bincount(places.ravel(), minlength=256) if extents is None else extents.sums(places, block.top, 0)
-    for value, amount in zip(found.tolist(), sums.tolist(), strict=False):
+    for value, amount in zip(found.tolist(), sums[indices].tolist(), strict=True):
         areas[value] = areas.get(value, 0.0) + amount
 
 

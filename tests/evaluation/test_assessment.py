@@ -292,6 +292,19 @@ def test_sample_needs_one_size_and_a_free_geopackage(class_map: Path, tmp_path: 
     assert (tmp_path / "p.gpkg").read_text() == "mine"
 
 
+@pytest.mark.parametrize("values", [(3, 7, 9), (-5, 0, 300), (-(2**31), 0, 2**31 - 1)])
+def test_areas_do_not_depend_on_the_values_of_the_classes(tmp_path: Path, values: tuple[int, ...]) -> None:
+    classes = np.random.default_rng(0).integers(0, 3, (40, 50))
+    file = write_tif(tmp_path / "map.tif", np.array(values, np.int32)[classes][None])
+    draw_points(file, tmp_path / "p.gpkg", SampleSize(per_stratum=20))
+    label(tmp_path / "p.gpkg", lambda row, col: str(values[classes[row, col]]))
+    result = assess_points(file, tmp_path / "p.gpkg")
+    assert [entry.name for entry in result.classes] == [str(value) for value in values]
+    areas = [entry.area_ha.value for entry in result.classes if entry.area_ha is not None]
+    shares = np.bincount(classes.ravel()) / classes.size
+    assert areas == pytest.approx(shares * sum(areas))
+
+
 def test_raster_of_measured_values_is_no_map(tmp_path: Path) -> None:
     measured = write_tif(tmp_path / "height.tif", np.arange(300, dtype=np.uint16).reshape(1, 10, 30))
     with pytest.raises(DataError, match="more than 255 values"):
