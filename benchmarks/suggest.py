@@ -34,7 +34,16 @@ from rsseg.scene.suggest import choose_blocks
 from rsseg.training.progress import Progress
 from rsseg.training.run import train
 
-RULES = ("random", "uncertainty", "suggest")
+RULES: Mapping[str, tuple[str, ...] | None] = {
+    "random": None,
+    "entropy": (),
+    "entropy x rarity": ("rarity",),
+    "entropy x distance": ("distance",),
+    "entropy x rarity x distance": ("rarity", "distance"),
+}
+"""Rule -> factors of its score besides entropy."""
+SUGGEST = "entropy"
+"""Rule of `rsseg suggest` without `--factors`."""
 WHOLE = 1 << 16
 """Side of a block that holds any image."""
 
@@ -100,7 +109,8 @@ def choose(
     rule: str, model: Path, index: SegmentationIndex, pool: Sequence[IndexItem], count: int, rng: np.random.Generator
 ) -> list[IndexItem]:
     """The images to label next."""
-    if rule == "random":
+    factors = RULES[rule]
+    if factors is None:
         return [pool[i] for i in rng.choice(len(pool), min(count, len(pool)), replace=False)]
     prepared = prepare_model(model, SceneOptions())
     prepared = replace(prepared, network=with_features(prepared.network, "suggest"))
@@ -113,7 +123,7 @@ def choose(
         count,
         classes=task.class_names,
         per_image=1,
-        spread=rule == "suggest",
+        factors=factors,
     )
     return [pool[int(blocks.image[choice.block])] for choice in chosen]
 
@@ -153,7 +163,7 @@ def replay(setting: Setting, seed: int, rounds: int, done: Mapping[tuple[Any, ..
                 )
                 append_line(out, json.dumps(asdict(cell)))
                 done = {**done, key: cell}
-                print(f"{setting.data} seed {seed} {rule:11} {len(labeled):3} images: mIoU {miou:.4f}", flush=True)
+                print(f"{setting.data} seed {seed} {rule:27} {len(labeled):3} images: mIoU {miou:.4f}", flush=True)
 
 
 def trained(setting: Setting, labeled: Sequence[IndexItem], seed: int, folder: Path) -> tuple[Path, float]:
@@ -192,7 +202,7 @@ def page(cells: Mapping[tuple[Any, ...], Cell]) -> str:
         "Made by `python benchmarks/suggest.py --page docs/results-suggest.md`. The labels of a dataset are hidden,",
         "each rule chooses whole images to label next, and a new plain network is trained after each round. Scores are",
         "mIoU on the test split: the mean over seeds, and its standard error. The trainings are short, so that the",
-        "scores are far below those of a full training.",
+        f"scores are far below those of a full training. The rule of `rsseg suggest` is {SUGGEST}.",
         "",
     ]
     for setting in dict.fromkeys(cell.setting for cell in cells.values()):
@@ -227,13 +237,13 @@ def page(cells: Mapping[tuple[Any, ...], Cell]) -> str:
         words = [
             f"{rule} {'more than ' + str(last) if n is None else n}" for rule, n in used.items() if rule != "random"
         ]
-        paired = [own["suggest", s, rounds].miou - own["random", s, rounds].miou for s in seeds]
-        reached = used["suggest"] is not None and used["suggest"] <= last * 2 / 3
+        paired = [own[SUGGEST, s, rounds].miou - own["random", s, rounds].miou for s in seeds]
+        reached = used[SUGGEST] is not None and used[SUGGEST] <= last * 2 / 3
         lines += [
             "",
-            f"Random choice reaches {target:.3f} with {last} images; for that score {' and '.join(words)} images were "
-            f"needed. The goal, two thirds of the labels, is {'reached' if reached else 'not reached'} by suggest. "
-            f"With {last} images suggest differs from random by {np.mean(paired):+.3f} on average over the seeds "
+            f"Random choice reaches {target:.3f} with {last} images; for that score {', '.join(words)} images were "
+            f"needed. The goal, two thirds of the labels, is {'reached' if reached else 'not reached'} by the rule "
+            f"of suggest. With {last} images it differs from random by {np.mean(paired):+.3f} on average over seeds "
             f"({min(paired):+.3f} to {max(paired):+.3f}).",
             "",
         ]

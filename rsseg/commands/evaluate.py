@@ -221,6 +221,9 @@ def suggest(
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Windows to suggest.")] = 50,
     block: Annotated[int, typer.Option("--block", help="Side of a window in pixels.")] = 256,
     per_scene: Annotated[int | None, typer.Option("--per-scene", min=1, help="At most this many of a scene.")] = None,
+    factors: Annotated[
+        str | None, typer.Option("--factors", help="Multiply uncertainty by rarity, distance or rarity,distance.")
+    ] = None,
     chips: Annotated[
         Path | None, typer.Option("--chips", help="New folder for the windows, with predicted masks to correct.")
     ] = None,
@@ -233,7 +236,7 @@ def suggest(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Suggest the windows to label next: uncertain, of rare classes, unlike the labeled ones and one another."""
+    """Suggest the windows to label next: those where the model is least sure."""
     wait_passively()
     from rsseg.checkpoint import find_model
     from rsseg.scene.memory import prepare_model
@@ -252,6 +255,7 @@ def suggest(
             count=count,
             block=block,
             per_image=per_scene,
+            factors=factors.split(",") if factors else (),
             chips=chips,
             overwrite=overwrite,
             progress=progress,

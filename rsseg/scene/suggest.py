@@ -1,7 +1,7 @@
-"""Choose the windows that are most worth labeling: uncertain, of rare classes, and unlike those that have labels."""
+"""Choose the windows that are most worth labeling: uncertain, and on request of rare classes or unlike labeled ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,8 @@ from rsseg.task import Task
 from rsseg.vector.grid import Grid, reproject
 from rsseg.vector.write import outline_style, write_shapes
 
+FACTORS = ("rarity", "distance")
+"""Factors of a score besides entropy."""
 _HIGH, _FAR, _MUCH = 0.75, 1.5, 0.2
 """Reasons are named above this quantile of the entropy, this multiple of the median distance, this share of a class."""
 
@@ -45,7 +47,7 @@ class Choice(NamedTuple):
     """A block to label.
 
     block: position in `Blocks`
-    score: product of the three values, 1 would be the highest of each
+    score: what the choice went by; see `choose_blocks`
     distance: to the nearest labeled or earlier chosen block, in units of the median distance to the labeled ones
     rarity: mean weight of its predicted classes, 1 for the rarest class
     """
@@ -64,9 +66,9 @@ def choose_blocks(
     *,
     classes: Sequence[str],
     per_image: int | None = None,
-    spread: bool = True,
+    factors: Collection[str] = (),
 ) -> list[Choice]:
-    """Greedy choice of the highest score: entropy x rarity of the predicted classes x distance to what is known.
+    """Greedy choice of the highest score: entropy, times the factors.
 
     After each choice the distances are updated, as in a greedy k-centre cover of the feature space.
 
@@ -76,7 +78,8 @@ def choose_blocks(
         count: blocks to choose.
         classes: their names, for the reasons.
         per_image: at most this many of one image or scene.
-        spread: False chooses by entropy alone.
+        factors: `rarity` of the predicted classes, `distance` to what is known. None by default: in a replay on three
+            datasets they gained nothing, and cost much on one (docs/results-suggest.md).
 
     Raises:
         DataError: there is no candidate.
@@ -88,7 +91,7 @@ def choose_blocks(
     own = torch.from_numpy(blocks.features)
     known = reference.distances(own).numpy().astype(np.float64)
     median = max(float(np.median(known)), 1e-12)
-    distance = known / median
+    distance, ones = known / median, np.ones(len(blocks))
     standard = reference.standardized(own).numpy() / math.sqrt(own.shape[1])
     shares = blocks.shares
     weights = _rarity(shares)
@@ -99,7 +102,8 @@ def choose_blocks(
     open_ = np.ones(len(blocks), np.bool_)
     chosen: list[Choice] = []
     while len(chosen) < count and open_.any():
-        score = blocks.entropy * (rarity * distance if spread else 1.0)
+        score = blocks.entropy * (rarity if "rarity" in factors else ones)
+        score = score * (distance if "distance" in factors else ones)
         best = int(np.argmax(np.where(open_, score, -1.0)))
         rare = [
             f"{share:.0%} {name}"
@@ -109,7 +113,7 @@ def choose_blocks(
         reasons = ["the model is unsure"] if blocks.entropy[best] >= high else []
         reasons += ["unlike the labeled images and the other choices"] if distance[best] >= _FAR else []
         reasons += [f"rare class: {', '.join(rare)}"] if rare else []
-        reason = "; ".join(reasons) or "best of the rest in uncertainty, rarity and distance together"
+        reason = "; ".join(reasons) or "best of the rest"
         chosen.append(Choice(best, float(score[best]), float(distance[best]), float(rarity[best]), reason))
         open_[best] = False
         taken[groups[best]] = taken.get(groups[best], 0) + 1
@@ -158,6 +162,7 @@ def suggest(
     count: int = 50,
     block: int = 256,
     per_image: int | None = None,
+    factors: Collection[str] = (),
     chips: Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
@@ -173,11 +178,13 @@ def suggest(
         count: number of windows.
         block: side of a window in pixels.
         per_image: at most this many of one scene.
+        factors: of the score besides entropy; see `choose_blocks`.
         chips: folder for the pixels of the windows, with predicted masks to correct.
         overwrite: replace the output.
 
     Raises:
-        UsageError: the output exists or is no GeoPackage, `block` is too small, the engine is not torch.
+        UsageError: the output exists or is no GeoPackage, `block` is too small, a factor is unknown, the engine is not
+            torch.
         DataError: nothing to choose from, a scene is missing or lacks bands.
         WeightsError: the model has no features and its dataset is missing.
     """
@@ -185,6 +192,8 @@ def suggest(
         raise UsageError(f"{output}: suggestions are written to a GeoPackage. Give a name that ends in .gpkg.")
     if block < LEAST_BLOCK:
         raise UsageError(f"--block {block}: features need windows of at least {LEAST_BLOCK} pixels.")
+    if not set(factors) <= set(FACTORS):
+        raise UsageError(f"--factors {','.join(factors)}: write rarity, distance or rarity,distance.")
     check_outputs([("--output", output)], [model, *names], overwrite=overwrite)
     if chips is not None and chips.exists() and any(chips.iterdir()):
         raise UsageError(f"{chips}: --chips exists already. Choose another folder.")
@@ -193,7 +202,7 @@ def suggest(
     images = _open_images(names, task, options)
     reference = load_reference(model, prepared, progress=progress)
     blocks = measure_blocks(prepared, images, block, progress=progress)
-    choices = choose_blocks(blocks, reference, count, classes=task.class_names, per_image=per_image)
+    choices = choose_blocks(blocks, reference, count, classes=task.class_names, per_image=per_image, factors=factors)
     found = []
     for rank, choice in enumerate(choices, start=1):
         number = choice.block

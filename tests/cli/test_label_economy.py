@@ -84,6 +84,7 @@ def test_suggestions_lie_on_the_grid_of_the_scene(place: Path, capsys: pytest.Ca
     assert (0, 0) not in places, "a block without data"
     assert all(sum(s["shares"].values()) == pytest.approx(1) for s in found)
     assert all(s["reason"] for s in found)
+    assert [s["score"] for s in found] == sorted((s["uncertainty"] for s in found), reverse=True)
 
     meta, _, wkb, columns = pyogrio.raw.read("next.gpkg", layer="suggestions")
     assert meta["crs"] == "EPSG:32631"
@@ -102,8 +103,9 @@ def test_a_strange_block_is_farther_from_the_labels_than_the_others(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = ["suggest", "runs/latest", "scene.tif", "-n", "1", "--block", "64", "-o", "next.gpkg", "--json"]
-    assert run(call) == 0
+    assert run([*call, "--factors", "rarity,distance"]) == 0
     (first,) = json.loads(capsys.readouterr().out)
+    assert first["score"] == pytest.approx(first["uncertainty"] * first["rarity"] * first["distance"])
     assert (first["row"], first["col"]) == (2 * SIDE, SIDE), "noise, unlike all training images"
     assert first["distance"] > 1.2
 
@@ -211,6 +213,8 @@ def test_bad_calls_name_the_remedy(place: Path, capsys: pytest.CaptureFixture[st
     assert (code, "ends in .gpkg" in said) == (2, True)
     code, said = refused(*suggest, "next.gpkg", "--block", "8")
     assert (code, "at least 64" in said) == (2, True)
+    code, said = refused(*suggest, "next.gpkg", "--factors", "distanse")
+    assert (code, "write rarity, distance or rarity,distance" in said) == (2, True)
     code, said = refused(*suggest, "scene.tif")
     assert code == 2
     Path("next.gpkg").write_bytes(b"mine")

@@ -15,7 +15,7 @@ def test_replay_trains_each_cell_once_and_every_rule_from_the_same_start(
     suggest.main([*call, "--out", str(out), "--page", str(written)])
     cells = list(suggest.read(out).values())
     assert [(c.rule, c.round, len(c.labeled)) for c in cells] == [
-        ("random", 0, 2), ("random", 1, 3), ("uncertainty", 1, 3), ("suggest", 1, 3),
+        ("random", 0, 2), *((rule, 1, 3) for rule in suggest.RULES),
     ]  # fmt: skip
     assert all(set(cells[0].labeled) < set(c.labeled) for c in cells[1:])
     rows = [line for line in written.read_text().splitlines() if line.startswith("| 3 |")]
