@@ -108,11 +108,12 @@ DINO_RECOMMENDED = (
     _started("dinov2s-mtdf-recommended", "dinov2s-full"),
     Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
 )
+NO_START = Arm("lite0-mtdf-no-start", "lite0-plain", switch=True)
 MODE_SWITCHES = (
     Arm("lite0-ktda-cutmix", "lite0-plain", TAUGHT_BY, rate_of="lite0-ktda-recommended", switch=True),
     _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
-    Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
+    NO_START,
 )
 SWITCHES = tuple(
     Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
@@ -168,12 +169,12 @@ SETTINGS = {
             (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *WEIGHTED, *SWITCHES, *MODE_SWITCHES),
             rates=None,
         ),
-        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED)),
+        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED, NO_START)),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
             dataset="l8biome",
-            arms=(*FIRST, *TAUGHT, *WEIGHTED),
+            arms=(*FIRST, *TAUGHT, *WEIGHTED, NO_START),
             streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
