@@ -116,6 +116,7 @@ class _Board:
             return
         if first != mine:
             self._exit(first)
+        time.sleep(3 * POLL_S)  # torchrun ends the others once this one has ended: they must have read it before
 
     def _watch(self) -> None:
         try:
