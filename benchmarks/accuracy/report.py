@@ -159,7 +159,6 @@ def _conditions(table: Table, results: Sequence[Result]) -> str:
 
 def _overview(table: Table, results: Sequence[Result]) -> str:
     """Every arm that ran with several seeds against its plain arm, by setting."""
-    settings = [ready.setting for ready in table.ready]
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for ready in table.ready:
         for arm in ready.arms:
@@ -167,7 +166,10 @@ def _overview(table: Table, results: Sequence[Result]) -> str:
             if arm.plain and (found := verdict(results, setting, arm.name, arm.plain)) != "-":
                 difference = spread(paired(results, setting, arm.name, arm.plain), sign=True)
                 cells[_title(results, setting, arm.name)][setting] = f"{difference} {found}"
-    shown = [setting for setting in settings if any(setting.name in row for row in cells.values())]
+    if not cells:
+        return ""
+    ran = {setting for row in cells.values() for setting in row}
+    shown = [ready.setting for ready in table.ready if ready.setting.name in ran]
     rows = [[title, *(row.get(setting.name, "-") for setting in shown)] for title, row in cells.items()]
     head = ["against plain", *(setting.title for setting in shown)]
     return "\n".join(["## Overview\n", "Arms with at least two seeds.\n", _markdown([head, *rows])]) + "\n"

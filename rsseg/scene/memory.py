@@ -259,7 +259,7 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
         if not prepared.gpu_bytes:
             fixed += prepared.weights_bytes
             batches = len(plan.rows.origins) * -(-columns // size)
-            # Two float32 tiles at once displace each other in the caches of neighbouring cores.
+            # On two cores, float32 tiles with a thread each were slower than one with both (docs/performance.md).
             most = network.threads() // (2 if network.dtype == "float32" else 1)
             parallel = max(1, min(most, (limit - fixed) // per_batch, batches))
         needed = fixed + parallel * per_batch

@@ -91,19 +91,19 @@ def choose_blocks(
     own = torch.from_numpy(blocks.features)
     known = reference.distances(own).numpy().astype(np.float64)
     median = max(float(np.median(known)), 1e-12)
-    distance, ones = known / median, np.ones(len(blocks))
+    distance = known / median
     standard = reference.standardized(own).numpy() / math.sqrt(own.shape[1])
     shares = blocks.shares
     weights = _rarity(shares)
     rarity = shares @ weights
+    base = blocks.entropy * rarity if "rarity" in factors else blocks.entropy
     high = float(np.quantile(blocks.entropy, _HIGH))
     groups = [blocks.images[i].group for i in blocks.image.tolist()]
     taken: dict[str, int] = {}
     open_ = np.ones(len(blocks), np.bool_)
     chosen: list[Choice] = []
     while len(chosen) < count and open_.any():
-        score = blocks.entropy * (rarity if "rarity" in factors else ones)
-        score = score * (distance if "distance" in factors else ones)
+        score = base * distance if "distance" in factors else base
         best = int(np.argmax(np.where(open_, score, -1.0)))
         rare = [
             f"{share:.0%} {name}"

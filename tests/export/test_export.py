@@ -254,5 +254,4 @@ def test_geodeep_gives_the_classes_of_rsseg(tmp_path: Path, height: int, width: 
     assert run([*ours, "--dtype", "float32"]) == 0
     found, expected = (rasterio.open(tmp_path / name).read(1) for name in ("theirs.tif", "ours.tif"))
     values = np.array([c.value for c in make_task(classes=4).classes], np.uint8)[found]
-    agreeing = (values == cv2.medianBlur(expected, 5)).mean()  # geodeep filters its classes
-    assert agreeing >= share
+    assert (values == cv2.medianBlur(expected, 5)).mean() > share  # geodeep filters its classes
