@@ -68,14 +68,24 @@ def process_group(device_type: str, on_peer_failure: Callable[[str], None] = lam
         with board:
             yield current_ranks()
     except Interrupted:
-        dist.destroy_process_group()
+        _close_group()
         raise
     except BaseException as error:
         # The group stays open: closing it could deadlock with processes that wait for this one.
         board.fail(error)
         raise
     else:
-        dist.destroy_process_group()
+        _close_group()
+
+
+def _close_group() -> None:
+    """Destroy the process group, and let gloo's threads finish.
+
+    A thread may still hold the tensors of the last collective, and DDP keeps the threads alive. One that releases a
+    tensor while Python shuts down aborts the process (SIGABRT), and torchrun reports a failed run.
+    """
+    dist.destroy_process_group()
+    time.sleep(POLL_S)
 
 
 class _Board:
