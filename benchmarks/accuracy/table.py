@@ -109,11 +109,14 @@ DINO_RECOMMENDED = (
     Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
 )
 NO_START = Arm("lite0-mtdf-no-start", "lite0-plain", switch=True)
+AVERAGE = Arm("lite0-average", "lite0-plain", rate_of="lite0-plain", switch=True)
+"""Tells the gain of the average that RS-MTDF's stronger mode ships from that of its pseudo-labels."""
 MODE_SWITCHES = (
     Arm("lite0-ktda-cutmix", "lite0-plain", TAUGHT_BY, rate_of="lite0-ktda-recommended", switch=True),
     _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
     NO_START,
+    AVERAGE,
 )
 SWITCHES = tuple(
     Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
@@ -125,6 +128,7 @@ TARGET = (
     Arm("lite0-dasegnet", "lite0-source"),
     _started("lite0-dasegnet-recommended", "lite0-source"),
     Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
+    Arm("lite0-dasegnet-no-start", "lite0-source", switch=True),
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
@@ -169,16 +173,16 @@ SETTINGS = {
             (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *WEIGHTED, *SWITCHES, *MODE_SWITCHES),
             rates=None,
         ),
-        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED, NO_START)),
+        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED, NO_START, AVERAGE)),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
             dataset="l8biome",
-            arms=(*FIRST, *TAUGHT, *WEIGHTED, NO_START),
+            arms=(*FIRST, *TAUGHT, *WEIGHTED, NO_START, AVERAGE),
             streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
-        _dubai(20, (*LITE0, *DINO, *SEMI)),
+        _dubai(20, (*LITE0, *DINO, *SEMI, *TAUGHT, *WEIGHTED, NO_START, AVERAGE)),
         _dubai(5, (*LITE0, *DINO, *SEMI)),
         Setting(
             name="dubai-desert-town",

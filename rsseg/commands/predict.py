@@ -214,14 +214,15 @@ def predict(
             from rsseg.scene.cluster import Cluster
 
             outcomes = _on_cluster(files, targets, job, Cluster(ray, ray_cpus, tries))
-        finished = _collect(outcomes, one=len(targets) == 1 and not skip_existing, kept=as_json)
+        one = len(targets) == 1 and not skip_existing
+        finished = _collect(outcomes, one=one, kept=as_json)
     if not share.is_main:
         return
     areas, notes = combined.write(read_header(files[0]).task, finished)
     for note in notes:
         print_note(note)
     if as_json:
-        results: Any = [o.result for o in finished if o.result] if len(found) == 1 else finished
+        results: Any = [o.result for o in finished if o.result] if len(found) == 1 and not skip_existing else finished
         print_json(results if mosaic is None else {"scenes": results, "mosaic": areas})
     elif mosaic is not None:
         _print_areas(areas, mosaic)

@@ -26,6 +26,7 @@ def resolve_device(name: str) -> torch.device:
     """Resolve `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
+        UsageError: unknown name.
         MachineError: there is no such device.
     """
     if name == "auto":
@@ -35,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
     except RuntimeError:
-        raise MachineError(f"device {name!r} is unknown. Choose auto, cpu, cuda or cuda:N.") from None
+        raise UsageError(f"device {name!r} is unknown. Choose auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices. Choose cpu.")
     return device
@@ -46,7 +47,7 @@ def own_device(name: str, number: int | None) -> torch.device:
 
     Raises:
         MachineError: there is no such device, or fewer than processes.
-        UsageError: the name has a number, so that all processes would share one GPU.
+        UsageError: unknown name; it has a number, so that all processes would share one GPU.
     """
     if number is not None and ":" in name:
         raise UsageError(f"device {name!r} is one device, but each of several processes needs its own. Choose cuda.")

@@ -157,7 +157,7 @@ class BatchFiles(NamedTuple):
     def check(self, targets: Sequence[Target], inputs: Sequence[str], *, overwrite: bool, again: bool) -> None:
         """Raise if they cannot be written; those of an earlier call may be replaced by a later one (`again`)."""
         if self.mosaic is not None:
-            check_mosaic(self.mosaic)
+            check_mosaic(self.mosaic, [target.scene for target in targets])
         if self.catalog is not None:
             check_catalog(self.catalog)
         read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]

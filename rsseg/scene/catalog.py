@@ -7,7 +7,7 @@ import os
 import time
 import urllib.request
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -241,10 +241,26 @@ class _Placed:
         )
 
 
-def check_mosaic(output: Path) -> None:
-    """Raise `UsageError` if the format of a mosaic is unknown."""
+def check_mosaic(output: Path, scenes: Iterable[str] = ()) -> None:
+    """Raise `UsageError` if the format of a mosaic is unknown, or readable scenes differ in their coordinate system."""
     if output.suffix.lower() not in (".vrt", ".tif", ".tiff"):
         raise UsageError(f"{output}: --mosaic writes .vrt or .tif.")
+    first: tuple[str, CRS | None] | None = None
+    for scene in scenes:
+        try:
+            with rasterio.open(scene) as file:
+                crs = file.crs
+        except RasterioError:  # fails later, on its own
+            continue
+        first = first or (scene, crs)
+        _check_same(scene, crs, *first)
+
+
+def _check_same(path: Path | str, own: CRS | None, first: Path | str, crs: CRS | None) -> None:
+    if own != crs:
+        raise UsageError(
+            f"--mosaic: {path} has the coordinate system {own}, {first} has {crs}. Make one mosaic for each."
+        )
 
 
 def write_mosaic(rasters: Sequence[Path], task: Task, output: Path) -> tuple[ClassArea, ...]:
@@ -294,10 +310,7 @@ def _place(rasters: Sequence[Path]) -> tuple[list[_Placed], Affine, CRS | None]:
     sides = np.array([base.a, base.b, base.d, base.e])
     places = []
     for path, transform, own, width, height in found:
-        if own != crs:
-            raise UsageError(
-                f"--mosaic: {path} has the coordinate system {own}, {first} has {crs}. Make one mosaic for each."
-            )
+        _check_same(path, own, first, crs)
         if not np.allclose([transform.a, transform.b, transform.d, transform.e], sides, rtol=_SAME, atol=0):
             raise UsageError(
                 f"--mosaic: the pixels of {path} are {transform.a:g} x {-transform.e:g}, those of {first} "

@@ -24,7 +24,7 @@ from rsseg.layers.ema import Ema
 from rsseg.methods.base import Method
 from rsseg.methods.registry import method_for
 from rsseg.recipe import Recipe
-from rsseg.runs import ExitState, RunFolder, create_run, find_run
+from rsseg.runs import ENDED, ExitState, RunFolder, create_run, find_run
 from rsseg.task import Task
 from rsseg.training.batch_size import largest_batch
 from rsseg.training.checkpoints import (
@@ -348,7 +348,9 @@ def _open_run(
         return RunFolder(Path(distributed.broadcast_from_main(path))), Counters()
     run = find_run(resume, output)
     counters = load(run.state)
-    if counters.step >= recipe.trainer.steps and not counters.evaluation_due:
+    # A run that was killed after its last step still lacks what follows it: statistics, last evaluation, calibration.
+    ended = run.manifest().state in ENDED
+    if ended and counters.step >= recipe.trainer.steps and not counters.evaluation_due:
         raise UsageError(
             f"{run.path}: has its {counters.step} steps already. Set a larger trainer.steps, or start a new run."
         )

@@ -237,6 +237,27 @@ def test_mosaic_of_different_grids_is_refused(tmp_path: Path, rasters: list[Path
         write_mosaic([*rasters, elsewhere], make_task(), tmp_path / "all.vrt")
 
 
+def test_scenes_that_make_no_mosaic_are_refused_before_the_first_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = [write(tmp_path / "a.tif", random_pixels(40, 50)), tmp_path / "broken.tif"]
+    scenes[1].write_bytes(b"II*")
+    scenes.append(write(tmp_path / "c.tif", random_pixels(40, 50), crs="EPSG:32632"))
+    call = ["predict", *map(str, scenes), "--model", str(write_tiny_model(tmp_path)), "-o", str(tmp_path / "out")]
+    assert run([*call, *OPTIONS, "--mosaic", str(tmp_path / "all.vrt")]) == 2
+    assert "c.tif has the coordinate system" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_skipped_scene_is_listed_as_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene, out = write(tmp_path / "a.tif", random_pixels(40, 50)), tmp_path / "out.tif"
+    call = ["predict", str(scene), "--model", str(write_tiny_model(tmp_path)), "-o", str(out), "--skip-existing"]
+    for status in ("done", "skipped"):
+        assert run([*call, *OPTIONS, "--json"]) == 0
+        (outcome,) = json.loads(capsys.readouterr().out)
+        assert (outcome["status"], outcome["output"]) == (status, str(out))
+
+
 def test_batch_writes_mosaic_and_catalogues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = write_tiny_model(tmp_path), tmp_path / "out"
     write(tmp_path / "in" / "a.tif", random_pixels(40, 50))

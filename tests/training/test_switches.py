@@ -1,5 +1,6 @@
 """Settings that every method shares and that need a whole run: class weights by counts, batch-norm statistics."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_only_the_shipped_statistics_are_measured_anew(rgb_dataset: Path, tmp_pa
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     assert {int(v) for name, v in shipped.items() if name.endswith("num_batches_tracked")} == {3}
     assert read_header(run.model).training["norm_statistics"]["images"]["domain"] == "south"
+
+    # Killed after the last step, before the model with the new statistics was written.
+    run.model.unlink()  # `shipped` is a view of this file
+    shutil.copy(run.best, run.model)
+    run.update_manifest(state="running")
+    train(recipe, output=tmp_path, resume=run.path, progress=QUIET)
+    assert run.manifest().state == "finished"
+    again = load_file(run.model)
+    for name, tensor in shipped.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
 
 
 def test_measured_statistics_are_the_mean_over_batches_also_of_a_network_with_a_pass_that_is_not_recorded() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rsseg.checkpoint import METADATA_KEY, MODEL_NAME, ModelHeader, read_header, write_model
 from rsseg.cli import run
-from rsseg.errors import MachineError, WeightsError
+from rsseg.errors import MachineError, UsageError, WeightsError
 from rsseg.inference.device import resolve_device
 from rsseg.inference.network import load_segmenter
 from rsseg.methods.registry import segmenter_for
@@ -82,7 +82,7 @@ def test_model_of_an_unknown_method_names_the_version_that_made_it(model: Path, 
 def test_device_that_is_not_there_is_refused(model: Path) -> None:
     with pytest.raises(MachineError, match="cuda:99"):
         load_segmenter(model, device="cuda:99")
-    with pytest.raises(MachineError, match="Choose auto, cpu"):
+    with pytest.raises(UsageError, match="Choose auto, cpu"):
         resolve_device("gpu")
     assert resolve_device("auto").type in ("cpu", "cuda")
 
