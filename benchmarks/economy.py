@@ -1,7 +1,9 @@
-"""What distances between images tell: losses between domains, errors within a scene; and what the layers cost.
+"""What distances between images tell: losses between domains, errors within a scene; what temperatures mend; and what
+the layers cost.
 
     python -m benchmarks.economy gap --data DATA --weights FILE     # DATA: prepared demo, dubai-half, l8biome-uda
     python -m benchmarks.economy trust --data DATA --weights FILE
+    python -m benchmarks.economy calibration --models OUTPUT      # OUTPUT of benchmarks.accuracy
     python -m benchmarks.economy page docs/results-trust.md
     python -m benchmarks.economy speed --side 4000
 
@@ -33,6 +35,7 @@ from rsseg.config import SelectConfig
 from rsseg.data.dataset import SampleReader
 from rsseg.data.index import IndexItem, SegmentationIndex
 from rsseg.evaluation.gap import BACKBONE, dataset_gap
+from rsseg.evaluation.model import DetailOptions
 from rsseg.evaluation.model_file import evaluate_model
 from rsseg.evaluation.points import assess_points
 from rsseg.files import append_line
@@ -179,6 +182,29 @@ def error_deciles(values: NDArray[np.uint8], wrong: NDArray[np.bool_]) -> list[t
     return [(float(values[part].mean() / 254), float(wrong[part].mean())) for part in np.array_split(order, 10)]
 
 
+def measure_calibration(models: Path, out: Path) -> None:
+    """Calibration error on the test images, as trained and with the temperature fitted on the validation images.
+
+    Args:
+        models: folder of cells of the accuracy table, SETTING/ARM/CELL; those that kept their model are measured.
+        out: of the results.
+    """
+    done = {(r["setting"], r["arm"], r["seed"]) for r in read(out, "calibration")}
+    for model in sorted(models.glob("*/*/seed*/model.safetensors")):
+        job = json.loads((model.parent / "job.json").read_text(encoding="utf-8"))
+        key = {name: job[name] for name in ("setting", "arm", "title", "seed")}
+        if (key["setting"], key["arm"], key["seed"]) in done:
+            continue
+        details = evaluate_model(model, split="test", device="cpu", details=DetailOptions(boundary_width=0)).details
+        found = details and details.calibration
+        if not found or found.after is None or found.temperatures is None:
+            print(f"{model}: not calibrated", flush=True)
+            continue
+        errors = {"before": found.before.ece, "after": found.after.ece, "temperature": found.temperatures[0]}
+        keep(out, "calibration", key | errors)
+        print(f"{model.parent}: {errors}", flush=True)
+
+
 def measure_speed(side: int, rounds: int, data: Path, weights: Path, out: Path) -> None:
     """Suggest and applicability against plain prediction of one scene, alternately, and the time of an assessment."""
     folder = domains(data, out / "domains")["demo", "north"]
@@ -265,22 +291,25 @@ def keep(out: Path, kind: str, record: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("gap", "trust", "speed", "page"))
+    parser.add_argument("what", choices=("gap", "trust", "calibration", "speed", "page"))
     parser.add_argument("file", type=Path, nargs="?", default=Path("docs/results-trust.md"), help="of the page")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
     parser.add_argument("--weights", type=Path, help=f"of {BACKBONE}")
+    parser.add_argument("--models", type=Path, default=Path("runs/accuracy/cells"), help="of benchmarks.accuracy")
     parser.add_argument("--side", type=int, default=4000, help="of the scene in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/economy"))
     options = parser.parse_args(arguments)
     if options.what == "page":
-        kept = {kind: list(read(options.out, kind)) for kind in ("gap", "trust", "speed")}
+        kept = {kind: list(read(options.out, kind)) for kind in ("gap", "trust", "calibration", "speed")}
         written = page(kept, options.file, network=BACKBONE, steps=STEPS)
         options.file.write_text(written, encoding="utf-8")
     elif options.what == "gap":
         measure_gaps(options.data, options.weights, options.out)
     elif options.what == "trust":
         measure_trust(options.data, options.weights, options.out)
+    elif options.what == "calibration":
+        measure_calibration(options.models, options.out)
     else:
         measure_speed(options.side, options.rounds, options.data, options.weights, options.out)
 

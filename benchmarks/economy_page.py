@@ -49,12 +49,13 @@ def prose(text: str) -> list[str]:
 def page(kept: Mapping[str, Sequence[Record]], file: Path, *, network: str, steps: int) -> str:
     """Results of each kind as Markdown; figures are drawn into the folder `results` beside the page."""
     about = f"""Made by `python -m benchmarks.economy page docs/results-trust.md` from the results of its commands
-    `gap`, `trust` and `speed`; no number was typed. The networks are plain {network}, trained for {steps}
-    steps on two thirds of the labeled images of one domain, with one seed; scores are far below those of a
-    full training."""
+    `gap`, `trust`, `calibration` and `speed`; no number was typed. The networks of the first two are plain
+    {network}, trained for {steps} steps on two thirds of the labeled images of one domain, with one seed; scores
+    are far below those of a full training."""
     parts = (
         ("Does the distance tell the loss?", gap_lines, "gap"),
         ("Does applicability tell the errors?", trust_lines, "trust"),
+        ("Does the temperature mend the probabilities?", calibration_lines, "calibration"),
         ("Time", speed_lines, "speed"),
     )
     lines = ["# How far distances may be trusted", "", *prose(about)]
@@ -151,6 +152,31 @@ def trust_lines(records: Sequence[Record], folder: Path) -> list[str]:
         words += """ So the layer says how unlike the training data the surroundings of a pixel are; it does not
         order the pixels of a scene by their errors, for which there is the confidence."""
     return [*lines, "", *prose(words), "![Error rate per tenth of the layer](results/trust-deciles.svg)", ""]
+
+
+def calibration_lines(records: Sequence[Record], _folder: Path) -> list[str]:
+    """Errors per setting and arm, means over the seeds."""
+    lines = prose(
+        """Expected calibration error on the test images, 15 bins, of networks of the [accuracy table](results.md), as
+        trained and with the temperature that the training fitted on its validation images. The goal is half the
+        error. Means over the seeds; the ratios of the single seeds are in brackets."""
+    )
+    lines += ["| setting | network | seeds | temperature | as trained | with temperature | ratio |", "|---" * 7 + "|"]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        groups.setdefault((r["setting"], r["title"]), []).append(r)
+    reached = 0
+    for (setting, title), own in groups.items():
+        before, after, temperature = (
+            statistics.mean(r[name] for r in own) for name in ("before", "after", "temperature")
+        )
+        reached += after <= before / 2
+        single = ", ".join(f"{r['after'] / r['before']:.2f}" for r in own)
+        lines.append(
+            f"| {setting} | {title} | {len(own)} | {temperature:.2f} | {before:.3f} | {after:.3f} | "
+            f"{after / before:.2f} ({single}) |"
+        )
+    return [*lines, "", *prose(f"The goal is reached in {reached} of {len(groups)} rows.")]
 
 
 def speed_lines(records: Sequence[Record], _folder: Path) -> list[str]:

@@ -56,9 +56,15 @@ def test_the_page_states_what_was_not_reached(tmp_path: Path) -> None:
     rising = [[1 - n / 10, n / 20] for n in range(10)]
     trust = [{"data": "x", "source": "a", "target": "b", "deciles": {"target": rising, "both": rising[::-1]}}]
     speed = [{"name": "suggest", "side": 100, "ratios": [1.1, 1.3, 1.2], "seconds": 1.0}]
-    text = economy_page.page(
-        {"gap": gap[:3], "trust": trust, "speed": speed}, tmp_path / "page.md", network="net", steps=3
-    )
+    errors = ((0.1, 0.03, 0.8), (0.1, 0.05, 0.9))
+    calibration = [
+        {"setting": "x", "arm": "a", "title": "A", "seed": n, "before": b, "after": a, "temperature": t}
+        for n, (b, a, t) in enumerate(errors)
+    ]
+    kept = {"gap": gap[:3], "trust": trust, "calibration": calibration, "speed": speed}
+    text = economy_page.page(kept, tmp_path / "page.md", network="net", steps=3)
+    assert "| x | A | 2 | 0.85 | 0.100 | 0.040 | 0.40 (0.30, 0.50) |" in text
+    assert "is reached in 1 of 1 rows" in text
     assert "| x | b, c | 9, 9 | 0.300 | 0.050 | +0.300 |" in text
     assert "Spearman" in text
     assert "3 pairs are few" in text
@@ -66,5 +72,5 @@ def test_the_page_states_what_was_not_reached(tmp_path: Path) -> None:
     assert "In 1 rows errors fall instead" in text.replace("\n", " ")
     assert "- suggest, 100 x 100 pixels: 1.20 times" in text
     assert (tmp_path / "results" / "trust-gap.svg").is_file()
-    empty = economy_page.page({"gap": [], "trust": [], "speed": []}, tmp_path / "none.md", network="net", steps=3)
-    assert empty.count("Not measured.") == 3
+    empty = economy_page.page({kind: [] for kind in kept}, tmp_path / "none.md", network="net", steps=3)
+    assert empty.count("Not measured.") == 4
