@@ -69,9 +69,10 @@ def line_chart(
     def draw(axes: Axes) -> None:
         for place, (name, (steps, values)) in enumerate(lines.items()):
             every = max(1, len(steps) // _MOST_POINTS)
+            kept = slice((len(steps) - 1) % every, None, every)  # the last point is always shown
             marker = "o" if len(steps) < 25 else None
             color = COLORS[place % len(COLORS)]
-            axes.plot(steps[::every], values[::every], label=name, color=color, marker=marker, markersize=3)
+            axes.plot(steps[kept], values[kept], label=name, color=color, marker=marker, markersize=3)
         if best is not None:
             axes.axvline(best, color=_INK, linewidth=0.8, linestyle=":")
         if log and all(v > 0 for _, values in lines.values() for v in values):

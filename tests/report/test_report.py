@@ -291,3 +291,11 @@ def test_charts_take_the_colour_of_the_page_and_names_literally() -> None:
     assert "$x_1$ &lt;i&gt;" in svg
     assert Page(svg).balanced
     assert not re.search(r'<svg[^>]* width="', svg)
+
+
+def test_long_curves_end_at_their_last_value() -> None:
+    n = 1301
+    whole, ends = ([*range(n)], [float(i) for i in range(n)]), ([0, n - 1], [0.0, n - 1.0])
+    svg = line_chart({"a": whole, "b": ends}, title="Loss")
+    paths = re.findall(r'<path d="([^"]*)"[^>]*clip-path', svg)
+    assert paths[-1].split()[-2:] == paths[-2].split()[-2:]
