@@ -108,15 +108,17 @@ DINO_RECOMMENDED = (
     _started("dinov2s-mtdf-recommended", "dinov2s-full"),
     Arm("dinov2s-full-long", "dinov2s-full", lengths=2, rate_of="dinov2s-full"),
 )
-NO_START = Arm("lite0-mtdf-no-start", "lite0-plain", switch=True)
-AVERAGE = Arm("lite0-average", "lite0-plain", rate_of="lite0-plain", switch=True)
-"""Tells the gain of the average that RS-MTDF's stronger mode ships from that of its pseudo-labels."""
+AVERAGED = (
+    Arm("lite0-mtdf-no-start", "lite0-plain", switch=True),
+    Arm("lite0-average", "lite0-plain", rate_of="lite0-plain", switch=True),
+    Arm("lite0-ktda-average", "lite0-plain", rate_of="lite0-ktda-side", switch=True),
+)
+"""The moving average with pseudo-labels, alone, and with feature distillation: tells the gain of each."""
 MODE_SWITCHES = (
     Arm("lite0-ktda-cutmix", "lite0-plain", TAUGHT_BY, rate_of="lite0-ktda-recommended", switch=True),
     _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
-    NO_START,
-    AVERAGE,
+    *AVERAGED,
 )
 SWITCHES = tuple(
     Arm(f"lite0-{switch}", "lite0-plain", rate_of="lite0-plain", switch=True)
@@ -129,6 +131,7 @@ TARGET = (
     _started("lite0-dasegnet-recommended", "lite0-source"),
     Arm("lite0-source-long", "lite0-source", lengths=2, rate_of="lite0-source"),
     Arm("lite0-dasegnet-no-start", "lite0-source", switch=True),
+    _started("lite0-dasegnet-average", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
@@ -173,16 +176,16 @@ SETTINGS = {
             (*LITE0, *DINO, *RECOMMENDED, *SEMI, *TAUGHT, *DINO_RECOMMENDED, *WEIGHTED, *SWITCHES, *MODE_SWITCHES),
             rates=None,
         ),
-        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED, NO_START, AVERAGE)),
+        _dubai(45, (*FIRST, *TAUGHT, *WEIGHTED, *AVERAGED)),
         Setting(
             name="l8biome-rgb",
             title="Landsat 8 clouds, 16 labeled patches, red, green, blue",
             dataset="l8biome",
-            arms=(*FIRST, *TAUGHT, *WEIGHTED, NO_START, AVERAGE),
+            arms=(*FIRST, *TAUGHT, *WEIGHTED, *AVERAGED),
             streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
-        _dubai(20, (*LITE0, *DINO, *SEMI, *TAUGHT, *WEIGHTED, NO_START, AVERAGE)),
+        _dubai(20, (*LITE0, *DINO, *SEMI, *TAUGHT, *WEIGHTED, *AVERAGED)),
         _dubai(5, (*LITE0, *DINO, *SEMI)),
         Setting(
             name="dubai-desert-town",
