@@ -1,4 +1,5 @@
-"""The recommended recipes, as a new user would run them: a folder with few masks, and two commands to the best map."""
+"""The recommended recipes, as a new user would run them: a folder with few masks, and one or two trainings to the
+best map."""
 
 from pathlib import Path
 
@@ -26,12 +27,17 @@ SMALL = ["--steps", "3", "--batch-size", "2", "--device", "cpu", "--amp-dtype", 
 FEW = ["trainer.workers=0", "trainer.eval_every=3", "trainer.checkpoint_every=3", "data.augment.crop_size=64"]
 VIT = "{name: vit_mini_patch8, weights: random}"
 PYRAMID = "{name: tf_efficientnet_lite0, weights: random}"
-FIRST = {"supervised-recommended": VIT, "supervised-small": PYRAMID}
+SINGLE = {
+    "supervised-recommended": {"backbone": VIT},
+    "supervised-small": {"backbone": PYRAMID},
+    "mtdf-recommended": {"student": PYRAMID},
+    "ktda-recommended": {"student": PYRAMID, "teacher": VIT},
+}
 SECOND = {
-    "ktda-recommended": ("supervised-recommended", {"student": PYRAMID}),
-    "mtdf-recommended": ("supervised-recommended", {"student": VIT}),
+    "ktda-tuned-teacher": ("supervised-recommended", {"student": PYRAMID}),
     "dasegnet-recommended": ("supervised-small", {"backbone": PYRAMID}),
 }
+"""Recipes that continue from another one."""
 
 
 def write_folder(root: Path) -> None:
@@ -53,15 +59,29 @@ def train(recipe: str, networks: dict[str, str]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mtdf-recommended", "ktda-recommended"])
+def test_one_training_leads_from_a_folder_to_a_map(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "mine")
+    assert run(["dataset", "prepare", "folder", "--src", "mine", *PREPARE]) == 0
+    assert train(recipe, SINGLE[recipe]) == 0
+    assert run(["predict", "mine/images/44.png", "-o", "map.tif"]) == 0
+    with rasterio.open("map.tif") as raster:
+        assert raster.shape == (96, 96)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SECOND)
-def test_two_commands_lead_from_a_folder_to_a_model(
+def test_two_trainings_lead_from_a_folder_to_a_map(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "mine")
     assert run(["dataset", "prepare", "folder", "--src", "mine", *PREPARE]) == 0
     first, networks = SECOND[recipe]
-    assert train(first, {"backbone": FIRST[first]}) == 0
+    assert train(first, SINGLE[first]) == 0
     assert train(recipe, networks) == 0
     before, after = sorted(list_runs(tmp_path / "runs"), key=lambda folder: folder.manifest().created)
     method = recipe.partition("-")[0]
@@ -78,13 +98,13 @@ def test_second_command_without_the_first_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rgb_dataset: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sets = ["student.weights=random", "data.augment.crop_size=28", "data.streams.unlabeled.split=train"]
+    sets = ["backbone.weights=random", "data.augment.crop_size=28", "data.streams.target.split=train"]
     words = [word for text in sets for word in ("--set", text)]
-    assert run(["train", "--recipe", "mtdf-recommended", "--data", str(rgb_dataset), *words, "--dry-run"]) == 5
+    assert run(["train", "--recipe", "dasegnet-recommended", "--data", str(rgb_dataset), *words, "--dry-run"]) == 5
     assert "runs/latest: no such file or folder" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("recipe", [*FIRST, *SECOND])
+@pytest.mark.parametrize("recipe", [*SINGLE, *SECOND])
 def test_recommended_recipe_claims_no_publication_and_no_unmeasured_accuracy(recipe: str) -> None:
     loaded, text = load_recipe(recipe), read_recipe(recipe).text
     assert "not published" in loaded.title
