@@ -3,7 +3,7 @@ the layers cost.
 
     python -m benchmarks.economy gap --data DATA --weights FILE     # DATA: prepared demo, dubai-half, l8biome-uda
     python -m benchmarks.economy trust --data DATA --weights FILE
-    python -m benchmarks.economy calibration --models OUTPUT      # OUTPUT of benchmarks.accuracy
+    python -m benchmarks.economy calibration --models CELLS    # OUTPUT/cells of benchmarks.accuracy
     python -m benchmarks.economy page docs/results-trust.md
     python -m benchmarks.economy speed --side 4000
 
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, nargs="?", default=Path("docs/results-trust.md"), help="of the page")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
     parser.add_argument("--weights", type=Path, help=f"of {BACKBONE}")
-    parser.add_argument("--models", type=Path, default=Path("runs/accuracy/cells"), help="of benchmarks.accuracy")
+    parser.add_argument("--models", type=Path, default=Path("runs/accuracy/cells"), help="cells of benchmarks.accuracy")
     parser.add_argument("--side", type=int, default=4000, help="of the scene in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/economy"))

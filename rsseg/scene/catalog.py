@@ -248,9 +248,9 @@ def check_mosaic(output: Path, scenes: Iterable[str] = ()) -> None:
     first: tuple[str, CRS | None] | None = None
     for scene in scenes:
         try:
-            with rasterio.open(scene) as file:
-                crs = file.crs
-        except RasterioError:  # fails later, on its own
+            with Raster(scene) as raster:
+                crs = raster.info.crs
+        except DataError:  # fails later, on its own
             continue
         first = first or (scene, crs)
         _check_same(scene, crs, *first)

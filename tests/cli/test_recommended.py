@@ -53,6 +53,22 @@ def write_folder(root: Path) -> None:
     (root / "classes.yaml").write_text(CLASSES)
 
 
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with the dataset data/mine."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "mine")
+    assert run(["dataset", "prepare", "folder", "--src", "mine", *PREPARE]) == 0
+    return tmp_path
+
+
+def assert_maps() -> None:
+    """The newest run's model predicts an image of its size."""
+    assert run(["predict", "mine/images/44.png", "-o", "map.tif"]) == 0
+    with rasterio.open("map.tif") as raster:
+        assert raster.shape == (96, 96)
+
+
 def train(recipe: str, networks: dict[str, str]) -> int:
     sets = [*FEW, *(f"{key}={value}" for key, value in networks.items())]
     return run(["train", "--recipe", recipe, "--data", "data/mine", *SMALL, *(w for s in sets for w in ("--set", s))])
@@ -60,38 +76,25 @@ def train(recipe: str, networks: dict[str, str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mtdf-recommended", "ktda-recommended"])
-def test_one_training_leads_from_a_folder_to_a_map(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "mine")
-    assert run(["dataset", "prepare", "folder", "--src", "mine", *PREPARE]) == 0
+@pytest.mark.usefixtures("prepared")
+def test_one_training_leads_from_a_folder_to_a_map(recipe: str) -> None:
     assert train(recipe, SINGLE[recipe]) == 0
-    assert run(["predict", "mine/images/44.png", "-o", "map.tif"]) == 0
-    with rasterio.open("map.tif") as raster:
-        assert raster.shape == (96, 96)
+    assert_maps()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SECOND)
-def test_two_trainings_lead_from_a_folder_to_a_map(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "mine")
-    assert run(["dataset", "prepare", "folder", "--src", "mine", *PREPARE]) == 0
+def test_two_trainings_lead_from_a_folder_to_a_map(recipe: str, prepared: Path) -> None:
     first, networks = SECOND[recipe]
     assert train(first, SINGLE[first]) == 0
     assert train(recipe, networks) == 0
-    before, after = sorted(list_runs(tmp_path / "runs"), key=lambda folder: folder.manifest().created)
+    before, after = sorted(list_runs(prepared / "runs"), key=lambda folder: folder.manifest().created)
     method = recipe.partition("-")[0]
     assert method in after.path.name
     stored = load_recipe(str(after.recipe_file))
     used = stored.start if stored.method != "ktda" else stored.task_teacher and stored.task_teacher.model
     assert used == Path("runs") / before.path.name
-    assert run(["predict", "mine/images/44.png", "-o", "map.tif"]) == 0
-    with rasterio.open("map.tif") as raster:
-        assert raster.shape == (96, 96)
+    assert_maps()
 
 
 def test_second_command_without_the_first_says_what_is_missing(
