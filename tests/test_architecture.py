@@ -151,9 +151,9 @@ def test_commands_that_compute_nothing_import_no_heavy_package(command: str, tmp
     assert result.returncode == 0, f"imported: {result.stderr}"
 
 
-def test_loading_a_network_imports_neither_torchs_compiler_nor_changes_it() -> None:
+def test_loading_a_network_imports_neither_torchs_compiler_nor_wandb_nor_changes_them() -> None:
     code = (
-        "import sys, rsseg.inference.network; assert 'torch._dynamo' not in sys.modules; "
+        "import sys, rsseg.inference.network; assert not {'torch._dynamo', 'wandb'} & set(sys.modules); "
         "import torch, torchvision; from torch._dynamo import utils; "
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; "
         "known = torchvision.ops.roi_align.__globals__['is_compile_supported']; "

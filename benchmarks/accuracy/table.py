@@ -118,6 +118,10 @@ MODE_SWITCHES = (
     Arm("lite0-ktda-cutmix", "lite0-plain", TAUGHT_BY, rate_of="lite0-ktda-recommended", switch=True),
     _started("lite0-mtdf-one-threshold", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("lite0-mtdf-no-ramp", "lite0-plain", varies="lite0-mtdf-recommended"),
+    _started("lite0-mtdf-equal-weights", "lite0-plain", varies="lite0-mtdf-recommended"),
+    _started("lite0-mtdf-two-views", "lite0-plain", varies="lite0-mtdf-recommended"),
+    _started("lite0-mtdf-complementary-dropout", "lite0-plain", varies="lite0-mtdf-recommended"),
+    Arm("dinov2s-layer-decay", "dinov2s-full", rate_of="dinov2s-full", switch=True),
     *AVERAGED,
 )
 SWITCHES = tuple(
@@ -133,8 +137,12 @@ TARGET = (
     Arm("lite0-dasegnet-no-start", "lite0-source", switch=True),
     _started("lite0-dasegnet-average", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-no-mix", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-same-view", "lite0-source", varies="lite0-dasegnet-recommended"),
+    _started("lite0-dasegnet-eval-teacher", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-masked", "lite0-source", varies="lite0-dasegnet-recommended"),
     _started("lite0-dasegnet-target-statistics", "lite0-source", varies="lite0-dasegnet-recommended"),
+    Arm("dinov2s-source"),
+    _started("dinov2s-dasegnet", "dinov2s-source"),
 )
 WEIGHTED = (
     Arm("lite0-class-weights", "lite0-plain", rate_of="lite0-plain", switch=True),
@@ -185,8 +193,16 @@ SETTINGS = {
             streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
             bands=("red", "green", "blue"),
         ),
+        Setting(
+            name="l8biome-8",
+            title="Landsat 8 clouds, 16 labeled patches, eight bands",
+            dataset="l8biome",
+            arms=(Arm("lite0-plain"), *AVERAGED[:2]),
+            streams={"labeled": {"split": "train"}, "unlabeled": {"split": "train"}},
+            rates="l8biome-rgb",
+        ),
         _dubai(20, (*LITE0, *DINO, *SEMI, *TAUGHT, *WEIGHTED, *AVERAGED)),
-        _dubai(5, (*LITE0, *DINO, *SEMI)),
+        _dubai(5, (*LITE0, *DINO, *SEMI, Arm("lite0-ktda-side", "lite0-plain"), *AVERAGED)),
         Setting(
             name="dubai-desert-town",
             title="Dubai, labels of desert and coast, test in the town",
@@ -257,6 +273,8 @@ PROFILES = {
                 "l8biome-natural-infrared",
                 "demo-4",
                 "dubai-20",
+                "dubai-5",
+                "l8biome-8",
             ),
             steps=400,
             sweep_steps=120,

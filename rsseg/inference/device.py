@@ -96,14 +96,12 @@ def measure_tile(segmenter: Segmenter, tile: int, device: torch.device, dtype: t
             with LiveBytes() as live:
                 forward()
             peak = live.peak
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            forward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return Cost(min(seconds) * scale, int(peak * scale * _OVERHEAD))
+        start = time.perf_counter()
+        forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return Cost(seconds * scale, int(peak * scale * _OVERHEAD))
 
 
 def trial_side(segmenter: Segmenter, side: int) -> int:

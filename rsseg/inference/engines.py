@@ -25,7 +25,7 @@ from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
 from rsseg.fields import Result
 from rsseg.files import content_hash, hidden_path, write_json
 from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
-from rsseg.inference.machine import Cost, has_native_bfloat16, openvino_core
+from rsseg.inference.machine import Cost, has_native_bfloat16, openvino_core, thread_count
 from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.task import Task, TileHint
@@ -172,9 +172,8 @@ class EngineNetwork:
         return self.facts.input_multiple
 
     def threads(self) -> int:
-        """Cores that this process may use, or OMP_NUM_THREADS."""
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+        """See `thread_count`."""
+        return thread_count()
 
     def use_threads(self, count: int) -> None:
         """See `Network`."""

@@ -108,6 +108,14 @@ class Cost:
         return Cost(self.seconds * factor, int(self.peak_bytes * factor))
 
 
+def thread_count() -> int:
+    """OMP_NUM_THREADS, or the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_native_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16."""
     try:

@@ -22,7 +22,6 @@ from rsseg.scene.share import ALONE, Share
 from rsseg.scene.source import is_local, local_file, made_from, source_files
 from rsseg.task import Task
 from rsseg.text import read_lines
-from rsseg.vector.write import are_own, polygon_files, write_polygons
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img")
 JOURNAL = "rsseg_journal.jsonl"
@@ -161,11 +160,12 @@ class BatchFiles(NamedTuple):
         if self.catalog is not None:
             check_catalog(self.catalog)
         read: list[Path | str] = [*(name for name in inputs if is_local(name)), *(target.output for target in targets)]
-        for option, path, is_own in (
-            ("--mosaic", self.mosaic, made_from),
-            ("--catalog", self.catalog, is_catalog),
-            *(("--polygons", file, are_own) for file in (polygon_files(self.polygons) if self.polygons else ())),
-        ):
+        files = [("--mosaic", self.mosaic, made_from), ("--catalog", self.catalog, is_catalog)]
+        if self.polygons is not None:
+            from rsseg.vector.write import are_own, polygon_files  # vector libraries only where they are needed
+
+            files += [("--polygons", file, are_own) for file in polygon_files(self.polygons)]
+        for option, path, is_own in files:
             if path is not None:
                 own = again and path.is_file() and bool(is_own(path))
                 check_outputs([(option, path)], read, overwrite=overwrite or own)
@@ -181,6 +181,8 @@ class BatchFiles(NamedTuple):
             return (), notes
         areas = write_mosaic(rasters, task, self.mosaic)
         if self.polygons is not None:
+            from rsseg.vector.write import write_polygons
+
             count = write_polygons(
                 self.mosaic, task, self.polygons, min_area=self.min_area, simplify=self.simplify, overwrite=True
             )

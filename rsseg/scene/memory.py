@@ -39,8 +39,9 @@ _FREE_SHARE = 4
 """Parallel batches take one n-th of the free memory where `max_memory` is not set."""
 _MOST_BYTES = 4 << 30
 """They take no more than this."""
-_TRIM_AT = 0.9
-"""Share of the estimate above which free memory is returned to the system where `max_memory` is not set."""
+_TRIM_AT = 2
+"""Multiple of the estimate above which free memory is returned to the system where `max_memory` is not set: returned
+memory must be faulted in again."""
 _PROBE = 512
 """Side in pixels at which the cost of larger tiles of a convolutional network is measured."""
 OUT_OF_MEMORY = (
@@ -264,7 +265,9 @@ def fit_memory(prepared: PreparedNetwork, info: RasterInfo, products: Sequence[P
             parallel = max(1, min(most, (limit - fixed) // per_batch, batches))
         needed = fixed + parallel * per_batch
         # Where the heap is fragmented, the next batch may take new memory for all that it needs.
-        trim = int(_TRIM_AT * needed) if options.max_memory is None else options.max_memory - per_batch
+        trim = limit - per_batch
+        if options.max_memory is None:
+            trim = min(_TRIM_AT * needed, max(trim, needed))
         fit = Fit(tiling, plan, panels, size, parallel, cost, needed, trim, warnings)
         if options.max_memory is None or fit.memory_bytes <= options.max_memory:
             return fit

@@ -28,6 +28,7 @@ from rsseg.data.picture import draw_sheet, stretched
 from rsseg.errors import DataError, MachineError
 from rsseg.files import remove_leftovers, replaced, temporary_path, writing
 from rsseg.inference.blend import FULL
+from rsseg.inference.machine import thread_count
 from rsseg.raster import RasterInfo
 from rsseg.scene.source import TAG
 from rsseg.task import NODATA, Task
@@ -216,6 +217,7 @@ class SceneWriter:
             driver="COG",
             blocksize=_BLOCK,
             resampling=self._product.resampling,
+            num_threads=thread_count(),
             **_CREATION,
             **_bits(self._product),
         )

@@ -50,6 +50,20 @@ def test_wrong_usage_exits_2_without_traceback(arguments: list[str], capsys: pyt
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["recipe", "ls"], 0), (["frobnicate"], 2)])
+def test_program_ends_with_its_exit_code_after_all_output_and_exit_handlers(arguments: list[str], code: int) -> None:
+    """Although it ends without freeing its objects."""
+    program = (
+        "import atexit, sys; from rsseg import cli; run = cli.run; "
+        "cli.run = lambda: (atexit.register(print, 'handler'), run())[1]; "
+        f"sys.argv = ['rsseg', *{arguments!r}]; cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert result.stdout.endswith("handler\n")
+    assert ("ktda-recommended" in result.stdout) == (code == 0)
+
+
 def test_train_without_recipe_says_which_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train"]) == 2
     assert "rsseg recipe ls" in capsys.readouterr().err

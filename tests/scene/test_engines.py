@@ -74,7 +74,7 @@ def test_neither_torch_nor_timm_is_imported_once_the_network_is_exported(
     arguments = ["predict", str(scene), "--model", str(model), "-o", str(tmp_path / "again.tif"), "--engine", engine]
     code = (
         f"import sys; from rsseg.cli import run; assert run({arguments!r}) == 0; "
-        "sys.exit(', '.join({'torch', 'timm', 'onnx', 'torchvision'} & set(sys.modules)) or 0)"
+        "sys.exit(', '.join({'torch', 'timm', 'onnx', 'torchvision', 'pyogrio'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -139,7 +139,7 @@ def test_resuming_needs_the_same_models(scene: Path, tmp_path: Path) -> None:
     first = conv(1)
     wanted = options(resume=True, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
-        predict_scene([first, StoppingSegmenter(8)], scene, tmp_path / "a.tif", wanted)
+        predict_scene([first, StoppingSegmenter(6)], scene, tmp_path / "a.tif", wanted)
     assert list(tmp_path.glob(".a.tif*resume"))
     again = predict_scene([StoppingSegmenter(10**6), first], scene, tmp_path / "a.tif", wanted)
     assert 0 < again.resumed < 1
