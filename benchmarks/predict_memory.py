@@ -41,7 +41,7 @@ def predict(scene: Path, arguments: argparse.Namespace) -> None:
         blend=arguments.blend,
         device="cpu",
         dtype=arguments.dtype,
-        max_memory=int(arguments.max_memory_mb * 2**20),
+        max_memory=int(arguments.max_memory_mb * 2**20) or None,
     )
     result = predict_scene(segmenter, scene, scene.with_name("out.tif"), options)
     measured = {
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--blend", default="crop")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-memory-mb", type=float, default=500)
+    parser.add_argument("--max-memory-mb", type=float, default=500, help="0: no limit")
     parser.add_argument("--scene", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scene:
@@ -83,7 +83,7 @@ def main() -> None:
         print(f"{side} | {m['peak']:.0f} | {m['model']:.0f} | {m['floor']:.0f} | {m['seconds']:.1f} | {m['dtype']}")
     growth, allowed = peaks[-1] - peaks[0], 40 + 200 * arguments.sides[-1] / 2**20
     print(f"from the first to the last: {growth:+.0f} MB; 40 MB and 200 bytes per column would be {allowed:.0f} MB")
-    if max(peaks) > arguments.max_memory_mb:
+    if 0 < arguments.max_memory_mb < max(peaks):
         sys.exit(f"{max(peaks):.0f} MB is above the limit of {arguments.max_memory_mb:.0f} MB")
     if growth > allowed:
         sys.exit("memory grows with the scene")
