@@ -18,9 +18,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyogrio
@@ -133,29 +134,41 @@ def miou_of(model: Path, folder: Path) -> float:
 
 
 def measure_trust(data: Path, weights: Path, out: Path) -> None:
-    """Error rate per decile of the applicability layer, on images of another domain, and of both domains."""
+    """Error rate per decile of the applicability layer, on images of another domain, and of both domains; and per
+    decile of the confidence on the former."""
     folders = domains(data, out / "domains")
     done = {(r["data"], r["source"], r["target"]) for r in read(out, "trust")}
     for name, source, target in TRUSTED:
         if (name, source) not in folders or (name, source, target) in done:
             continue
         model = model_of(folders[name, source], weights)
-        layers = {
-            domain: applicability_of(model, folders[name, domain], domain == source) for domain in (source, target)
+        own, other = (layers_of(model, folders[name, domain], domain == source) for domain in (source, target))
+        deciles = {
+            "target": error_deciles(other.applicability, other.wrong),
+            "both": error_deciles(
+                np.concatenate([own.applicability, other.applicability]), np.concatenate([own.wrong, other.wrong])
+            ),
+            "confidence": error_deciles(other.confidence, other.wrong),
         }
-        both = [np.concatenate(pair) for pair in zip(*layers.values(), strict=True)]
-        deciles = {"target": error_deciles(*layers[target]), "both": error_deciles(*both)}
         keep(out, "trust", {"data": name, "source": source, "target": target, "deciles": deciles})
         print(f"{name} {source} -> {target}: {deciles}", flush=True)
 
 
-def applicability_of(model: Path, folder: Path, only_test: bool) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Values of the layer and whether the class is wrong, for all labeled pixels of a domain's images."""
-    options = SceneOptions(applicability=True, device="cpu", overwrite=True, format="gtiff")
+class Layers(NamedTuple):
+    """Values of two layers, and whether the class is wrong, per labeled pixel."""
+
+    applicability: NDArray[np.uint8]
+    confidence: NDArray[np.uint8]
+    wrong: NDArray[np.bool_]
+
+
+def layers_of(model: Path, folder: Path, only_test: bool) -> Layers:
+    """The layers of all labeled pixels of a domain's images."""
+    options = SceneOptions(applicability=True, confidence=True, device="cpu", overwrite=True, format="gtiff")
     prepared = prepare_for([model], options)
     task, index = prepared.network.task, SegmentationIndex.load(folder)
     reader = SampleReader(index, task.bands, cache=False)
-    values, wrong = [], []
+    found = []
     with tempfile.TemporaryDirectory() as place:
         output = Path(place, "out.tif")
         for item in index.items:
@@ -164,17 +177,18 @@ def applicability_of(model: Path, folder: Path, only_test: bool) -> tuple[NDArra
             scene = prepare_scene(prepared, index.root / item.image, output, options)
             predict_prepared(scene)
             _, valid, mask = reader.sample(item)
-            with rasterio.open(output) as file, rasterio.open(scene.products[1][0]) as layer:
-                classes, near = file.read(1), layer.read(1)
+            with ExitStack() as stack:
+                files = [stack.enter_context(rasterio.open(path)) for path, _ in scene.products]
+                layers = {file.descriptions[0]: file.read(1) for file in files[1:]}
+                classes = files[0].read(1)
             truth = np.array([c.value for c in task.classes] + [255] * (256 - task.num_classes))[mask]
             known = valid & (mask != 255)
-            values.append(near[known])
-            wrong.append((classes != truth)[known])
-    return np.concatenate(values), np.concatenate(wrong)
+            found.append((layers["applicability"][known], layers["confidence"][known], (classes != truth)[known]))
+    return Layers(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def error_deciles(values: NDArray[np.uint8], wrong: NDArray[np.bool_]) -> list[tuple[float, float]]:
-    """Mean of the layer and error rate per tenth of the pixels, from the most to the least applicable.
+    """Mean of the layer and error rate per tenth of the pixels, from its highest values to the lowest.
 
     Ties are broken at random, so that the order of the images has no effect.
     """

@@ -130,27 +130,34 @@ def trust_lines(records: Sequence[Record], folder: Path) -> list[str]:
     lines = prose(
         """Error rate of the labeled pixels per tenth of the `--applicability` layer, from the most to the least
         applicable pixels, with the mean of the layer in brackets. *to* is the other domain alone, *with* adds
-        the test images of the network's own domain."""
+        the test images of the network's own domain. *by confidence* are the tenths of the `--confidence` layer
+        instead, on the pixels of *to*."""
     )
     lines += ["| network, pixels | " + " | ".join(str(n) for n in range(1, 11)) + " | rises |", "|---" * 12 + "|"]
-    panels, ranks, rising = [], [], 0
+    panels, ranks, rising, confident = [], [], 0, 0
     for r in records:
-        for which, word in (("target", "to"), ("both", "with")):
+        for which, word in (("target", "to"), ("both", "with"), ("confidence", "to")):
             errors = [error for _, error in r["deciles"][which]]
             steps = sum(b > a for a, b in pairwise(errors))
-            rising += steps == len(errors) - 1
             title = f"{r['data']} {r['source']} {word} {r['target']}"
-            cells = " | ".join(f"{error:.3f} ({near:.2f})" for near, error in r["deciles"][which])
-            ranks.append(spearman(range(10), errors))
-            lines.append(f"| {title} | {cells} | {steps} of 9 steps, rank correlation {ranks[-1]:.2f} |")
-            panels.append((title, "tenth, least applicable last", "error rate", range(1, 11), errors, "o-"))
-    figure(folder / "trust-deciles.svg", panels[::2])
-    words = f"The goal, an error rate that rises with every tenth, is reached in {rising} of {len(panels)} rows."
+            cells = " | ".join(f"{error:.3f} ({value:.2f})" for value, error in r["deciles"][which])
+            rank = spearman(range(10), errors)
+            if which == "confidence":
+                title += ", by confidence"
+                confident += steps == len(errors) - 1
+            else:
+                rising += steps == len(errors) - 1
+                ranks.append(rank)
+            lines.append(f"| {title} | {cells} | {steps} of 9 steps, rank correlation {rank:.2f} |")
+            panels.append((title, "tenth, lowest values last", "error rate", range(1, 11), errors, "o-"))
+    figure(folder / "trust-deciles.svg", panels[::3])
+    words = f"The goal, an error rate that rises with every tenth, is reached in {rising} of {len(ranks)} rows."
     if falling := sum(rank < 0 for rank in ranks):
         words += f" In {falling} rows errors fall instead: there the strange pixels are the easy ones."
-    if rising < len(panels):
-        words += """ So the layer says how unlike the training data the surroundings of a pixel are; it does not
-        order the pixels of a scene by their errors, for which there is the confidence."""
+    if rising < len(ranks):
+        words += f""" So the layer says how unlike the training data the surroundings of a pixel are; it does not
+        order the pixels of a scene by their errors. By confidence, the error rate rises with every tenth in {confident}
+        of {len(records)} rows."""
     return [*lines, "", *prose(words), "![Error rate per tenth of the layer](results/trust-deciles.svg)", ""]
 
 

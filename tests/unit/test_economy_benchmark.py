@@ -55,6 +55,7 @@ def test_the_page_states_what_was_not_reached(tmp_path: Path) -> None:
     ]
     rising = [[1 - n / 10, n / 20] for n in range(10)]
     trust = [{"data": "x", "source": "a", "target": "b", "deciles": {"target": rising, "both": rising[::-1]}}]
+    trust[0]["deciles"] |= {"confidence": rising}
     speed = [{"name": "suggest", "side": 100, "ratios": [1.1, 1.3, 1.2], "seconds": 1.0}]
     errors = ((0.1, 0.03, 0.8), (0.1, 0.05, 0.9))
     calibration = [
@@ -64,7 +65,8 @@ def test_the_page_states_what_was_not_reached(tmp_path: Path) -> None:
     kept = {"gap": gap[:3], "trust": trust, "calibration": calibration, "speed": speed}
     text = economy_page.page(kept, tmp_path / "page.md", network="net", steps=3)
     assert "| x | A | 2 | 0.85 | 0.100 | 0.040 | 0.40 (0.30, 0.50) |" in text
-    assert "is reached in 1 of 1 rows" in text
+    assert "rises with every tenth in 1 of 1 rows" in text.replace("\n", " ")
+    assert "a to b, by confidence |" in text
     assert "| x | b, c | 9, 9 | 0.300 | 0.050 | +0.300 |" in text
     assert "Spearman" in text
     assert "3 pairs are few" in text
