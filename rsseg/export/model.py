@@ -124,19 +124,20 @@ def export_model(
     deployed = Deployed(network, None if calibration is None else calibration.temperatures).eval()
     metadata = metadata_of(header, geometry, calibration)
     image = torch.full((1, len(header.task.bands), side, side), 0.5) * 255 / divisor(header.task)
-    program = None
-    if target == "torch-export":
-        program = _write_program(deployed, image, output, metadata)
-    else:
-        write_graph(deployed, image, output, metadata=metadata)
-    agreement = None
-    if check is not None:
-        agreement = compare(network, program or onnx_runner(output), check, geometry)
-        if agreement[0] < LEAST_AGREEMENT:
-            raise CheckFailed(
-                f"{output}: {agreement[0]:.3%} of {agreement[1]} pixels of {check} have rsseg's own class, below "
-                f"{LEAST_AGREEMENT:.1%}. Do not use this file."
-            )
+    agreement = program = None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(output, ending=output.suffix) as temporary:
+        if target == "torch-export":
+            program = _write_program(deployed, image, temporary, metadata)
+        else:
+            write_graph(deployed, image, temporary, metadata=metadata)
+        if check is not None:
+            agreement = compare(network, program or onnx_runner(temporary), check, geometry)
+            if agreement[0] < LEAST_AGREEMENT:
+                raise CheckFailed(
+                    f"{output}: {agreement[0]:.3%} of {agreement[1]} pixels of {check} have rsseg's own class, below "
+                    f"{LEAST_AGREEMENT:.1%}. It was not written."
+                )
     return Exported(output, target, geometry, agreement)
 
 
@@ -149,15 +150,14 @@ def _side(network: Segmenter, tile: int | None) -> int:
     return side
 
 
-def _write_program(deployed: Deployed, image: Tensor, output: Path, metadata: dict[str, str]) -> Runner:
-    output.parent.mkdir(parents=True, exist_ok=True)
+def _write_program(deployed: Deployed, image: Tensor, file: Path, metadata: dict[str, str]) -> Runner:
     try:
-        with replaced(output, ending=".pt2") as temporary, torch.no_grad():
+        with torch.no_grad():
             program = torch.export.export(deployed, (image,))
-            torch.export.save(program, temporary, extra_files=metadata)
+            torch.export.save(program, file, extra_files=metadata)
     except RuntimeError as error:
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{output}: torch.export cannot write this network: {message}") from None
+        raise UsageError(f"torch.export cannot write this network: {message}") from None
     module: Any = program.module()
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -69,7 +69,7 @@ def write_graph(
         raise
     except Exception as error:  # the exporter raises many kinds
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{path}: this network cannot be written as ONNX (opset {OPSET}): {message}") from None
+        raise UsageError(f"this network cannot be written as ONNX (opset {OPSET}): {message}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

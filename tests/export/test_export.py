@@ -85,6 +85,21 @@ def test_onnx_holds_what_deepness_and_geodeep_read_and_gives_rssegs_classes(
     assert found["rsseg_license"] == {"convnext_mini": "none"}
 
 
+@pytest.mark.parametrize("target", ["onnx", "torch-export"])
+def test_an_export_that_fails_its_check_replaces_nothing(
+    tmp_path: Path, scene: Path, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = write_network(tmp_path), tmp_path / "new" / "out"
+    arguments = ["export", str(model), "--for", target, "--tile", str(SIDE), "-o", str(output)]
+    assert run(arguments) == 0
+    before = output.read_bytes()
+    monkeypatch.setattr("rsseg.export.model.LEAST_AGREEMENT", 1.1)
+    assert run([*arguments, "--check", str(scene), "--overwrite"]) == 8
+    assert "It was not written." in " ".join(capsys.readouterr().err.split())
+    assert [file.name for file in output.parent.iterdir()] == ["out"]
+    assert output.read_bytes() == before
+
+
 def test_onnx_gives_rssegs_classes_where_only_onnxruntime_and_numpy_are(tmp_path: Path) -> None:
     model, pixels = write_network(tmp_path), patches(SIDE, SIDE)
     np.save(tmp_path / "pixels.npy", pixels)
@@ -142,7 +157,7 @@ class Antialiased(nn.Module):
 
 def test_network_that_the_opset_lacks_an_operation_for_is_a_sentence_and_leaves_no_file(tmp_path: Path) -> None:
     place = tmp_path / "out" / "model.onnx"
-    with pytest.raises(UsageError, match=r"model\.onnx: this network cannot be written as ONNX \(opset 17\): .*_aa"):
+    with pytest.raises(UsageError, match=r"this network cannot be written as ONNX \(opset 17\): .*_aa"):
         write_graph(Antialiased().eval(), torch.rand(1, 3, 32, 32), place)
     assert list(place.parent.iterdir()) == []
 
