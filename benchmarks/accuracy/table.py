@@ -122,6 +122,7 @@ MODE_SWITCHES = (
     _started("lite0-mtdf-two-views", "lite0-plain", varies="lite0-mtdf-recommended"),
     _started("dinov2s-mtdf-complementary-dropout", "dinov2s-full", varies="dinov2s-mtdf-recommended"),
     Arm("dinov2s-layer-decay", "dinov2s-full", rate_of="dinov2s-full", switch=True),
+    Arm("dinov2s-one-rate", "dinov2s-full", rate_of="dinov2s-full", switch=True),
     *AVERAGED,
 )
 SWITCHES = tuple(
