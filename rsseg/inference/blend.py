@@ -5,7 +5,7 @@ Every merge is a generator that holds one row of tiles, whatever the height of t
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,17 @@ Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
 
 
+class StoredPixels(NamedTuple):
+    """Pixels of a tile as the file has them.
+
+    pixels: (h, w, C) of any type
+    good: bool (h, w), where they are data
+    """
+
+    pixels: NDArray[Any]
+    good: NDArray[np.bool_]
+
+
 @dataclass(frozen=True, eq=False)
 class Tile:
     """One tile of an image.
@@ -25,12 +36,14 @@ class Tile:
     load: returns the image, float32 (C, h, w) in scaled units, filled where there is no data; until it is called, a
     tile takes only the memory of the stored pixels
     valid: bool (h, w), False where the image has no data; None: all valid
+    stored: what `load` scales, for a device that scales itself
     """
 
     row: int
     col: int
     load: Callable[[], NDArray[np.float32]]
     valid: NDArray[np.bool_] | None = None
+    stored: StoredPixels | None = None
 
     @property
     def is_empty(self) -> bool:

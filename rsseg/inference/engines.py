@@ -24,7 +24,7 @@ from rsseg.checkpoint import Calibration, calibration_of, find_model, read_heade
 from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
 from rsseg.fields import Result
 from rsseg.files import content_hash, hidden_path, write_json
-from rsseg.inference.blend import Decision, PixelOutputs, decide_planes
+from rsseg.inference.blend import Decision, PixelOutputs, Tile, decide_planes
 from rsseg.inference.machine import Cost, has_native_bfloat16, openvino_core, thread_count
 from rsseg.inference.predict import Compute, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
@@ -182,6 +182,10 @@ class EngineNetwork:
     def logits(self, images: Sequence[NDArray[np.float32]], compute: Compute) -> list[ArrayLogits]:
         """See `Network.logits`; one image at a time, as batches are no faster on a CPU."""
         return [self._averaged(image, compute) for image in images]
+
+    def tile_logits(self, tiles: Sequence[Tile], compute: Compute) -> list[ArrayLogits]:
+        """See `Network.tile_logits`."""
+        return self.logits([tile.load() for tile in tiles], compute)
 
     def _averaged(self, image: NDArray[np.float32], compute: Compute) -> ArrayLogits:
         if len(compute.poses) == 1:

@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsseg.errors import UsageError
-from rsseg.inference.blend import FULL, Decision, PixelOutputs, TileLogits, argmax_planes, decide_planes, decide_shares
+from rsseg.inference.blend import (
+    FULL,
+    Decision,
+    PixelOutputs,
+    Tile,
+    TileLogits,
+    argmax_planes,
+    decide_planes,
+    decide_shares,
+)
 from rsseg.inference.predict import Compute, Network
 from rsseg.inference.tiling import Span
 from rsseg.task import Task, TileHint
@@ -158,6 +167,10 @@ class EnsembleNetwork:
         """As in `Network`; the networks run one after the other on the same images."""
         each = [self._logits_of(member, images, compute) for member in self.members]
         return [EnsembleLogits(tuple(logits), self.temperatures) for logits in zip(*each, strict=True)]
+
+    def tile_logits(self, tiles: Sequence[Tile], compute: Compute) -> list[EnsembleLogits]:
+        """As in `Network`."""
+        return self.logits([tile.load() for tile in tiles], compute)
 
     def _logits_of(
         self, member: Network, images: Sequence[NDArray[np.float32]], compute: Compute

@@ -139,6 +139,9 @@ class Network(NetworkFacts, Protocol):
     def logits(self, images: Sequence[NDArray[np.float32]], compute: Compute) -> Sequence[TileLogits]:
         """Logits of images float32 (C, h, w) of one size, in scaled units."""
 
+    def tile_logits(self, tiles: Sequence[Tile], compute: Compute) -> Sequence[TileLogits]:
+        """Logits of tiles of one size, none of them empty."""
+
 
 def choose_tiling(network: NetworkFacts, tile: int | None, overlap: int | None, blend: Blend) -> Tiling:
     """The user's tile and overlap, or the network's own where None.
@@ -215,8 +218,8 @@ def predict_tiles(
         return [(tile, None if values is None else reduce(tile, values)) for tile, values in pairs]
 
     def forward(batch: list[Tile]) -> list[TileLogits | None]:
-        full = [tile.load() for tile in batch if not tile.is_empty]
-        logits = iter(network.logits(full, compute) if full else ())
+        full = [tile for tile in batch if not tile.is_empty]
+        logits = iter(network.tile_logits(full, compute) if full else ())
         return [None if tile.is_empty else next(logits) for tile in batch]
 
     def work(batch: list[Tile]) -> list[tuple[Tile, Item | None]]:

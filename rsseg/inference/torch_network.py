@@ -1,16 +1,17 @@
 """The network run by torch, on a CPU or a GPU; logits stay on the device until classes are decided."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.blend import FULL, Decision, PixelOutputs
-from rsseg.inference.predict import Compute, extended
+from rsseg.inference.blend import FULL, Decision, PixelOutputs, StoredPixels, Tile
+from rsseg.inference.predict import Compute, NetworkFacts, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.layers.blocks import resize_logits
 from rsseg.methods.base import Segmenter
@@ -129,6 +130,68 @@ def _as_bytes(shares: Tensor) -> NDArray[np.uint8]:
     return shares.mul_(FULL).round_().to(torch.uint8).cpu().numpy()
 
 
+class Copies(Protocol):
+    """Copies arrays from the host's memory to a device."""
+
+    def send(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
+        """Arrays of one shape and type, stacked on the device; they may be changed afterwards."""
+
+
+class PinnedCopies:
+    """Copies to a GPU through two reused pinned buffers, on a stream of its own.
+
+    The GPU's current stream waits for a copy, the host only for a buffer that is still being read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Of one thread."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._free: deque[tuple[Tensor, Any]] = deque()
+        for _ in range(2):
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._free.append((torch.empty(0, dtype=torch.uint8), copied))
+
+    def send(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
+        """See `Copies`."""
+        size, shape = sum(array.nbytes for array in arrays), (len(arrays), *arrays[0].shape)
+        buffer, copied = self._free.popleft()
+        copied.synchronize()
+        if buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = buffer[:size].view(torch.from_numpy(arrays[0]).dtype).view(shape)
+        for place, array in zip(host, arrays, strict=True):
+            place.copy_(torch.from_numpy(array))
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            sent = host.to(self._device, non_blocking=True)
+            copied.record()
+        current.wait_event(copied)
+        sent.record_stream(current)
+        self._free.append((buffer, copied))
+        return sent
+
+
+class Uploads:
+    """Brings tiles to a device in the type of the file, and scales and fills them there, as `Task.scaled` does."""
+
+    def __init__(self, network: NetworkFacts, copies: Copies) -> None:
+        """For the scaling of a network."""
+        self._copies = copies
+        values = (network.task.scale, network.task.offset, network.fill)
+        self._scale, self._offset, self._fill = copies.send([np.array(each, np.float32) for each in values])
+
+    def images(self, tiles: Sequence[StoredPixels]) -> Tensor:
+        """float32 (B, C, h, w) of tiles of one size and type, in scaled units, channels last."""
+        images = self._copies.send([tile.pixels for tile in tiles])
+        # Two roundings, as in NumPy: the same image, bit by bit.
+        images = images.to(torch.float32) * self._scale + self._offset
+        if not all(tile.good.all() for tile in tiles):
+            good = self._copies.send([tile.good for tile in tiles])
+            images = torch.where(good[..., None], images, self._fill)
+        return images.permute(0, 3, 1, 2)
+
+
 _CPU = torch.device("cpu")
 
 
@@ -138,6 +201,7 @@ class TorchNetwork:
 
     segmenter: on the device, in eval mode
     precision: autocast type; float32: no autocast
+    uploads: brings tiles to the device and scales them there; None: they are scaled in the host's memory
     tap: returns the last map of the backbone in the calling thread's last forward pass, see `FeatureTap`
     judge: features of a tile -> its applicability, see `TensorLogits`
     """
@@ -145,6 +209,7 @@ class TorchNetwork:
     segmenter: Segmenter
     place: torch.device = _CPU
     precision: torch.dtype = torch.float32
+    uploads: "Uploads | None" = None
     tap: Callable[[], Tensor] | None = None
     judge: Callable[[Tensor], Tensor] | None = None
 
@@ -201,6 +266,13 @@ class TorchNetwork:
         tensors = [torch.from_numpy(image) for image in images]
         return self.of(tensors[0][None] if len(tensors) == 1 else torch.stack(tensors), compute)
 
+    def tile_logits(self, tiles: Sequence[Tile], compute: Compute) -> list[TensorLogits]:
+        """See `Network.tile_logits`."""
+        stored = [tile.stored for tile in tiles if tile.stored is not None]
+        if self.uploads is None or len(stored) < len(tiles):
+            return self.logits([tile.load() for tile in tiles], compute)
+        return self.of(self.uploads.images(stored), compute)
+
     def of(self, images: Tensor, compute: Compute) -> list[TensorLogits]:
         """The logits of each image of (B, C, h, w); a batch that does not fit into memory is halved."""
         try:
@@ -213,7 +285,7 @@ class TorchNetwork:
 
     @torch.inference_mode()
     def _forward(self, images: Tensor, compute: Compute) -> list[TensorLogits]:
-        if self.place.type == "cuda":
+        if self.place.type == "cuda" and images.device.type == "cpu":
             # From pinned memory the copy overlaps with the last batch's forward pass.
             images = images.pin_memory().to(self.place, non_blocking=True)
         if len(compute.poses) == 1:

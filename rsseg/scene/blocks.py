@@ -161,7 +161,7 @@ def _measure_image(
     with memory_errors(OUT_OF_MEMORY), scene.open() as raster:
         for panel in scene.panels:
             span = Span(0, len(panel.plan.rows.origins))
-            reader = read_ahead(read_tiles(raster, panel, scene.network, rows=span, region=scene.region))
+            reader = read_ahead(read_tiles([raster], panel, scene.network, rows=span, region=scene.region))
             with closing(reader) as tiles:
                 reduce = _summary(panel, side, cols)
                 for _, part in predict_tiles(scene.network, tiles, reduce, scene.compute):

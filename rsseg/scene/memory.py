@@ -103,15 +103,16 @@ def prepare_network(segmenter: "Segmenter", options: SceneOptions) -> PreparedNe
 
     from rsseg.inference.device import measure_tile, resolve_device, resolve_precision
     from rsseg.inference.network import ready_to_predict
-    from rsseg.inference.torch_network import TorchNetwork
+    from rsseg.inference.torch_network import PinnedCopies, TorchNetwork, Uploads
 
     keep_heap()
     held = resident_bytes()
     device = resolve_device(options.device)
     with memory_errors(OUT_OF_MEMORY):
         network, dtype = ready_to_predict(segmenter, device, resolve_precision(options.dtype, device))
+        uploads = Uploads(network, PinnedCopies(device)) if device.type == "cuda" else None
     return PreparedNetwork(
-        network=TorchNetwork(network, device, dtype),
+        network=TorchNetwork(network, device, dtype, uploads),
         model=identify_model(segmenter),
         weights_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
         measure=lambda side: measure_tile(network, side, device, dtype),

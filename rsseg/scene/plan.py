@@ -14,7 +14,7 @@ from rsseg.files import check_outputs
 from rsseg.gdal import category_names
 from rsseg.inference.blend import CLASSES_ONLY, PixelOutputs
 from rsseg.inference.engines import Quantization
-from rsseg.inference.machine import memory_errors
+from rsseg.inference.machine import memory_errors, thread_count
 from rsseg.inference.predict import Compute, Network, poses_of
 from rsseg.inference.tiling import Panel, TilePlan
 from rsseg.raster import Raster, RasterInfo, match_bands
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _MOST_SIDE, _MOST_PIXELS = 10**8, 10**14
 """The land of the Earth has 1.5e14 m2."""
+_MOST_DECODERS = 8
+"""Threads that decode a scene for a GPU."""
 _GSD_RATIO = 1.5
 """Pixels that are larger or smaller than those of the training by more than this factor are worth a warning."""
 
@@ -96,6 +98,11 @@ class PreparedScene:
     def tiles(self) -> int:
         """Number of tiles; those of two panels count twice."""
         return sum(panel.plan.count for panel in self.panels)
+
+    @property
+    def decoders(self) -> int:
+        """Threads that decode the scene; one where the network computes on the same cores."""
+        return 1 if self.network.device == "cpu" else min(thread_count(), _MOST_DECODERS)
 
     def open(self) -> Raster:
         """Open the scene with the bands that are used."""

@@ -146,9 +146,9 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
     """Write all rasters; None from all processes but the main one."""
     options = prepared.options
     with ExitStack() as stack:
-        raster = stack.enter_context(prepared.open())
+        rasters = [stack.enter_context(prepared.open()) for _ in range(prepared.decoders)]
         # GDAL's cache is global: between two reads the writer would fill the default one, 5 % of the memory.
-        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=raster.cache_bytes))
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=rasters[0].cache_bytes))
         identity = prepared.identity()
         # Strips of differently divided panels cannot be used, although they hold the same pixels.
         log_identity = f"{identity} {len(prepared.panels)}"
@@ -181,7 +181,7 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
             count()
 
         for index, panel in enumerate(prepared.panels):
-            strips = _compute(prepared, raster, panel, Span(done[index], rows.stop), report)
+            strips = _compute(prepared, rasters, panel, Span(done[index], rows.stop), report)
 
             def write(numbered: tuple[int, Strip], index: int = index, panel: Panel = panel) -> None:
                 strip = sink.finished(index, panel, *numbered)
@@ -255,7 +255,7 @@ class _Sink:
 
 def _compute(
     prepared: PreparedScene,
-    raster: Raster,
+    rasters: Sequence[Raster],
     panel: Panel,
     wanted: Span,
     report: Callable[[], None],
@@ -269,8 +269,8 @@ def _compute(
         # Tiles above contribute to the rows that they share.
         first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
     span = Span(first, wanted.stop)
-    # Close before the raster, so that the reader's thread stops.
-    with closing(read_ahead(read_tiles(raster, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
+    # Close before the rasters, so that the reader's threads stop.
+    with closing(read_ahead(read_tiles(rasters, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
         strips = predict_strips(
             prepared.network,
             tiles,

@@ -3,10 +3,13 @@
 import hashlib
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -17,7 +20,7 @@ from rasterio.errors import RasterioError
 
 from rsseg.errors import DataError
 from rsseg.files import content_hash, is_file
-from rsseg.inference.blend import Tile
+from rsseg.inference.blend import StoredPixels, Tile
 from rsseg.inference.predict import NetworkFacts
 from rsseg.inference.tiling import AxisPlan, Panel, Span, mirror
 from rsseg.raster import Raster, Window
@@ -133,12 +136,12 @@ class _Rows(NamedTuple):
 
 
 def read_tiles(
-    raster: Raster, panel: Panel, network: NetworkFacts, *, rows: Span, region: "Region | None" = None
+    rasters: Sequence[Raster], panel: Panel, network: NetworkFacts, *, rows: Span, region: "Region | None" = None
 ) -> Iterator[Tile]:
     """Yield the tiles of a panel, row by row, in scaled units and filled where there is no data.
 
     Args:
-        raster: opened with the task's bands in the task's order.
+        rasters: the scene, opened with the task's bands in the task's order once per thread that decodes.
         panel: of the raster.
         network: gives scale, offset and fill.
         rows: rows of tiles.
@@ -149,14 +152,14 @@ def read_tiles(
     def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> NDArray[np.float32]:
         return task.scaled(raw, good, network.fill).transpose(2, 0, 1)
 
-    for row in _read_rows(raster, panel, rows, region):
+    for row in _read_rows(rasters, panel, rows, region):
         for col, left in enumerate(panel.plan.cols.origins):
             area = slice(left, left + tile)
             wanted = row.wanted[:, area].copy()
             if wanted.any():
                 good = wanted if region is None else row.valid[:, area].copy()
-                raw = _interleaved(row.pixels[:, :, area])
-                yield Tile(row.number, col, partial(scaled, raw, good), wanted)
+                stored = StoredPixels(_interleaved(row.pixels[:, :, area]), good)
+                yield Tile(row.number, col, partial(scaled, *stored), wanted, stored)
             else:
                 yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted)
 
@@ -165,9 +168,9 @@ def _not_loaded(row: int, col: int) -> NDArray[np.float32]:
     raise AssertionError(f"tile {row}, {col} is empty")
 
 
-def _read_rows(raster: Raster, panel: Panel, rows: Span, region: "Region | None") -> Iterator[_Rows]:
+def _read_rows(rasters: Sequence[Raster], panel: Panel, rows: Span, region: "Region | None") -> Iterator[_Rows]:
     """Yield rows of tiles in buffers that the next one overwrites."""
-    info, axis, width = raster.info, panel.plan.rows, panel.plan.cols.length
+    info, axis, width = rasters[0].info, panel.plan.rows, panel.plan.cols.length
     tile, covered = axis.tile, max(panel.plan.cols.covered, width)
     pixels = np.zeros((info.count, tile, covered), info.dtype)
     valid = np.zeros((tile, covered), np.bool_)
@@ -189,9 +192,10 @@ def _read_rows(raster: Raster, panel: Panel, rows: Span, region: "Region | None"
         kept = done - top if held.start <= needed.start and needed.stop <= held.stop else 0
         pixels[:, :kept] = pixels[:, tile - kept :]
         valid[:kept] = valid[tile - kept :]
-        for window in _windows(raster, Span(top + kept, end), needed.moved(panel.left)):
-            area = slice(window.row - top, window.row - top + window.height)
-            pixels[:, area, needed.area], valid[area, needed.area] = raster.read(window)
+        for window, (stored, good) in _read_windows(rasters, Span(top + kept, end), needed.moved(panel.left)):
+            area = Span(window.row - top, window.row - top + window.height).area
+            columns = Span(window.col - panel.left, window.col - panel.left + window.width).area
+            pixels[:, area, columns], valid[area, columns] = stored, good
         if covered > width:
             beyond = mirror(width, covered)[width:]
             pixels[:, :, width:], valid[:, width:] = pixels[:, :, beyond], valid[:, beyond]
@@ -217,15 +221,42 @@ def _needed(axis: AxisPlan, wanted: NDArray[np.bool_]) -> Span:
 def _interleaved(pixels: NDArray[Any]) -> NDArray[Any]:
     """(C, h, w) -> (h, w, C), the layout that the network wants."""
     if len(pixels) <= _QUICK_BANDS and pixels.dtype in _QUICK_TYPES:
-        return np.asarray(cv2.merge(list(pixels)))
+        return np.asarray(cv2.merge(list(pixels))).reshape(*pixels.shape[1:], len(pixels))
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-def _windows(raster: Raster, rows: Span, cols: Span) -> Iterator[Window]:
-    """Split rows into reads that end where the file's blocks end, so that GDAL's cache need not hold more."""
-    block, start = raster.info.block_shape[0], rows.start
-    step = block * -(-_LEAST_ROWS // block)
-    while start < rows.stop:
-        end = min((start // step + 1) * step, rows.stop)
-        yield Window(start, cols.start, end - start, cols.length)
-        start = end
+def _read_windows(
+    rasters: Sequence[Raster], rows: Span, cols: Span
+) -> Iterator[tuple[Window, tuple[NDArray[Any], NDArray[np.bool_]]]]:
+    """Read a part of the scene, one window per raster at a time."""
+    windows = list(_windows(rasters[0].info.block_shape, rows, cols, len(rasters)))
+    if len(rasters) == 1:
+        yield from ((window, rasters[0].read(window)) for window in windows)
+        return
+    free: SimpleQueue[Raster] = SimpleQueue()
+    for raster in rasters:
+        free.put(raster)
+
+    def read(window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        raster = free.get()
+        try:
+            return raster.read(window)
+        finally:
+            free.put(raster)
+
+    with ThreadPoolExecutor(len(rasters), "rsseg-decoder") as threads:
+        yield from zip(windows, threads.map(read, windows), strict=True)
+
+
+def _windows(block: tuple[int, int], rows: Span, cols: Span, parts: int) -> Iterator[Window]:
+    """Split into reads that end where the file's blocks end, so that GDAL's cache need not hold more; columns only as
+    far as there are to be several parts."""
+    steps = block[0] * -(-_LEAST_ROWS // block[0]), block[1] * max(cols.length // (parts * block[1]), 1)
+    for top, bottom in pairwise(_cuts(rows, steps[0])):
+        for left, right in pairwise(_cuts(cols, steps[1]) if parts > 1 else (cols.start, cols.stop)):
+            yield Window(top, left, bottom - top, right - left)
+
+
+def _cuts(span: Span, step: int) -> list[int]:
+    """The ends of a span, and the multiples of a step between them."""
+    return [span.start, *range((span.start // step + 1) * step, span.stop, step), span.stop]

@@ -23,6 +23,7 @@ from benchmarks.scenes import make_segmenter, write_scene
 from rsseg.data.streams import training_batches
 from rsseg.errors import Interrupted
 from rsseg.inference.machine import resident_bytes
+from rsseg.inference.torch_network import PinnedCopies
 from rsseg.recipe import Recipe
 from rsseg.runs import RunFolder, find_run
 from rsseg.scene.options import SceneOptions
@@ -222,3 +223,17 @@ def test_failed_capture_leaves_the_caller_on_its_stream() -> None:
         recorder.record(work)
     assert torch.cuda.current_stream() == caller
     assert float(value + 1) == 2.0
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32", "bool"])
+def test_arrays_arrive_whole_although_buffers_are_reused(dtype: str) -> None:
+    copies, rng = PinnedCopies(torch.device("cuda")), np.random.default_rng(0)
+    sent = []
+    for side in (100, 900, 300, 900, 900, 20):
+        arrays = [rng.integers(0, 200, (side, side, 3)).astype(dtype) for _ in range(2)]
+        sent.append((np.stack(arrays).astype(np.float32), copies.send(arrays).to(torch.float32)))
+        for array in arrays:
+            array[:] = 0
+    for expected, arrived in sent:
+        assert np.array_equal(arrived.cpu().numpy(), expected)
