@@ -101,6 +101,8 @@ def run(arguments: list[str] | None = None) -> int:
             warnings.showwarning = note
             app(arguments)
     except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # met by the library of the command line
+            return _reader_has_gone()
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except RssegError as error:
         if os.environ.get("RSSEG_DEBUG"):
@@ -111,9 +113,7 @@ def run(arguments: list[str] | None = None) -> int:
         print_error("Interrupted.")
         return 130
     except BrokenPipeError:
-        # The reader of the pipe, such as head, has closed it; Python must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_has_gone()
     except Exception as error:  # every bug ends here
         if (machine := machine_error(error)) is not None:
             print_error(str(machine))
@@ -123,6 +123,12 @@ def run(arguments: list[str] | None = None) -> int:
             print_error(f"{shortened(str(error.filename))}: {error.strerror}. Give another file or folder.")
             return UsageError.exit_code
         return _report_bug(error)
+    return 0
+
+
+def _reader_has_gone() -> int:
+    """The reader of the pipe, such as head, has closed it: Python must not complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -149,11 +155,14 @@ def main() -> None:
     freeing each of them at exit, would take a third of a short prediction.
     """
     gc.set_threshold(100_000)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     code = 1  # if Python itself ends the process
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # full, or closed
                 stream.flush()
         os._exit(code)
 

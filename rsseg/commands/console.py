@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,14 +57,16 @@ def is_live() -> bool:
 def print_error(message: str) -> None:
     """One red "error:" line per line of the message."""
     console = stderr()
-    for line in message.splitlines():
-        console.print("[bold red]error:[/] ", end="")
-        console.print(line, markup=False, soft_wrap=True)
+    with suppress(OSError):  # a message that cannot be written must not change the exit code
+        for line in message.splitlines():
+            console.print("[bold red]error:[/] ", end="")
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def print_note(message: str) -> None:
     """A message on stderr."""
-    stderr().print(message, markup=False, soft_wrap=True)
+    with suppress(OSError):
+        stderr().print(message, markup=False, soft_wrap=True)
 
 
 def print_result(text: str) -> None:

@@ -19,7 +19,8 @@ SAMPLE = 300_000
 MOST_PER_IMAGE = 20_000
 LEAST_OF_CLASS = 1000
 """Classes predicted on fewer pixels take the temperature of all classes."""
-_COLDEST, _HOTTEST = 0.05, 20.0
+COLDEST, HOTTEST = 0.05, 20.0
+"""Limits of a temperature."""
 
 
 class ReliabilityBin(Result):
@@ -114,7 +115,7 @@ def fit_temperatures(sample: PixelSample, *, per_class: bool = False) -> tuple[f
 
 def _fit(logits: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
     """Newton's method on 1 / T, in which the negative log-likelihood is convex; T stays within [0.05, 20]."""
-    inverse, low, high = 1.0, 1 / _HOTTEST, 1 / _COLDEST
+    inverse, low, high = 1.0, 1 / HOTTEST, 1 / COLDEST
     target = logits[np.arange(len(truth)), truth]
     for _ in range(60):
         weights = np.exp(inverse * logits)
@@ -129,7 +130,7 @@ def _fit(logits: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
         if abs(new - inverse) < 1e-6 * inverse:
             break
         inverse = new
-    return float(min(max(1 / inverse, _COLDEST), _HOTTEST))
+    return float(min(max(1 / inverse, COLDEST), HOTTEST))
 
 
 def score_calibration(

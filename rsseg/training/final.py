@@ -14,6 +14,7 @@ from rsseg.config import AugmentConfig, BaseRecipe, NormStatisticsConfig
 from rsseg.data.sources import Datasets, Source
 from rsseg.data.streams import StreamSpec, training_batches
 from rsseg.errors import Interrupted, RecipeError
+from rsseg.evaluation.calibration import COLDEST, HOTTEST
 from rsseg.evaluation.model import DetailOptions, evaluate
 from rsseg.evaluation.result import save_evaluation
 from rsseg.inference.network import load_segmenter
@@ -97,7 +98,9 @@ def evaluate_shipped(
         return "not calibrated"
     temperatures = " ".join(f"{value:.3g}" for value in dict.fromkeys(calibration.temperatures or ()))
     before, after = calibration.before.ece or 0.0, calibration.after.ece or 0.0
-    return f"temperature {temperatures}: calibration error on these images {before:.4f} -> {after:.4f} ({where})"
+    at_limit = not {COLDEST, HOTTEST}.isdisjoint(calibration.temperatures or ())
+    text = f"temperature {temperatures}: calibration error on these images {before:.4f} -> {after:.4f} ({where})"
+    return text + "; the limit: the probabilities hardly tell right from wrong" if at_limit else text
 
 
 def describe_validation(recipe: Recipe, plan: TrainPlan, validation: Source, streams: dict[str, Source]) -> str:

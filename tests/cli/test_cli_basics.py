@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -62,6 +63,33 @@ def test_program_ends_with_its_exit_code_after_all_output_and_exit_handlers(argu
     assert result.returncode == code, result.stderr
     assert result.stdout.endswith("handler\n")
     assert ("ktda-recommended" in result.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("recipe ls >&-", 0),
+        ("--version >&-", 0),
+        ("recipe validate nope >&-", 3),
+        ("recipe validate nope 2>&-", 3),
+        ("recipe validate nope 2>/dev/full", 3),
+        ("--help | head -1", 0),
+        ("recipe ls | head -1", 0),
+    ],
+)
+def test_closed_and_full_streams_change_no_exit_code(call: str, code: int, tmp_path: Path) -> None:
+    script = f'{sys.executable} -m rsseg {call}; exit "${{PIPESTATUS[0]}}"'
+    result = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception" not in result.stderr
+    assert not list(tmp_path.iterdir()), "a bug was reported"
 
 
 def test_train_without_recipe_says_which_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

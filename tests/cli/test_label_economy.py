@@ -154,6 +154,28 @@ def test_corrected_chips_return_to_the_dataset(place: Path, capsys: pytest.Captu
     assert "was added before" in capsys.readouterr().err
 
 
+def test_windows_of_a_validation_image_do_not_become_training_images_unsaid(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image, chips in (("02.tif", "held"), ("03.tif", "free")):
+        call = ["suggest", "runs/latest", f"data/images/{image}", "-n", "1", "--block", "64", "-o", f"{chips}.gpkg"]
+        assert run([*call, "--chips", chips]) == 0
+        capsys.readouterr()
+        assert run(["dataset", "add", "data", "--chips", chips]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("is part of 02, which is in the split 'val'" in said.replace("seems to be", "is")) == (chips == "held")
+
+
+def test_a_temperature_at_its_limit_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("evaluation.calibration", "training.final"):
+        for limit in ("COLDEST", "HOTTEST"):
+            monkeypatch.setattr(f"rsseg.{module}.{limit}", 1.0)
+    assert run(["train", "--method", "ktda", "--recipe", "tiny.yaml", "--steps", "2"]) == 0
+    assert "the limit: the probabilities hardly tell right from wrong" in capsys.readouterr().out
+
+
 def test_polygons_drawn_on_a_scene_are_added(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with rasterio.open("scene.tif") as file:
         corners = [file.transform * (col, row) for col, row in ((70, 70), (120, 70), (120, 120), (70, 120))]

@@ -3,6 +3,7 @@
 import glob
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ from rsseg.datasets.prepare.run import Progress, prepare
 from rsseg.datasets.prepare.tiles import TileMetadata, write_tile
 from rsseg.datasets.prepare.transfer import place_file
 from rsseg.datasets.prepare.vectors import ISSUES_NAME
-from rsseg.errors import DataError
+from rsseg.errors import DataError, RssegWarning
 from rsseg.files import write_text
 from rsseg.raster import Raster, RasterInfo, Window
 from rsseg.task import IGNORE_INDEX, Color, Task
@@ -193,6 +194,7 @@ def _adopt(dataset: Path, index: SegmentationIndex, found: Iterable[_Labeled], s
                 raise DataError(
                     f"{index.root}: {name} was added before. Add only new windows, or give it another name."
                 )
+            _check_split(index, name, scene, split)
             image = work / place_file(f"{IMAGES}/{name}", file, Raster, work)
             with open_image([image], index.task.bands) as raster:
                 info = raster.info
@@ -214,6 +216,20 @@ def _adopt(dataset: Path, index: SegmentationIndex, found: Iterable[_Labeled], s
         work.rename(target)
     index.model_copy(update={"items": (*index.items, *items)}).save(dataset)
     return items
+
+
+def _check_split(index: SegmentationIndex, name: str, scene: str, split: str) -> None:
+    """Warn if an image of a scene is to be in another split than the rest of it."""
+    known = {item.split for item in index.items if (item.scene or Path(item.image).stem) == scene}
+    # Unlabeled images are no test of anything.
+    others = known - {split, "unlabeled"}
+    if others and split not in known:
+        warnings.warn(
+            f"{name} seems to be part of {scene}, which is in the split {min(others)!r}: one place would be learnt and "
+            f"tested. If it is, add such windows with --split {min(others)}, or leave them out.",
+            RssegWarning,
+            stacklevel=2,
+        )
 
 
 def _encoded(classes: NDArray[np.uint8], labels: LabelMap) -> NDArray[Any]:
