@@ -255,7 +255,7 @@ def test_bands_are_taken_by_name_wherever_they_lie(tmp_path: Path) -> None:
     assert_array_equal(read_classes(tmp_path / "chosen.tif"), expected_values(segmenter, pixels[:3]))
     plan = plan_scene(segmenter, scene, tmp_path / "plan.tif", options())
     assert plan.bands == (("b1", "b1"), ("b2", "b2"), ("b3", "b3"))
-    assert "1 tiles of 60 x 50" in plan.text()
+    assert "1 tile of 60 x 50" in plan.text()
 
 
 def test_progress_counts_the_tiles_up_to_all(tmp_path: Path) -> None:
