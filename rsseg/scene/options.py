@@ -213,8 +213,8 @@ class ScenePlan(Result):
         lines = [
             f"{self.scene} -> {self.output}",
             f"  {self.width} x {self.height} pixels, bands {bands}",
-            f"  {self.tiles} {'tile' if self.tiles == 1 else 'tiles'} of {tile}, overlap {self.overlap} ({self.redundancy:.2f}x the pixels), "
-            f"blend {self.blend}, batches of {self.batch_size}"
+            f"  {self.tiles} {'tile' if self.tiles == 1 else 'tiles'} of {tile}, overlap {self.overlap} "
+            f"({self.redundancy:.2f}x the pixels), blend {self.blend}, batches of {self.batch_size}"
             + (f", {self.parallel_batches} in parallel" if self.parallel_batches > 1 else "")
             + (f", {self.views} views of each" if self.views > 1 else "")
             + (f", in {self.panels} panels" if self.panels > 1 else ""),
