@@ -152,7 +152,7 @@ def main() -> None:
     """Entry point of the console script.
 
     Imports create about a million objects that live until the end. Searching them for cycles while they grow, and
-    freeing each of them at exit, would take a third of a short prediction.
+    freeing each of them at exit, would take a good part of a short prediction.
     """
     gc.set_threshold(100_000)
     for name in ("stdout", "stderr"):
