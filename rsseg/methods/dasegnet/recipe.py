@@ -74,13 +74,15 @@ class TeacherConfig(Strict):
 
     type: Literal["decoder_only_t", "single_t", "whole"] = "decoder_only_t"
     """`decoder_only_t`: averaged decoders on the students' features. `single_t`: averaged target backbone and decoder
-    with the student's source path. `whole`: an average of the whole network (not published)."""
+    with the student's source path. `whole`: an average of the whole network (not published), which varies less than
+    the students that its labels teach."""
     decay: Probability = 0.999
     """Decay of the average; in step t at most 1 - 1 / (t + 1), so that early steps have equal weight."""
     start: Literal["random", "student"] = "random"
     """Initial weights. Published: random ones, whose share is 1 / (t + 1); `student`: a copy."""
     mode: Literal["train", "eval"] = "train"
-    """Published: dropout and batch statistics are active; `eval` disables both."""
+    """Published: dropout and batch statistics are active; `eval` disables both, for labels that do not depend on the
+    other images of the batch."""
     buffers: Literal["own", "average"] = "own"
     """Running statistics of batch norm: `own` records the teacher's passes (published; not in `eval` mode), `average`
     averages the student's."""
@@ -124,11 +126,13 @@ class SelfTrainingConfig(Strict):
     """`class_index`: classes without an entry are weighted by their index (published, four-class tasks)."""
     teacher: TeacherConfig = TeacherConfig()
     student_view: Literal["same", "strong"] = "same"
-    """Published: the students learn from the teacher's image. `strong`: from a strong view of it, see `data.strong`."""
+    """Published: the students learn from the teacher's image. `strong`: from a strong view of it, see `data.strong`, so
+    that they do not just repeat the teacher's errors."""
     class_mix: bool = False
-    """Paste half of the classes of a source image with their labels on the target image (ClassMix; not published)."""
+    """Paste half of the classes of a source image with their labels on the target image (ClassMix; not published): true
+    labels in the target's surroundings offset wrong pseudo-labels."""
     masked: MaskedConfig | None = None
-    """Not published."""
+    """Not published: hidden squares make the students rely on the surroundings."""
 
     @property
     def learns_from_teachers_image(self) -> bool:

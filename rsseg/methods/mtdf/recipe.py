@@ -79,14 +79,17 @@ class MTDFRecipe(BaseRecipe):
     padding: Literal["black", "mean"] = "black"
     """Value of pixels without data: 0 before scaling (published) or the student's normalization mean."""
     strong_views: Annotated[int, Field(ge=1, le=2)] = 1
-    """Strongly augmented views of each unlabeled crop (UniMatch V2 has two)."""
+    """Strongly augmented views of each unlabeled crop (UniMatch V2 has two): a second one gives another estimate of the
+    same loss, in a longer step."""
     complementary_dropout: bool = False
-    """UniMatch V2: drop half of the channels in one strong view and the other half in the other."""
+    """UniMatch V2: drop half of the channels in one strong view and the other half in the other, so that each half has
+    to suffice. The maps must be of equal width, as a ViT's are."""
     ema_decay: Probability = 0.996
     """Upper bound of the decay of the moving average, which makes the pseudo-labels and ships with `ship: average`;
     update k has the decay min(1 - 1/(k + 1), this)."""
     labeled_weight: Weight | None = None
-    """Weight of the supervised loss; None, here and below, means 1 / number of losses in use (published)."""
+    """Weight of the supervised loss; None, here and below, means 1 / number of losses in use (published), which takes
+    half or more of the weight from the labels, the best information there is."""
     pseudo_weight: Weight | None = None
     """Weight of the pseudo-label loss."""
     distill_weight: Weight | None = None
