@@ -40,10 +40,14 @@ _CROP_TRIES = 10
 _RARE_SHARE = 0.01
 """Minimum share of a crop's pixels that have the class it was drawn for."""
 
+CropKey = tuple[str, int, bool, int]
+"""Stream, image, mirroring and turns of a crop that shows the whole image without other changes."""
+
 
 class Crop(NamedTuple):
     """One sample, at most as large as the crop size. Arrays: image and each strong view `(h, w, bands)`, valid bool
-    and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`. origin: row and column in the padded square.
+    and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`. origin: row and column in the padded square. key: equal for
+    crops with equal images, None where images do not repeat.
     """
 
     image: NDArray[Any]
@@ -52,13 +56,14 @@ class Crop(NamedTuple):
     strong: tuple[NDArray[Any], ...] = ()
     mix: NDArray[np.bool_] | None = None
     origin: tuple[int, int] = (0, 0)
+    key: CropKey | None = None
 
 
 class HostSamples(NamedTuple):
     """Crops padded to squares and stacked, on the host.
 
     images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the stored dtype; valid bool, masks uint8
-    `(B, S, S)`; mix bool `(B, V, S, S)`.
+    `(B, S, S)`; mix bool `(B, V, S, S)`; keys of all crops, or None.
     """
 
     images: Tensor
@@ -66,6 +71,7 @@ class HostSamples(NamedTuple):
     masks: Tensor | None
     strong: Tensor | None
     mix: Tensor | None
+    keys: tuple[CropKey, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ class StreamReader:
         valid = np.ones(image.shape[:2], np.bool_) if valid.all() else transform_mask(valid, geometry)
         image = self._distort(rng, image)
         origin = pad_origin(geometry, plan.augment.crop_size) if plan.augment.pad_first else (0, 0)
-        crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry), origin=origin)
+        key = self._key(number, geometry)
+        crop = Crop(image, valid, None if mask is None else transform_mask(mask, geometry), origin=origin, key=key)
         if not plan.strong_views:
             return crop
         strong = tuple(strong_view(rng, image, valid, plan.space, plan.strong) for _ in range(plan.strong_views))
@@ -211,6 +218,17 @@ class StreamReader:
             if _shows(crop, wanted) and not (limit < 1 and one_class_dominates(crop, limit)):
                 break
         return draw_geometry(rng, window, out, augment, cut), mask
+
+    def _key(self, number: int, geometry: Geometry) -> CropKey | None:
+        """Equal for equal crops; None where an image rarely appears twice in the same way."""
+        augment, (_, _, *window) = self.plan.augment, geometry.window
+        drawn = augment.photometric != "none" or (augment.fit == "crop" and augment.scale_range is not None)
+        cropped = tuple(window) != self._reader.size(self.plan.items[number])
+        if drawn or cropped or (geometry.cut is not None and geometry.cut.scaled != geometry.size):
+            return None
+        # Two mirrorings are half a turn.
+        turns = (geometry.turns + 2 * geometry.vflip) % 4
+        return self.plan.name, number, geometry.hflip != geometry.vflip, turns
 
     def _distort(self, rng: np.random.Generator, image: NDArray[Any]) -> NDArray[Any]:
         match self.plan.augment.photometric:
@@ -256,7 +274,15 @@ def collate(crops: list[Crop], size: int) -> HostSamples:
             np.copyto(masks[i][inside], crop.mask, where=crop.valid)
         for view, pixels in enumerate(crop.strong):
             strong[i, view][inside] = pixels  # type: ignore[index]  # views > 0, so the array exists
-    return HostSamples(torch.from_numpy(images), torch.from_numpy(valid), _tensor(masks), _tensor(strong), _tensor(mix))
+    known = tuple(crop.key for crop in crops if crop.key is not None)
+    return HostSamples(
+        torch.from_numpy(images),
+        torch.from_numpy(valid),
+        _tensor(masks),
+        _tensor(strong),
+        _tensor(mix),
+        known if len(known) == len(crops) else None,
+    )
 
 
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 import signal
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -31,6 +31,7 @@ class Samples:
     valid   bool (B, H, W), False where the crop was padded or the source has no data; images hold StreamSpec.fill there
     strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream has none
     mix     bool (B, V, H, W), True where CutMix takes the pixel from the partner sample; None without strong views
+    keys    one per sample, equal for equal images; None if images of the batch do not repeat
     """
 
     images: Tensor
@@ -38,6 +39,7 @@ class Samples:
     masks: Tensor | None = None
     strong: Tensor | None = None
     mix: Tensor | None = None
+    keys: Sequence[Hashable] | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -158,6 +160,7 @@ def to_samples(host: HostSamples, scaling: Scaling) -> Samples:
         masks=None if host.masks is None else moved(host.masks).long(),
         strong=None if host.strong is None else _scaled(moved(host.strong), valid[:, None], scaling),
         mix=None if host.mix is None else moved(host.mix),
+        keys=host.keys,
     )
 
 

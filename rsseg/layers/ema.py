@@ -1,11 +1,14 @@
 """Networks that no optimizer updates: moving averages and frozen networks."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+
+KEPT_BYTES = 2**30
+"""Outputs that one frozen network keeps at most; the outputs of further images are computed at each call."""
 
 
 class Ema(nn.Module):
@@ -76,6 +79,8 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._held = (module.requires_grad_(False).eval(),)
+        self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._kept_bytes = 0
 
     @property
     def module(self) -> nn.Module:
@@ -86,6 +91,36 @@ class Frozen(nn.Module):
         """The wrapped module's output, without gradients."""
         with torch.no_grad():
             return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def outputs(
+        self, compute: Callable[[Tensor], Sequence[Tensor]], images: Tensor, keys: Sequence[Hashable] | None
+    ) -> Sequence[Tensor]:
+        """`compute(images)`, once per image in the life of this network as long as memory allows (`KEPT_BYTES`).
+
+        Args:
+            compute: images (B, ...) -> tensors (B, ...) by this network, always the same function. It gets images with
+                keys one at a time, so that its results do not depend on which ones are kept.
+            images: (B, ...).
+            keys: one per image, equal for equal images only; None computes all of them together.
+        """
+        # The processes of a divided network must call it together, whatever each of them has kept.
+        if keys is None or any(hasattr(parameter, "to_local") for parameter in self.module.parameters()):
+            return compute(images)
+        single = [self._output(compute, image, key) for image, key in zip(images, keys, strict=True)]
+        return [torch.cat(parts) for parts in zip(*single, strict=True)]
+
+    def _output(
+        self, compute: Callable[[Tensor], Sequence[Tensor]], image: Tensor, key: Hashable
+    ) -> tuple[Tensor, ...]:
+        if key in self._kept:
+            return self._kept[key]
+        output = tuple(compute(image[None]))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in output)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[key] = output
+            self._kept_bytes += size
+        return output
 
     def store_as(self, dtype: torch.dtype) -> None:
         """Store weights of matrix products and convolutions in the type that autocast converts them to at each call.
@@ -99,6 +134,7 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._kept, self._kept_bytes = {}, 0
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

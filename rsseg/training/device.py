@@ -104,7 +104,7 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
 def tensors_by_name(samples: Samples) -> Mapping[str, Tensor]:
     """The tensors that a stream has."""
     values = {field.name: getattr(samples, field.name) for field in fields(samples)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def shard(method: Method, averages: Sequence[nn.Module], device: torch.device, processes: int) -> None:

@@ -196,7 +196,7 @@ class _MicroGraphs:
     ) -> None:
         """Record both passes; gradients become zeros. Raises `RuntimeError` if that is impossible."""
         self._method = eager.parts.method
-        self._batch = {name: replace(samples, **_cloned(samples)) for name, samples in batch.items()}
+        self._batch = {name: replace(samples, **_cloned(samples), keys=None) for name, samples in batch.items()}
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

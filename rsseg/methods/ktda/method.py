@@ -1,7 +1,7 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -57,23 +57,20 @@ class Distillation(nn.Module):
         """Set the weight of an optimizer step, counted from 0."""
         self.weight.fill_(weight_at(self.settings, step, self.total_steps))
 
-    def forward(self, images: Tensor, aligned: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], aligned: Sequence[Tensor]) -> Tensor:
         """Weighted loss of one micro-step.
 
         Args:
-            images: float (B, C, H, W), scaled units.
+            maps: the teacher's, of the student's images.
             aligned: FAM's outputs, or only their sum if fused.
-            maps: the teacher's maps of the images, if they are known.
         """
-        maps = self.teacher_maps(images) if maps is None else maps
         loss = distillation_loss(aligned, [fused(maps)] if self.fuse else maps, self.settings)
         return self.weight * loss
 
-    def teacher_maps(self, images: Tensor) -> Sequence[Tensor]:
-        """The teacher's maps of images (B, C, H, W) in scaled units, without gradients."""
+    def teacher_maps(self, images: Tensor, keys: Sequence[Hashable] | None = None) -> Sequence[Tensor]:
+        """The teacher's maps of images (B, C, H, W) in scaled units, without gradients; `keys` as in `Samples`."""
         teacher = cast(Backbone, self.teacher.module)
-        with torch.no_grad():
-            return teacher.forward_normalized(self._normalize(images))
+        return self.teacher.outputs(lambda x: teacher.forward_normalized(self._normalize(x)), images, keys)
 
 
 class TaskTeacher(nn.Module):
@@ -86,21 +83,24 @@ class TaskTeacher(nn.Module):
         self.settings = settings
         self._shared = (shared,)  # a part of the segmenter, not to be registered twice
 
-    def logits(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
+    def logits(self, images: Tensor, keys: Sequence[Hashable] | None = None) -> tuple[Tensor, Sequence[Tensor] | None]:
         """float (B, C, H, W), scaled units -> float logits (B, K, H, W) and the maps of the shared backbone, which thus
-        runs once; None if it is not shared. Without a graph.
+        runs once; None if it is not shared. Without a graph; `keys` as in `Samples`.
         """
+        logits, *maps = self.frozen.outputs(self._logits_and_maps, images, keys)
+        return logits, maps or None
+
+    def _logits_and_maps(self, images: Tensor) -> Sequence[Tensor]:
         maps: list[Sequence[Tensor]] = []
         hook = None
         if self._shared[0] is not None:
             hook = self._shared[0].register_forward_hook(lambda _, __, output: maps.append(output))
         try:
-            with torch.no_grad():
-                logits = cast(Segmenter, self.frozen.module).predict_logits(images)
+            logits = cast(Segmenter, self.frozen.module).predict_logits(images)
         finally:
             if hook is not None:
                 hook.remove()
-        return logits, maps[0] if maps else None
+        return [logits, *(maps[0] if maps else ())]
 
     def loss(self, student: Tensor, theirs: Tensor, valid: Tensor, mix: Tensor | None = None) -> Tensor:
         """Weighted divergence.
@@ -227,7 +227,8 @@ class KTDAMethod(Method):
 
     def training_step(self, batch: Batch, step: int) -> StepOutput:  # noqa: ARG002 - part of the interface
         """Losses of one micro-step on the stream `labeled`; accuracies in percent of the labeled pixels."""
-        images, masks = batch["labeled"].images, batch["labeled"].labels
+        labeled = batch["labeled"]
+        images, masks = labeled.images, labeled.labels
         student = self.segmenter.run(images)
         logits = self._at_size(student.logits, masks)
         losses = {"seg": self.label_loss(logits, masks, divisor=self.recipe.loss_divisor)}
@@ -239,14 +240,15 @@ class KTDAMethod(Method):
             share = head.weight / len(self.aux_heads)
             losses[f"aux{suffix}"] = share * self.label_loss(aux, masks, divisor=self.recipe.loss_divisor)
             logs[f"aux{suffix}_acc"] = pixel_accuracy(aux, masks)
-        theirs, maps = (None, None) if self.task_teacher is None else self.task_teacher.logits(images)
+        theirs, maps = (None, None) if self.task_teacher is None else self.task_teacher.logits(images, labeled.keys)
         if self.distillation:
             aligned = student.aligned if self.recipe.student_passes == 1 else self.segmenter.align(images)
             if self.side is not None:
                 aligned = self.side(aligned, images.shape[-2:])
-            losses["distill"] = self.distillation(images, aligned, maps)
+            maps = self.distillation.teacher_maps(images, labeled.keys) if maps is None else maps
+            losses["distill"] = self.distillation(maps, aligned)
         if self.task_teacher is not None and theirs is not None:
-            losses["taught"] = self.task_teacher.loss(logits, theirs, batch["labeled"].valid)
+            losses["taught"] = self.task_teacher.loss(logits, theirs, labeled.valid)
             if "unlabeled" in batch:
                 losses["taught_unlabeled"] = self._taught_unlabeled(batch["unlabeled"])
         return StepOutput(losses, logs)
@@ -263,7 +265,8 @@ class KTDAMethod(Method):
             images = cutmix(images, mix)
         with unrecorded_statistics(self.segmenter):
             logits = self.segmenter(images)
-        return self.task_teacher.loss(logits, self.task_teacher.logits(samples.images)[0], samples.valid, mix)
+        theirs, _ = self.task_teacher.logits(samples.images, samples.keys)
+        return self.task_teacher.loss(logits, theirs, samples.valid, mix)
 
     def param_groups(self) -> Mapping[str, Sequence[ParamGroup]]:
         """One optimizer, `main`, with one learning rate; exempt parameters form a group without weight decay."""

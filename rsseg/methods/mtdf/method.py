@@ -1,6 +1,6 @@
 """Training of RS-MTDF: FixMatch with an averaged pseudo-labeller, and distillation from frozen teachers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, cast
 
@@ -127,9 +127,13 @@ class Teacher(nn.Module):
         self.frozen, self.config = Frozen(backbone), config
         self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
 
-    @torch.no_grad()
-    def forward(self, images: Tensor, student: Backbone) -> Tensor:
-        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without gradients."""
+    def forward(self, images: Tensor, student: Backbone, keys: Sequence[Hashable] | None = None) -> Tensor:
+        """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without gradients; `keys`
+        as in `Samples`.
+        """
+        return self.frozen.outputs(lambda x: [self._target(x, student)], images, keys)[0]
+
+    def _target(self, images: Tensor, student: Backbone) -> Tensor:
         backbone, size = cast(Backbone, self.frozen.module), self.config.input_size
         student_normalized = self.config.teacher_input == "student_normalized"
         if student_normalized:
@@ -218,7 +222,7 @@ class MTDFMethod(Method):
             losses["pseudo"] = self.ramp * self.loss_weights["pseudo"] * torch.stack(per_view).mean()
             logs["confident_ratio"] = weak.confident_ratio(threshold)
         if self.teachers:
-            errors = self._distillation(images, output.translated)
+            errors = self._distillation(images, x.keys, output.translated)
             losses["distill"] = self.loss_weights["distill"] * torch.stack(list(errors.values())).mean()
             logs |= {f"distill_{name}": error.detach() for name, error in errors.items()}
         return StepOutput(losses, logs)
@@ -274,12 +278,19 @@ class MTDFMethod(Method):
         masks = complementary_masks(len(views[0]), channels, device=views[0].device)
         return torch.cat([masks.new_ones(labeled, channels), masks])
 
-    def _distillation(self, images: Tensor, translated: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Teacher name -> weighted error of the student's prediction of its map."""
+    def _distillation(
+        self, images: Tensor, keys: Sequence[Hashable] | None, translated: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Teacher name -> weighted error of the student's prediction of its map; `keys` are those of the first images,
+        the labeled ones.
+        """
+        known = 0 if keys is None else len(keys)
+        parts = [(part, named) for part, named in ((images[:known], keys), (images[known:], None)) if len(part)]
         errors = {}
         for name, teacher in self.teachers.items():
             assert isinstance(teacher, Teacher)  # ModuleDict does not know the type of its values
-            error = teacher.loss(translated[name], teacher(images, self.student.backbone))
+            target = torch.cat([teacher(part, self.student.backbone, named) for part, named in parts])
+            error = teacher.loss(translated[name], target)
             errors[name] = teacher.config.loss_weight * error
         return errors
 
