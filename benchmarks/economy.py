@@ -4,22 +4,24 @@ the layers cost.
     python -m benchmarks.economy gap --data DATA --weights FILE     # DATA: prepared demo, dubai-half, l8biome-uda
     python -m benchmarks.economy trust --data DATA --weights FILE
     python -m benchmarks.economy calibration --models CELLS    # OUTPUT/cells of benchmarks.accuracy
+    python -m benchmarks.economy long --data DATA --weights FILE    # DATA: OUTPUT/data of benchmarks.accuracy
     python -m benchmarks.economy page docs/results-trust.md
     python -m benchmarks.economy speed --side 4000
 
-Trainings are plain and short; they and all results are kept in `--out`, and are not repeated.
+Trainings are plain and, but for those of `long`, short; they and all results are kept in `--out`, and are not repeated.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +29,11 @@ import numpy as np
 import pyogrio
 import rasterio
 import shapely
+import yaml
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 
+from benchmarks.accuracy.table import PROFILES, SETTINGS
 from benchmarks.economy_page import Record, page
 from benchmarks.suggest import Setting, recipe_of
 from rsseg.config import SelectConfig
@@ -39,7 +43,8 @@ from rsseg.evaluation.gap import BACKBONE, dataset_gap
 from rsseg.evaluation.model import DetailOptions
 from rsseg.evaluation.model_file import evaluate_model
 from rsseg.evaluation.points import assess_points
-from rsseg.files import append_line
+from rsseg.files import append_line, write_json
+from rsseg.recipe import read_recipe, recipe_from_dict
 from rsseg.scene.batch import prepare_for
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
@@ -52,6 +57,7 @@ DATASETS = ("demo", "dubai-half", "l8biome-uda")
 STEPS, CROP, BATCH, RATE = 150, 96, 4, 3e-3
 TRUSTED = (("demo", "north", "south"), ("dubai-half", "tile1", "tile2"), ("l8biome-uda", "natural", "infrared"))
 """Dataset, domain of the training, domain of the scenes."""
+LONG_RECIPE, LONG_SETTINGS = "supervised-small", ("dubai-10", "dubai-45", "l8biome-rgb")
 
 
 def domain_of(item: IndexItem) -> str | None:
@@ -219,6 +225,40 @@ def measure_calibration(models: Path, out: Path) -> None:
         print(f"{model.parent}: {errors}", flush=True)
 
 
+def measure_long(data: Path, weights: Path, out: Path, only: Sequence[str]) -> None:
+    """Calibration of a packaged recipe at its own length; its models are kept like cells of the accuracy table.
+
+    Args:
+        data: prepared datasets of the accuracy table.
+        weights: of the recipe's backbone.
+        out: of models and results.
+        only: settings of the accuracy table.
+    """
+    packaged = yaml.safe_load(read_recipe(LONG_RECIPE).text)
+    for name, seed in product(only, range(3)):
+        setting, folder = SETTINGS[name], out / "cells" / name / LONG_RECIPE / f"seed{seed}"
+        if not (folder / "model.safetensors").is_file():
+            dataset = data / ("dubai-half" if setting.dataset == "dubai" else setting.dataset)
+            own = packaged["data"]
+            streams = {"labeled": dict(setting.streams["labeled"])}
+            if "items" in streams["labeled"]:
+                streams["labeled"]["items"] = str(dataset / streams["labeled"]["items"])
+            changes = {"path": str(dataset), "streams": streams, "bands": setting.bands and list(setting.bands)}
+            values = packaged | {
+                "seed": seed,
+                "data": own | changes | {"augment": own["augment"] | {"crop_size": PROFILES["cpu"].crop}},
+                "backbone": packaged["backbone"] | {"weights": str(weights)},
+                "trainer": packaged["trainer"] | {"device": "cpu", "workers": 0},
+            }
+            model = train(recipe_from_dict(values, LONG_RECIPE), output=folder / "runs", progress=Progress()).model
+            title = f"{LONG_RECIPE}, {packaged['trainer']['steps']} steps"
+            job = {"setting": name, "arm": LONG_RECIPE, "title": title, "seed": seed}
+            write_json(folder / "job.json", job)
+            shutil.copyfile(model, folder / "model.safetensors")
+            shutil.rmtree(folder / "runs")
+    measure_calibration(out / "cells", out)
+
+
 def measure_speed(side: int, rounds: int, data: Path, weights: Path, out: Path) -> None:
     """Suggest and applicability against plain prediction of one scene, alternately, and the time of an assessment."""
     folder = domains(data, out / "domains")["demo", "north"]
@@ -305,11 +345,12 @@ def keep(out: Path, kind: str, record: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("gap", "trust", "calibration", "speed", "page"))
+    parser.add_argument("what", choices=("gap", "trust", "calibration", "long", "speed", "page"))
     parser.add_argument("file", type=Path, nargs="?", default=Path("docs/results-trust.md"), help="of the page")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
     parser.add_argument("--weights", type=Path, help=f"of {BACKBONE}")
     parser.add_argument("--models", type=Path, default=Path("runs/accuracy/cells"), help="cells of benchmarks.accuracy")
+    parser.add_argument("--settings", nargs="+", default=LONG_SETTINGS, help="of `long`")
     parser.add_argument("--side", type=int, default=4000, help="of the scene in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/economy"))
@@ -324,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_trust(options.data, options.weights, options.out)
     elif options.what == "calibration":
         measure_calibration(options.models, options.out)
+    elif options.what == "long":
+        measure_long(options.data, options.weights, options.out, options.settings)
     else:
         measure_speed(options.side, options.rounds, options.data, options.weights, options.out)
 

@@ -270,7 +270,7 @@ class Survey:
         """Add the next strip, uint8 (h, w) class indices of the window, 255 where ignored."""
         present = histogram(indices)
         if self._areas is not None:
-            self._square_meters += self._areas.sums(indices, window.row, window.col)
+            self._square_meters += self._areas.totals(indices, window.row, window.col)[1]
         elif self._pixel is not None:
             self._square_meters += present * self._pixel
         first, last = np.zeros((2, indices.shape[1]), np.int64)

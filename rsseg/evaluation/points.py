@@ -281,7 +281,7 @@ def _add_areas(areas: dict[int, float], block: _Block, extents: PixelAreas | Non
     if len(found) and (found[0] < 0 or found[-1] >= _MOST_CLASSES):
         positions, indices = np.searchsorted(found, block.classes), np.arange(len(found))
     places = np.where(block.valid, positions, _MOST_CLASSES).astype(np.uint8)
-    sums = np.bincount(places.ravel(), minlength=256) if extents is None else extents.sums(places, block.top, 0)
+    sums = np.bincount(places.ravel(), minlength=256) if extents is None else extents.totals(places, block.top, 0)[1]
     for value, amount in zip(found.tolist(), sums[indices].tolist(), strict=True):
         areas[value] = areas.get(value, 0.0) + amount
 

@@ -215,7 +215,7 @@ def _tiles(network: Segmenter, scene: Path | str, side: int) -> Iterator[tuple[T
         plan = plan_tiles(raster.info.height, raster.info.width, tile=side, overlap=0)
         panel = Panel(plan, 0, Span(0, raster.info.width))
         step = max(plan.count // _CHECKED_TILES, 1)
-        for number, tile in enumerate(read_tiles([raster], panel, network, rows=Span(0, len(plan.rows.origins)))):
+        for number, tile in enumerate(read_tiles([raster], [panel], network)):
             if number % step or tile.is_empty or tile.valid is None:
                 continue
             image = torch.from_numpy(tile.load())

@@ -1,16 +1,17 @@
-"""Merge overlapping tiles into finished strips of rows, in order, each row once.
+"""Logits of tiles, and their merge into finished strips of rows, in order, each row once.
 
 Every merge is a generator that holds one row of tiles, whatever the height of the image. Free of torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.inference.tiling import AxisPlan, Span, TilePlan
+from rsseg.inference.tiling import AxisPlan, Span, TilePlan, resized_rows, row_factor
 from rsseg.task import IGNORE_INDEX
 
 Blend = Literal["crop", "hann", "mean"]
@@ -32,11 +33,12 @@ class StoredPixels(NamedTuple):
 class Tile:
     """One tile of an image.
 
-    row, col: place in the `TilePlan`
+    row, col: place in the `TilePlan` of its panel
     load: returns the image, float32 (C, h, w) in scaled units, filled where there is no data; until it is called, a
     tile takes only the memory of the stored pixels
     valid: bool (h, w), False where the image has no data; None: all valid
     stored: what `load` scales, for a device that scales itself
+    panel: number of its panel
     """
 
     row: int
@@ -44,6 +46,7 @@ class Tile:
     load: Callable[[], NDArray[np.float32]]
     valid: NDArray[np.bool_] | None = None
     stored: StoredPixels | None = None
+    panel: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -92,6 +95,9 @@ class PixelOutputs:
         return self.confidence or self.probabilities != "none" or self.min_confidence > 0
 
 
+_CACHED_VALUES = 1 << 18
+"""Logits that are resized and decided at a time: they stay in the cache of a core."""
+_MIN_ROWS = 16
 CLASSES_ONLY = PixelOutputs()
 FULL = 254
 """Stored value of probability 1 in uint8; 255 is left for nodata."""
@@ -177,23 +183,28 @@ DecidedTile = tuple[Tile, Decision | None]
 """A tile and the outputs of the part of it that `crop` keeps, None if it is empty."""
 
 
-def decide_kept(plan: TilePlan, outputs: PixelOutputs = CLASSES_ONLY) -> Callable[[Tile, TileLogits], Decision]:
-    """Return a function that computes the outputs of the part of a tile that `crop` keeps."""
+def decide_kept(
+    plans: Sequence[TilePlan], outputs: PixelOutputs = CLASSES_ONLY
+) -> Callable[[Tile, TileLogits], Decision]:
+    """Return a function that computes the outputs of the part of a tile that `crop` keeps; `plans` of the panels."""
 
     def decide_tile(tile: Tile, logits: TileLogits) -> Decision:
-        return logits.decide(*_kept(plan, tile), outputs)
+        return logits.decide(*_kept(plans[tile.panel], tile), outputs)
 
     return decide_tile
 
 
-def argmax_planes(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Classes uint8 (h, w) of logits (K, h, w), the first of equal maxima."""
-    # Plane by plane: several times faster than NumPy's argmax over a leading axis.
-    best, classes = logits[0].copy(), np.zeros(logits.shape[1:], np.uint8)
-    for index, plane in enumerate(logits[1:], start=1):
-        above = plane > best
-        np.copyto(best, plane, where=above)
-        np.copyto(classes, np.uint8(index), where=above)
+def argmax_planes(logits: Iterable[NDArray[np.float32]]) -> NDArray[np.uint8]:
+    """Classes uint8 (h, w) of logits (K, h, w), given plane by plane; the first of equal maxima."""
+    # Without branches and masks: many times faster than NumPy's argmax over a leading axis.
+    planes = iter(logits)
+    best = next(planes).copy()
+    classes = np.zeros(best.shape, np.uint8)
+    for index, plane in enumerate(planes, start=1):
+        found = (plane > best).view(np.uint8)
+        np.maximum(best, plane, out=best)
+        found *= np.uint8(index)
+        np.maximum(classes, found, out=classes)  # later classes have higher numbers
     return classes
 
 
@@ -225,6 +236,54 @@ def decide_shares(classes: NDArray[np.uint8], shares: NDArray[np.float32], outpu
             return Decision(classes, confidence, shares.transpose(1, 2, 0))
         case "uint8":
             return Decision(classes, confidence, np.rint(shares * FULL).astype(np.uint8).transpose(1, 2, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayLogits:
+    """See `TileLogits`, in the host's memory.
+
+    low: float32 (K, h, w) of low resolution, resized bilinearly to (K, *full)
+    full: (H, W)
+    size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
+    """
+
+    low: NDArray[np.float32]
+    full: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.low)
+
+    def whole(self) -> NDArray[np.float32]:
+        """(K, height, width)."""
+        return np.stack(list(self._planes(Span(0, self.size[0]))))
+
+    def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
+        """See `TileLogits`."""
+        kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
+        step = rows.length
+        if row_factor(self.low.shape[1], self.full[0]):
+            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
+        for start in range(rows.start, rows.stop, step):
+            part = Span(start, min(start + step, rows.stop))
+            planes = (plane[:, cols.area] for plane in self._planes(part))
+            decision = (
+                decide_planes(np.stack(list(planes)), outputs)
+                if outputs.need_probabilities
+                else Decision(argmax_planes(planes))
+            )
+            kept.put((part.within(rows.start), slice(None)), decision)
+        return kept
+
+    def _planes(self, rows: Span) -> Iterator[NDArray[np.float32]]:
+        """Rows of the logits of each class, (n, width)."""
+        source, resized = resized_rows(rows, self.low.shape[1], self.full[0])
+        area, size = rows.within(resized.start), (self.full[1], resized.length)
+        for plane in self.low[:, source.area]:
+            whole = plane if plane.shape == size[::-1] else cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR)
+            yield whole[area, : self.size[1]]
 
 
 def crop_classes(

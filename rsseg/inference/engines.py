@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,10 +23,9 @@ from rsseg.checkpoint import Calibration, calibration_of, find_model, read_heade
 from rsseg.errors import MachineError, RssegError, UsageError, WeightsError
 from rsseg.fields import Result
 from rsseg.files import content_hash, hidden_path, write_json
-from rsseg.inference.blend import Decision, PixelOutputs, Tile, decide_planes
+from rsseg.inference.blend import ArrayLogits, Tile
 from rsseg.inference.machine import Cost, has_native_bfloat16, openvino_core, thread_count
 from rsseg.inference.predict import Compute, extended
-from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.task import Task, TileHint
 
 Program = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -35,9 +33,6 @@ Program = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 EngineName = Literal["torch", "onnx", "openvino", "auto"]
 _PACKAGES: dict[Literal["openvino", "onnx"], str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 """In the order of preference of `auto`."""
-_CACHED_VALUES = 1 << 18
-"""Logits that are resized and decided at a time: they stay in the cache of a core."""
-_MIN_ROWS = 16
 
 
 class ExportedFacts(BaseModel):
@@ -87,49 +82,6 @@ class Quantization(Result):
             f"{made}; loss of mIoU {self.miou_loss:.4f}: {self.miou_int8:.4f} instead of "
             f"{self.miou_float32:.4f} on {self.scored} images of the split {self.split}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayLogits:
-    """See `rsseg.inference.blend.TileLogits`, in the host's memory.
-
-    low: float32 (K, h, w) of low resolution, resized bilinearly to (K, *full)
-    full: (H, W)
-    size: rows and columns of it that belong to the tile, from the upper left; the rest is padding
-    """
-
-    low: NDArray[np.float32]
-    full: tuple[int, int]
-    size: tuple[int, int]
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.low)
-
-    def whole(self) -> NDArray[np.float32]:
-        """(K, height, width)."""
-        return self._rows(Span(0, self.size[0]))
-
-    def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
-        """See `rsseg.inference.blend.TileLogits`."""
-        kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
-        step = rows.length
-        if row_factor(self.low.shape[1], self.full[0]):
-            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
-        for start in range(rows.start, rows.stop, step):
-            part = Span(start, min(start + step, rows.stop))
-            kept.put((part.within(rows.start), slice(None)), decide_planes(self._rows(part)[..., cols.area], outputs))
-        return kept
-
-    def _rows(self, rows: Span) -> NDArray[np.float32]:
-        source, resized = resized_rows(rows, self.low.shape[1], self.full[0])
-        low, area = self.low[:, source.area], rows.within(resized.start)
-        if low.shape[1:] == (resized.length, self.full[1]):
-            return low[:, area, : self.size[1]]
-        size = (self.full[1], resized.length)
-        planes = [cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR)[area, : self.size[1]] for plane in low]
-        return np.stack(planes).astype(np.float32, copy=False)
 
 
 @dataclass(eq=False)

@@ -96,7 +96,8 @@ def _strips(
     views = _views_of(config)
     if config.mode == "tiled" and config.resize_multiple is None and views == (View(1.0, False),):
         plan, tiles, compute = _tiles_of(network, pixels, config)
-        for strip in predict_strips(_running(network, device), tiles, plan, config.blend, compute, outputs=outputs):
+        running = _running(network, device)
+        for _, strip in predict_strips(running, tiles, [plan], config.blend, compute, outputs=outputs):
             yield strip.decision
     elif len(views) == 1:
         yield decide(_view_logits(network, pixels, views[0], config, device), outputs)

@@ -163,19 +163,21 @@ def choose_tiling(network: NetworkFacts, tile: int | None, overlap: int | None, 
 def predict_strips(
     network: Network,
     tiles: Iterable[Tile],
-    plan: TilePlan,
+    plans: Sequence[TilePlan],
     blend: Blend,
     compute: Compute,
     *,
     outputs: PixelOutputs = CLASSES_ONLY,
     report: Callable[[], None] = lambda: None,
-) -> Iterator[Strip]:
-    """Predict the rows of an image, given its tiles row by row, starting with any row.
+) -> Iterator[tuple[int, Strip]]:
+    """Predict the rows of an image, given its tiles panel by panel and row by row, starting with any row of each panel.
+
+    The network does not wait between panels. Yields the number of the panel with each strip.
 
     Args:
         network: see `Network`.
-        tiles: of `plan`.
-        plan: positions of the tiles.
+        tiles: of the panels in their order.
+        plans: positions of the tiles of each panel.
         blend: how tiles are merged.
         compute: how the network is run.
         outputs: requested outputs per pixel.
@@ -189,9 +191,15 @@ def predict_strips(
 
     classes = network.task.num_classes
     if blend == "crop":
-        decided = predict_tiles(network, tiles, decide_kept(plan, outputs), compute)
-        return crop_classes(counted(decided), plan, classes, outputs)
-    return blend_classes(counted(predict_tile_logits(network, tiles, compute)), plan, blend, classes, outputs)
+        decided = counted(predict_tiles(network, tiles, decide_kept(plans, outputs), compute))
+        for panel, own in groupby(decided, key=lambda pair: pair[0].panel):
+            for strip in crop_classes(own, plans[panel], classes, outputs):
+                yield panel, strip
+        return
+    scored = counted(predict_tile_logits(network, tiles, compute))
+    for panel, logits in groupby(scored, key=lambda pair: pair[0].panel):
+        for strip in blend_classes(logits, plans[panel], blend, classes, outputs):
+            yield panel, strip
 
 
 def predict_tile_logits(network: Network, tiles: Iterable[Tile], compute: Compute) -> Iterator[LogitTile]:
@@ -242,7 +250,7 @@ def predict_tiles(
 
 
 def _batches(tiles: Iterable[Tile], size: int) -> Iterator[list[Tile]]:
-    for _, row in groupby(tiles, key=lambda tile: tile.row):
+    for _, row in groupby(tiles, key=lambda tile: (tile.panel, tile.row)):
         while batch := list(islice(row, size)):
             yield batch
 

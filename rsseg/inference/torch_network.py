@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsseg.inference.blend import FULL, Decision, PixelOutputs, StoredPixels, Tile
+from rsseg.inference.blend import FULL, ArrayLogits, Decision, PixelOutputs, StoredPixels, Tile
 from rsseg.inference.predict import Compute, NetworkFacts, extended
 from rsseg.inference.tiling import Span, resized_rows, row_factor
 from rsseg.layers.blocks import resize_logits
@@ -60,14 +60,16 @@ class TensorLogits:
         return self.tensor().cpu().numpy()
 
     def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
-        """See `rsseg.inference.blend.TileLogits`; computed on the device."""
-        kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
-        for part, values in self.bands(rows):
-            kept.put((part.within(rows.start), slice(None)), decide(values[..., cols.area].permute(1, 2, 0), outputs))
-        if self.applicability is not None and kept.applicability is not None:
-            full = resize_logits(self.applicability, self.full)[0, 0]
-            kept.applicability[:] = _as_bytes(full[rows.area, cols.area].clone())
-        return kept
+        """See `rsseg.inference.blend.TileLogits`; computed on the GPU, or by OpenCV, which is faster on one image."""
+        if self.low.device.type == "cpu":
+            planes = self.low[0].float().contiguous().numpy()
+            kept = ArrayLogits(planes, self.full, self.size).decide(rows, cols, outputs)
+        else:
+            kept = decide(self._rows(rows)[..., cols.area].permute(1, 2, 0), outputs)
+        if self.applicability is None or not outputs.applicability:
+            return kept
+        full = resize_logits(self.applicability, self.full)[0, 0]
+        return replace(kept, applicability=_as_bytes(full[rows.area, cols.area].clone()))
 
     def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
         """A range of rows in parts: the rows of each, and their logits, float32 (K, n, width).

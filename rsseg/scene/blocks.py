@@ -159,19 +159,16 @@ def _measure_image(
     features = np.zeros((rows * cols, channels), np.float32)
     done = 0
     with memory_errors(OUT_OF_MEMORY), scene.open() as raster:
-        for panel in scene.panels:
-            span = Span(0, len(panel.plan.rows.origins))
-            reader = read_ahead(read_tiles([raster], panel, scene.network, rows=span, region=scene.region))
-            with closing(reader) as tiles:
-                reduce = _summary(panel, side, cols)
-                for _, part in predict_tiles(scene.network, tiles, reduce, scene.compute):
-                    done += 1
-                    progress(image.file, done, scene.tiles)
-                    if part is not None:
-                        counts[part.blocks] += part.counts
-                        entropy[part.blocks] += part.entropy
-                        features[part.blocks] += part.features
-                        cells[part.blocks] += part.cells
+        reader = read_ahead(read_tiles([raster], scene.panels, scene.network, region=scene.region))
+        with closing(reader) as tiles:
+            for _, part in predict_tiles(scene.network, tiles, _summary(scene.panels, side, cols), scene.compute):
+                done += 1
+                progress(image.file, done, scene.tiles)
+                if part is not None:
+                    counts[part.blocks] += part.counts
+                    entropy[part.blocks] += part.entropy
+                    features[part.blocks] += part.features
+                    cells[part.blocks] += part.cells
     top, left = (axis * np.int64(side) for axis in np.divmod(np.arange(rows * cols), cols))
     height, width = np.minimum(side, info.height - top), np.minimum(side, info.width - left)
     windows = np.stack([top, left, height, width], axis=1)
@@ -180,12 +177,13 @@ def _measure_image(
     return info, windows, counts, entropy / np.maximum(counts.sum(1), 1), features
 
 
-def _summary(panel: Panel, side: int, columns: int) -> Callable[[Tile, TileLogits], _Part]:
+def _summary(panels: Sequence[Panel], side: int, columns: int) -> Callable[[Tile, TileLogits], _Part]:
     """Sums over the blocks that the kept part of a tile touches; `columns` is the number of blocks in a row."""
 
     def summarize(tile: Tile, logits: TileLogits) -> _Part:
         assert isinstance(logits, TensorLogits)  # for the type checker: the network has a tap
         assert logits.features is not None
+        panel = panels[tile.panel]
         top, left = panel.plan.rows.origins[tile.row], panel.plan.cols.origins[tile.col]
         rows, wide = panel.plan.rows.kept[tile.row].moved(-top), panel.plan.cols.kept[tile.col]
         # Columns beyond those of the panel belong to its neighbours.

@@ -377,7 +377,10 @@ def _areas(mosaic: Path, placed: Sequence[_Placed], task: Task) -> tuple[ClassAr
                 if not any(place.touches(window) for place in placed):
                     continue
                 values = raster.read_raw(window)[0]
-                counts += np.bincount(values.ravel(), minlength=256)
-                if per_pixel is not None:
-                    areas += per_pixel.sums(values, top, left)
+                if per_pixel is None:
+                    counts += np.bincount(values.ravel(), minlength=256)
+                else:
+                    pixels, area = per_pixel.totals(values, top, left)
+                    counts += pixels
+                    areas += area
     return ClassArea.table(task, counts, None if per_pixel is None else areas)

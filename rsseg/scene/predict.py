@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from rsseg.errors import MachineError, UsageError
 from rsseg.inference.blend import Strip, Tile
 from rsseg.inference.machine import HeapGuard, memory_errors
 from rsseg.inference.predict import predict_strips
-from rsseg.inference.tiling import Panel, Span
+from rsseg.inference.tiling import Span
 from rsseg.raster import Raster
 from rsseg.scene.memory import OUT_OF_MEMORY, join_networks, prepare_network
 from rsseg.scene.options import ClassArea, Progress, SceneOptions, SceneResult
@@ -180,17 +182,14 @@ def _write_rasters(prepared: PreparedScene, progress: Progress | None, share: Sh
             heap.check()
             count()
 
-        for index, panel in enumerate(prepared.panels):
-            strips = _compute(prepared, rasters, panel, Span(done[index], rows.stop), report)
+        def write(numbered: tuple[int, int, Strip]) -> None:
+            strip = sink.finished(*numbered)
+            if log is not None:
+                log.append(strip)
+            if at_once:
+                sink.write(strip)
 
-            def write(numbered: tuple[int, Strip], index: int = index, panel: Panel = panel) -> None:
-                strip = sink.finished(index, panel, *numbered)
-                if log is not None:
-                    log.append(strip)
-                if at_once:
-                    sink.write(strip)
-
-            _in_background(write, strips)
+        _in_background(write, _compute(prepared, rasters, [Span(row, rows.stop) for row in done], report))
         if share.is_main and log is not None and not at_once:
             paths = share.wait(prepared.output)
             sink.write_shared(log, [stack.enter_context(StripLog(path, log_identity, anew=False)) for path in paths])
@@ -219,9 +218,9 @@ class _Sink:
         self.counts = np.zeros(256, np.int64)
         self.resumed = 0.0
 
-    def finished(self, index: int, panel: Panel, row: int, strip: Strip) -> LoggedStrip:
+    def finished(self, panel: int, row: int, strip: Strip) -> LoggedStrip:
         """The strip as pixels of each product, cut to the columns that the panel keeps."""
-        kept, decision = panel.kept.area, strip.decision
+        kept, decision = self._prepared.panels[panel].kept.area, strip.decision
         valid = strip.valid[:, kept]
         arrays: list[NDArray[Any]] = [np.where(valid, self._values[decision.classes[:, kept]], np.uint8(NODATA))[None]]
         layers = (decision.confidence, decision.applicability, decision.disagreement)
@@ -229,14 +228,17 @@ class _Sink:
         if decision.probabilities is not None:
             shares = decision.probabilities[:, kept].transpose(2, 0, 1)
             arrays.append(np.where(valid, shares, shares.dtype.type(self._prepared.products[-1][1].nodata)))
-        return LoggedStrip(index, row, arrays)
+        return LoggedStrip(panel, row, arrays)
 
     def write(self, strip: LoggedStrip) -> None:
         """Write a strip, the next one of its panel."""
         left, values = self._prepared.panels[strip.panel].target, strip.arrays[0][0]
-        self.counts += np.bincount(values.ravel(), minlength=256)
-        if self._pixel_areas is not None:
-            self._areas += self._pixel_areas.sums(values, self._row[strip.panel], left)
+        if self._pixel_areas is None:
+            self.counts += np.bincount(values.ravel(), minlength=256)
+        else:
+            counts, areas = self._pixel_areas.totals(values, self._row[strip.panel], left)
+            self.counts += counts
+            self._areas += areas
             self._row[strip.panel] += len(values)
         for writer, (_, product), array in zip(self._writers, self._prepared.products, strip.arrays, strict=True):
             writer.write(array.astype(product.dtype, copy=False), left)
@@ -256,31 +258,36 @@ class _Sink:
 def _compute(
     prepared: PreparedScene,
     rasters: Sequence[Raster],
-    panel: Panel,
-    wanted: Span,
+    wanted: Sequence[Span],
     report: Callable[[], None],
-) -> Generator[tuple[int, Strip]]:
-    """Yield the strips of these rows of tiles of a panel, numbered."""
-    rows = panel.plan.rows
-    if not wanted.length:
-        return
-    first = wanted.start
+) -> Generator[tuple[int, int, Strip]]:
+    """Yield the strips of these rows of tiles of each panel, with the numbers of panel and row."""
+    axis, spans = prepared.plan.rows, list(wanted)
     if prepared.options.blend != "crop":
         # Tiles above contribute to the rows that they share.
-        first = next(i for i, top in enumerate(rows.origins) if top + rows.tile > rows.origins[wanted.start])
-    span = Span(first, wanted.stop)
+        tops = axis.origins
+        spans = [
+            Span(next(i for i, top in enumerate(tops) if top + axis.tile > tops[rows.start]), rows.stop)
+            if rows.length
+            else rows
+            for rows in wanted
+        ]
+    tiles = read_tiles(rasters, prepared.panels, prepared.network, rows=spans, region=prepared.region)
     # Close before the rasters, so that the reader's threads stop.
-    with closing(read_ahead(read_tiles(rasters, panel, prepared.network, rows=span, region=prepared.region))) as tiles:
+    with closing(read_ahead(tiles)) as coming:
         strips = predict_strips(
             prepared.network,
-            tiles,
-            panel.plan,
+            coming,
+            [panel.plan for panel in prepared.panels],
             prepared.options.blend,
             prepared.compute,
             outputs=prepared.pixel_outputs,
             report=report,
         )
-        yield from ((row, strip) for row, strip in enumerate(strips, start=first) if row >= wanted.start)
+        for panel, own in groupby(strips, key=itemgetter(0)):
+            for row, (_, strip) in enumerate(own, start=spans[panel].start):
+                if row >= wanted[panel].start:
+                    yield panel, row, strip
 
 
 def read_ahead(items: Iterable[Tile]) -> Generator[Tile]:
@@ -294,7 +301,7 @@ def read_ahead(items: Iterable[Tile]) -> Generator[Tile]:
             yield item
 
 
-def _in_background(write: Callable[[tuple[int, Strip]], None], strips: Generator[tuple[int, Strip]]) -> None:
+def _in_background(write: Callable[[tuple[int, int, Strip]], None], strips: Generator[tuple[int, int, Strip]]) -> None:
     """Write the strips in a background thread, at most `_STRIPS_BEHIND` late."""
     with ThreadPoolExecutor(1, "rsseg-writer") as thread, closing(strips):
         written: deque[Future[None]] = deque()

@@ -136,32 +136,39 @@ class _Rows(NamedTuple):
 
 
 def read_tiles(
-    rasters: Sequence[Raster], panel: Panel, network: NetworkFacts, *, rows: Span, region: "Region | None" = None
+    rasters: Sequence[Raster],
+    panels: Sequence[Panel],
+    network: NetworkFacts,
+    *,
+    rows: Sequence[Span] | None = None,
+    region: "Region | None" = None,
 ) -> Iterator[Tile]:
-    """Yield the tiles of a panel, row by row, in scaled units and filled where there is no data.
+    """Yield the tiles of panels, row by row of each, in scaled units and filled where there is no data.
 
     Args:
         rasters: the scene, opened with the task's bands in the task's order once per thread that decodes.
-        panel: of the raster.
+        panels: of the raster.
         network: gives scale, offset and fill.
-        rows: rows of tiles.
+        rows: rows of tiles of each panel; None: all.
         region: tiles without a pixel of it are empty and not read; pixels outside it in the others are context.
     """
-    task, tile = network.task, panel.plan.cols.tile
+    task = network.task
 
     def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> NDArray[np.float32]:
         return task.scaled(raw, good, network.fill).transpose(2, 0, 1)
 
-    for row in _read_rows(rasters, panel, rows, region):
-        for col, left in enumerate(panel.plan.cols.origins):
-            area = slice(left, left + tile)
-            wanted = row.wanted[:, area].copy()
-            if wanted.any():
-                good = wanted if region is None else row.valid[:, area].copy()
-                stored = StoredPixels(_interleaved(row.pixels[:, :, area]), good)
-                yield Tile(row.number, col, partial(scaled, *stored), wanted, stored)
-            else:
-                yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted)
+    for number, panel in enumerate(panels):
+        span = Span(0, len(panel.plan.rows.origins)) if rows is None else rows[number]
+        for row in _read_rows(rasters, panel, span, region):
+            for col, left in enumerate(panel.plan.cols.origins):
+                area = slice(left, left + panel.plan.cols.tile)
+                wanted = row.wanted[:, area].copy()
+                if wanted.any():
+                    good = wanted if region is None else row.valid[:, area].copy()
+                    stored = StoredPixels(_interleaved(row.pixels[:, :, area]), good)
+                    yield Tile(row.number, col, partial(scaled, *stored), wanted, stored, number)
+                else:
+                    yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted, None, number)
 
 
 def _not_loaded(row: int, col: int) -> NDArray[np.float32]:
@@ -170,6 +177,8 @@ def _not_loaded(row: int, col: int) -> NDArray[np.float32]:
 
 def _read_rows(rasters: Sequence[Raster], panel: Panel, rows: Span, region: "Region | None") -> Iterator[_Rows]:
     """Yield rows of tiles in buffers that the next one overwrites."""
+    if not rows.length:
+        return
     info, axis, width = rasters[0].info, panel.plan.rows, panel.plan.cols.length
     tile, covered = axis.tile, max(panel.plan.cols.covered, width)
     pixels = np.zeros((info.count, tile, covered), info.dtype)

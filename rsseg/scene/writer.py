@@ -9,6 +9,7 @@ import shutil
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,17 +227,20 @@ class SceneWriter:
 
     def _check(self) -> None:
         """Read everything back: GDAL does not report every write that fails."""
+        with ThreadPoolExecutor(thread_count(), "rsseg-check") as threads:
+            checksums = list(threads.map(self._read_back, self._panels))
+        if checksums != [panel.checksum for panel in self._panels]:
+            raise MachineError(f"{self._output}: the pixels read back differ from those written. Check the disk.")
+
+    def _read_back(self, panel: "_Written") -> int:
+        """Checksum of a panel in the file."""
+        checksum = 0
         with rasterio.open(self._file) as dataset:
-            for panel in self._panels:
-                checksum = 0
-                for row in range(0, self._height, _BLOCK):
-                    rows = row, min(row + _BLOCK, self._height)
-                    pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
-                    checksum = zlib.crc32(self._stored(pixels), checksum)
-                if checksum != panel.checksum:
-                    raise MachineError(
-                        f"{self._output}: the pixels read back differ from those written. Check the disk."
-                    )
+            for row in range(0, self._height, _BLOCK):
+                rows = row, min(row + _BLOCK, self._height)
+                pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
+                checksum = zlib.crc32(self._stored(pixels), checksum)
+        return checksum
 
     def _remove(self) -> None:
         for file in self._output.parent.glob(f"{glob.escape(temporary_path(self._output).name)}*"):
@@ -271,6 +275,7 @@ def _create(file: Path, info: RasterInfo, product: Product, tags: Mapping[str, s
         blockxsize=_BLOCK,
         blockysize=_BLOCK,
         interleave="band",
+        num_threads=thread_count(),
         **_CREATION,
         **_bits(product),
     )

@@ -149,19 +149,23 @@ class PixelAreas:
         below, above = self._above_left(x, y)
         return float((below - above).sum())
 
-    def sums(self, values: NDArray[np.uint8], top: int, left: int) -> NDArray[np.float64]:
-        """float64 (256,): area of each value of some rows and columns (h, w) whose first pixel is given."""
+    def totals(self, values: NDArray[np.uint8], top: int, left: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """int64 and float64 (256,): pixels and area of each value of some rows and columns (h, w) whose first pixel is
+        given.
+        """
         height, width = values.shape
         cell_of_col = self._cell_of_col[left : left + width] * 256
-        total = np.zeros(256)
+        pixels, area = np.zeros(256, np.int64), np.zeros(256)
         row = 0
         while row < height:
             cell = int(self._cell_of_row[top + row])
             stop = min(int(self.rows[cell + 1]) - top, height, row + max(_COUNTED // width, 1))
             counts = np.bincount((values[row:stop] + cell_of_col).ravel(), minlength=256 * self.square_meters.shape[1])
-            total += self.square_meters[cell] @ counts.reshape(-1, 256)
+            by_cell = counts.reshape(-1, 256)
+            pixels += by_cell.sum(0)
+            area += self.square_meters[cell] @ by_cell
             row = stop
-        return total
+        return pixels, area
 
     def _above_left(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.float64]:
         """Area of all pixels above row y and left of column x."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rsseg.inference.blend import (
     CLASSES_ONLY,
+    ArrayLogits,
     Blend,
     LogitTile,
     Strip,
@@ -18,7 +19,6 @@ from rsseg.inference.blend import (
     crop_classes,
     decide_kept,
 )
-from rsseg.inference.engines import ArrayLogits
 from rsseg.inference.tiling import TilePlan, plan_tiles
 from rsseg.inference.torch_network import TensorLogits
 
@@ -58,7 +58,7 @@ def classes_of(
 ) -> list[Strip]:
     if blend != "crop":
         return list(blend_classes(tiles, plan, blend, num_classes))
-    decide = decide_kept(plan)
+    decide = decide_kept([plan])
     decided = ((tile, None if scores is None else decide(tile, kept_as(scores))) for tile, scores in tiles)
     return list(crop_classes(decided, plan, num_classes, CLASSES_ONLY))
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rsseg.cli import run
-from rsseg.inference.blend import PixelOutputs, decide_planes
-from rsseg.inference.engines import ArrayLogits, open_engine
+from rsseg.inference.blend import ArrayLogits, PixelOutputs, decide_planes
+from rsseg.inference.engines import open_engine
 from rsseg.inference.tiling import Span
 from rsseg.inference.torch_network import TensorLogits
 from tests.conftest import write_tif
