@@ -144,6 +144,7 @@ def test_corrected_chips_return_to_the_dataset(place: Path, capsys: pytest.Captu
             assert (mask.shape, mask.transform, mask.crs) == (file.shape, file.transform, file.crs)
             mask.write(np.full((1, SIDE, SIDE), 2, np.uint8))
     assert run(["dataset", "add", "data", "--chips", "chips"]) == 0
+    assert "predicted them" not in capsys.readouterr().err
     index = SegmentationIndex.load(Path("data"))
     new = [item for item in index.items if item.image.startswith("added/")]
     assert [item.classes for item in new] == [(0, 0, SIDE**2)] * 2
@@ -152,6 +153,21 @@ def test_corrected_chips_return_to_the_dataset(place: Path, capsys: pytest.Captu
     assert run(["dataset", "verify", "data"]) == 0
     assert run(["dataset", "add", "data", "--chips", "chips"]) == 4
     assert "was added before" in capsys.readouterr().err
+
+
+def test_chips_that_nobody_corrected_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["suggest", "runs/latest", "data", "-n", "2", "--per-scene", "1", "--block", "64", "-o", "next.gpkg"]
+    assert run([*call, "--chips", "chips"]) == 0
+    corrected, untouched = sorted(Path("chips/masks").glob("*.tif"))
+    with rasterio.open(corrected, "r+") as mask:
+        pixels = mask.read()
+        pixels[0, 0, 0] = 1 - pixels[0, 0, 0] // 2
+        mask.write(pixels)
+    capsys.readouterr()
+    assert run(["dataset", "add", "data", "--chips", "chips"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 of 2 masks are as the model predicted them, {untouched.name} first" in said
+    assert "added/001/masks" in said
 
 
 def test_windows_of_a_validation_image_do_not_become_training_images_unsaid(

@@ -1,6 +1,7 @@
 """Add labeled images to a prepared dataset: windows with corrected masks, or scenes with labels drawn in a GIS."""
 
 import glob
+import hashlib
 import shutil
 import tempfile
 import warnings
@@ -31,7 +32,8 @@ from rsseg.task import IGNORE_INDEX, Color, Task
 IMAGES, MASKS, CLASSES = "images", "masks", "classes.yaml"
 ADDED = "added"
 """Folder of a dataset that holds what was added, one folder per call."""
-_SCENE_TAG = "RSSEG_SCENE"
+_SCENE_TAG, _MASK_TAG = "RSSEG_SCENE", "RSSEG_PREDICTED_MASK"
+"""Of a window's image: its scene, and the hash of its predicted mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ def write_chip(folder: Path, name: str, chip: Chip, task: Task, *, source: str) 
     colors = TileMetadata(metadata.crs, metadata.transform, colormap=tuple((c.value, c.color) for c in task.classes))
     write_tile(folder / MASKS / name, mask[None], chip.window, colors)
     with rasterio.open(folder / IMAGES / name, "r+") as file:
-        file.update_tags(**{_SCENE_TAG: source})
+        predicted = _hash(np.where(chip.valid, chip.classes, np.uint8(IGNORE_INDEX)))
+        file.update_tags(**{_SCENE_TAG: source, _MASK_TAG: predicted})
 
 
 def write_chip_classes(folder: Path, task: Task) -> None:
@@ -70,7 +73,7 @@ def write_chip_classes(folder: Path, task: Task) -> None:
 
 
 def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[IndexItem]:
-    """Add windows with corrected masks to a dataset.
+    """Add windows with corrected masks to a dataset; warns of those that are still as they were predicted.
 
     Args:
         dataset: prepared dataset.
@@ -95,7 +98,7 @@ def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[Index
     table = LabelTable(classes.label_map(), len(names))
     order = np.full(256, IGNORE_INDEX, np.uint8)
     order[: len(names)] = [index.task.class_names.index(name) for name in names]
-    found = []
+    found, untouched = [], []
     for file in files:
         mask = next(iter(sorted((chips / MASKS).glob(f"{glob.escape(file.stem)}.*"))), None)
         if mask is None:
@@ -106,8 +109,20 @@ def add_chips(dataset: Path, chips: Path, *, split: str = "train") -> list[Index
                     f"{file}: the pixels are {image.info.dtype}, those of {dataset} {index.task.dtype}. Cut the "
                     "windows from the same kind of scene."
                 )
-            found.append(_Labeled(file, file.name, order[table.read(raster, None)], _scene_of(file)))
-    return _adopt(dataset, index, found, split)
+            labels, tags = table.read(raster, None), _tags_of(file)
+        if tags.get(_MASK_TAG) == _hash(labels):
+            untouched.append(file.name)
+        found.append(_Labeled(file, file.name, order[labels], Path(tags.get(_SCENE_TAG, file.name)).stem))
+    items = _adopt(dataset, index, found, split)
+    if untouched:
+        folder = index.root / Path(items[0].image).parents[1] / MASKS
+        warnings.warn(
+            f"{len(untouched)} of {len(files)} masks are as the model predicted them, {untouched[0]} first. A network "
+            f"that is trained with them repeats its errors: check them, and correct them in {folder}.",
+            RssegWarning,
+            stacklevel=2,
+        )
+    return items
 
 
 def add_vectors(dataset: Path, options: PrepareOptions, *, split: str, progress: Progress) -> list[IndexItem]:
@@ -260,6 +275,11 @@ def _class_file(task: Task) -> ClassFile:
     return ClassFile(name=name, classes=entries, ignore=ignored)
 
 
-def _scene_of(file: Path) -> str:
+def _tags_of(file: Path) -> dict[str, str]:
     with rasterio.open(file) as raster:
-        return Path(raster.tags().get(_SCENE_TAG, file.name)).stem
+        return dict(raster.tags())
+
+
+def _hash(labels: NDArray[np.uint8]) -> str:
+    """Of class indices (h, w)."""
+    return hashlib.blake2b(np.ascontiguousarray(labels).data, digest_size=16).hexdigest()
