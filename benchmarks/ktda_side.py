@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.scenes import make_task
+from rsseg.data.assembly import SampleKeys
 from rsseg.data.streams import Batch, Samples
 from rsseg.methods.base import Method
 from rsseg.methods.ktda.method import KTDAMethod
@@ -48,7 +49,7 @@ def main() -> None:
     assert side.distillation is not None
     images, masks = torch.rand(BATCH, 3, SIDE, SIDE), torch.randint(0, CLASSES, (BATCH, SIDE, SIDE))
     batch = {"labeled": Samples(images, torch.ones_like(masks, dtype=torch.bool), masks)}
-    known = {"labeled": replace(batch["labeled"], keys=tuple(range(BATCH)))}
+    known = {"labeled": replace(batch["labeled"], keys=SampleKeys(tuple(range(BATCH)), BATCH))}
     maps, run_teacher = side.distillation.teacher_maps(images), side.distillation.teacher_maps
 
     def step(method: Method, batch: Batch = batch) -> float:

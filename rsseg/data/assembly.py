@@ -1,7 +1,7 @@
 """Loader processes: sample order, and reading, augmenting and padding of one stream's share of a batch."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,17 @@ CropKey = tuple[str, int, bool, int]
 """Stream, image, mirroring and turns of a crop that shows the whole image without other changes."""
 
 
+class SampleKeys(NamedTuple):
+    """Names of the samples of a batch, equal for samples with equal images.
+
+    keys: one per sample
+    possible: number of different keys that the stream may have
+    """
+
+    keys: tuple[Hashable, ...]
+    possible: int
+
+
 class Crop(NamedTuple):
     """One sample, at most as large as the crop size. Arrays: image and each strong view `(h, w, bands)`, valid bool
     and mask uint8 `(h, w)`, mix bool `(views, crop, crop)`. origin: row and column in the padded square. key: equal for
@@ -63,7 +74,7 @@ class HostSamples(NamedTuple):
     """Crops padded to squares and stacked, on the host.
 
     images `(B, S, S, bands)` and strong `(B, V, S, S, bands)` in the stored dtype; valid bool, masks uint8
-    `(B, S, S)`; mix bool `(B, V, S, S)`; keys of all crops, or None.
+    `(B, S, S)`; mix bool `(B, V, S, S)`; keys None if a crop of the batch has none.
     """
 
     images: Tensor
@@ -71,7 +82,7 @@ class HostSamples(NamedTuple):
     masks: Tensor | None
     strong: Tensor | None
     mix: Tensor | None
-    keys: tuple[CropKey, ...] | None = None
+    keys: SampleKeys | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,14 @@ class StreamReader:
     def micro_batch(self, micro_step: int, *, rank: int, world_size: int) -> HostSamples:
         """The samples of one rank in a micro-step."""
         places = positions(micro_step, batch_size=self.plan.batch_size, rank=rank, world_size=world_size)
-        return collate([self.crop(position) for position in places], self.plan.augment.crop_size)
+        crops = [self.crop(position) for position in places]
+        keys = tuple(crop.key for crop in crops if crop.key is not None)
+        host, augment = collate(crops, self.plan.augment.crop_size), self.plan.augment
+        if len(keys) < len(crops):
+            return host
+        mirrorings = (1 + (augment.hflip > 0)) * (1 + (augment.vflip > 0))
+        orientations = 4 * min(mirrorings, 2) if augment.rot90 > 0 else mirrorings
+        return host._replace(keys=SampleKeys(keys, len(self.plan.items) * orientations))
 
     def crop(self, position: int) -> Crop:
         """The augmented sample at a position."""
@@ -274,15 +292,7 @@ def collate(crops: list[Crop], size: int) -> HostSamples:
             np.copyto(masks[i][inside], crop.mask, where=crop.valid)
         for view, pixels in enumerate(crop.strong):
             strong[i, view][inside] = pixels  # type: ignore[index]  # views > 0, so the array exists
-    known = tuple(crop.key for crop in crops if crop.key is not None)
-    return HostSamples(
-        torch.from_numpy(images),
-        torch.from_numpy(valid),
-        _tensor(masks),
-        _tensor(strong),
-        _tensor(mix),
-        known if len(known) == len(crops) else None,
-    )
+    return HostSamples(torch.from_numpy(images), torch.from_numpy(valid), _tensor(masks), _tensor(strong), _tensor(mix))
 
 
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 import signal
 import time
 import traceback
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rsseg.config import BaseRecipe, SelectConfig
-from rsseg.data.assembly import HostSamples, StreamPlan, StreamReader
+from rsseg.data.assembly import HostSamples, SampleKeys, StreamPlan, StreamReader
 from rsseg.data.augmentation import ColorSpace
 from rsseg.data.sources import Datasets, Source
 from rsseg.errors import MachineError, RecipeError, RssegError
@@ -31,7 +31,7 @@ class Samples:
     valid   bool (B, H, W), False where the crop was padded or the source has no data; images hold StreamSpec.fill there
     strong  float32 (B, V, C, H, W), V strong views of the same crops; None if the stream has none
     mix     bool (B, V, H, W), True where CutMix takes the pixel from the partner sample; None without strong views
-    keys    one per sample, equal for equal images; None if images of the batch do not repeat
+    keys    None if an image of the batch does not repeat
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class Samples:
     masks: Tensor | None = None
     strong: Tensor | None = None
     mix: Tensor | None = None
-    keys: Sequence[Hashable] | None = None
+    keys: SampleKeys | None = None
 
     @property
     def labels(self) -> Tensor:

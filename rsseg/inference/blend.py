@@ -18,6 +18,12 @@ Blend = Literal["crop", "hann", "mean"]
 """`crop` decides each pixel in the tile whose border is farthest; `hann` and `mean` average the tiles' logits."""
 
 
+_CACHED_VALUES = 1 << 18
+"""Logits that are resized and decided at a time: they stay in the cache of a core."""
+_MIN_ROWS = 16
+"""Of these, as the rows above and below are resized too."""
+
+
 class StoredPixels(NamedTuple):
     """Pixels of a tile as the file has them.
 
@@ -95,9 +101,6 @@ class PixelOutputs:
         return self.confidence or self.probabilities != "none" or self.min_confidence > 0
 
 
-_CACHED_VALUES = 1 << 18
-"""Logits that are resized and decided at a time: they stay in the cache of a core."""
-_MIN_ROWS = 16
 CLASSES_ONLY = PixelOutputs()
 FULL = 254
 """Stored value of probability 1 in uint8; 255 is left for nodata."""

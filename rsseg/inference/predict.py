@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -190,15 +191,15 @@ def predict_strips(
             report()
 
     classes = network.task.num_classes
+    computed: Iterator[tuple[Tile, Any]]
     if blend == "crop":
-        decided = counted(predict_tiles(network, tiles, decide_kept(plans, outputs), compute))
-        for panel, own in groupby(decided, key=lambda pair: pair[0].panel):
-            for strip in crop_classes(own, plans[panel], classes, outputs):
-                yield panel, strip
-        return
-    scored = counted(predict_tile_logits(network, tiles, compute))
-    for panel, logits in groupby(scored, key=lambda pair: pair[0].panel):
-        for strip in blend_classes(logits, plans[panel], blend, classes, outputs):
+        computed = predict_tiles(network, tiles, decide_kept(plans, outputs), compute)
+        merge: Callable[..., Iterator[Strip]] = crop_classes
+    else:
+        computed = predict_tile_logits(network, tiles, compute)
+        merge = partial(blend_classes, blend=blend)
+    for panel, own in groupby(counted(computed), key=lambda pair: pair[0].panel):
+        for strip in merge(own, plans[panel], num_classes=classes, outputs=outputs):
             yield panel, strip
 
 

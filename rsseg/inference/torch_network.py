@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ from rsseg.task import Task, TileHint
 _CACHED_VALUES = 1 << 20
 """Logits that a CPU resizes at a time: they stay in its cache, and memory does not grow with the classes."""
 _MIN_ROWS = 16
+_FEW_CLASSES = 32
+"""Up to so many, OpenCV and NumPy compute probabilities on a CPU faster than torch; classes alone they always do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +62,19 @@ class TensorLogits:
         return self.tensor().cpu().numpy()
 
     def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
-        """See `rsseg.inference.blend.TileLogits`; computed on the GPU, or by OpenCV, which is faster on one image."""
-        if self.low.device.type == "cpu":
+        """See `rsseg.inference.blend.TileLogits`."""
+        if self.low.device.type == "cpu" and (not outputs.need_probabilities or self.num_classes <= _FEW_CLASSES):
             planes = self.low[0].float().contiguous().numpy()
             kept = ArrayLogits(planes, self.full, self.size).decide(rows, cols, outputs)
         else:
-            kept = decide(self._rows(rows)[..., cols.area].permute(1, 2, 0), outputs)
-        if self.applicability is None or not outputs.applicability:
-            return kept
-        full = resize_logits(self.applicability, self.full)[0, 0]
-        return replace(kept, applicability=_as_bytes(full[rows.area, cols.area].clone()))
+            kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
+            for part, values in self.bands(rows):
+                place = part.within(rows.start), slice(None)
+                kept.put(place, decide(values[..., cols.area].permute(1, 2, 0), outputs))
+        if self.applicability is not None and kept.applicability is not None:
+            full = resize_logits(self.applicability, self.full)[0, 0]
+            kept.applicability[:] = _as_bytes(full[rows.area, cols.area].clone())
+        return kept
 
     def bands(self, rows: Span) -> Iterator[tuple[Span, Tensor]]:
         """A range of rows in parts: the rows of each, and their logits, float32 (K, n, width).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 KEPT_BYTES = 2**30
-"""Outputs that one frozen network keeps at most; the outputs of further images are computed at each call."""
+"""Most that one frozen network keeps of its outputs for the images of one stream."""
 
 
 class Ema(nn.Module):
@@ -79,8 +79,8 @@ class Frozen(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._held = (module.requires_grad_(False).eval(),)
-        self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
-        self._kept_bytes = 0
+        self._kept: dict[Hashable, Sequence[Tensor]] = {}
+        self._image_bytes: int | None = None  # of the outputs for one image
 
     @property
     def module(self) -> nn.Module:
@@ -94,33 +94,33 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def outputs(
-        self, compute: Callable[[Tensor], Sequence[Tensor]], images: Tensor, keys: Sequence[Hashable] | None
+        self,
+        compute: Callable[[Tensor], Sequence[Tensor]],
+        images: Tensor,
+        keys: tuple[Sequence[Hashable], int] | None,
     ) -> Sequence[Tensor]:
-        """`compute(images)`, once per image in the life of this network as long as memory allows (`KEPT_BYTES`).
+        """`compute(images)`; with keys, each image is computed once in the life of this network.
+
+        Results do not depend on what was computed before: with keys, `compute` always gets one image at a time.
 
         Args:
-            compute: images (B, ...) -> tensors (B, ...) by this network, always the same function. It gets images with
-                keys one at a time, so that its results do not depend on which ones are kept.
+            compute: images (B, ...) -> tensors (B, ...) by this network, always the same function.
             images: (B, ...).
-            keys: one per image, equal for equal images only; None computes all of them together.
+            keys: one per image, equal for equal images only, and the number of different keys that may come; if outputs
+                for so many take more than `KEPT_BYTES`, or without keys, all images are computed together.
         """
         # The processes of a divided network must call it together, whatever each of them has kept.
         if keys is None or any(hasattr(parameter, "to_local") for parameter in self.module.parameters()):
             return compute(images)
-        single = [self._output(compute, image, key) for image, key in zip(images, keys, strict=True)]
-        return [torch.cat(parts) for parts in zip(*single, strict=True)]
-
-    def _output(
-        self, compute: Callable[[Tensor], Sequence[Tensor]], image: Tensor, key: Hashable
-    ) -> tuple[Tensor, ...]:
-        if key in self._kept:
-            return self._kept[key]
-        output = tuple(compute(image[None]))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in output)
-        if self._kept_bytes + size <= KEPT_BYTES:
-            self._kept[key] = output
-            self._kept_bytes += size
-        return output
+        own, possible = keys
+        if self._image_bytes is None:
+            self._image_bytes = sum(tensor.nbytes for tensor in compute(images[:1]))
+        if self._image_bytes * possible > KEPT_BYTES:
+            return compute(images)
+        for image, key in zip(images, own, strict=True):
+            if key not in self._kept:
+                self._kept[key] = compute(image[None])
+        return [torch.cat(parts) for parts in zip(*(self._kept[key] for key in own), strict=True)]
 
     def store_as(self, dtype: torch.dtype) -> None:
         """Store weights of matrix products and convolutions in the type that autocast converts them to at each call.
@@ -134,7 +134,7 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._kept, self._kept_bytes = {}, 0
+        self._kept, self._image_bytes = {}, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

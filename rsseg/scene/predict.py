@@ -262,16 +262,16 @@ def _compute(
     report: Callable[[], None],
 ) -> Generator[tuple[int, int, Strip]]:
     """Yield the strips of these rows of tiles of each panel, with the numbers of panel and row."""
-    axis, spans = prepared.plan.rows, list(wanted)
-    if prepared.options.blend != "crop":
+    axis = prepared.plan.rows
+
+    def computed(rows: Span) -> Span:
+        if prepared.options.blend == "crop" or not rows.length:
+            return rows
         # Tiles above contribute to the rows that they share.
-        tops = axis.origins
-        spans = [
-            Span(next(i for i, top in enumerate(tops) if top + axis.tile > tops[rows.start]), rows.stop)
-            if rows.length
-            else rows
-            for rows in wanted
-        ]
+        top = axis.origins[rows.start]
+        return Span(next(i for i, origin in enumerate(axis.origins) if origin + axis.tile > top), rows.stop)
+
+    spans = [computed(rows) for rows in wanted]
     tiles = read_tiles(rasters, prepared.panels, prepared.network, rows=spans, region=prepared.region)
     # Close before the rasters, so that the reader's threads stop.
     with closing(read_ahead(tiles)) as coming:

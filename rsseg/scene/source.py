@@ -157,7 +157,7 @@ def read_tiles(
     def scaled(raw: NDArray[Any], good: NDArray[np.bool_]) -> NDArray[np.float32]:
         return task.scaled(raw, good, network.fill).transpose(2, 0, 1)
 
-    for number, panel in enumerate(panels):
+    def tiles_of(number: int, panel: Panel) -> Iterator[Tile]:
         span = Span(0, len(panel.plan.rows.origins)) if rows is None else rows[number]
         for row in _read_rows(rasters, panel, span, region):
             for col, left in enumerate(panel.plan.cols.origins):
@@ -169,6 +169,10 @@ def read_tiles(
                     yield Tile(row.number, col, partial(scaled, *stored), wanted, stored, number)
                 else:
                     yield Tile(row.number, col, partial(_not_loaded, row.number, col), wanted, None, number)
+
+    # The buffers of a panel end with its generator, before those of the next one are made.
+    for number, panel in enumerate(panels):
+        yield from tiles_of(number, panel)
 
 
 def _not_loaded(row: int, col: int) -> NDArray[np.float32]:

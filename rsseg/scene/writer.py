@@ -9,7 +9,6 @@ import shutil
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,20 +226,17 @@ class SceneWriter:
 
     def _check(self) -> None:
         """Read everything back: GDAL does not report every write that fails."""
-        with ThreadPoolExecutor(thread_count(), "rsseg-check") as threads:
-            checksums = list(threads.map(self._read_back, self._panels))
-        if checksums != [panel.checksum for panel in self._panels]:
-            raise MachineError(f"{self._output}: the pixels read back differ from those written. Check the disk.")
-
-    def _read_back(self, panel: "_Written") -> int:
-        """Checksum of a panel in the file."""
-        checksum = 0
         with rasterio.open(self._file) as dataset:
-            for row in range(0, self._height, _BLOCK):
-                rows = row, min(row + _BLOCK, self._height)
-                pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
-                checksum = zlib.crc32(self._stored(pixels), checksum)
-        return checksum
+            for panel in self._panels:
+                checksum = 0
+                for row in range(0, self._height, _BLOCK):
+                    rows = row, min(row + _BLOCK, self._height)
+                    pixels = dataset.read(window=(rows, (panel.left, panel.left + panel.width)))
+                    checksum = zlib.crc32(self._stored(pixels), checksum)
+                if checksum != panel.checksum:
+                    raise MachineError(
+                        f"{self._output}: the pixels read back differ from those written. Check the disk."
+                    )
 
     def _remove(self) -> None:
         for file in self._output.parent.glob(f"{glob.escape(temporary_path(self._output).name)}*"):

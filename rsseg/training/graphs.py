@@ -99,6 +99,8 @@ class GraphStep:
 
     def gradients(self, batch: Batch, step: int, micro: int) -> MicroStep:
         """See `Step`; raises `RecipeError` if graphs are required and impossible."""
+        if self._wait >= 0:  # a graph computes what it was recorded with: teachers must not keep outputs before
+            batch = {name: replace(samples, keys=None) for name, samples in batch.items()}
         if self._wait > 0:
             with self._recorder.warm_up():
                 return self._eager.gradients(batch, step, micro)

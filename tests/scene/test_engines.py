@@ -149,7 +149,7 @@ def test_engine_that_is_not_installed_is_a_message_and_auto_takes_torch(
 @pytest.mark.parametrize("low", [(64, 48), (32, 24), (256, 192), (37, 28)])
 def test_arrays_are_resized_and_decided_like_tensors(low: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    stored = torch.randn(1, 5, *low)
+    stored = torch.randn(1, 40, *low)  # more than torch leaves to OpenCV
     ours = ArrayLogits(stored[0].numpy(), (256, 192), (250, 180))
     theirs = TensorLogits(stored, (256, 192), (250, 180))
     expected = F.interpolate(stored, size=(256, 192), mode="bilinear")[0, :, :250, :180]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from rsseg.data.assembly import SampleKeys
 from rsseg.data.sources import Datasets
 from rsseg.data.streams import Batch, StreamSpec, training_batches
 from rsseg.errors import Interrupted
+from rsseg.files import read_rows
 from rsseg.layers import ema
 from rsseg.layers.ema import Frozen
 from rsseg.methods.base import Method
@@ -47,7 +49,9 @@ def losses_of(method: Method, batch: Batch) -> dict[str, float]:
 
 
 def with_keys(batch: Batch, *names: str) -> Batch:
-    return batch | {name: replace(batch[name], keys=tuple(range(len(batch[name].images)))) for name in names}
+    count = len(batch["labeled"].images)
+    keys = SampleKeys(tuple(range(count)), count)
+    return batch | {name: replace(batch[name], keys=keys) for name in names}
 
 
 def crops(recipe: PlainRecipe, count: int, **augment: Any) -> list[Batch]:
@@ -64,12 +68,13 @@ def test_equal_keys_mean_equal_images(plain_recipe: PlainRecipe) -> None:
     for batch in crops(plain_recipe, 40, crop_size=64, hflip=0.5, vflip=0.5, rot90=0.5):
         keys = batch["labeled"].keys
         assert keys is not None
-        for key, image in zip(keys, batch["labeled"].images, strict=True):
+        for key, image in zip(keys.keys, batch["labeled"].images, strict=True):
             repeated += key in seen
             assert torch.equal(seen.setdefault(key, image), image)
     assert repeated > 0
     assert len({image.numpy().tobytes() for image in seen.values()}) == len(seen)
-    assert len(seen) <= 8 * len({key[:2] for key in seen})
+    assert keys.possible == 8 * 5  # five images
+    assert len(seen) <= keys.possible
 
 
 @pytest.mark.parametrize(
@@ -89,9 +94,9 @@ def test_teacher_of_features_runs_once_per_image() -> None:
     expected = losses_of(method, plain)
     sizes = passes_of(method)
     assert losses_of(method, named) == pytest.approx(expected, rel=1e-5)
-    assert sizes == [1, 1]
+    assert sizes == [1, 1, 1]  # one more to measure the outputs
     assert losses_of(method, named) == pytest.approx(expected, rel=1e-5)
-    assert sizes == [1, 1]
+    assert sizes == [1, 1, 1]  # one more to measure the outputs
 
 
 def test_teacher_of_the_task_runs_once_per_image_with_the_features_that_it_shares(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_teacher_of_the_task_runs_once_per_image_with_the_features_that_it_share
     sizes = passes_of(method)
     for _ in range(2):
         assert losses_of(method, with_keys(ktda_batch(), "labeled")) == pytest.approx(expected, rel=1e-5)
-    assert sizes == [1, 1]
+    assert sizes == [1, 1, 1]  # one more to measure the outputs
 
 
 def test_several_teachers_run_once_per_labeled_image_and_always_on_strong_views() -> None:
@@ -113,32 +118,35 @@ def test_several_teachers_run_once_per_labeled_image_and_always_on_strong_views(
     teachers = len(list(method.frozen_teachers()))
     named = with_keys(batch, "labeled")
     assert losses_of(method, named) == pytest.approx(expected, rel=1e-5)
-    assert sizes == ([1] * labeled + [views]) * teachers
+    assert sizes == ([1] * (labeled + 1) + [views]) * teachers
     sizes.clear()
     assert losses_of(method, named) == pytest.approx(expected, rel=1e-5)
     assert sizes == [views] * teachers
 
 
-def test_results_do_not_depend_on_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_are_kept_only_if_those_of_all_images_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, images = Frozen(nn.Linear(4, 4)), torch.randn(3, 5, 4)
-    expected = torch.cat([frozen(image[None]) for image in images])
-    monkeypatch.setattr(ema, "KEPT_BYTES", 2 * expected[:1].numel() * 4)
-    calls: list[int] = []
+    monkeypatch.setattr(ema, "KEPT_BYTES", 10 * images[0].nbytes)
+    sizes: list[int] = []
 
     def compute(x: torch.Tensor) -> list[torch.Tensor]:
-        calls.append(len(x))
+        sizes.append(len(x))
         return [frozen(x)]
 
-    for expected_calls in (3, 4):  # two of three are kept
-        assert torch.equal(frozen.outputs(compute, images, "abc")[0], expected)
-        assert len(calls) == expected_calls
-    assert frozen.outputs(compute, images, None)[0].shape == expected.shape
-    assert calls[-1] == 3
+    first = frozen.outputs(compute, images, ("abc", 10))[0]
+    assert torch.equal(first, torch.cat([frozen(image[None]) for image in images]))
+    assert set(sizes) == {1}
+    sizes.clear()
+    assert torch.equal(frozen.outputs(compute, images.flip(0), ("cba", 10))[0], first.flip(0))
+    assert sizes == []
+    for keys in (("abc", 11), None):
+        torch.testing.assert_close(frozen.outputs(compute, images, keys)[0], first)
+    assert sizes == [3, 3]
     frozen.to(torch.float64)  # what is kept has the type and the place of before
-    assert frozen.outputs(compute, images.double(), "abc")[0].dtype == torch.float64
+    assert frozen.outputs(compute, images.double(), ("abc", 10))[0].dtype == torch.float64
 
 
-def test_stopped_and_resumed_run_that_keeps_outputs_ends_as_one_that_keeps_none(
+def test_stopped_and_resumed_run_that_keeps_outputs_ends_as_the_unbroken_one(
     rgb_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples: list[int] = []
@@ -154,14 +162,15 @@ def test_stopped_and_resumed_run_that_keeps_outputs_ends_as_one_that_keeps_none(
     monkeypatch.setattr(Frozen, "outputs", counted)
     recipe = tiny_recipe(rgb_dataset, data={"path": str(rgb_dataset), "augment": {"crop_size": 64, "hflip": 0.5}})
     kept = train(recipe, output=tmp_path / "kept", progress=Progress())
-    assert len(samples) <= 10  # five images, mirrored or not
+    assert len(samples) <= 11  # five images, mirrored or not, and one to measure the outputs
     with pytest.raises(Interrupted):
         train(recipe, output=tmp_path / "resumed", progress=SignalAt(2))
     (broken,) = (tmp_path / "resumed").glob("*_ktda_*")
     resumed = train(recipe, output=tmp_path / "resumed", resume=broken, progress=Progress())
+    assert_same_ends(RunFolder(kept.run), RunFolder(resumed.run))
     monkeypatch.setattr(ema, "KEPT_BYTES", 0)
     samples.clear()
     none = train(recipe, output=tmp_path / "none", progress=Progress())
-    assert samples == [1] * 24  # six steps of two micro-steps of two crops
-    for result in (kept, resumed):
-        assert_same_ends(RunFolder(result.run), RunFolder(none.run))
+    assert samples == [1] + [2] * 12  # six steps of two micro-steps of two crops
+    losses = [[float(row["loss"]) for row in read_rows(Path(r.run) / "steps.csv")] for r in (kept, none)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,7 +1,7 @@
 """Training of KTDA: segmentation, auxiliary and distillation losses from one forward pass of the student."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone, create_backbone
+from rsseg.data.assembly import SampleKeys
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import cutmix, unrecorded_statistics
@@ -61,13 +62,13 @@ class Distillation(nn.Module):
         """Weighted loss of one micro-step.
 
         Args:
-            maps: the teacher's, of the student's images.
-            aligned: FAM's outputs, or only their sum if fused.
+            maps: float (B, D, h, w) per level, the teacher's of the same images.
+            aligned: FAM's outputs, of the same shapes, or only their sum if fused.
         """
         loss = distillation_loss(aligned, [fused(maps)] if self.fuse else maps, self.settings)
         return self.weight * loss
 
-    def teacher_maps(self, images: Tensor, keys: Sequence[Hashable] | None = None) -> Sequence[Tensor]:
+    def teacher_maps(self, images: Tensor, keys: SampleKeys | None = None) -> Sequence[Tensor]:
         """The teacher's maps of images (B, C, H, W) in scaled units, without gradients; `keys` as in `Samples`."""
         teacher = cast(Backbone, self.teacher.module)
         return self.teacher.outputs(lambda x: teacher.forward_normalized(self._normalize(x)), images, keys)
@@ -83,7 +84,7 @@ class TaskTeacher(nn.Module):
         self.settings = settings
         self._shared = (shared,)  # a part of the segmenter, not to be registered twice
 
-    def logits(self, images: Tensor, keys: Sequence[Hashable] | None = None) -> tuple[Tensor, Sequence[Tensor] | None]:
+    def logits(self, images: Tensor, keys: SampleKeys | None = None) -> tuple[Tensor, Sequence[Tensor] | None]:
         """float (B, C, H, W), scaled units -> float logits (B, K, H, W) and the maps of the shared backbone, which thus
         runs once; None if it is not shared. Without a graph; `keys` as in `Samples`.
         """
@@ -91,6 +92,7 @@ class TaskTeacher(nn.Module):
         return logits, maps or None
 
     def _logits_and_maps(self, images: Tensor) -> Sequence[Tensor]:
+        """float (B, C, H, W), scaled units -> logits (B, K, H, W), and the maps of a shared backbone."""
         maps: list[Sequence[Tensor]] = []
         hook = None
         if self._shared[0] is not None:

@@ -1,6 +1,6 @@
 """Training of RS-MTDF: FixMatch with an averaged pseudo-labeller, and distillation from frozen teachers."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, cast
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsseg.backbones.backbone import Backbone, create_backbone
+from rsseg.data.assembly import SampleKeys
 from rsseg.data.streams import Batch, Samples, StreamSpec
 from rsseg.errors import RecipeError
 from rsseg.layers.blocks import cutmix, has_batch_norm, resize, unrecorded_statistics
@@ -127,7 +128,7 @@ class Teacher(nn.Module):
         self.frozen, self.config = Frozen(backbone), config
         self.register_buffer("bands", None if bands is None else torch.tensor(bands), persistent=False)
 
-    def forward(self, images: Tensor, student: Backbone, keys: Sequence[Hashable] | None = None) -> Tensor:
+    def forward(self, images: Tensor, student: Backbone, keys: SampleKeys | None = None) -> Tensor:
         """float (B, C, H, W), scaled units -> the teacher's last map, float32 (B, D, h, w), without gradients; `keys`
         as in `Samples`.
         """
@@ -279,12 +280,12 @@ class MTDFMethod(Method):
         return torch.cat([masks.new_ones(labeled, channels), masks])
 
     def _distillation(
-        self, images: Tensor, keys: Sequence[Hashable] | None, translated: Mapping[str, Tensor]
+        self, images: Tensor, keys: SampleKeys | None, translated: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Teacher name -> weighted error of the student's prediction of its map; `keys` are those of the first images,
         the labeled ones.
         """
-        known = 0 if keys is None else len(keys)
+        known = 0 if keys is None else len(keys.keys)
         parts = [(part, named) for part, named in ((images[:known], keys), (images[known:], None)) if len(part)]
         errors = {}
         for name, teacher in self.teachers.items():
