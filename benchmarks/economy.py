@@ -29,7 +29,6 @@ import numpy as np
 import pyogrio
 import rasterio
 import shapely
-import yaml
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 
@@ -44,7 +43,7 @@ from rsseg.evaluation.model import DetailOptions
 from rsseg.evaluation.model_file import evaluate_model
 from rsseg.evaluation.points import assess_points
 from rsseg.files import append_line, write_json
-from rsseg.recipe import read_recipe, recipe_from_dict
+from rsseg.recipe import load_recipe
 from rsseg.scene.batch import prepare_for
 from rsseg.scene.options import SceneOptions
 from rsseg.scene.plan import prepare_scene
@@ -234,28 +233,29 @@ def measure_long(data: Path, weights: Path, out: Path, only: Sequence[str]) -> N
         out: of models and results.
         only: settings of the accuracy table.
     """
-    packaged = yaml.safe_load(read_recipe(LONG_RECIPE).text)
     for name, seed in product(only, range(3)):
         setting, folder = SETTINGS[name], out / "cells" / name / LONG_RECIPE / f"seed{seed}"
-        if not (folder / "model.safetensors").is_file():
-            dataset = data / ("dubai-half" if setting.dataset == "dubai" else setting.dataset)
-            own = packaged["data"]
-            streams = {"labeled": dict(setting.streams["labeled"])}
-            if "items" in streams["labeled"]:
-                streams["labeled"]["items"] = str(dataset / streams["labeled"]["items"])
-            changes = {"path": str(dataset), "streams": streams, "bands": setting.bands and list(setting.bands)}
-            values = packaged | {
-                "seed": seed,
-                "data": own | changes | {"augment": own["augment"] | {"crop_size": PROFILES["cpu"].crop}},
-                "backbone": packaged["backbone"] | {"weights": str(weights)},
-                "trainer": packaged["trainer"] | {"device": "cpu", "workers": 0},
-            }
-            model = train(recipe_from_dict(values, LONG_RECIPE), output=folder / "runs", progress=Progress()).model
-            title = f"{LONG_RECIPE}, {packaged['trainer']['steps']} steps"
-            job = {"setting": name, "arm": LONG_RECIPE, "title": title, "seed": seed}
-            write_json(folder / "job.json", job)
-            shutil.copyfile(model, folder / "model.safetensors")
-            shutil.rmtree(folder / "runs")
+        if (folder / "model.safetensors").is_file():
+            continue
+        dataset = data / ("dubai-half" if setting.dataset == "dubai" else setting.dataset)
+        selected = setting.streams["labeled"]
+        labeled = {key: str(dataset / value) if key == "items" else value for key, value in selected.items()}
+        changes = {
+            "seed": seed,
+            "data.path": str(dataset),
+            "data.streams.labeled": labeled,
+            "data.bands": setting.bands,
+            "data.augment.crop_size": PROFILES["cpu"].crop,
+            "backbone.weights": str(weights),
+            "trainer.device": "cpu",
+            "trainer.workers": 0,
+        }
+        recipe = load_recipe(LONG_RECIPE, list(changes.items()))
+        model = train(recipe, output=folder / "runs", progress=Progress()).model
+        title = f"{LONG_RECIPE}, {recipe.trainer.steps} steps"
+        write_json(folder / "job.json", {"setting": name, "arm": LONG_RECIPE, "title": title, "seed": seed})
+        shutil.copyfile(model, folder / "model.safetensors")
+        shutil.rmtree(folder / "runs")
     measure_calibration(out / "cells", out)
 
 

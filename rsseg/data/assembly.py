@@ -182,13 +182,11 @@ class StreamReader:
         """The samples of one rank in a micro-step."""
         places = positions(micro_step, batch_size=self.plan.batch_size, rank=rank, world_size=world_size)
         crops = [self.crop(position) for position in places]
+        host = collate(crops, self.plan.augment.crop_size)
         keys = tuple(crop.key for crop in crops if crop.key is not None)
-        host, augment = collate(crops, self.plan.augment.crop_size), self.plan.augment
         if len(keys) < len(crops):
             return host
-        mirrorings = (1 + (augment.hflip > 0)) * (1 + (augment.vflip > 0))
-        orientations = 4 * min(mirrorings, 2) if augment.rot90 > 0 else mirrorings
-        return host._replace(keys=SampleKeys(keys, len(self.plan.items) * orientations))
+        return host._replace(keys=SampleKeys(keys, len(self.plan.items) * _orientations(self.plan.augment)))
 
     def crop(self, position: int) -> Crop:
         """The augmented sample at a position."""
@@ -256,6 +254,12 @@ class StreamReader:
                 return self.plan.space.apply(image, draw_fast_distortion(rng, self.plan.space))
             case "none":
                 return image
+
+
+def _orientations(augment: AugmentConfig) -> int:
+    """Number of ways in which an image may be mirrored and turned."""
+    mirrorings = (1 + (augment.hflip > 0)) * (1 + (augment.vflip > 0))
+    return 4 * min(mirrorings, 2) if augment.rot90 > 0 else mirrorings
 
 
 def _shows(mask: NDArray[np.uint8], wanted: int | None) -> bool:

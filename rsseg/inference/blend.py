@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from rsseg.inference.tiling import AxisPlan, Span, TilePlan, resized_rows, row_factor
+from rsseg.inference.tiling import AxisPlan, Span, TilePlan, resized_rows, row_parts
 from rsseg.task import IGNORE_INDEX
 
 Blend = Literal["crop", "hann", "mean"]
@@ -20,8 +20,6 @@ Blend = Literal["crop", "hann", "mean"]
 
 _CACHED_VALUES = 1 << 18
 """Logits that are resized and decided at a time: they stay in the cache of a core."""
-_MIN_ROWS = 16
-"""Of these, as the rows above and below are resized too."""
 
 
 class StoredPixels(NamedTuple):
@@ -266,11 +264,8 @@ class ArrayLogits:
     def decide(self, rows: Span, cols: Span, outputs: PixelOutputs) -> Decision:
         """See `TileLogits`."""
         kept = Decision.empty(rows.length, cols.length, self.num_classes, outputs)
-        step = rows.length
-        if row_factor(self.low.shape[1], self.full[0]):
-            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
-        for start in range(rows.start, rows.stop, step):
-            part = Span(start, min(start + step, rows.stop))
+        most = _CACHED_VALUES // (self.num_classes * self.full[1])
+        for part in row_parts(rows, self.low.shape[1], self.full[0], most=most):
             planes = (plane[:, cols.area] for plane in self._planes(part))
             decision = (
                 decide_planes(np.stack(list(planes)), outputs)

@@ -1,5 +1,6 @@
 """Tile geometry, without torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -8,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsseg.errors import UsageError
+
+_MIN_ROWS = 16
+"""Of a part that is resized by itself, since the rows above and below it are resized too."""
 
 
 def tile_origins(length: int, tile: int, stride: int) -> list[int]:
@@ -66,6 +70,13 @@ def resized_rows(rows: Span, low: int, full: int) -> tuple[Span, Span]:
     # A row depends on the low-resolution rows above and below it.
     source = Span(max(rows.start // factor - 1, 0), min(-(-rows.stop // factor) + 1, low))
     return source, Span(source.start * factor, source.stop * factor)
+
+
+def row_parts(rows: Span, low: int, full: int, *, most: int) -> Iterator[Span]:
+    """Cut rows into parts that are resized separately, of `most` rows but at least 16; one if they cannot be."""
+    step = max(most, _MIN_ROWS) if row_factor(low, full) else rows.length
+    for start in range(rows.start, rows.stop, step):
+        yield Span(start, min(start + step, rows.stop))
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from rsseg.inference.blend import FULL, ArrayLogits, Decision, PixelOutputs, StoredPixels, Tile
 from rsseg.inference.predict import Compute, NetworkFacts, extended
-from rsseg.inference.tiling import Span, resized_rows, row_factor
+from rsseg.inference.tiling import Span, resized_rows, row_parts
 from rsseg.layers.blocks import resize_logits
 from rsseg.methods.base import Segmenter
 from rsseg.task import Task, TileHint
 
 _CACHED_VALUES = 1 << 20
 """Logits that a CPU resizes at a time: they stay in its cache, and memory does not grow with the classes."""
-_MIN_ROWS = 16
 _FEW_CLASSES = 32
 """Up to so many, OpenCV and NumPy compute probabilities on a CPU faster than torch; classes alone they always do."""
 
@@ -81,11 +80,9 @@ class TensorLogits:
 
         On a GPU there is one part, because each part costs kernel launches.
         """
-        step = rows.length
-        if self.low.device.type == "cpu" and row_factor(self.low.shape[2], self.full[0]):
-            step = max(_CACHED_VALUES // (self.num_classes * self.full[1]), _MIN_ROWS)
-        for start in range(rows.start, rows.stop, step):
-            part = Span(start, min(start + step, rows.stop))
+        on_cpu = self.low.device.type == "cpu"
+        most = _CACHED_VALUES // (self.num_classes * self.full[1]) if on_cpu else rows.length
+        for part in row_parts(rows, self.low.shape[2], self.full[0], most=most):
             yield part, self._rows(part)
 
     def _rows(self, rows: Span) -> Tensor:

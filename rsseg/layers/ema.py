@@ -80,7 +80,7 @@ class Frozen(nn.Module):
         super().__init__()
         self._held = (module.requires_grad_(False).eval(),)
         self._kept: dict[Hashable, Sequence[Tensor]] = {}
-        self._image_bytes: int | None = None  # of the outputs for one image
+        self._fits: dict[tuple[torch.Size, int], bool] = {}  # shape of an image, number of keys
 
     @property
     def module(self) -> nn.Module:
@@ -113,9 +113,13 @@ class Frozen(nn.Module):
         if keys is None or any(hasattr(parameter, "to_local") for parameter in self.module.parameters()):
             return compute(images)
         own, possible = keys
-        if self._image_bytes is None:
-            self._image_bytes = sum(tensor.nbytes for tensor in compute(images[:1]))
-        if self._image_bytes * possible > KEPT_BYTES:
+        stream = images.shape[1:], possible
+        if stream not in self._fits:
+            first = compute(images[:1])
+            self._fits[stream] = possible * sum(tensor.nbytes for tensor in first) <= KEPT_BYTES
+            if self._fits[stream]:
+                self._kept[own[0]] = first
+        if not self._fits[stream]:
             return compute(images)
         for image, key in zip(images, own, strict=True):
             if key not in self._kept:
@@ -134,7 +138,7 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._kept, self._image_bytes = {}, None
+        self._kept, self._fits = {}, {}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rsseg.cli import run
-from rsseg.inference.blend import ArrayLogits, PixelOutputs, decide_planes
+from rsseg.inference.blend import CLASSES_ONLY, ArrayLogits, PixelOutputs, decide_planes
 from rsseg.inference.engines import open_engine
 from rsseg.inference.tiling import Span
-from rsseg.inference.torch_network import TensorLogits
+from rsseg.inference.torch_network import TensorLogits, decide
 from tests.conftest import write_tif
 from tests.export.test_export import patches, write_network
 from tests.scene.helpers import read_classes
@@ -146,20 +146,24 @@ def test_engine_that_is_not_installed_is_a_message_and_auto_takes_torch(
     assert "with torch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("classes", [5, 40])  # torch leaves few classes to OpenCV
 @pytest.mark.parametrize("low", [(64, 48), (32, 24), (256, 192), (37, 28)])
-def test_arrays_are_resized_and_decided_like_tensors(low: tuple[int, int]) -> None:
+def test_arrays_are_resized_and_decided_like_tensors(low: tuple[int, int], classes: int) -> None:
     torch.manual_seed(0)
-    stored = torch.randn(1, 40, *low)  # more than torch leaves to OpenCV
+    stored = torch.randn(1, classes, *low)
     ours = ArrayLogits(stored[0].numpy(), (256, 192), (250, 180))
     theirs = TensorLogits(stored, (256, 192), (250, 180))
     expected = F.interpolate(stored, size=(256, 192), mode="bilinear")[0, :, :250, :180]
     assert_allclose(ours.whole(), expected.numpy(), atol=1e-5)
     outputs = PixelOutputs(confidence=True, probabilities="float16")
     rows, cols = Span(13, 240), Span(5, 170)
-    found, wanted = ours.decide(rows, cols, outputs), theirs.decide(rows, cols, outputs)
-    assert (found.classes == wanted.classes).mean() > 0.999
-    assert np.abs(found.confidence.astype(int) - wanted.confidence).max() <= 1
-    assert_allclose(found.probabilities, wanted.probabilities, atol=2e-3)
+    wanted = decide(expected[:, rows.area, cols.area].permute(1, 2, 0), outputs)
+    for logits in (ours, theirs):
+        found = logits.decide(rows, cols, outputs)
+        assert (found.classes == wanted.classes).mean() > 0.999
+        assert np.abs(found.confidence.astype(int) - wanted.confidence).max() <= 1
+        assert_allclose(found.probabilities, wanted.probabilities, atol=2e-3)
+        assert_array_equal(logits.decide(rows, cols, CLASSES_ONLY).classes, found.classes)
 
 
 def test_first_of_equal_logits_wins() -> None:
